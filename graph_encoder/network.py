@@ -1,0 +1,216 @@
+"""What a captured network is: operators, the data flow between them, and the channel groups that bind their widths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+KINDS = (
+    "input",
+    "conv",
+    "depthwise_conv",
+    "linear",
+    "matmul",
+    "attention",
+    "embedding",
+    "add",
+    "mul",
+    "concat",
+    "output",
+    "group",
+)
+"""Kinds of node in the graph; ``group`` is the decision node that an observation adds for each channel group."""
+
+
+class TraceError(RuntimeError):
+    """The network cannot be captured; the message names the module and the operator."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A weighted operator or a join, at one call.
+
+    Attributes:
+        name: unique; the qualified module name of a weighted operator (``"layer1.0.conv1"``), else the module
+            and the kind (``"layer1.0.add"``), with ``#2``, ``#3`` for repeated calls.
+        kind: one of `KINDS`.
+        in_channels: channels read, of one image.
+        out_channels: channels written, of one image.
+        kernel: height and width of the kernel, ``(1, 1)`` where there is none.
+        stride: height and width of the stride.
+        groups: convolution groups.
+        out_size: height and width of the output; tokens and 1 for a sequence, ``(1, 1)`` for a vector.
+        macs: multiply-adds for a batch of one.
+        params: elements of the weight and the bias.
+        weight: qualified name of the weight parameter, empty for a join.
+        norm: qualified name of the batch norm that reads this operator's output directly, empty if none.
+    """
+
+    name: str
+    kind: str
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    groups: int = 1
+    out_size: tuple[int, int] = (1, 1)
+    macs: int = 0
+    params: int = 0
+    weight: str = ""
+    norm: str = ""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of one tensor that a group's units index.
+
+    Attributes:
+        tensor: qualified name of a parameter or buffer.
+        dim: the dimension.
+        role: ``"out"`` where the units are produced, ``"in"`` where they are read, ``"elementwise"`` where they
+            pass through (batch norms, layer scales).
+        indices: int64 of shape ``(size, k)``: the positions along ``dim`` that belong to each unit.
+    """
+
+    tensor: str
+    dim: int
+    role: str
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Units that the same tensors hold in the same way: the unit is what lives or dies, the group is what is decided.
+
+    A unit is mostly one channel with everything that is bound to it: the same channel of the other branches of a
+    residual sum, a head, a whole convolution group.
+
+    Attributes:
+        name: the layer that first produces it (``#2`` and so on where a layer produces several groups).
+        size: number of units.
+        members: every tensor dimension that the units index.
+        producers: names of the operators that write the units.
+        consumers: names of the operators that read them.
+        reason: empty if units may be removed, else why the group is left dense.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    reason: str = ""
+
+    @property
+    def is_prunable(self) -> bool:
+        """Whether units of the group may be removed."""
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class LinearDim:
+    """The size of one dimension as a function of what is removed: ``full - sum(k * removed units of group g)``."""
+
+    full: int
+    per_unit: tuple[tuple[int, int], ...] = ()
+
+    def size(self, removed: Mapping[int, int]) -> int:
+        """Size after removing ``removed[g]`` units of the group with index ``g``."""
+        return self.full - sum(k * removed.get(g, 0) for g, k in self.per_unit)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A product ``factor * dim * dim * ...``: the MACs of an operator, or the elements of a tensor."""
+
+    owner: str
+    factor: int
+    dims: tuple[LinearDim, ...]
+
+    def value(self, removed: Mapping[int, int]) -> int:
+        """The product after removing ``removed[g]`` units of each group with index ``g``."""
+        product = self.factor
+        for dim in self.dims:
+            product *= dim.size(removed)
+        return product
+
+
+@dataclass(frozen=True)
+class HeldNumber:
+    """A channel count that ``forward`` itself holds, to be rewritten in the symbolic trace of the module.
+
+    Attributes:
+        node: name of the node in the symbolic trace.
+        argument: which number: a dimension of a view or an expand, an entry of a split, ``(dim, 0 or 1)`` of a pad.
+        group: int64 of shape ``(positions,)``: index of the channel group at each position counted, -1 for none.
+        unit: int64 of shape ``(positions,)``: the unit within that group.
+    """
+
+    node: str
+    argument: tuple[str, int, int]
+    group: Tensor
+    unit: Tensor
+
+    def value(self, kept: Mapping[int, Tensor]) -> int:
+        """The number once only the units ``kept[g]`` (boolean, by group index) are left."""
+        total = len(self.group)
+        for g, is_kept in kept.items():
+            here = self.group == g
+            total -= int((~is_kept[self.unit[here]]).sum())
+        return total
+
+
+@dataclass(frozen=True)
+class NetworkGraph:
+    """A network as the rest of the project sees it; holds no weights and no reference to the module.
+
+    Attributes:
+        operators: weighted operators and joins, in the order in which they ran.
+        edges: pairs of operator indices, data flow with everything else contracted.
+        groups: all channel groups, in the order in which they are produced.
+        mac_terms: one term an operator that multiplies; their sum is the network's MACs for a batch of one.
+        param_terms: one term a parameter tensor.
+        skipped: layer name to the reason why (part of) its output is left dense.
+        rewrites: channel counts held by ``forward``; empty where slicing the module's tensors is enough.
+    """
+
+    operators: tuple[Operator, ...]
+    edges: tuple[tuple[int, int], ...]
+    groups: tuple[ChannelGroup, ...]
+    mac_terms: tuple[Term, ...]
+    param_terms: tuple[Term, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    rewrites: tuple[HeldNumber, ...] = ()
+
+    @cached_property
+    def group_index(self) -> Mapping[str, int]:
+        """Index in `groups` by group name."""
+        return {group.name: index for index, group in enumerate(self.groups)}
+
+    def group(self, name: str) -> ChannelGroup:
+        """The group called ``name``; `KeyError` if there is none."""
+        return self.groups[self.group_index[name]]
+
+    @property
+    def prunable(self) -> tuple[ChannelGroup, ...]:
+        """The groups whose units may be removed."""
+        return tuple(group for group in self.groups if group.is_prunable)
+
+    @cached_property
+    def rewritten_groups(self) -> frozenset[int]:
+        """Indices of the groups whose removal changes a number that ``forward`` holds."""
+        return frozenset(int(g) for held in self.rewrites for g in torch.unique(held.group) if g >= 0)
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-adds of the dense network for a batch of one."""
+        return sum(term.value({}) for term in self.mac_terms)
+
+    @cached_property
+    def params(self) -> int:
+        """Elements of the dense network's parameters."""
+        return sum(term.value({}) for term in self.param_terms)

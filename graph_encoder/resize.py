@@ -1,0 +1,165 @@
+"""Smaller widths: which positions go, what torch.nn layers note of their sizes, and a trial on shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from .network import NetworkGraph, TraceError
+from .symbolic import rewrite
+from .trace import LabelPass
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Where and why a network does not run at smaller widths."""
+
+    module: str
+    message: str
+
+
+def removed_positions(graph: NetworkGraph, kept: Mapping[int, Tensor]) -> dict[str, dict[int, Tensor]]:
+    """Positions that go, by tensor and dimension.
+
+    Args:
+        graph: the captured network.
+        kept: boolean of shape ``(size,)`` by group index; groups left out stay whole.
+
+    Returns:
+        int64 indices of the positions to remove, by tensor name and dimension.
+    """
+    removed: dict[str, dict[int, list[Tensor]]] = {}
+    for index, is_kept in kept.items():
+        for member in graph.groups[index].members:
+            positions = member.indices[~is_kept].reshape(-1)
+            if len(positions):
+                removed.setdefault(member.tensor, {}).setdefault(member.dim, []).append(positions)
+    return {tensor: {dim: torch.cat(parts) for dim, parts in dims.items()} for tensor, dims in removed.items()}
+
+
+def slice_tensor(tensor: Tensor, removed: Mapping[int, Tensor]) -> Tensor:
+    """A copy of ``tensor`` without the positions ``removed[dim]`` of each dimension."""
+    for dim, positions in removed.items():
+        is_kept = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        is_kept[positions] = False
+        tensor = tensor.index_select(dim, is_kept.nonzero()[:, 0].to(tensor.device))
+    return tensor
+
+
+def resize_attributes(module: nn.Module, old: Mapping[str, torch.Size]) -> dict[str, int]:
+    """The sizes that a torch.nn layer notes beside its tensors, for the tensors it holds now.
+
+    Args:
+        module: a layer whose parameters and buffers have their new shapes.
+        old: the shapes they had before, by name within the layer.
+
+    Returns:
+        New values by attribute name; empty for layers that note no size.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or "weight" not in old:
+        return {}
+    now, before = weight.shape, old["weight"]
+    if isinstance(module, _ConvTransposeNd):
+        return {"in_channels": now[0], "out_channels": now[1] * module.groups}
+    if isinstance(module, _ConvNd):
+        groups = module.groups
+        # Input channels a group as before: whole convolution groups went, unless the layer is an ordinary one.
+        if groups > 1 and now[1] == before[1] and groups >= before[1]:
+            groups = now[0] * groups // before[0]
+        return {"in_channels": now[1] * groups, "out_channels": now[0], "groups": groups}
+    if isinstance(module, nn.Linear):
+        return {"in_features": now[1], "out_features": now[0]}
+    if isinstance(module, _NormBase):
+        return {"num_features": now[0]}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": now[0], "num_groups": now[0] * module.num_groups // before[0]}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": now[1]}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": now[0]}
+    return {}
+
+
+def holds_smaller_widths(
+    model: nn.Module,
+    graph: NetworkGraph,
+    metas: Sequence[Tensor],
+    expected: Sequence[tuple[int, ...]],
+    only: frozenset[int] | None = None,
+) -> Failure | None:
+    """Try the forward pass, on shapes, with a third of every offered group's units gone.
+
+    Args:
+        model: the captured module.
+        graph: its graph.
+        metas: meta inputs, batch first.
+        expected: shapes of the dense network's outputs.
+        only: indices of the groups to shrink; all offered ones by default.
+
+    Returns:
+        None if the outputs keep their shapes and every operator costs what the graph predicts, else the failure.
+    """
+    kept: dict[int, Tensor] = {}
+    for index, group in enumerate(graph.groups):
+        if group.is_prunable and (only is None or index in only):
+            kept[index] = torch.arange(group.size) >= -(-group.size // 3)
+    needs_rewrite = bool(graph.rewritten_groups & kept.keys())
+    forward = rewrite(model, graph, kept) if needs_rewrite else model
+    removed = removed_positions(graph, kept)
+    try:
+        with _resized(forward, removed):
+            run = LabelPass(forward, with_labels=False)
+            run.run(forward, metas)
+    except TraceError as error:
+        where = str(error).partition("'")[2].partition("'")[0]
+        message = str(error).partition("cannot be captured: ")[2].partition(". The forward pass")[0]
+        return Failure("" if where == "the network itself" else where, message)
+    found = run.record.output_shapes
+    if found != list(expected):
+        return Failure("", f"with fewer channels its outputs have shapes {found} instead of {list(expected)}")
+    counts = {g: int((~is_kept).sum()) for g, is_kept in kept.items()}
+    macs = {operator.name: operator.macs for operator in run.record.operators}
+    for term in graph.mac_terms:
+        if macs.get(term.owner) != term.value(counts):
+            message = f"with fewer channels it costs {macs.get(term.owner)} MACs instead of {term.value(counts)}"
+            return Failure(term.owner.partition("#")[0], message)
+    return None
+
+
+@contextmanager
+def _resized(module: nn.Module, removed: Mapping[str, Mapping[int, Tensor]]) -> Iterator[None]:
+    """Put meta tensors of the new shapes in place of the touched parameters and buffers, and put the old ones back."""
+    shrunk: dict[int, Tensor] = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if name in removed:
+            shape = list(tensor.shape)
+            for dim, positions in removed[name].items():
+                shape[dim] -= len(positions)
+            meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
+            shrunk[id(tensor)] = nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for layer in module.modules():
+            old = {}
+            stores: list[dict[str, Any]] = [layer._parameters, layer._buffers]
+            for store in stores:
+                for name, tensor in store.items():
+                    if tensor is not None and id(tensor) in shrunk:
+                        old[name] = tensor.shape
+                        undo.append((store, name, tensor))
+                        store[name] = shrunk[id(tensor)]
+            for attribute, value in resize_attributes(layer, old).items():
+                undo.append((layer.__dict__, attribute, layer.__dict__[attribute]))
+                layer.__dict__[attribute] = value
+        yield
+    finally:
+        for store, name, original in reversed(undo):
+            store[name] = original

@@ -1,0 +1,464 @@
+"""One run of a network with labels in place of activations.
+
+The module runs as it is, on meta tensors, under a dispatch mode that sees every operator before it is decomposed. Data
+movement is executed on the labels, element-wise operators merge the labels that meet, a weighted operator reads a label
+for each of its input channels and writes fresh ones. What is not understood freezes the labels that it reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .labels import CONSTANT, LabelClasses, compact, varying_dims
+from .network import Operator, TraceError
+from .rules import RULES, Call, Result
+
+_LOOSE_LIMIT = 1 << 20
+"""Largest parameter that is labelled element by element when it meets activations outside a weighted operator."""
+
+
+@dataclass
+class Axis:
+    """A dimension of a parameter or buffer, its labels, and how operators use it."""
+
+    tensor: str
+    dim: int
+    role: str
+    labels: Tensor
+
+
+@dataclass
+class Multiply:
+    """MACs of one operator: ``factor`` times the product of the numbers of labels left in ``dims``."""
+
+    operator: str
+    factor: int
+    dims: tuple[Tensor | int, ...]
+
+
+@dataclass
+class Held:
+    """Labels counted by a number that ``forward`` holds, at a node of the symbolic trace."""
+
+    node: str
+    argument: tuple[str, int, int]
+    labels: Tensor
+
+
+@dataclass
+class Shadow:
+    """What is known of one tensor of the run; holding the tensor keeps its identity from being used again."""
+
+    tensor: Tensor
+    labels: Tensor | None
+    sources: frozenset[int]
+
+
+@dataclass
+class Record:
+    """Everything that one run leaves behind."""
+
+    classes: LabelClasses = field(default_factory=LabelClasses)
+    operators: list[Operator] = field(default_factory=list)
+    edges: list[tuple[int, int]] = field(default_factory=list)
+    axes: dict[tuple[str, int], Axis] = field(default_factory=dict)
+    loose: dict[str, Tensor] = field(default_factory=dict)
+    grids: list[Tensor] = field(default_factory=list)
+    multiplies: list[Multiply] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
+    readers: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    output_shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+
+def batch_of_two(example: Tensor) -> Tensor:
+    """A meta tensor like ``example`` with at least two entries in its batch dimension."""
+    batch = max(2, example.shape[0]) if example.dim() else 0
+    shape = (batch, *example.shape[1:]) if example.dim() else ()
+    return torch.empty(shape, dtype=example.dtype, device="meta")
+
+
+class LabelPass(TorchDispatchMode):
+    """The dispatch mode; `record` holds the result after the module has run under it."""
+
+    def __init__(self, model: nn.Module, *, with_labels: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.record = Record()
+        self.with_labels = with_labels
+        self._names: dict[int, str] = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            self._names.setdefault(id(tensor), name)
+        self._tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        self._fixed = {
+            f"{name}.{parameter}".lstrip("."): type(module).__name__
+            for name, module in model.named_modules()
+            if isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+            for parameter, _ in module.named_parameters()
+        }
+        self._module_names = {id(module): name for name, module in model.named_modules()}
+        self._stack: list[str] = []
+        self._shadows: dict[int, Shadow] = {}
+        self._meta: dict[int, Tensor] = {}
+        self.batch = 1
+        self._used_names: dict[str, int] = {}
+
+    # ---------------------------------------------------------------- running
+
+    def run(self, forward: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        """Run ``forward`` on ``inputs`` (meta tensors, batch first) and keep the record.
+
+        Raises:
+            TraceError: naming the module, where an operator cannot run without values.
+        """
+        self.batch = int(inputs[0].shape[0]) if inputs and inputs[0].dim() else 1
+        for tensor in inputs:
+            size = tuple(tensor.shape)
+            index = self._add_operator(
+                "input", "input", frozenset(), in_channels=0, out_channels=_channels(size), out_size=_out_size(size)
+            )
+            self._remember(tensor, self.constant(tensor), frozenset({index}))
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.inference_mode(), self._module_stack(), self:
+                output = forward(*inputs)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            where = next((name for name in reversed(self._stack) if name), "the network itself")
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            msg = (
+                f"'{where}' cannot be captured: {first_line}. The forward pass may not read the values of its "
+                f"activations (`.item()`, `if x.sum() > 0`) and must accept inputs of the shapes "
+                f"{[tuple(t.shape) for t in inputs]}; move what depends on values out of the network"
+            )
+            raise TraceError(msg) from error
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+        self._finish(output)
+        return output
+
+    @contextmanager
+    def _module_stack(self) -> Iterator[None]:
+        def enter(module: nn.Module, _: Any) -> None:
+            parent = self._stack[-1] if self._stack else ""
+            self._stack.append(self._module_names.get(id(module), parent))
+
+        def leave(module: nn.Module, _: Any, __: Any) -> None:
+            self._stack.pop()
+
+        before = nn.modules.module.register_module_forward_pre_hook(enter)
+        after = nn.modules.module.register_module_forward_hook(leave)
+        try:
+            yield
+            self._stack.clear()
+        finally:
+            before.remove()
+            after.remove()
+
+    def _finish(self, output: Any) -> None:
+        outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+        self.record.output_shapes = [tuple(leaf.shape) for leaf in outputs]
+        for leaf in outputs:
+            shadow = self._shadows.get(id(leaf))
+            if shadow is None:
+                continue
+            size = tuple(leaf.shape)
+            self._add_operator("output", "output", shadow.sources, in_channels=_channels(size), out_channels=0)
+            if shadow.labels is not None:
+                self.record.classes.freeze(shadow.labels, "is an output of the network")
+
+    def labels_of(self, tensor: Tensor) -> Tensor | None:
+        """Labels that ``tensor`` got in this run."""
+        shadow = self._shadows.get(id(tensor))
+        return None if shadow is None else shadow.labels
+
+    # ---------------------------------------------------------------- dispatch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` on shapes, then give its outputs labels."""
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        rule = RULES.get(name)
+        pointwise = torch.Tag.pointwise in func.tags
+        if rule is None and not pointwise and _is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        on_meta = any(t.device.type == "meta" for t in tensors)
+        shaped = _shape_of_result(func, name, pointwise, args, tensors) if on_meta else None
+        if shaped is not None:
+            out = shaped
+        elif on_meta:
+            out = func(*tree_map(self._to_meta, args), **tree_map(self._to_meta, kwargs))
+        else:
+            out = func(*args, **kwargs)
+        sources = frozenset[int]().union(*(s.sources for t in tensors if (s := self._shadows.get(id(t))) is not None))
+        outputs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
+        if not on_meta and not any(self.is_labelled(t) for t in tensors):
+            return out
+        if rule is not None:
+            result = rule(self, Call(name, func, args, kwargs, outputs, sources))
+        elif pointwise:
+            result = self.elementwise(Call(name, func, args, kwargs, outputs, sources))
+        else:
+            result = self.unknown(Call(name, func, args, kwargs, outputs, sources))
+        labels, sources = result
+        for position, tensor in enumerate(outputs):
+            self._remember(tensor, labels[position] if position < len(labels) else None, sources)
+        return out
+
+    def _to_meta(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.device.type == "meta":
+            return value
+        if id(value) not in self._meta:
+            self._meta[id(value)] = torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device="meta", requires_grad=False
+            )
+        return self._meta[id(value)]
+
+    def is_activation(self, tensor: Tensor) -> bool:
+        """Whether the tensor was computed in this run."""
+        return id(tensor) in self._shadows
+
+    def is_labelled(self, tensor: Tensor) -> bool:
+        """Whether the tensor carries labels: an activation, or a parameter or buffer of floats."""
+        if id(tensor) in self._shadows:
+            return True
+        return tensor.is_floating_point() and id(tensor) in self._names
+
+    def _remember(self, tensor: Tensor, labels: Tensor | None, sources: frozenset[int]) -> None:
+        if labels is not None and labels.shape != tensor.shape:
+            labels = labels.expand(tensor.shape)
+        self._shadows[id(tensor)] = Shadow(tensor, labels if self.with_labels else None, sources)
+
+    # ---------------------------------------------------------------- labels of operands
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """Labels of values that no channel owns."""
+        return torch.tensor(CONSTANT).expand(tensor.shape)
+
+    def labels_or_constant(self, tensor: Tensor) -> Tensor:
+        """Labels of an operand; a parameter met outside a weighted operator gets one label an element."""
+        shadow = self._shadows.get(id(tensor))
+        if shadow is not None and shadow.labels is not None:
+            return shadow.labels
+        name = self._names.get(id(tensor))
+        if name is None or not tensor.is_floating_point() or tensor.numel() > _LOOSE_LIMIT or not self.with_labels:
+            return self.constant(tensor)
+        if name not in self.record.loose:
+            self.record.loose[name] = self.record.classes.fresh(tensor.numel()).reshape(tensor.shape)
+        return self.record.loose[name]
+
+    def name_of(self, tensor: Tensor | None) -> str | None:
+        """Qualified name of a parameter or buffer, or None for any other tensor."""
+        return None if tensor is None else self._names.get(id(tensor))
+
+    def here(self) -> str:
+        """Qualified name of the module that runs."""
+        return self._stack[-1] if self._stack else ""
+
+    def freeze(self, labels: Tensor, reason: str) -> None:
+        """Keep ``labels`` dense and say where."""
+        where = self.here() or "the network"
+        self.record.classes.freeze(labels, f"{reason} in '{where}'")
+
+    def axis(self, tensor: str, dim: int, role: str, labels: Tensor) -> Tensor:
+        """Bind ``labels`` to a dimension of a parameter; a second use of the parameter merges both."""
+        if tensor in self._fixed:
+            self.freeze(labels, f"is bound to one width by nn.{self._fixed[tensor]}")
+        axis = self.record.axes.get((tensor, dim))
+        if axis is None:
+            self.record.axes[tensor, dim] = Axis(tensor, dim, role, labels)
+            return labels
+        self.record.classes.union(axis.labels, labels)
+        return axis.labels
+
+    def out_axis(self, tensor: str, dim: int, n: int) -> Tensor:
+        """Labels of the channels that a weight produces: fresh at its first use."""
+        axis = self.record.axes.get((tensor, dim))
+        return axis.labels if axis is not None else self.axis(tensor, dim, "out", self.record.classes.fresh(n))
+
+    # ---------------------------------------------------------------- operators
+
+    def _add_operator(self, name: str, kind: str, sources: frozenset[int], **values: Any) -> int:
+        count = self._used_names[name] = self._used_names.get(name, 0) + 1
+        unique = name if count == 1 else f"{name}#{count}"
+        index = len(self.record.operators)
+        self.record.operators.append(Operator(name=unique, kind=kind, **values))
+        self.record.edges.extend((source, index) for source in sorted(sources))
+        return index
+
+    def add_weighted(
+        self, call: Call, weight: Tensor, bias: Tensor | None, kind: str, factor: int, dims: tuple[Tensor | int, ...],
+        **values: Any,
+    ) -> frozenset[int]:  # fmt: skip
+        """Add a weighted operator with its MACs, ``factor * dims`` for a batch of one."""
+        weight_name = self.name_of(weight) or ""
+        name = _layer_name(weight_name) or f"{self.here()}.{kind}".lstrip(".")
+        macs = factor * math.prod(len(d) if isinstance(d, Tensor) else d for d in dims)
+        params = weight.numel() + (bias.numel() if bias is not None else 0)
+        index = self._add_operator(
+            name, kind, call.sources, macs=macs, params=params, weight=weight_name,
+            out_size=_out_size(tuple(call.outputs[0].shape)), **values,
+        )  # fmt: skip
+        unique = self.record.operators[index].name
+        self.record.multiplies.append(Multiply(unique, factor, dims))
+        for dim in (0, 1):
+            self.record.readers.setdefault((weight_name, dim), []).append(unique)
+        return frozenset({index})
+
+    def add_product(self, call: Call, kind: str, factor: int, dims: tuple[Tensor | int, ...]) -> frozenset[int]:
+        """Add a product of two activations (matmul, attention)."""
+        macs = factor * math.prod(len(d) if isinstance(d, Tensor) else d for d in dims)
+        size = tuple(call.outputs[0].shape)
+        index = self._add_operator(
+            f"{self.here()}.{kind}".lstrip("."), kind, call.sources,
+            in_channels=_channels(tuple(call.args[0].shape)), out_channels=_channels(size), macs=macs,
+            out_size=_out_size(size),
+        )  # fmt: skip
+        self.record.multiplies.append(Multiply(self.record.operators[index].name, factor, dims))
+        return frozenset({index})
+
+    def join(self, call: Call, kind: str, operands: Sequence[Tensor]) -> frozenset[int]:
+        """Sources of a join: a node of its own where two or more flows of data meet."""
+        flows = {s.sources for t in operands if (s := self._shadows.get(id(t))) is not None and s.sources}
+        if len(flows) < 2:
+            return call.sources
+        size = tuple(call.outputs[0].shape)
+        name = f"{self.here()}.{kind}".lstrip(".")
+        widest = max(_channels(tuple(t.shape)) for t in operands)
+        index = self._add_operator(
+            name, kind, call.sources, in_channels=widest, out_channels=_channels(size), out_size=_out_size(size)
+        )
+        return frozenset({index})
+
+    def note_norm(self, call: Call, x: Tensor, weight: Tensor | None) -> None:
+        """Name the batch norm on the weighted operator whose output it reads."""
+        name, shadow = self.name_of(weight), self._shadows.get(id(x))
+        if name is None or shadow is None or len(shadow.sources) != 1:
+            return
+        (index,) = shadow.sources
+        operator = self.record.operators[index]
+        if operator.weight and not operator.norm:
+            values = {**operator.__dict__, "norm": _layer_name(name)}
+            self.record.operators[index] = Operator(**values)
+
+    # ---------------------------------------------------------------- general rules
+
+    def elementwise(self, call: Call) -> Result:
+        """Merge the labels that meet."""
+        operands = [leaf for leaf in tree_flatten((call.args, call.kwargs))[0] if isinstance(leaf, Tensor)]
+        labelled = [t for t in operands if self.is_labelled(t)]
+        kind = "mul" if call.name in ("mul", "div") else "add"
+        activations = [t for t in labelled if id(t) in self._shadows]
+        sources = self.join(call, kind, activations) if len(activations) > 1 else call.sources
+        if not self.with_labels:
+            return [None], sources
+        if len(labelled) == 1 and len(operands) == 1:
+            return [self.labels_or_constant(labelled[0])], sources
+        shape = call.outputs[0].shape
+        merged: Tensor | None = None
+        for tensor in operands:
+            labels = self.labels_or_constant(tensor)
+            if tensor.dim() == 0:
+                continue
+            labels = labels.reshape((1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape))
+            merged = labels if merged is None else self.meet(merged, labels)
+        if merged is None:
+            return [None], sources
+        return [merged.expand(shape)], sources
+
+    def meet(self, first: Tensor, second: Tensor) -> Tensor:
+        """Merge the labels of two operands that broadcast to one shape; returns the labels of the result."""
+        for wide, narrow in ((first, second), (second, first)):
+            dims = varying_dims(wide)
+            if dims and all(narrow.shape[d] == 1 for d in dims):
+                self.freeze(narrow, "is broadcast over channels")
+                return wide.expand(torch.broadcast_shapes(first.shape, second.shape))
+        a, b = compact(first), compact(second)
+        self.record.classes.union(a, b)
+        shape = torch.broadcast_shapes(first.shape, second.shape)
+        for labels in (a, b):
+            others = [dim for dim in varying_dims(b if labels is a else a) if labels.shape[dim] == 1]
+            if bool((labels > 0).all()) and not (labels is b and others):
+                return labels.expand(shape)
+        a, b = torch.broadcast_tensors(a, b)
+        return torch.where(a > 0, a, b).expand(shape)
+
+    def unknown(self, call: Call) -> Result:
+        """Freeze every label that an operator without a rule reads."""
+        for leaf in tree_flatten((call.args, call.kwargs))[0]:
+            if isinstance(leaf, Tensor) and self.is_labelled(leaf):
+                self.freeze(self.labels_or_constant(leaf), f"is read by the operator '{call.func}', which has no rule,")
+        return [None for _ in call.outputs], call.sources
+
+
+_SHAPE_KEEPING = (
+    "layer_norm",
+    "rms_norm",
+    "group_norm",
+    "batch_norm",
+    "instance_norm",
+    "softmax",
+    "log_softmax",
+    "dropout",
+)
+_COMPARISONS = (
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "logical_not",
+    "logical_and",
+    "logical_or",
+)
+
+
+def _shape_of_result(func: Any, name: str, pointwise: bool, args: tuple[Any, ...], tensors: list[Tensor]) -> Any:
+    """The meta result of common operators, whose own meta kernels are Python decompositions and slow; else None."""
+    first = args[0] if args else None
+    if not isinstance(first, Tensor) or not first.is_floating_point() or first.device.type != "meta":
+        return None
+    if torch.Tag.inplace in func.tags and pointwise:
+        return first
+    if name in _SHAPE_KEEPING:
+        return torch.empty(first.shape, dtype=first.dtype, device="meta")
+    if pointwise and name not in _COMPARISONS and all(t.dtype == first.dtype for t in tensors):
+        return torch.empty(torch.broadcast_shapes(*(t.shape for t in tensors)), dtype=first.dtype, device="meta")
+    return None
+
+
+def _is_composite(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+def _layer_name(parameter: str) -> str:
+    for suffix in (".weight", "_weight", ".bias"):
+        parameter = parameter.removesuffix(suffix)
+    return parameter
+
+
+def _channels(shape: tuple[int, ...]) -> int:
+    """Channels by the usual layouts: (N, C), (N, tokens, C), (N, C, H, W)."""
+    if len(shape) < 2:
+        return 1
+    return shape[-1] if len(shape) == 3 else shape[1]
+
+
+def _out_size(shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) >= 4:
+        return (shape[2], math.prod(shape[3:]))
+    return (shape[1], 1) if len(shape) == 3 else (1, 1)

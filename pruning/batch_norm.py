@@ -1,0 +1,50 @@
+"""Batch-norm statistics of a network whose channels have just gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of all batch norms by averages over ``batches``, in place.
+
+    Only batch norms run in training mode, with a cumulative average, so that dropout stays off and every image counts
+    the same. Weights are not touched; modes and momenta are restored.
+
+    Args:
+        model: the network.
+        batches: inputs on the model's device, of equal batch size.
+
+    Raises:
+        ValueError: if there is no batch.
+
+    Source: EagleEye (Li et al. 2020), section 3.3, "adaptive batch normalization".
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
+    saved = [(module.training, module.momentum) for module in norms]
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    n_batches = 0
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum = None
+        with torch.inference_mode():
+            for batch in batches:
+                model(batch)
+                n_batches += 1
+    finally:
+        for module, is_training in was_training.items():
+            module.training = is_training
+        for norm, (is_training, momentum) in zip(norms, saved, strict=True):
+            norm.training, norm.momentum = is_training, momentum
+    if not n_batches:
+        msg = "batch-norm statistics were to be re-estimated on no batches; hand in at least one batch of images"
+        raise ValueError(msg)

@@ -1,0 +1,118 @@
+"""Importance of units: which ones of a group go first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from graph_encoder.network import ChannelGroup, Member, NetworkGraph
+
+Criterion = Literal["l1", "l2", "fpgm", "taylor", "bn_scale"]
+
+
+def rank_units(
+    model: nn.Module,
+    graph: NetworkGraph,
+    criterion: Criterion = "l1",
+    *,
+    batches: Iterable[tuple[Tensor, Tensor]] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Score the units of every group that may be pruned.
+
+    Args:
+        model: the captured network, not changed.
+        graph: its graph.
+        criterion: ``"l1"`` and ``"l2"``, norms of the producing filters (Li et al. 2017, section 3.1);
+            ``"fpgm"``, distance to the layer's other filters (He et al. 2019, section 3.2); ``"taylor"``, squared
+            first-order change of the loss (Molchanov et al. 2019, equation 8); ``"bn_scale"``, magnitude of the
+            batch-norm scale (Liu et al. 2017, section 3).
+        batches: pairs of inputs and targets on the model's device; ``"taylor"`` only.
+        loss: of outputs and targets; cross-entropy if left out.
+
+    Returns:
+        Float scores of shape ``(size,)`` by group name, higher is kept. Scores of one layer are divided by their
+        layer's mean before they are averaged over a group's layers, so that scores of different groups compare.
+
+    Raises:
+        ValueError: if the criterion is unknown, or its data are missing.
+    """
+    if criterion not in get_args(Criterion):
+        msg = f"'{criterion}' is no importance criterion; choose one of {', '.join(get_args(Criterion))}"
+        raise ValueError(msg)
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    if criterion == "taylor":
+        if batches is None:
+            msg = "the criterion 'taylor' needs batches of inputs and targets; pass some training batches, or use 'l1'"
+            raise ValueError(msg)
+        tensors = _gradient_products(model, batches, loss or nn.functional.cross_entropy)
+    return {group.name: _group_scores(group, tensors, criterion) for group in graph.prunable}
+
+
+def _group_scores(group: ChannelGroup, tensors: dict[str, Tensor], criterion: Criterion) -> Tensor:
+    scores = [
+        _per_unit(_channel_scores(tensors[member.tensor], member, criterion), member)
+        for member in _scored_members(group, tensors, criterion)
+    ]
+    return torch.stack([score / score.mean().clamp_min(1e-12) for score in scores]).mean(dim=0)
+
+
+def _scored_members(group: ChannelGroup, tensors: dict[str, Tensor], criterion: Criterion) -> list[Member]:
+    filters = [m for m in group.members if m.role == "out" and tensors[m.tensor].dim() > 1]
+    if criterion == "bn_scale":
+        scales = [m for m in group.members if m.role == "elementwise" and _is_scale(m, tensors)]
+        return scales or filters
+    return filters
+
+
+def _is_scale(member: Member, tensors: dict[str, Tensor]) -> bool:
+    stem, _, leaf = member.tensor.rpartition(".")
+    return leaf == "weight" and f"{stem}.running_var" in tensors
+
+
+def _channel_scores(tensor: Tensor, member: Member, criterion: Criterion) -> Tensor:
+    rows = tensor.detach().movedim(member.dim, 0).flatten(1) if tensor.dim() > 1 else tensor.detach()[:, None]
+    rows = rows.float()
+    if criterion == "l2":
+        return rows.square().sum(dim=1).sqrt()
+    if criterion == "fpgm":
+        distances: Tensor = torch.cdist(rows, rows)
+        return distances.sum(dim=1)
+    if criterion == "taylor":
+        return rows.sum(dim=1).square()
+    return rows.abs().sum(dim=1)
+
+
+def _per_unit(scores: Tensor, member: Member) -> Tensor:
+    return scores.cpu()[member.indices].sum(dim=1)
+
+
+def _gradient_products(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Weight times gradient, averaged over batches, by parameter; gradients of the model stay."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    totals = [torch.zeros_like(p) for p in parameters]
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    n_batches = 0
+    try:
+        for inputs, targets in batches:
+            gradients = torch.autograd.grad(loss(model(inputs), targets), parameters, allow_unused=True)
+            for total, gradient in zip(totals, gradients, strict=True):
+                if gradient is not None:
+                    total += gradient
+            n_batches += 1
+    finally:
+        for module, is_training in was_training.items():
+            module.training = is_training
+    if not n_batches:
+        msg = "the criterion 'taylor' was given no batch; pass some training batches, or use 'l1'"
+        raise ValueError(msg)
+    products = {name: p.detach() * total / n_batches for name, p, total in zip(names, parameters, totals, strict=True)}
+    buffers = dict(model.named_buffers())
+    return {**{name: p.detach() for name, p in model.named_parameters()}, **buffers, **products}

@@ -1,0 +1,189 @@
+"""The decision, as a plain value: which units of which channel group stay."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graph_encoder.network import NetworkGraph
+
+from .files import write_atomic
+
+POLICY_VERSION = 1
+POLICY_SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "Secateur compression policy",
+    "type": "object",
+    "required": ["format", "version", "groups"],
+    "additionalProperties": False,
+    "properties": {
+        "format": {"const": "secateur-policy"},
+        "version": {"const": POLICY_VERSION},
+        "groups": {
+            "description": "by channel group; groups left out stay dense",
+            "type": "object",
+            "additionalProperties": {
+                "type": "object",
+                "required": ["size", "kept"],
+                "additionalProperties": False,
+                "properties": {
+                    "size": {"description": "units of the group in the dense network", "type": "integer", "minimum": 1},
+                    "kept": {
+                        "description": "indices of the units that stay, ascending",
+                        "type": "array",
+                        "minItems": 1,
+                        "uniqueItems": True,
+                        "items": {"type": "integer", "minimum": 0},
+                    },
+                },
+            },
+        },
+    },
+}
+"""JSON Schema of a policy file."""
+
+
+class PolicyError(ValueError):
+    """A policy that is not one, or that does not fit the network."""
+
+
+@dataclass(frozen=True)
+class CompressionPolicy:
+    """Units kept in each channel group.
+
+    Attributes:
+        kept: ascending unit indices by group name; groups left out stay dense.
+        sizes: units of the same groups in the dense network.
+    """
+
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kept in self.kept.items():
+            size = self.sizes.get(name)
+            if size is None:
+                msg = f"the policy keeps units of '{name}' and does not say how many the group has; add its size"
+                raise PolicyError(msg)
+            if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= size:
+                msg = (
+                    f"the policy keeps {_shorten(kept)} of the {size} units of '{name}'; kept units are ascending, "
+                    f"without repeats, between 0 and {size - 1}, and at least one"
+                )
+                raise PolicyError(msg)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the decision, equal for equal policies on any machine."""
+        plain = json.dumps({name: list(self.kept[name]) for name in sorted(self.kept)}, separators=(",", ":"))
+        return hashlib.sha256(plain.encode()).hexdigest()[:32]
+
+    def keep_ratios(self) -> dict[str, float]:
+        """Kept share of each group named, in (0, 1]."""
+        return {name: len(kept) / self.sizes[name] for name, kept in self.kept.items()}
+
+    def to_json(self) -> str:
+        """The policy as JSON text that `POLICY_SCHEMA` describes."""
+        groups = {name: {"size": self.sizes[name], "kept": list(kept)} for name, kept in self.kept.items()}
+        return json.dumps({"format": "secateur-policy", "version": POLICY_VERSION, "groups": groups}, indent=1)
+
+    @staticmethod
+    def from_json(text: str, where: str = "the policy") -> CompressionPolicy:
+        """Read a policy back.
+
+        Args:
+            text: JSON text.
+            where: name of its origin, for messages.
+
+        Raises:
+            PolicyError: naming what was found, where, and what is allowed.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            msg = f"{where} is not JSON (line {error.lineno}: {error.msg}); a policy is written by `secateur search`"
+            raise PolicyError(msg) from error
+        if not isinstance(data, dict) or data.get("format") != "secateur-policy":
+            msg = f"{where} is not a compression policy: 'format' must be 'secateur-policy'"
+            raise PolicyError(msg)
+        if data.get("version") != POLICY_VERSION:
+            msg = f"{where} has version {data.get('version')!r}; this release reads version {POLICY_VERSION}"
+            raise PolicyError(msg)
+        unknown = sorted(data.keys() - {"format", "version", "groups"})
+        if unknown or not isinstance(data.get("groups"), dict):
+            found = f"the unknown entry '{unknown[0]}'" if unknown else "no object 'groups'"
+            msg = f"{where} has {found}; a policy has exactly 'format', 'version' and 'groups'"
+            raise PolicyError(msg)
+        kept, sizes = {}, {}
+        for name, entry in data["groups"].items():
+            if not isinstance(entry, dict) or entry.keys() != {"size", "kept"} or not _are_ints(entry):
+                msg = (
+                    f"group '{name}' of {where} must be an object with an integer 'size' and a list of integers 'kept'"
+                )
+                raise PolicyError(msg)
+            kept[name], sizes[name] = tuple(entry["kept"]), entry["size"]
+        return CompressionPolicy(kept, sizes)
+
+    def save(self, path: Path) -> None:
+        """Write the policy to ``path``, all of it or nothing."""
+        write_atomic(path, self.to_json().encode())
+
+    @staticmethod
+    def load(path: Path) -> CompressionPolicy:
+        """Read the policy at ``path``; `PolicyError` if it is not one."""
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            msg = f"'{path}' cannot be read as a policy: {error}"
+            raise PolicyError(msg) from error
+        return CompressionPolicy.from_json(text, f"'{path}'")
+
+    def masks(self, graph: NetworkGraph) -> dict[int, Tensor]:
+        """What stays, by group index of ``graph``: boolean tensors of shape ``(size,)``.
+
+        Raises:
+            PolicyError: if a group is unknown, has another size, or must stay dense.
+        """
+        misfits = self.misfits(graph)
+        if misfits:
+            msg = "the policy does not fit the network: " + "; ".join(misfits)
+            raise PolicyError(msg)
+        masks = {}
+        for name, kept in self.kept.items():
+            if len(kept) < self.sizes[name]:
+                mask = torch.zeros(self.sizes[name], dtype=torch.bool)
+                mask[list(kept)] = True
+                masks[graph.group_index[name]] = mask
+        return masks
+
+    def misfits(self, graph: NetworkGraph) -> list[str]:
+        """Everything about the policy that does not fit ``graph``, in words; empty if it fits."""
+        found = []
+        for name, kept in self.kept.items():
+            index = graph.group_index.get(name)
+            if index is None:
+                found.append(f"the network has no channel group '{name}'")
+                continue
+            group = graph.groups[index]
+            if group.size != self.sizes[name]:
+                found.append(f"group '{name}' has {group.size} units, the policy was made for {self.sizes[name]}")
+            elif not group.is_prunable and len(kept) < group.size:
+                found.append(f"group '{name}' has to stay dense ({group.reason})")
+        return found
+
+
+def _are_ints(entry: Mapping[str, Any]) -> bool:
+    kept = entry["kept"]
+    values = [entry["size"], *kept] if isinstance(kept, list) else [None]
+    return all(type(value) is int for value in values)
+
+
+def _shorten(kept: tuple[int, ...]) -> str:
+    return str(list(kept)) if len(kept) <= 8 else f"[{', '.join(map(str, kept[:6]))}, ..., {kept[-1]}]"

@@ -1,0 +1,100 @@
+"""The proof of a channel group: removing its units computes what silencing them computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from graph_encoder.network import NetworkGraph
+
+from .policy import CompressionPolicy
+from .surgery import apply_policy, mask_policy
+
+TOLERANCE = 1e-4
+"""Largest difference of outputs allowed, as a share of the output's scale."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Result for one group, or for all groups at once.
+
+    Attributes:
+        subject: group name, or ``"all groups"``.
+        removed: units removed.
+        error: largest difference between removed and masked, divided by the largest masked output.
+        message: why no comparison was possible, empty otherwise.
+    """
+
+    subject: str
+    removed: int
+    error: float
+    message: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether removing equals masking within `TOLERANCE`."""
+        return not self.message and self.error <= TOLERANCE
+
+
+def random_policy(
+    graph: NetworkGraph, generator: torch.Generator, groups: Sequence[str] | None = None
+) -> CompressionPolicy:
+    """Keep a random number of random units in each of ``groups`` (all offered ones by default)."""
+    kept, sizes = {}, {}
+    for group in graph.prunable if groups is None else [graph.group(name) for name in groups]:
+        count = int(torch.randint(1, group.size, (1,), generator=generator))
+        order = torch.randperm(group.size, generator=generator)[:count]
+        kept[group.name], sizes[group.name] = tuple(sorted(order.tolist())), group.size
+    return CompressionPolicy(kept, sizes)
+
+
+def prove(
+    model: nn.Module,
+    graph: NetworkGraph,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    generator: torch.Generator,
+    each_group: bool = True,
+) -> list[Proof]:
+    """Compare removing with masking, on random units of all offered groups together and of each alone.
+
+    Args:
+        model: the captured network; untouched.
+        graph: its graph.
+        example_inputs: real inputs, batch first, on the model's device.
+        generator: draws the units.
+        each_group: also prove every group alone.
+
+    Returns:
+        One result for all groups, then one a group.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    subjects: list[tuple[str, list[str] | None]] = [("all groups", None)]
+    if each_group:
+        subjects += [(group.name, [group.name]) for group in graph.prunable]
+    return [_prove(model, graph, inputs, s, random_policy(graph, generator, names)) for s, names in subjects]
+
+
+def _prove(
+    model: nn.Module, graph: NetworkGraph, inputs: tuple[Tensor, ...], subject: str, policy: CompressionPolicy
+) -> Proof:
+    n_removed = sum(policy.sizes[name] - len(kept) for name, kept in policy.kept.items())
+    with torch.inference_mode():
+        try:
+            small = _outputs(apply_policy(model, graph, policy).eval(), inputs)
+        except (RuntimeError, ValueError, IndexError) as error:
+            return Proof(subject, n_removed, float("inf"), str(error).splitlines()[0])
+        wide = _outputs(mask_policy(model, graph, policy).eval(), inputs)
+    if [t.shape for t in small] != [t.shape for t in wide]:
+        return Proof(subject, n_removed, float("inf"), "the outputs changed their shapes")
+    scale = max((float(t.abs().max()) for t in wide), default=0.0)
+    worst = max((float((a - b).abs().max()) for a, b in zip(small, wide, strict=True)), default=0.0)
+    return Proof(subject, n_removed, worst / max(scale, 1e-30))
+
+
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return [leaf.double() for leaf in tree_flatten(model(*inputs))[0] if isinstance(leaf, Tensor)]
