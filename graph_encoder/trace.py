@@ -197,7 +197,7 @@ class LabelPass(TorchDispatchMode):
         if shaped is not None:
             out = shaped
         elif on_meta:
-            out = func(*tree_map(self._to_meta, args), **tree_map(self._to_meta, kwargs))
+            out = self._on_shapes(func, args, kwargs, tensors)
         else:
             out = func(*args, **kwargs)
         sources = frozenset[int]().union(*(s.sources for t in tensors if (s := self._shadows.get(id(t))) is not None))
@@ -214,6 +214,14 @@ class LabelPass(TorchDispatchMode):
         for position, tensor in enumerate(outputs):
             self._remember(tensor, labels[position] if position < len(labels) else None, sources)
         return out
+
+    def _on_shapes(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        try:
+            return func(*tree_map(self._to_meta, args), **tree_map(self._to_meta, kwargs))
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            msg = f"{reason} ({func} on shapes {[tuple(t.shape) for t in tensors]})"
+            raise RuntimeError(msg) from error
 
     def _to_meta(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.device.type == "meta":

@@ -1,0 +1,232 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from graph_encoder.capture import capture, trace_operators
+from graph_encoder.network import NetworkGraph, TraceError
+
+from .networks import EXAMPLE, NETWORKS, build
+
+
+def graph_of(name: str) -> NetworkGraph:
+    return capture(build(name), EXAMPLE)
+
+
+def offered(graph: NetworkGraph) -> dict[str, int]:
+    return {group.name: group.size for group in graph.prunable}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Residual", {"stem": 8, "conv1": 6}),
+        ("Concat", {"a": 4, "b": 6, "mix": 8}),
+        ("ChunkGate", {"conv": 6, "out": 8}),
+        ("Depthwise", {"expand": 8, "project": 4}),
+        ("FlattenHead", {"conv": 6, "fc1": 7}),
+        ("HeldView", {"conv": 6}),
+        ("PixelShuffle", {"conv": 4, "out": 6}),
+        ("SqueezeExcite", {"conv": 8, "down": 4}),
+        ("SharedWeights", {"stem": 8}),
+        ("Attention", {"qkv": 4, "up": 16}),
+        ("LayerScale", {"conv": 8, "out": 6}),
+        ("GroupNorms", {"conv": 4}),
+        ("Transposed", {"conv": 8, "up": 6, "out": 6}),
+    ],
+)
+def test_groups_offered_are_those_counted_by_hand(name: str, expected: dict[str, int]) -> None:
+    assert offered(graph_of(name)) == expected
+
+
+def test_residual_sum_binds_both_producers_the_norm_and_every_consumer() -> None:
+    group = graph_of("Residual").group("stem")
+
+    assert group.producers == ("stem", "conv2")
+    assert group.consumers == ("conv1", "head")
+    touched = {(member.tensor, member.dim) for member in group.members}
+    assert {("norm.running_var", 0), ("conv2.bias", 0), ("head.weight", 1)} <= touched
+
+
+def test_zero_padded_shortcut_splits_the_sum_at_the_channel_where_the_shortcut_ends() -> None:
+    graph = graph_of("OptionA")
+
+    # Eight channels of the sum come with the stem; the four in front and the four behind have one producer only.
+    assert offered(graph) == {"stem": 8, "conv1": 8, "conv2": 8}
+    assert graph.group("stem").producers == ("stem", "conv2")
+    pads = {held.argument: held.group.tolist() for held in graph.rewrites}
+    assert pads == {("pad", 4, 0): [graph.group_index["conv2"]] * 4, ("pad", 5, 0): [graph.group_index["conv2"]] * 4}
+
+
+def test_flattened_channel_owns_all_its_columns() -> None:
+    group = graph_of("FlattenHead").group("conv")
+    (columns,) = [member.indices for member in group.members if member.tensor == "fc1.weight"]
+
+    assert columns.tolist() == [list(range(36 * unit, 36 * (unit + 1))) for unit in range(6)]
+
+
+def test_narrow_convolution_groups_go_whole_and_wide_ones_lose_the_same_position_in_each() -> None:
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 1)
+            self.narrow = nn.Conv2d(16, 16, 3, groups=8)
+            self.mix = nn.Conv2d(16, 16, 1)
+            self.wide = nn.Conv2d(16, 16, 3, groups=2)
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.wide(self.mix(self.narrow(self.stem(x)).relu())).mean((2, 3)))
+
+    graph = capture(Grouped(), EXAMPLE)
+
+    assert offered(graph) == {"stem": 8, "mix": 8, "wide": 8}
+    (rows,) = [m.indices for m in graph.group("stem").members if m.tensor == "narrow.weight"]
+    assert rows.tolist() == [[2 * unit, 2 * unit + 1] for unit in range(8)]
+    (rows,) = [m.indices for m in graph.group("wide").members if m.tensor == "wide.weight"]
+    assert rows.tolist() == [[unit, unit + 8] for unit in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "reason"),
+    [
+        ("Residual", "head", "is an output of the network in 'the network'"),
+        ("GroupNorms", "out", "shares statistics over all channels in 'last'"),
+        ("Attention", "embed", "shares layer-norm statistics in 'norm'"),
+        ("SharedWeights", "shared", ""),
+    ],
+)
+def test_every_group_left_dense_says_why(name: str, layer: str, reason: str) -> None:
+    graph = graph_of(name)
+    if reason:
+        assert graph.skipped[layer] == reason.removesuffix(" in 'the network'")
+    assert all(group.reason for group in graph.groups if not group.is_prunable)
+
+
+def test_operator_without_a_rule_freezes_what_it_reads_and_nothing_else() -> None:
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 8, 1)
+            self.b = nn.Conv2d(8, 8, 1)
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(self.a(x).relu())
+            return self.head(torch.sort(x, dim=1).values.mean((2, 3)))
+
+    graph = capture(Sorted(), EXAMPLE)
+
+    assert offered(graph) == {"a": 8}
+    assert graph.group("b").reason == "is read by the operator 'aten.sort.default', which has no rule, in 'the network'"
+
+
+def test_forward_that_names_a_channel_keeps_its_layer_dense() -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 8, 1)
+            self.head = nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.a(x)[:, 2:5].mean((2, 3)))
+
+    assert offered(capture(Picks(), EXAMPLE)) == {}
+
+
+def test_multi_head_attention_module_keeps_its_heads_and_says_so() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(x.flatten(2).transpose(1, 2)[..., :3].repeat(1, 1, 3)[..., :8])
+            return out.mean(1)
+
+    graph = capture(Encoder().eval(), EXAMPLE)
+
+    assert offered(graph) == {"layer.linear1": 16}
+    assert graph.skipped["layer.self_attn.in_proj"] == (
+        "is bound to one width by nn.MultiheadAttention in 'layer.self_attn'"
+    )
+
+
+def test_reading_a_value_in_forward_is_refused_by_name() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Sequential(Reads())
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.gate(x)
+            return out
+
+    class Reads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum().item() > 0 else -x
+
+    message = (
+        r"^'gate\.0' cannot be captured: Tensor\.item\(\) cannot be called on meta tensors\. The forward pass may "
+        r"not read the values of its activations \(`\.item\(\)`, `if x\.sum\(\) > 0`\) and must accept inputs of the shapes "
+        r"\[\(2, 3, 8, 8\)\]; move what depends on values out of the network$"
+    )
+    with pytest.raises(TraceError, match=message):
+        capture(Branches(), EXAMPLE)
+
+
+def test_example_input_of_the_wrong_shape_names_the_layer_that_refuses_it() -> None:
+    message = (
+        r"^'stem' cannot be captured: Invalid channel dimensions \(aten\.conv2d\.default on shapes \[\(2, 4, 8, 8\), "
+        r"\(8, 3, 3, 3\)\]\)\. The forward pass may not read the values of its activations "
+        r"\(`\.item\(\)`, `if x\.sum\(\) > 0`\) and must accept inputs of the shapes \[\(2, 4, 8, 8\)\]; "
+        r"move what depends on values out of the network$"
+    )
+    with pytest.raises(TraceError, match=message):
+        capture(build("Residual"), torch.randn(2, 4, 8, 8))
+
+
+def test_example_input_that_is_no_tensor_is_refused() -> None:
+    with pytest.raises(TraceError, match=r"^example input 0 is a ndarray; pass a tensor, or a tuple of the tensors"):
+        capture(build("Residual"), (EXAMPLE.numpy(),))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_macs_and_parameters_agree_with_torch(name: str) -> None:
+    model = build(name)
+    graph = capture(model, EXAMPLE)
+    with FlopCounterMode(display=False) as counter:
+        model(EXAMPLE[:1])
+
+    assert graph.macs * 2 == counter.get_total_flops()
+    assert graph.params == sum(p.numel() for p in model.parameters())
+    assert sum(operator.macs for operator in trace_operators(model, EXAMPLE)) == graph.macs
+
+
+def test_capture_leaves_modes_tensors_and_global_hooks_as_they_were() -> None:
+    model = build("SqueezeExcite")
+    model.train()
+    model.norm.eval()
+    before = {name: (id(t), t.clone()) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    hooks: Any = nn.modules.module._global_forward_pre_hooks
+
+    capture(model, EXAMPLE)
+
+    assert model.training and not model.norm.training and not hooks
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert id(tensor) == before[name][0] and torch.equal(tensor, before[name][1])
+
+
+def test_operators_keep_the_data_flow_with_everything_else_contracted() -> None:
+    graph = graph_of("Residual")
+    names = [operator.name for operator in graph.operators]
+
+    assert names == ["input", "stem", "conv1", "conv2", "add", "head", "output"]
+    edges = {(names[a], names[b]) for a, b in graph.edges}
+    assert edges == {
+        ("input", "stem"), ("stem", "conv1"), ("conv1", "conv2"), ("stem", "add"), ("conv2", "add"),
+        ("add", "head"), ("head", "output"),
+    }  # fmt: skip
+    assert graph.operators[1].norm == "norm"

@@ -1,0 +1,29 @@
+import pytest
+import torch
+from torch import nn
+
+from pruning.batch_norm import reestimate_batch_norm
+
+
+def test_statistics_become_the_averages_over_the_batches_and_nothing_else_changes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=0.3), nn.Dropout(0.5), nn.Flatten())
+    model.train()
+    model[1].eval()
+    batches = list(torch.randn(3, 8, 3, 5, 5))
+    inputs = [model[0](batch).detach() for batch in batches]
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+
+    reestimate_batch_norm(model, batches)
+
+    torch.testing.assert_close(model[1].running_mean, torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0))
+    torch.testing.assert_close(model[1].running_var, torch.stack([x.var((0, 2, 3)) for x in inputs]).mean(0))
+    assert model[1].momentum == 0.3 and model[2].training and not model[1].training
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+def test_no_batches_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"^batch-norm statistics were to be re-estimated on no batches; hand in at least"
+    ):
+        reestimate_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), [])

@@ -1,0 +1,59 @@
+import torch
+from torch import nn
+
+from graph_encoder.capture import capture
+from pruning.policy import CompressionPolicy
+from pruning.reconstruction import reconstruct
+from pruning.surgery import apply_policy
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.Conv2d(6, 5, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(80, 4),
+    ).eval()
+
+
+def test_a_channel_that_others_can_express_is_replaced_exactly() -> None:
+    model = net()
+    with torch.no_grad():
+        # The last channel of the first layer is a sum of two others, and no nonlinearity stands between.
+        model[0].weight[5] = model[0].weight[0] + 2 * model[0].weight[1]
+        model[0].bias[5] = model[0].bias[0] + 2 * model[0].bias[1]
+    images = torch.randn(64, 3, 8, 8)
+    graph = capture(model, images[:2])
+    policy = CompressionPolicy({"0": (0, 1, 2, 3, 4)}, {"0": 6})
+    small = apply_policy(model, graph, policy)
+    # The border sees zeros in place of the bias; a bias of zero makes the replacement exact there too.
+    before = (small(images) - model(images)).abs().max()
+
+    reconstruct(model, small, graph, policy, images, generator=torch.Generator().manual_seed(0), ridge=1e-9)
+
+    after = (small(images) - model(images)).abs().max()
+    assert after < 1e-3 < before
+
+
+def test_error_on_unseen_images_falls_and_modes_stay() -> None:
+    model = net()
+    with torch.no_grad():
+        for copied in (1, 3, 5):
+            model[0].weight[copied] = model[0].weight[copied - 1] + 0.2 * model[0].weight[copied]
+    images = torch.randn(128, 3, 8, 8)
+    graph = capture(model, images[:2])
+    policy = CompressionPolicy({"0": (0, 2, 4)}, {"0": 6})
+    plain, fitted = apply_policy(model, graph, policy), apply_policy(model, graph, policy)
+    dense = model[1].weight.clone()
+
+    reconstruct(model, fitted, graph, policy, images, generator=torch.Generator().manual_seed(0))
+
+    unseen = torch.randn(64, 3, 8, 8)
+    with torch.no_grad():
+        error = {
+            name: (m(unseen) - model(unseen)).square().mean() for name, m in (("plain", plain), ("fitted", fitted))
+        }
+    assert error["fitted"] < 0.2 * error["plain"]
+    assert not fitted.training and torch.equal(model[1].weight, dense)
