@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
-from .labels import IntArray
-from .network import ChannelGroup, HeldNumber, LinearDim, Member, NetworkGraph, Operator, Term, TraceError
+from .groups import assemble
+from .modes import evaluation_mode
+from .network import NetworkGraph, Operator, TraceError
 from .resize import holds_smaller_widths
 from .symbolic import SymbolicRun, symbolic_trace
-from .trace import Axis, Held, LabelPass, Record, batch_of_two
+from .trace import LabelPass, Record, batch_of_two
 
 
 def capture(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> NetworkGraph:
@@ -36,13 +34,8 @@ def capture(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Netw
         TraceError: if the forward pass cannot run without values, naming the module and what stopped it.
     """
     inputs = _as_tuple(example_inputs)
-    was_training = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    try:
+    with evaluation_mode(model):
         return _capture(model, inputs)
-    finally:
-        for name, module in model.named_modules():
-            module.training = was_training[name]
 
 
 def _as_tuple(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -124,168 +117,6 @@ def _culprits(
     return set(offered)
 
 
-# -------------------------------------------------------------------- from the record to the graph
-
-
-def assemble(record: Record, model: nn.Module) -> NetworkGraph:
-    """Turn the labels of one run into groups, members and cost terms."""
-    _bind_loose_parameters(record)
-    for grid in record.grids:
-        record.classes.make_rectangular(grid)
-    units = _units_by_signature(record)
-    reasons = record.classes.frozen_reasons()
-    names = _GroupNames(record)
-    groups: list[ChannelGroup] = []
-    place: dict[int, tuple[int, int]] = {}
-    for roots in units:
-        reason = next((reasons[root] for root in roots if root in reasons), "")
-        # One unit alone cannot be removed: the layer would have no output left.
-        if not reason and len(roots) == 1:
-            reason = "its channels can only be removed all together"
-        group = names.group(roots, reason)
-        for unit, root in enumerate(roots):
-            place[root] = (len(groups), unit)
-        groups.append(group)
-    skipped = {name: group.reason for group in groups if group.reason for name in group.producers}
-    counts = _Counts(record, place)
-    return NetworkGraph(
-        operators=tuple(record.operators),
-        edges=tuple(dict.fromkeys(record.edges)),
-        groups=tuple(groups),
-        mac_terms=tuple(counts.mac_term(i) for i in range(len(record.multiplies))),
-        param_terms=tuple(counts.param_term(name, p) for name, p in model.named_parameters()),
-        skipped=skipped,
-        rewrites=tuple(held for number in record.held if (held := counts.held(number)) is not None),
-    )
-
-
-def _bind_loose_parameters(record: Record) -> None:
-    """Give each parameter that met activations element by element the one dimension that its channels run along."""
-    for name, labels in record.loose.items():
-        roots = torch.from_numpy(record.classes.find(labels.reshape(-1).numpy())).reshape(labels.shape)
-        dims = [dim for dim in range(roots.dim()) if roots.shape[dim] > 1 and _depends_only_on(roots, dim)]
-        if roots.numel() == 1:
-            continue
-        if not dims:
-            record.classes.freeze(roots, f"meets the parameter '{name}' in more than one dimension")
-            continue
-        index: list[Any] = [0] * roots.dim()
-        index[dims[0]] = slice(None)
-        record.axes.setdefault((name, dims[0]), Axis(name, dims[0], "elementwise", roots[tuple(index)]))
-
-
-def _depends_only_on(roots: Tensor, dim: int) -> bool:
-    rows = roots.movedim(dim, 0).reshape(roots.shape[dim], -1)
-    return bool((rows == rows[:, :1]).all())
-
-
-def _labels_counted(record: Record) -> list[Tensor]:
-    return [d for multiply in record.multiplies for d in multiply.dims if isinstance(d, Tensor)]
-
-
-def _units_by_signature(record: Record) -> list[list[int]]:
-    """Classes that touch the same tensors equally often, in the order in which they are first produced."""
-    touches: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    first: dict[int, int] = {}
-    axes = list(record.axes.values())
-    for index, labels in enumerate([axis.labels for axis in axes] + _labels_counted(record)):
-        roots, counts = np.unique(record.classes.find(labels.reshape(-1).numpy()), return_counts=True)
-        for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
-            touches[root].append((index, count))
-            if index < len(axes) and axes[index].role == "out":
-                first.setdefault(root, index)
-    frozen = record.classes.frozen_reasons()
-    grouped: dict[tuple[bool, tuple[tuple[int, int], ...]], list[int]] = defaultdict(list)
-    for root, signature in touches.items():
-        if root > 0 and root in first:
-            grouped[root in frozen, tuple(signature)].append(root)
-    return sorted((sorted(roots) for roots in grouped.values()), key=lambda roots: (first[roots[0]], roots[0]))
-
-
-class _GroupNames:
-    """Builds the groups of one record, each with a name of its own."""
-
-    def __init__(self, record: Record) -> None:
-        self._record = record
-        self._axis_roots: list[tuple[Axis, IntArray]] = [
-            (axis, record.classes.find(axis.labels.reshape(-1).numpy())) for axis in record.axes.values()
-        ]
-        self._by_root: dict[int, list[int]] = defaultdict(list)
-        for index, (_, roots) in enumerate(self._axis_roots):
-            for root in np.unique(roots).tolist():
-                self._by_root[root].append(index)
-        self._used: dict[str, int] = {}
-
-    def group(self, roots: list[int], reason: str) -> ChannelGroup:
-        members: list[Member] = []
-        producers: list[str] = []
-        consumers: list[str] = []
-        unit_of = {root: unit for unit, root in enumerate(roots)}
-        for index in self._by_root[roots[0]]:
-            axis, axis_roots = self._axis_roots[index]
-            positions = np.flatnonzero(np.isin(axis_roots, roots))
-            units = np.array([unit_of[root] for root in axis_roots[positions].tolist()])
-            order = np.argsort(units, kind="stable")
-            members.append(
-                Member(axis.tensor, axis.dim, axis.role, torch.from_numpy(positions[order].reshape(len(roots), -1)))
-            )
-            users = self._record.readers.get((axis.tensor, axis.dim), [])
-            (producers if axis.role == "out" else consumers).extend(users if axis.role != "elementwise" else [])
-        name = next(m.tensor for m in members if m.role == "out").rpartition(".")[0] or members[0].tensor
-        name = producers[0].partition("#")[0] if producers else name
-        count = self._used[name] = self._used.get(name, 0) + 1
-        return ChannelGroup(
-            name if count == 1 else f"{name}#{count}", len(roots), tuple(members),
-            tuple(dict.fromkeys(producers)), tuple(dict.fromkeys(consumers)), reason,
-        )  # fmt: skip
-
-
-@dataclass
-class _Counts:
-    """Sizes as functions of what is removed."""
-
-    record: Record
-    place: dict[int, tuple[int, int]]
-
-    def _groups_at(self, labels: Tensor) -> IntArray:
-        roots, inverse = np.unique(self.record.classes.find(labels.reshape(-1).numpy()), return_inverse=True)
-        places = [self.place.get(root, (-1, -1)) for root in roots.tolist()]
-        return np.array(places, dtype=np.int64).reshape(-1, 2)[inverse]
-
-    def linear_dim(self, labels: Tensor | int) -> LinearDim:
-        if isinstance(labels, int):
-            return LinearDim(labels)
-        at = self._groups_at(labels)
-        groups = np.unique(at[:, 0])
-        per_unit = []
-        for g in groups[groups >= 0].tolist():
-            units = at[at[:, 0] == g, 1]
-            per_unit.append((g, len(units) // len(np.unique(units))))
-        return LinearDim(labels.numel(), tuple(per_unit))
-
-    def mac_term(self, index: int) -> Term:
-        multiply = self.record.multiplies[index]
-        return Term(multiply.operator, multiply.factor, tuple(self.linear_dim(d) for d in multiply.dims))
-
-    def param_term(self, name: str, parameter: Tensor) -> Term:
-        dims = []
-        for dim, size in enumerate(parameter.shape):
-            axis = self.record.axes.get((name, dim))
-            dims.append(LinearDim(int(size)) if axis is None else self.linear_dim(axis.labels))
-        return Term(name, 1, tuple(dims))
-
-    def held(self, held: Held) -> HeldNumber | None:
-        rows = held.labels.flatten(1) if held.labels.dim() > 1 else held.labels[:, None]
-        roots = self.record.classes.find(rows.reshape(-1).numpy()).reshape(rows.shape)
-        # A dimension whose positions hold several classes does not shrink: another one does.
-        if (roots != roots[:, :1]).any():
-            return None
-        at = self._groups_at(rows[:, 0])
-        if held.argument[0] != "split" and (at[:, 0] < 0).all():
-            return None
-        return HeldNumber(held.node, held.argument, torch.from_numpy(at[:, 0]), torch.from_numpy(at[:, 1]))
-
-
 def trace_operators(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> list[Operator]:
     """Operators of ``model`` as it stands, with their MACs for a batch of one, without labels or groups.
 
@@ -297,11 +128,6 @@ def trace_operators(model: nn.Module, example_inputs: Tensor | Sequence[Tensor])
         TraceError: if the forward pass cannot run without values.
     """
     run = LabelPass(model, with_labels=False)
-    was_training = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    try:
+    with evaluation_mode(model):
         run.run(model, [batch_of_two(x) for x in _as_tuple(example_inputs)])
-    finally:
-        for name, module in model.named_modules():
-            module.training = was_training[name]
     return run.record.operators

@@ -51,6 +51,11 @@ class LabelClasses:
         self._reasons = [""]
         self._size = 1
 
+    @property
+    def size(self) -> int:
+        """Number of labels given out, `CONSTANT` included."""
+        return self._size
+
     def fresh(self, n: int) -> Tensor:
         """``n`` labels never used before, int64 of shape ``(n,)``."""
         while self._size + n > len(self._parent):

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from .labels import compact, varying_dims
+from .modes import evaluation_mode
 from .network import HeldNumber, NetworkGraph, TraceError
 from .trace import Held, LabelPass
 
@@ -24,19 +25,14 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule | None:
         None if the forward pass cannot be traced, or does different things in training and in evaluation: a trace
         freezes one of them.
     """
-    was_training = {name: module.training for name, module in model.named_modules()}
     try:
-        with warnings.catch_warnings():
+        with evaluation_mode(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            traced = fx.symbolic_trace(model)
             model.train()
             training = fx.symbolic_trace(model)
-            model.eval()
-            traced = fx.symbolic_trace(model)
     except Exception:  # a Python forward can fail on proxies in any way; the caller falls back
         return None
-    finally:
-        for name, module in model.named_modules():
-            module.training = was_training[name]
     return traced if str(training.graph) == str(traced.graph) else None
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from graph_encoder.modes import evaluation_mode
+
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics of all batch norms by averages over ``batches``, in place.
@@ -27,24 +29,21 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return
-    saved = [(module.training, module.momentum) for module in norms]
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
+    momenta = [norm.momentum for norm in norms]
     n_batches = 0
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.train()
-            norm.momentum = None
-        with torch.inference_mode():
-            for batch in batches:
-                model(batch)
-                n_batches += 1
-    finally:
-        for module, is_training in was_training.items():
-            module.training = is_training
-        for norm, (is_training, momentum) in zip(norms, saved, strict=True):
-            norm.training, norm.momentum = is_training, momentum
+    with evaluation_mode(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.train()
+                norm.momentum = None
+            with torch.inference_mode():
+                for batch in batches:
+                    model(batch)
+                    n_batches += 1
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
     if not n_batches:
         msg = "batch-norm statistics were to be re-estimated on no batches; hand in at least one batch of images"
         raise ValueError(msg)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import ChannelGroup, Member, NetworkGraph
 
 Criterion = Literal["l1", "l2", "fpgm", "taylor", "bn_scale"]
@@ -97,19 +98,14 @@ def _gradient_products(
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for p in model.parameters() if p.requires_grad]
     totals = [torch.zeros_like(p) for p in parameters]
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
     n_batches = 0
-    try:
+    with evaluation_mode(model):
         for inputs, targets in batches:
             gradients = torch.autograd.grad(loss(model(inputs), targets), parameters, allow_unused=True)
             for total, gradient in zip(totals, gradients, strict=True):
                 if gradient is not None:
                     total += gradient
             n_batches += 1
-    finally:
-        for module, is_training in was_training.items():
-            module.training = is_training
     if not n_batches:
         msg = "the criterion 'taylor' was given no batch; pass some training batches, or use 'l1'"
         raise ValueError(msg)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import NetworkGraph
 from graph_encoder.resize import removed_positions
 
@@ -110,16 +111,12 @@ def _sample_outputs(
         return hook
 
     handles = [dense.get_submodule(name).register_forward_hook(sample(name)) for name in layers]
-    was_training = {module: module.training for module in dense.modules()}
-    dense.eval()
     try:
-        with torch.no_grad():
+        with evaluation_mode(dense), torch.no_grad():
             dense(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, is_training in was_training.items():
-            module.training = is_training
     return targets
 
 
@@ -172,17 +169,12 @@ def _patches(layer: nn.Module, inputs: Tensor, target: _Target) -> Tensor:
 @contextmanager
 def _batch_statistics(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, except that batch norms use the batch; running statistics and modes are put back."""
-    was_training = {module: module.training for module in model.modules()}
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     saved = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.train()
-    try:
+    with evaluation_mode(model):
+        for norm in norms:
+            norm.train()
         yield
-    finally:
-        for module, is_training in was_training.items():
-            module.training = is_training
-        for norm, buffers in zip(norms, saved, strict=True):
-            for name, buffer in buffers.items():
-                norm.get_buffer(name).copy_(buffer)
+    for norm, buffers in zip(norms, saved, strict=True):
+        for name, buffer in buffers.items():
+            norm.get_buffer(name).copy_(buffer)

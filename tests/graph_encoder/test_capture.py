@@ -169,8 +169,9 @@ def test_reading_a_value_in_forward_is_refused_by_name() -> None:
             return x if x.sum().item() > 0 else -x
 
     message = (
-        r"^'gate\.0' cannot be captured: Tensor\.item\(\) cannot be called on meta tensors\. The forward pass may "
-        r"not read the values of its activations \(`\.item\(\)`, `if x\.sum\(\) > 0`\) and must accept inputs of the shapes "
+        r"^'gate\.0' cannot be captured: Tensor\.item\(\) cannot be called on meta tensors "
+        r"\(aten\._local_scalar_dense\.default on shapes \[\(\)\]\)\. The forward pass may not read the values of its "
+        r"activations \(`\.item\(\)`, `if x\.sum\(\) > 0`\) and must accept inputs of the shapes "
         r"\[\(2, 3, 8, 8\)\]; move what depends on values out of the network$"
     )
     with pytest.raises(TraceError, match=message):

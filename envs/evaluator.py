@@ -1,0 +1,422 @@
+"""From a policy to an accuracy: build the candidate, repair its statistics, score it, count and remember it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from graph_encoder.network import NetworkGraph
+from latency.cost import CostKind, predict_cost
+from pruning.batch_norm import reestimate_batch_norm
+from pruning.policy import CompressionPolicy
+from pruning.surgery import apply_policy
+
+from .action import SearchSpace, nearest
+from .journal import Journal, JournalEntry, Purpose
+
+EvaluateFunction = Callable[[nn.Module], float]
+"""Accuracy in ``[0, 1]`` of a network on a fixed set of images that it was not trained on."""
+
+ReconstructFunction = Callable[[nn.Module, nn.Module, NetworkGraph, CompressionPolicy, Sequence[Tensor]], None]
+"""``reconstruct(dense, candidate, graph, policy, batches)``, in place on the candidate."""
+
+DENSE_DIGEST = "dense"
+
+
+class EvaluationBudgetSpent(RuntimeError):
+    """Another evaluation would go over the number that was granted."""
+
+
+class EvaluateError(ValueError):
+    """The evaluate function returned something that is no accuracy; the message names it."""
+
+
+class ReplayError(RuntimeError):
+    """A saved evaluator does not fit its journal; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one plan scored. Two are equal if the same plan scored the same; when and how fast does not count.
+
+    Attributes:
+        digest: digest of the policy.
+        accuracy: in ``[0, 1]``.
+        cost: of the plan, in the budget's unit.
+        fidelity: share of the search images it was scored on.
+        index: place among the evaluations, from 0; of the first time if ``cached``.
+        seconds: wall time of building and scoring.
+        cached: whether the score was known and so was free.
+        evaluations_used: evaluations counted when the score was handed out.
+    """
+
+    digest: str
+    accuracy: float
+    cost: int
+    fidelity: float
+    index: int = field(compare=False)
+    seconds: float = field(compare=False)
+    cached: bool = field(compare=False)
+    evaluations_used: float = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Accuracy lost when one group alone keeps a part of its units.
+
+    Attributes:
+        groups: names of the groups.
+        keep_ratios: shares of the units that stayed.
+        dense_accuracy: in ``[0, 1]``, on the same images.
+        lost: accuracy lost, shape ``(groups, keep_ratios)``; below 0 where the score rose.
+        fidelity: share of the search images each was scored on.
+    """
+
+    groups: tuple[str, ...]
+    keep_ratios: tuple[float, ...]
+    dense_accuracy: float
+    lost: NDArray[np.float64]
+    fidelity: float
+
+    def at(self, keep_ratio: float) -> NDArray[np.float64]:
+        """Accuracy lost at one keep ratio, shape ``(groups,)``; `ValueError` if it was not measured."""
+        if keep_ratio not in self.keep_ratios:
+            msg = f"sensitivity was not measured at keep ratio {keep_ratio}; measured: {self.keep_ratios}"
+            raise ValueError(msg)
+        return self.lost[:, self.keep_ratios.index(keep_ratio)]
+
+
+class CandidateEvaluator:
+    """Scores plans for one searcher: builds each network, counts the evaluation, journals it, never scores it twice.
+
+    One evaluation is one candidate through batch-norm re-estimation and scoring on all search images. A score on a
+    share of the images (``fidelity``) counts as that share; a plan scored before is free.
+
+    Resuming: a new evaluator on the journal of the interrupted run, given the state of a checkpoint by
+    `load_state_dict`, hands out the evaluations made after the checkpoint from the journal as they are asked for,
+    whatever their order: they count, but are neither run nor written again. Without a state, that holds for the
+    whole journal.
+
+    Attributes:
+        evaluations_used: evaluations counted so far.
+        cache_hits: scores handed out for free so far.
+        seconds: wall time of all evaluations counted so far, those of a replay as they were recorded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: NetworkGraph,
+        evaluate: EvaluateFunction,
+        calibration: Sequence[Tensor],
+        *,
+        kind: CostKind = "macs",
+        few_images: Mapping[float, EvaluateFunction] | None = None,
+        journal: Journal | None = None,
+        max_evaluations: float = math.inf,
+        reconstruct: ReconstructFunction | None = None,
+        channels_last: bool = False,
+        searcher: str = "",
+        seed: int = 0,
+    ) -> None:
+        """Set up the scoring of plans.
+
+        Args:
+            model: the dense network; never changed.
+            graph: its capture.
+            evaluate: accuracy of a network on all search images.
+            calibration: batches of training images for batch-norm statistics (and reconstruction), on the model's
+                device; empty to leave the statistics as they are.
+            kind: what a plan's cost counts.
+            few_images: evaluate functions on a share of the search images, by that share.
+            journal: where evaluations are recorded; in memory if not given.
+            max_evaluations: most evaluations that may be counted.
+            reconstruct: repairs the candidate's weights before scoring, as AMC's least squares does.
+            channels_last: build candidates in that memory format, faster for convolutions on CPUs.
+            searcher: name of the search in the journal.
+            seed: its seed in the journal.
+
+        Raises:
+            ValueError: if a fidelity is not in ``(0, 1)``.
+        """
+        self.model, self.graph, self.kind = model, graph, kind
+        self.searcher, self.seed = searcher, seed
+        self.max_evaluations = max_evaluations
+        self.cache_hits = 0
+        self.journal = Journal() if journal is None else journal
+        self._calibration = list(calibration)
+        self._reconstruct = reconstruct
+        self._channels_last = channels_last
+        self._evaluate = {**(few_images or {}), 1.0: evaluate}
+        for share in few_images or {}:
+            if not 0 < share < 1:
+                msg = f"few_images holds an evaluate function for a share of {share}; a share lies in (0, 1)"
+                raise ValueError(msg)
+        self._known: dict[tuple[str, float], JournalEntry] = {}
+        self._unread: dict[tuple[str, float], JournalEntry] = {}
+        self._expect(self._own_entries())
+
+    @property
+    def evaluations_used(self) -> float:
+        """Evaluations counted so far."""
+        return math.fsum(entry.charge for entry in self._known.values())
+
+    @property
+    def evaluations_left(self) -> float:
+        """Evaluations that may still be made."""
+        return self.max_evaluations - self.evaluations_used
+
+    def is_spent(self, fidelity: float = 1.0) -> bool:
+        """Whether a new plan scored on that share of the images would go over ``max_evaluations``."""
+        # Shares such as 0.1 do not add up exactly.
+        return self.evaluations_used + fidelity > self.max_evaluations + 1e-6
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent inside evaluations so far."""
+        return math.fsum(entry.seconds for entry in self._known.values())
+
+    @property
+    def history(self) -> tuple[JournalEntry, ...]:
+        """The evaluations handed out so far, in that order."""
+        return tuple(self._known.values())
+
+    def dense_accuracy(self, fidelity: float = 1.0) -> float:
+        """Accuracy of the dense network as it is; free, as it is no candidate."""
+        key = (DENSE_DIGEST, fidelity)
+        known = self._known.get(key) or self._replayed(key)
+        if known is None:
+            start = time.perf_counter()
+            accuracy = self._accuracy(self.model, fidelity)
+            known = self._record(CompressionPolicy({}), DENSE_DIGEST, "dense", fidelity, accuracy, start)
+        return known.accuracy
+
+    def is_known(self, policy: CompressionPolicy, fidelity: float = 1.0) -> bool:
+        """Whether the plan was scored before, so that scoring it is free."""
+        return (policy.digest, fidelity) in self._known
+
+    def score(self, policy: CompressionPolicy, *, fidelity: float = 1.0, purpose: Purpose = "candidate") -> Evaluation:
+        """Accuracy and cost of the network that ``policy`` leaves.
+
+        Args:
+            policy: what is kept.
+            fidelity: share of the search images to score on: 1, or one of those in ``few_images``.
+            purpose: what the journal says it was for.
+
+        Raises:
+            EvaluationBudgetSpent: if another evaluation would go over ``max_evaluations``; nothing is run.
+            EvaluateError: if the evaluate function returns no accuracy; the evaluation is not counted.
+            ValueError: if there is no evaluate function for ``fidelity``.
+        """
+        self._check_fidelity(fidelity)
+        key = (policy.digest, fidelity)
+        if key in self._known:
+            self.cache_hits += 1
+            return self._as_evaluation(self._known[key], cached=True)
+        self._check_left(fidelity)
+        entry = self._replayed(key)
+        if entry is None:
+            start = time.perf_counter()
+            accuracy = self._accuracy(self.build(policy), fidelity)
+            entry = self._record(policy, policy.digest, purpose, fidelity, accuracy, start)
+        return self._as_evaluation(entry, cached=False)
+
+    def build(self, policy: CompressionPolicy) -> nn.Module:
+        """The network that ``policy`` leaves, as it is scored: reconstructed, statistics re-estimated, eval mode."""
+        candidate = apply_policy(self.model, self.graph, policy)
+        if self._channels_last:
+            candidate = candidate.to(memory_format=torch.channels_last)
+        if self._reconstruct is not None:
+            self._reconstruct(self.model, candidate, self.graph, policy, self._calibration)
+        if self._calibration:
+            reestimate_batch_norm(candidate, self._calibration)
+        return candidate.eval()
+
+    def probe_sensitivity(
+        self, space: SearchSpace, keep_ratios: Sequence[float] = (0.3,), *, fidelity: float = 1.0
+    ) -> Sensitivity:
+        """Score the network with one group at a time cut down; each probe counts as an evaluation.
+
+        Args:
+            space: whose groups, rounding and ranking are used.
+            keep_ratios: shares of a group's units that stay.
+            fidelity: share of the search images to score on.
+
+        Raises:
+            EvaluationBudgetSpent: if the probes do not all fit; those made before are kept in the journal.
+        """
+        dense = self.dense_accuracy(fidelity)
+        lost = np.zeros((space.n, len(keep_ratios)))
+        for column, ratio in enumerate(keep_ratios):
+            cut = nearest(np.full(space.n, ratio), space)
+            for row in range(space.n):
+                counts = space.sizes.copy()
+                counts[row] = cut[row]
+                score = self.score(space.policy(counts), fidelity=fidelity, purpose="probe")
+                lost[row, column] = dense - score.accuracy
+        return Sensitivity(space.names, tuple(keep_ratios), dense, lost, fidelity)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint: which journal entries were handed out, and how often one was for free."""
+        return {"handed_out": [entry.index for entry in self._known.values()], "cache_hits": self.cache_hits}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Return to the point at which `state_dict` was taken; entries after it will be replayed when asked for.
+
+        Raises:
+            ReplayError: if the journal lacks entries that the state refers to.
+        """
+        own = {entry.index: entry for entry in self._own_entries()}
+        missing = [index for index in state["handed_out"] if index not in own]
+        if missing:
+            msg = (
+                f"the saved state refers to evaluation {missing[0]} of searcher '{self.searcher}', seed {self.seed}, "
+                f"but the journal '{self.journal.path}' holds {len(own)} of them; it is older than the checkpoint, or "
+                "of another run"
+            )
+            raise ReplayError(msg)
+        handed_out = [own.pop(index) for index in state["handed_out"]]
+        self._known = {(entry.digest, entry.fidelity): entry for entry in handed_out}
+        self.cache_hits = int(state["cache_hits"])
+        self._expect(own.values())
+
+    def _own_entries(self) -> list[JournalEntry]:
+        return self.journal.entries(self.searcher, self.seed)
+
+    def _expect(self, entries: Any) -> None:
+        self._unread = {(entry.digest, entry.fidelity): entry for entry in entries}
+
+    def _replayed(self, key: tuple[str, float]) -> JournalEntry | None:
+        entry = self._unread.pop(key, None)
+        if entry is not None:
+            self._known[key] = entry
+        return entry
+
+    def _record(
+        self, policy: CompressionPolicy, digest: str, purpose: Purpose, fidelity: float, accuracy: float, start: float
+    ) -> JournalEntry:
+        kept = {name: len(units) for name, units in policy.kept.items()}
+        entry = JournalEntry(
+            index=len(self._own_entries()),
+            searcher=self.searcher,
+            seed=self.seed,
+            purpose=purpose,
+            digest=digest,
+            kept=kept,
+            fidelity=fidelity,
+            accuracy=accuracy,
+            cost=predict_cost(self.graph, kept, self.kind),
+            seconds=time.perf_counter() - start,
+            evaluations_used=self.evaluations_used + (0.0 if purpose == "dense" else fidelity),
+        )
+        self.journal.append(entry)
+        self._known[digest, fidelity] = entry
+        return entry
+
+    def _as_evaluation(self, entry: JournalEntry, *, cached: bool) -> Evaluation:
+        return Evaluation(
+            digest=entry.digest,
+            accuracy=entry.accuracy,
+            cost=entry.cost,
+            fidelity=entry.fidelity,
+            index=entry.index,
+            seconds=entry.seconds,
+            cached=cached,
+            evaluations_used=self.evaluations_used,
+        )
+
+    def _accuracy(self, model: nn.Module, fidelity: float) -> float:
+        self._check_fidelity(fidelity)
+        with _eval_mode(model), torch.inference_mode():
+            returned = self._evaluate[fidelity](model)
+        return check_accuracy(returned)
+
+    def _check_fidelity(self, fidelity: float) -> None:
+        if fidelity not in self._evaluate:
+            msg = (
+                f"there is no evaluate function for a share of {fidelity} of the search images; "
+                f"there are some for {sorted(self._evaluate)}: pass one of these, or add it to few_images"
+            )
+            raise ValueError(msg)
+
+    def _check_left(self, fidelity: float) -> None:
+        if self.is_spent(fidelity):
+            msg = (
+                f"{self.evaluations_used:g} of {self.max_evaluations:g} evaluations are used, and the next would count "
+                f"as {fidelity:g}; grant more evaluations, or score on fewer images"
+            )
+            raise EvaluationBudgetSpent(msg)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within; afterwards every module is in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def check_accuracy(returned: object) -> float:
+    """The accuracy that an evaluate function returned, as a float.
+
+    Raises:
+        EvaluateError: if it is not a number, is NaN, or lies outside ``[0, 1]``.
+    """
+    if isinstance(returned, bool) or not isinstance(returned, (int, float, np.floating)):
+        msg = (
+            f"evaluate returned {returned!r} of type {type(returned).__name__}; it must return the accuracy as a float "
+            "in [0, 1] (for a tensor, return tensor.item())"
+        )
+        raise EvaluateError(msg)
+    if not 0 <= returned <= 1:
+        hint = "; is it a percentage? divide by 100" if 1 < returned <= 100 else ""
+        if math.isnan(returned):
+            hint = "; were there any images, and are the network's outputs finite?"
+        msg = f"evaluate returned {float(returned)}, but an accuracy lies in [0, 1]{hint}"
+        raise EvaluateError(msg)
+    return float(returned)
+
+
+def check_validation_is_unseen(
+    train_accuracy: float, validation_accuracy: float, n_validation: int, n_train: int | None = None
+) -> str | None:
+    """Warn when the network does as well on the validation images as on those it was trained on.
+
+    A trained network does better on what it was trained on. The test is the one-sided two-proportion z-test with the
+    pooled variance: no warning if ``(train - validation) / sqrt(p (1 - p) (1 / n_train + 1 / n_validation))``
+    exceeds 1.645, that is, if validation is lower at the 5 % level. A network that truly generalises without loss
+    is warned about too: the text says so.
+
+    Args:
+        train_accuracy: of the dense network on training images without augmentation, in ``[0, 1]``.
+        validation_accuracy: of the dense network on the validation images.
+        n_validation: validation images.
+        n_train: training images; as many as validation images if not given.
+
+    Returns:
+        The warning, or None if validation is clearly lower.
+    """
+    n_train = n_train or n_validation
+    pooled = (train_accuracy * n_train + validation_accuracy * n_validation) / (n_train + n_validation)
+    error = math.sqrt(pooled * (1 - pooled) * (1 / n_train + 1 / n_validation))
+    if train_accuracy - validation_accuracy > 1.645 * error:
+        return None
+    return (
+        f"the network scores {validation_accuracy:.2%} on the {n_validation:,} validation images and "
+        f"{train_accuracy:.2%} on {n_train:,} training images: no lower at the 5 % level. If it was trained on these "
+        "validation images, the search will choose plans that remember them rather than plans that work; pass images "
+        "that were held out of training. If they were held out, ignore this, or take more images to make sure"
+    )

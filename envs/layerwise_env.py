@@ -1,0 +1,184 @@
+"""`secateur/LayerwiseCompression-v0`: one group a step, in network order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from .action import Counts, SearchSpace, fill
+from .evaluator import CandidateEvaluator, Sensitivity
+from .network_env import step_info
+from .observation import Observation, Observer, Progress, Sizes
+from .reward import RewardFunction, compute_reward, resolve_reward
+
+
+class LayerwiseEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
+    """Choose how many units each channel group keeps, one group after the other (He et al. 2018, AMC).
+
+    **Action**: ``Box(-1, 1, (1,), float32)``, a score for the present group: its keep ratio is that of the start plan
+    plus ``span`` times the score (without a budget: -1 keeps the least, 1 everything, plus the prior), rounded to the
+    nearest allowed count inside the wall. Scores outside the box are clipped. An episode of zeros is the start plan.
+
+    **The wall** has two sides. From above: the later groups at their least must still fit the budget. From below: the
+    later groups at their most must not leave room for another step of this one. Units left over after the last
+    group are handed out as in `envs.action.fill`, so that the plan meets what the whole-network environment meets: at
+    or under the budget, and no further rounding step fits.
+
+    **Observation**: as `NetworkEnv`, with one entry in ``decisions``: the node of the present group (after the last
+    step, of the last group). ``keep_ratio`` is that of the start plan for groups not yet decided.
+
+    **Reward**: 0, and at the last step ``reward(accuracy, cost, limit)``.
+
+    **Start**: no group decided. **End**: terminated after the last group; never truncated.
+
+    **info**: ``group`` and ``keep_ratio`` of the group decided; at the last step also what `NetworkEnv` tells.
+
+    **Versions**: v0, first.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own attribute
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        evaluator: CandidateEvaluator,
+        *,
+        reward: str | RewardFunction | None = None,
+        sensitivity: Sensitivity | None = None,
+        noise_floor: float = 0.01,
+        measured_dropout: float = 0.0,
+        fidelity: float = 1.0,
+        sizes: Sizes | None = None,
+    ) -> None:
+        """Set up the environment; the arguments are those of `NetworkEnv`."""
+        self.space, self.evaluator = space, evaluator
+        self.measured_dropout, self.fidelity = measured_dropout, fidelity
+        self._reward = resolve_reward(reward, space.limit)
+        self._observer = Observer(
+            space, evaluator.model, sensitivity=sensitivity, noise_floor=noise_floor, sizes=sizes, one_decision=True
+        )
+        self.observation_space = cast("spaces.Space[Observation]", self._observer.observation_space)
+        self.action_space = spaces.Box(-1, 1, (1,), dtype=np.float32)
+        self._counts: Counts = space.start.copy()
+        self._step = 0
+        self._last_accuracy = 0.0
+        self._show_measured = True
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Undo all decisions; ``options`` are not used."""
+        super().reset(seed=seed)
+        self._counts = self.space.start.copy()
+        self._step = 0
+        self._last_accuracy = 0.0
+        self._show_measured = bool(self.np_random.random() >= self.measured_dropout)
+        return self._observe(), {}
+
+    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Decide the present group; after the last one, score the plan."""
+        index = self._step
+        if index >= self.space.n:
+            msg = f"the episode is over: all {self.space.n} groups are decided; call reset()"
+            raise RuntimeError(msg)
+        self._counts[index] = self._decide(index, _score(action))
+        self._step += 1
+        info: dict[str, Any] = {
+            "group": self.space.names[index],
+            "keep_ratio": float(self._counts[index] / self.space.sizes[index]),
+        }
+        reward = 0.0
+        if self._step == self.space.n:
+            reward = self._finish(info)
+        return self._observe(), reward, self._step == self.space.n, False, info
+
+    def wall(self, index: int) -> tuple[int, int]:
+        """Fewest and most units that group ``index`` may keep, given the groups before it."""
+        space = self.space
+        least, most = int(space.minimum[index]), int(space.sizes[index])
+        if space.limit is None:
+            return least, most
+        later = np.arange(space.n) > index
+        most = self._largest_that_fits(index, np.where(later, space.minimum, self._counts))
+        return self._largest_that_fits(index, np.where(later, space.sizes, self._counts)), most
+
+    def state_dict(self) -> dict[str, Any]:
+        """The episode as it stands, in plain values; the evaluator has a state of its own."""
+        return {
+            "counts": self._counts.tolist(),
+            "step": self._step,
+            "last_accuracy": self._last_accuracy,
+            "show_measured": self._show_measured,
+            "generator": self.np_random.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the episode that `state_dict` described."""
+        self._counts = np.array(state["counts"], dtype=np.int64)
+        self._step = int(state["step"])
+        self._last_accuracy = float(state["last_accuracy"])
+        self._show_measured = bool(state["show_measured"])
+        self.np_random.bit_generator.state = state["generator"]
+
+    def _decide(self, index: int, score: float) -> int:
+        space = self.space
+        least_ratio = float(space.min_keep_ratio[index])
+        if space.limit is not None:
+            ratio = space.start[index] / space.sizes[index] + space.span * score
+        else:
+            ratio = space.prior[index] + (1 + least_ratio) / 2 + score * (1 - least_ratio) / 2
+        rungs = space.rungs(index)
+        low, high = self.wall(index)
+        inside = rungs[(rungs >= low) & (rungs <= high)]
+        return int(inside[np.argmin(np.abs(inside - ratio * space.sizes[index]))])
+
+    def _largest_that_fits(self, index: int, others: Counts) -> int:
+        """Most units that group ``index`` may keep beside ``others``; its least if none fits."""
+        space, least = self.space, int(self.space.minimum[index])
+        counts = others.copy()
+        counts[index] = least
+        meter = space.cost.meter(counts)
+        room = (space.limit or 0) - meter.cost
+        rungs = space.rungs(index)
+        fitting, above = 0, len(rungs)
+        while above - fitting > 1:
+            middle = (fitting + above) // 2
+            if meter.increase(index, int(rungs[middle]) - least) <= room:
+                fitting = middle
+            else:
+                above = middle
+        return int(rungs[fitting])
+
+    def _finish(self, info: dict[str, Any]) -> float:
+        """Hand out what is left, score the plan, and return its reward."""
+        if self.space.limit is not None:
+            self._counts = fill(self._counts, self._counts.astype(np.float64), self.space)
+        evaluation = self.evaluator.score(self.space.policy(self._counts), fidelity=self.fidelity)
+        self._last_accuracy = evaluation.accuracy
+        info |= step_info(self.space, self._counts, evaluation, self.evaluator.is_spent(self.fidelity))
+        return compute_reward(self._reward, evaluation.accuracy, evaluation.cost, self.space.limit)
+
+    def _observe(self) -> Observation:
+        n = self.space.n
+        progress = Progress(
+            counts=self._counts,
+            decided=np.arange(n) < self._step,
+            decisions=np.array([min(self._step, n - 1)]),
+            dense_accuracy=self.evaluator.dense_accuracy(self.fidelity),
+            last_accuracy=self._last_accuracy,
+            progress=self._step / n,
+        )
+        return self._observer.observe(progress, show_measured=self._show_measured)
+
+
+def _score(action: NDArray[np.float32]) -> float:
+    array = np.asarray(action, dtype=np.float64)
+    if array.shape != (1,) or not np.isfinite(array).all():
+        msg = f"action is {array.tolist()}; it must be one finite number in [-1, 1]"
+        raise ValueError(msg)
+    return float(np.clip(array[0], -1, 1))

@@ -1,0 +1,232 @@
+"""What the agent is shown: the network as a graph, the plan as it stands, the budget."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+from torch import nn
+
+from graph_encoder.features import (
+    BOUND,
+    EDGE_TYPES,
+    GLOBAL_FEATURES,
+    NODE_FEATURES,
+    SENSITIVITY_KEEP_RATIOS,
+    column,
+    edges,
+    kinds,
+    sensitivity_features,
+    static_node_features,
+)
+from graph_encoder.network import KINDS
+
+from .action import Counts, SearchSpace
+from .evaluator import Sensitivity
+
+Observation = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Room in an observation, at least what the network needs; the rest is padding with a mask of 0.
+
+    Attributes:
+        nodes: operators and decisions.
+        edges: typed edges, both directions counted.
+        decisions: decisions that the whole-network action holds.
+    """
+
+    nodes: int
+    edges: int
+    decisions: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an episode stands.
+
+    Attributes:
+        counts: units that each group keeps as the plan stands, shape ``(n,)``.
+        decided: whether each group's count is final, shape ``(n,)``.
+        decisions: indices of the groups that the next action decides.
+        dense_accuracy: in ``[0, 1]``.
+        last_accuracy: of the plan as last scored in this episode, 0 before.
+        progress: share of the episode's steps that are done.
+    """
+
+    counts: Counts
+    decided: NDArray[np.bool_]
+    decisions: NDArray[np.int64]
+    dense_accuracy: float
+    last_accuracy: float
+    progress: float
+
+
+class Observer:
+    """Turns the state of an episode into the arrays that the agent reads.
+
+    What does not change is computed once, here; `observe` fills in the rest.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        model: nn.Module,
+        *,
+        sensitivity: Sensitivity | None = None,
+        noise_floor: float = 0.01,
+        sizes: Sizes | None = None,
+        one_decision: bool = False,
+    ) -> None:
+        """Compute what stays the same.
+
+        Args:
+            space: the decisions.
+            model: the dense network; its weights are read once.
+            sensitivity: measured sensitivity of the same groups, if there is any.
+            noise_floor: smallest loss of accuracy that counts, in ``(0, 1)``.
+            sizes: room to leave, so that networks of different size share one observation space; what this network
+                needs if not given.
+            one_decision: whether an observation holds one decision (layer by layer) or all of them.
+
+        Raises:
+            ValueError: if ``sizes`` is too small, or ``sensitivity`` is of other groups.
+        """
+        self.space = space
+        self.n_operators = len(space.graph.operators)
+        self._static = static_node_features(
+            space.graph, model, space.groups, space.importance, space.min_keep_ratio.tolist()
+        )
+        self._kinds = kinds(space.graph, space.groups)
+        self._edges, self._edge_types = edges(space.graph, space.groups)
+        needed = Sizes(len(self._kinds), len(self._edge_types), space.n)
+        self.sizes = sizes or needed
+        _check_room(self.sizes, needed)
+        self._decision_room = 1 if one_decision else self.sizes.decisions
+        self._measured = _measured_columns(space, sensitivity, noise_floor, self.n_operators)
+        self._owner_row = {operator.name: row for row, operator in enumerate(space.graph.operators)}
+        self._dense_by_operator = self._cost_by_operator(space.sizes)
+
+    @cached_property
+    def observation_space(self) -> spaces.Dict:
+        """The space of the observations: float32 boxes with finite bounds, the same for every network of this room."""
+        nodes, n_edges, decisions = self.sizes.nodes, max(self.sizes.edges, 1), self._decision_room
+        last_node = max(nodes - 1, 1)
+        return spaces.Dict(
+            {
+                "nodes": _box(-BOUND, BOUND, nodes, len(NODE_FEATURES)),
+                "kinds": _box(0, len(KINDS) - 1, nodes),
+                "edges": _box(0, last_node, 2, n_edges),
+                "edge_types": _box(0, len(EDGE_TYPES) - 1, n_edges),
+                "node_mask": _box(0, 1, nodes),
+                "edge_mask": _box(0, 1, n_edges),
+                "decisions": _box(0, last_node, decisions),
+                "decision_mask": _box(0, 1, decisions),
+                "globals": _box(-BOUND, BOUND, len(GLOBAL_FEATURES)),
+            }
+        )
+
+    def observe(self, progress: Progress, *, show_measured: bool = True) -> Observation:
+        """The arrays of `observation_space`, all newly made.
+
+        Args:
+            progress: state of the episode.
+            show_measured: whether measured features are shown; agents that must work without are trained with them
+                dropped at random.
+        """
+        boxes = self.observation_space.spaces
+        obs: Observation = {key: np.zeros(box.shape or (), dtype=np.float32) for key, box in boxes.items()}
+        n_nodes, n_edges = len(self._kinds), len(self._edge_types)
+        obs["nodes"][:n_nodes] = self._nodes(progress, show_measured)
+        obs["kinds"][:n_nodes] = self._kinds
+        obs["node_mask"][:n_nodes] = 1
+        obs["edges"][:, :n_edges] = self._edges
+        obs["edge_types"][:n_edges] = self._edge_types
+        obs["edge_mask"][:n_edges] = 1
+        obs["decisions"][: len(progress.decisions)] = self.n_operators + progress.decisions
+        obs["decision_mask"][: len(progress.decisions)] = 1
+        obs["globals"][:] = np.clip(self._globals(progress), -BOUND, BOUND)
+        return obs
+
+    def _nodes(self, progress: Progress, show_measured: bool) -> NDArray[np.float32]:
+        nodes = self._static.copy()
+        groups = nodes[self.n_operators :]
+        groups[:, column("keep_ratio")] = progress.counts / self.space.sizes
+        groups[:, column("is_decided")] = progress.decided
+        groups[progress.decisions, column("is_current")] = 1
+        kept = self._cost_by_operator(progress.counts) / np.maximum(self._dense_by_operator, 1)
+        nodes[: self.n_operators, column("cost_kept")] = kept
+        if show_measured:
+            nodes += self._measured
+        return nodes
+
+    def _cost_by_operator(self, counts: Counts) -> NDArray[np.float64]:
+        """Cost of every operator; parameter tensors are named by their operator's weight, bias and norm."""
+        totals = np.zeros(self.n_operators)
+        for owner, value in self.space.cost.by_owner(counts).items():
+            row = self._owner_row.get(owner, self._owner_row.get(owner.rpartition(".")[0]))
+            if row is not None:
+                totals[row] += value
+        return totals
+
+    def _globals(self, progress: Progress) -> list[float]:
+        space, graph = self.space, self.space.graph
+        dense, cost = space.cost.dense, space.cost(progress.counts)
+        spent = space.cost(np.where(progress.decided, progress.counts, space.minimum))
+        limit = dense if space.limit is None else space.limit
+        free = max(limit - space.lowest_cost, 1)
+        values = {
+            "has_budget": float(space.limit is not None),
+            "budget_is_params": float(space.cost.kind == "params"),
+            "budget_share": limit / dense,
+            "cost_share": cost / dense,
+            "remaining": (limit - spent) / free,
+            "dense_accuracy": progress.dense_accuracy,
+            "last_accuracy": progress.last_accuracy,
+            "progress": progress.progress,
+            "log_macs": math.log10(1 + graph.macs) / 8,
+            "log_params": math.log10(1 + graph.params) / 6,
+            "log_operators": math.log2(max(len(graph.operators), 1)) / 8,
+        }
+        return [values[name] for name in GLOBAL_FEATURES]
+
+
+def _measured_columns(
+    space: SearchSpace, sensitivity: Sensitivity | None, noise_floor: float, n_operators: int
+) -> NDArray[np.float32]:
+    """The measured features of all nodes, 0 where there are none; each comes with a presence flag of 1."""
+    table = np.zeros((n_operators + space.n, len(NODE_FEATURES)), dtype=np.float32)
+    if sensitivity is None:
+        return table
+    if sensitivity.groups != space.names:
+        msg = (
+            f"sensitivity was measured for groups {list(sensitivity.groups)}, but the decisions are {list(space.names)}"
+        )
+        raise ValueError(msg)
+    for ratio in SENSITIVITY_KEEP_RATIOS:
+        if ratio in sensitivity.keep_ratios:
+            table[n_operators:, column(f"sensitivity_{ratio:.0%}")] = sensitivity_features(
+                sensitivity.at(ratio), noise_floor
+            )
+            table[n_operators:, column(f"has_sensitivity_{ratio:.0%}")] = 1
+    return table
+
+
+def _check_room(room: Sizes, needed: Sizes) -> None:
+    for what, has, needs in (
+        ("nodes", room.nodes, needed.nodes),
+        ("edges", room.edges, needed.edges),
+        ("decisions", room.decisions, needed.decisions),
+    ):
+        if has < needs:
+            msg = f"the observation has room for {has} {what}, but this network needs {needs}; pass at least {needs}"
+            raise ValueError(msg)
+
+
+def _box(low: float, high: float, *shape: int) -> spaces.Box:
+    return spaces.Box(low, high, shape, dtype=np.float32)

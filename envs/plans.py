@@ -1,0 +1,72 @@
+"""Plans that need no search, as keep-ratio offsets: pass them to `envs.action.project`, or start a search from them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .action import Ratios, SearchSpace
+
+
+def uniform(space: SearchSpace) -> Ratios:
+    """The same keep ratio in every group, shape ``(n,)``."""
+    return np.zeros(space.n)
+
+
+def global_magnitude(space: SearchSpace) -> Ratios:
+    """Keep ratios left by one threshold on the importance of all units, each over the mean of its group.
+
+    The division makes layers comparable: raw norms grow with the fan-in and with whatever scale a batch norm takes
+    back. The threshold is the lowest at which the budget is met, the groups' least being kept.
+
+    Returns:
+        Keep ratios of shape ``(n,)``.
+
+    Raises:
+        ValueError: if the space has no budget.
+    """
+    if space.limit is None:
+        msg = "global magnitude needs a budget to place its threshold; build the search space with one"
+        raise ValueError(msg)
+    scores = [np.sort(space.importance[name] / max(space.importance[name].mean(), 1e-12)) for name in space.names]
+    thresholds = np.unique(np.concatenate(scores))
+
+    def ratios(threshold: float) -> Ratios:
+        kept = np.array([len(s) - np.searchsorted(s, threshold) for s in scores])
+        return np.asarray(np.maximum(kept, space.minimum) / space.sizes, dtype=np.float64)
+
+    low, high = 0, len(thresholds)
+    while low < high:
+        middle = (low + high) // 2
+        if space.cost(np.rint(ratios(thresholds[middle]) * space.sizes).astype(np.int64)) <= space.limit:
+            high = middle
+        else:
+            low = middle + 1
+    return ratios(thresholds[low] if low < len(thresholds) else math.inf)
+
+
+def sensitivity(lost: NDArray[np.float64], floor: float, slope: float = 0.125) -> Ratios:
+    """Keep more of the groups whose loss hurts: ``slope * log(accuracy lost)``, less its mean.
+
+    Args:
+        lost: accuracy lost when each group alone keeps 30 % of its units, shape ``(n,)``, in ``[0, 1]``.
+        floor: losses below this are taken as this, see `noise_floor`.
+        slope: keep ratio a factor e of lost accuracy. Twice the default was worse than uniform on ResNet-56.
+
+    Returns:
+        Keep-ratio offsets of shape ``(n,)``.
+    """
+    offsets = slope * np.log(np.clip(lost, floor, 1))
+    return np.asarray(offsets - offsets.mean(), dtype=np.float64)
+
+
+def noise_floor(accuracy: float, n_images: int) -> float:
+    """The smallest loss of accuracy that so many images can tell from none: its standard error, at least one image.
+
+    Args:
+        accuracy: of the dense network, in ``[0, 1]``.
+        n_images: images that plans are scored on.
+    """
+    return max(math.sqrt(accuracy * (1 - accuracy) / n_images), 1 / n_images)

@@ -1,0 +1,271 @@
+"""How many networks are captured right: every classification model of torchvision, with Torch-Pruning beside it.
+
+Run as ``python -m experiments.coverage``. Finished models are kept in the cells folder and skipped, so that the run can
+be stopped at any time; the page is rendered from the cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from graph_encoder.capture import capture, trace_operators
+from graph_encoder.network import NetworkGraph
+from pruning.files import write_atomic
+from pruning.policy import CompressionPolicy
+from pruning.proof import prove, random_policy
+from pruning.surgery import apply_policy
+
+SIZES = (64, 128, 224, 299)
+"""Image sizes in pixels; the first that a network accepts is used."""
+SEEDS = (0, 1, 2)
+"""Seeds of the random keep ratios."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was measured on one model; seconds are of one run, MACs for a batch of one."""
+
+    model: str
+    size: int
+    macs: int
+    groups: int
+    offered: int
+    prunable_share: float
+    left_at_half: float
+    capture_seconds: float
+    slice_seconds: float
+    worst_error: float
+    cost_agrees: bool
+    unnamed: int
+    failure: str
+    peer_seconds: float
+    peer_left_at_half: float
+    peer_failure: str
+
+    @property
+    def passes(self) -> bool:
+        """Whether every group offered passed the proof, every other one is named, and the cost was predicted."""
+        return not self.failure and self.worst_error <= 1e-4 and self.cost_agrees and not self.unnamed
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """A model with random weights, none of them zero, and the smallest input that it accepts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        model = torchvision.models.get_model(name, weights=None, **options).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
+                module.running_mean.normal_(0, 0.1, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+        for parameter in model.parameters():
+            # A layer that starts at zero would make the proof of everything before it empty.
+            if not parameter.any():
+                parameter.normal_(0, 0.02, generator=generator)
+    for size in SIZES:
+        image = torch.randn(2, 3, size, size, generator=generator)
+        try:
+            capture(model, image[:, :, :size, :size])
+        except RuntimeError:
+            continue
+        return model, image
+    msg = f"'{name}' accepts none of the image sizes {SIZES}"
+    raise ValueError(msg)
+
+
+def measure(name: str) -> Cell:
+    """Capture, prove and slice one model, and ask Torch-Pruning for the same, in one run."""
+    torch.manual_seed(0)
+    model, image = build(name)
+    ours, theirs = [], []
+    peer_failure = ""
+    graph = capture(model, image)
+    for _ in range(3):
+        start = time.perf_counter()
+        graph = capture(model, image)
+        ours.append(time.perf_counter() - start)
+        if not peer_failure:
+            seconds, peer_failure = _peer_groups(model, image)
+            theirs.append(seconds)
+    worst, cost_agrees, failure, sliced = 0.0, True, "", []
+    for seed in SEEDS:
+        proof = prove(model, graph, image, generator=torch.Generator().manual_seed(seed), each_group=False)[0]
+        worst, failure = max(worst, proof.error), failure or proof.message
+        if not failure:
+            policy = random_policy(graph, torch.Generator().manual_seed(seed))
+            start = time.perf_counter()
+            small = apply_policy(model, graph, policy)
+            sliced.append(time.perf_counter() - start)
+            cost_agrees &= _macs(small, image) == _predicted(graph, policy)
+    floor = CompressionPolicy({g.name: (0,) for g in graph.prunable}, {g.name: g.size for g in graph.prunable})
+    left, peer_left_failure = _peer_half(model, image) if not peer_failure else (math.nan, peer_failure)
+    return Cell(
+        model=name, size=image.shape[-1], macs=graph.macs, groups=len(graph.groups), offered=len(graph.prunable),
+        prunable_share=1 - _predicted(graph, floor) / graph.macs,
+        left_at_half=_predicted(graph, _half(graph)) / graph.macs,
+        capture_seconds=statistics.median(ours), slice_seconds=statistics.median(sliced) if sliced else math.nan,
+        worst_error=worst, cost_agrees=cost_agrees,
+        unnamed=sum(not g.is_prunable and not g.reason for g in graph.groups),
+        failure=failure, peer_seconds=statistics.median(theirs) if theirs and not peer_failure else math.nan,
+        peer_left_at_half=left, peer_failure=peer_left_failure,
+    )  # fmt: skip
+
+
+def _predicted(graph: NetworkGraph, policy: CompressionPolicy) -> int:
+    removed = {graph.group_index[name]: policy.sizes[name] - len(kept) for name, kept in policy.kept.items()}
+    return sum(term.value(removed) for term in graph.mac_terms)
+
+
+def _half(graph: NetworkGraph) -> CompressionPolicy:
+    kept = {g.name: tuple(range(-(-g.size // 2))) for g in graph.prunable}
+    return CompressionPolicy(kept, {g.name: g.size for g in graph.prunable})
+
+
+def _macs(model: nn.Module, image: Tensor) -> int:
+    return sum(operator.macs for operator in trace_operators(model, image))
+
+
+def _peer_groups(model: nn.Module, image: Tensor) -> tuple[float, str]:
+    """Seconds that Torch-Pruning's graph and groups take, and why they failed."""
+    import torch_pruning
+
+    start = time.perf_counter()
+
+    def run() -> None:
+        graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=image)
+        list(graph.get_all_groups(ignored_layers=_last_linear(model)))
+
+    failure = _failure_of(run)
+    return time.perf_counter() - start, failure
+
+
+def _peer_half(model: nn.Module, image: Tensor) -> tuple[float, str]:
+    """Share of MACs that Torch-Pruning's default pruner leaves at half the channels, and why it failed."""
+    import copy
+
+    import torch_pruning
+
+    small = copy.deepcopy(model)
+
+    def run() -> None:
+        pruner = torch_pruning.pruner.BasePruner(
+            small, image, importance=torch_pruning.importance.MagnitudeImportance(p=1), pruning_ratio=0.5,
+            ignored_layers=_last_linear(small),
+        )  # fmt: skip
+        pruner.step()
+        with torch.inference_mode():
+            small.eval()(image)
+
+    failure = _failure_of(run)
+    return (math.nan, failure) if failure else (_macs(small, image) / _macs(model, image), "")
+
+
+def _failure_of(run: Callable[[], None]) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run()
+    except Exception as error:  # a peer may fail in any way; that it does is the result
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:120]
+    return ""
+
+
+def _last_linear(model: nn.Module) -> list[nn.Module]:
+    return [[m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]]
+
+
+def render(cells: list[Cell], machine: str) -> str:
+    """The page, in Markdown."""
+    passed = sum(cell.passes for cell in cells)
+    wrong = sum(not cell.failure and cell.worst_error > 1e-4 for cell in cells)
+    peer_passed = sum(not cell.peer_failure for cell in cells)
+    both = [cell for cell in cells if not math.isnan(cell.peer_seconds)]
+    ratio = statistics.median(cell.capture_seconds / cell.peer_seconds for cell in both) if both else math.nan
+    rows = "\n".join(_row(cell) for cell in cells)
+    failures = "\n".join(f"- `{c.model}`: {c.failure or c.peer_failure}" for c in cells if c.failure or c.peer_failure)
+    return f"""# Coverage
+
+Every classification model of torchvision, random weights, random keep ratios (seeds {", ".join(map(str, SEEDS))}).
+A model passes if removing random units of all offered groups computes what silencing them computes (largest difference
+at most 1e-4 of the output's scale), every group that is not offered has a reason, and the MACs predicted for the policy
+are those of the model that was built.
+
+    make coverage
+
+- {passed} of {len(cells)} models pass; {wrong} silently wrong.
+- Torch-Pruning {_version("torch-pruning")}: its default pruner finishes, and the pruned network runs, on
+  {peer_passed} of {len(cells)} (no comparison of outputs). At the same request, half of the channels of everything but
+  the last layer, the column "left" shows the share of MACs left by each.
+- Capture with groups takes {ratio:.2f} of Torch-Pruning's graph with groups (median of ratios over the {len(both)}
+  models that both capture, interleaved in one run, median of 3).
+- "prunable" is the share of MACs that goes when every offered group keeps one unit.
+
+{machine}
+
+| model | pixels | GMACs | groups, offered | prunable | worst error | passes | capture s | slice ms | left | peer |
+|---|---|---|---|---|---|---|---|---|---|---|
+{rows}
+
+## Failures
+{failures or "None."}
+"""
+
+
+def _row(cell: Cell) -> str:
+    left = "fails" if cell.peer_failure else f"{cell.peer_left_at_half:.2f}"
+    peer = left if math.isnan(cell.peer_seconds) else f"{cell.peer_seconds:.2f}, {left}"
+    passes = "yes" if cell.passes else "**no**"
+    return (
+        f"| {cell.model} | {cell.size} | {cell.macs / 1e9:.2f} | {cell.groups}, {cell.offered} | "
+        f"{cell.prunable_share:.0%} | {cell.worst_error:.1e} | {passes} | {cell.capture_seconds:.2f} | "
+        f"{cell.slice_seconds * 1e3:.0f} | {cell.left_at_half:.2f} | {peer} |"
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def main() -> None:
+    """Measure what is missing and render the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cells", type=Path, default=Path("runs/coverage"), help="folder of finished models")
+    parser.add_argument("--page", type=Path, default=Path("docs/coverage.md"), help="page to write")
+    parser.add_argument("--models", nargs="*", help="models to measure; all of torchvision's classification models")
+    options = parser.parse_args()
+    names = options.models or torchvision.models.list_models(module=torchvision.models)
+    for name in names:
+        path = options.cells / f"{name}.json"
+        if not path.exists():
+            write_atomic(path, json.dumps(asdict(measure(name))).encode())
+    found: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(options.cells.glob("*.json"))]
+    machine = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"{torch.get_num_threads()} threads, {platform.machine()}."
+    )
+    write_atomic(options.page, render([Cell(**values) for values in found], machine).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,390 @@
+"""Images for training, searching and testing: the recipe that names them, their splits, batches and accuracy."""
+
+import difflib
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as transforms
+
+from graph_encoder.modes import evaluation_mode
+
+from .image_folder import read_image_folder
+from .images import DataError, ImageSplit, choose, read_list
+from .sources import read_bundled, read_cifar, read_function
+from .user_function import is_reference
+
+__all__ = [
+    "DataError",
+    "DataRecipe",
+    "ImageData",
+    "ImageSplit",
+    "SplitRecipe",
+    "TrainBatches",
+    "calibration_batches",
+    "make_evaluate",
+    "normalise",
+]
+
+_BUILT_IN: dict[str, dict[str, Any]] = {
+    "bundled": {"mean": (0.1307,), "std": (0.3081,), "crop_padding": 2, "flip": False},
+    "cifar10": {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)},
+    "cifar100": {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)},
+}
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_padding": 4, "flip": True}
+_GRAY = {"mean": (0.449,), "std": (0.226,)}
+
+_WHY_UNSEEN = (
+    "The search must score plans on images that the network was not trained on: on its training images the best of "
+    "many plans is mostly the one that remembers them best"
+)
+
+
+class SplitRecipe(BaseModel):
+    """Where the images of one split are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    folder: str
+    """Folder below the root, with one folder for each class; the bundled sources have train, validation and test."""
+    list_file: Path | None = None
+    """Text file with the images to take, relative to the folder, one a line; all images if unset."""
+
+
+class DataRecipe(BaseModel):
+    """Which images, their splits and their preparation.
+
+    What is left unset takes the source's own value: the digits are shifted by 2 pixels and never mirrored, CIFAR has
+    its own mean and standard deviation, everything else has those of ImageNet.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    source: str = "bundled"
+    """bundled, cifar10, cifar100, an image folder or an archive of one, or package.module:function."""
+    root: Path | None = None
+    """Folder of torchvision's copy of CIFAR; unset is a folder in the cache."""
+    download: bool = False
+    """Let torchvision fetch CIFAR if it is not there."""
+    train: SplitRecipe = SplitRecipe(folder="train")
+    """Training images: fine-tuning and batch-norm statistics."""
+    validation: SplitRecipe = SplitRecipe(folder="validation")
+    """Images the network was not trained on: the search scores plans on them."""
+    test: SplitRecipe = SplitRecipe(folder="test")
+    """Images that only the report reads, once."""
+    size: int | None = Field(default=None, ge=1)
+    """Height and width in pixels that images are brought to; unset takes them as they are."""
+    grayscale: bool = False
+    """Read an image folder with one channel in place of three."""
+    crop_padding: int = Field(default=4, ge=0)
+    """Pixels of black around a training image before it is cropped at random."""
+    flip: bool = True
+    """Mirror half of the training images, left to right."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel, of values in 0 to 1."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel, of values in 0 to 1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_sources_values(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        source = given.get("source", "bundled")
+        own = _IMAGENET | (_GRAY if given.get("grayscale") else {}) | _BUILT_IN.get(str(source), {})
+        return own | {name: value for name, value in given.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataRecipe":
+        if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
+            msg = f"mean and std need one value for each channel, std above 0; found mean {self.mean}, std {self.std}"
+            raise ValueError(msg)
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
+            one, other = splits[first], splits[second]
+            if one.folder == other.folder and (one.list_file is None or other.list_file is None):
+                msg = (
+                    f"{first} and {second} would share the images of '{one.folder}'; give both a list_file, "
+                    f"such as the even and the odd list that `secateur split` writes"
+                )
+                raise ValueError(msg)
+        return self
+
+
+class ImageData:
+    """The splits of a recipe, each read when it is first asked for.
+
+    Attributes:
+        recipe: what it was made from.
+    """
+
+    def __init__(self, recipe: DataRecipe) -> None:
+        self.recipe = recipe
+        self._check_source()
+        self._check_lists()
+
+    @cached_property
+    def train(self) -> ImageSplit:
+        """Images for training, fine-tuning and batch-norm statistics."""
+        return self._read(self.recipe.train)
+
+    @cached_property
+    def validation(self) -> ImageSplit:
+        """Images that plans are scored on.
+
+        Raises:
+            DataError: if there are none, saying why training images will not do.
+        """
+        try:
+            return self._read_like_train("validation")
+        except DataError as error:
+            if not str(error).startswith("no folder"):
+                raise
+            msg = (
+                f"no validation data: {error}. {_WHY_UNSEEN}. Name a folder of unseen images as `validation`, or hold "
+                f"some out with lists of files (`secateur split` writes the even and the odd files of a folder)"
+            )
+            raise DataError(msg) from error
+
+    @cached_property
+    def test(self) -> ImageSplit:
+        """Images for the last figure of a report.
+
+        Nothing that chooses between plans, recipes or epochs may touch this: a choice made on the test images makes
+        their accuracy a part of the search. So it is not even opened before the report asks for it.
+        """
+        return self._read_like_train("test")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in label order."""
+        return self.train.classes
+
+    def _read(self, split: SplitRecipe) -> ImageSplit:
+        recipe = self.recipe
+        source = recipe.source
+        if source not in _BUILT_IN and Path(source).exists():
+            return self._checked(
+                read_image_folder(
+                    Path(source), split.folder, split.list_file, size=recipe.size, grayscale=recipe.grayscale
+                )
+            )
+        if source == "bundled":
+            images = read_bundled(split.folder)
+        elif source in ("cifar10", "cifar100"):
+            name = cast("Literal['cifar10', 'cifar100']", source)
+            images = read_cifar(name, split.folder, recipe.root, download=recipe.download)
+        else:
+            images = read_function(source, split.folder)
+        if split.list_file is not None:
+            images = choose(images, read_list(split.list_file), split.list_file)
+        return self._checked(_resized(images, recipe.size))
+
+    def _read_like_train(self, name: Literal["validation", "test"]) -> ImageSplit:
+        images = self._read(getattr(self.recipe, name))
+        if images.classes != self.classes:
+            only_here = sorted(set(images.classes) - set(self.classes))
+            only_train = sorted(set(self.classes) - set(images.classes))
+            msg = (
+                f"the class folders of {name} and train differ in '{self.recipe.source}': only {name} has "
+                f"{only_here or 'none'}, only train has {only_train or 'none'}; labels are places in the sorted names, "
+                f"so both need the same folders"
+            )
+            raise DataError(msg)
+        return images
+
+    def _checked(self, split: ImageSplit) -> ImageSplit:
+        channels = split.images.shape[1]
+        if channels != len(self.recipe.mean):
+            msg = (
+                f"images of '{self.recipe.source}' have {channels} channels, but mean and std have "
+                f"{len(self.recipe.mean)} values; give one value for each channel"
+            )
+            raise DataError(msg)
+        return split
+
+    def _check_source(self) -> None:
+        source = self.recipe.source
+        if source in _BUILT_IN or is_reference(source) or Path(source).exists():
+            return
+        beside = Path(source).parent
+        there = [str(beside / path.name) for path in beside.iterdir()] if beside.is_dir() else []
+        nearest = difflib.get_close_matches(source, [*_BUILT_IN, *there], n=1)
+        hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+        msg = (
+            f"unknown data source '{source}'{hint} Allowed: {', '.join(_BUILT_IN)}, the path of an image folder or of "
+            f"a .tar or .zip of one, or package.module:function"
+        )
+        raise DataError(msg)
+
+    def _check_lists(self) -> None:
+        # Only the lists are read here, not the images: an overlap would otherwise show at the end of a search.
+        listed = [
+            (name, split.folder, split.list_file, set(read_list(split.list_file)))
+            for name in ("train", "validation", "test")
+            if (split := cast("SplitRecipe", getattr(self.recipe, name))).list_file is not None
+        ]
+        for i, (first, folder, first_file, first_names) in enumerate(listed):
+            for second, other_folder, second_file, second_names in listed[i + 1 :]:
+                if folder == other_folder and (shared := sorted(first_names & second_names)):
+                    msg = (
+                        f"{first} and {second} share {len(shared)} images of '{folder}', first '{shared[0]}' (lists "
+                        f"'{first_file}' and '{second_file}'); an image may be in one split only"
+                    )
+                    raise DataError(msg)
+
+
+def _resized(split: ImageSplit, size: int | None) -> ImageSplit:
+    if size is None or split.images.shape[2:] == (size, size):
+        return split
+    images = transforms.center_crop(transforms.resize(split.images, [size], antialias=True), [size, size])
+    return ImageSplit(images, split.labels, split.paths, split.classes)
+
+
+def normalise(images: Tensor, recipe: DataRecipe) -> Tensor:
+    """Images as a network reads them: float32, ``(value / 255 - mean) / std``, channels last in memory.
+
+    Args:
+        images: uint8, ``(N, C, H, W)``; the result is on the same device.
+        recipe: holds mean and standard deviation, one value for each of the C channels.
+    """
+    mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (recipe.mean, recipe.std))
+    values = images.to(torch.float32, memory_format=torch.channels_last)
+    return values.mul_(1 / (255 * std)).sub_(mean / std)  # two passes over the images in place of three
+
+
+def make_evaluate(
+    split: ImageSplit,
+    recipe: DataRecipe,
+    *,
+    n_images: int | None = None,
+    batch_size: int = 250,
+    device: torch.device | str = "cpu",
+    autocast: bool = False,
+    seed: int = 0,
+) -> Callable[[nn.Module], float]:
+    """Build the function that measures a network's accuracy on a fixed set of images.
+
+    The images are normalised once and stay on ``device``; every call sees the same ones in the same batches, so two
+    networks are compared on common random numbers.
+
+    Args:
+        split: images and labels.
+        recipe: for mean and standard deviation.
+        n_images: how many to use, drawn without replacement; all if None or more than there are.
+        batch_size: images a forward pass.
+        device: where the images stay; the networks must be there too.
+        autocast: run the network in bfloat16 where PyTorch deems it safe.
+        seed: of the draw of ``n_images``.
+
+    Returns:
+        A function from a network to its accuracy in [0, 1]. It runs in evaluation and inference mode, and leaves the
+        network's modes as they were.
+    """
+    device = torch.device(device)
+    if n_images is not None and n_images < len(split):
+        split = split.take(_draw(len(split), n_images, torch.Generator().manual_seed(seed)))
+    images = torch.split(normalise(split.images.to(device), recipe), batch_size)
+    labels = torch.split(split.labels.to(device), batch_size)
+
+    def evaluate(model: nn.Module) -> float:
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        with evaluation_mode(model), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, autocast):
+            for x, y in zip(images, labels, strict=True):
+                correct += (model(x).argmax(dim=1) == y).sum()
+        return correct.item() / len(split)
+
+    return evaluate
+
+
+def calibration_batches(
+    split: ImageSplit,
+    recipe: DataRecipe,
+    *,
+    n_images: int = 1000,
+    batch_size: int = 250,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> list[Tensor]:
+    """A fixed random subset of the training images, not augmented, for re-estimating batch-norm statistics.
+
+    Args:
+        split: the training images: statistics are part of the network, so they may not come from validation images.
+        recipe: for mean and standard deviation.
+        n_images: how many, drawn without replacement; all if there are fewer.
+        batch_size: images a batch, at most ``n_images``.
+        device: where the batches are put.
+        seed: of the draw.
+
+    Returns:
+        Normalised float32 batches of shape ``(batch_size, C, H, W)``, all full: an average over batches would give
+        the images of a small one more weight.
+    """
+    n_images = min(n_images, len(split))
+    batch_size = min(batch_size, n_images)
+    n_images -= n_images % batch_size
+    chosen = _draw(len(split), n_images, torch.Generator().manual_seed(seed))
+    return list(torch.split(normalise(split.images[chosen].to(device), recipe), batch_size))
+
+
+def _draw(n: int, n_drawn: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(n, generator=generator)[:n_drawn]
+
+
+class TrainBatches:
+    """Training batches with augmentation: calling it with an epoch gives that epoch's batches.
+
+    An epoch's order, crops and flips depend on the seed and the epoch alone, so a resumed run sees the batches that an
+    uninterrupted one sees. Augmentation works on a whole batch at a time. What does not fill a batch is left
+    out of the epoch (another few images each time): a batch norm cannot train on a batch of one.
+    """
+
+    def __init__(
+        self,
+        split: ImageSplit,
+        recipe: DataRecipe,
+        *,
+        batch_size: int = 128,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._images = split.images.to(device)
+        self._labels = split.labels.to(device)
+        self._recipe = recipe
+        self._batch_size = min(batch_size, len(split))
+        self._seed = seed
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self._images) // self._batch_size
+
+    def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images ``(B, C, H, W)`` and labels ``(B,)`` of one epoch."""
+        state = np.random.SeedSequence([self._seed, epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        order = torch.randperm(len(self._images), generator=generator).to(self._images.device)
+        for indices in torch.split(order[: len(self) * self._batch_size], self._batch_size):
+            images = _augmented(self._images[indices], self._recipe, generator)
+            yield normalise(images, self._recipe), self._labels[indices]
+
+
+def _augmented(images: Tensor, recipe: DataRecipe, generator: torch.Generator) -> Tensor:
+    """Crop each image at its own place out of itself with a black border, and mirror half of them."""
+    n, _, height, width = images.shape
+    device = images.device
+    if padding := recipe.crop_padding:
+        padded = F.pad(images, (padding,) * 4)
+        places = torch.randint(2 * padding + 1, (2, n), generator=generator).to(device)
+        # (N, C, place down, place across, H, W), a view: only the chosen window of each image is copied.
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+        images = windows[torch.arange(n, device=device), :, places[0], places[1]]
+    if recipe.flip:
+        mirrored = (torch.rand(n, generator=generator) < 0.5).to(device)
+        images = torch.where(mirrored.view(n, 1, 1, 1), images.flip(3), images)
+    return images

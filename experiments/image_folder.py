@@ -1,0 +1,208 @@
+"""Image folders, ``<root>/<split>/<class>/<image>``, as files or inside an archive that is never unpacked to disk."""
+
+import io
+import re
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from pruning.files import write_atomic
+
+from .images import DataError, ImageSplit, cached_split, check_listed, read_list
+
+_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+_LAST_NUMBER = re.compile(r"(\d+)\D*$")
+
+ImageFile = Path | bytes
+"""A file on disk, or the bytes of a member of an archive."""
+
+
+def read_image_folder(
+    root: Path, folder: str, list_file: Path | None = None, *, size: int | None = None, grayscale: bool = False
+) -> ImageSplit:
+    """Decode the images of one split; the second time they come from the cache.
+
+    Args:
+        root: a folder, or a .tar (compressed or not) or .zip archive of one.
+        folder: the split's folder below ``root``; it holds one folder for each class.
+        list_file: text file with the images to take, relative to ``folder``, one a line; all if None.
+        size: height and width in pixels; other images are scaled and cropped about the centre. None takes them as
+            they are, and they must all be equal.
+        grayscale: one channel in place of three.
+
+    Raises:
+        DataError: if there is no such folder, it is empty, an image is broken or of another size, or the list names an
+            image that is not there.
+    """
+    names = read_list(list_file) if list_file is not None else None
+
+    def read() -> ImageSplit:
+        files = image_files(root, folder)
+        if names is not None and list_file is not None:
+            check_listed(names, files, list_file)
+        return _decode(root, folder, files, names or tuple(files), size, grayscale)
+
+    return cached_split((_fingerprint(root, folder), folder, names, size, grayscale), read)
+
+
+def write_split_lists(root: Path, folder: str, out: Path) -> tuple[Path, Path]:
+    """Divide one folder in two by the numbers in the file names, to hold out validation images for a search.
+
+    The number is the last one in the name: ``cat/0012.jpg`` is even.
+
+    Args:
+        root: a folder or an archive, as for `read_image_folder`.
+        folder: the split's folder below ``root``.
+        out: folder in which ``<folder>-even.txt`` and ``<folder>-odd.txt`` are written.
+
+    Returns:
+        The paths of the even and the odd list.
+
+    Raises:
+        DataError: if a name holds no number, or all numbers are even or all odd.
+    """
+    lists: tuple[list[str], list[str]] = ([], [])
+    for name in image_files(root, folder):
+        number = _LAST_NUMBER.search(PurePosixPath(name).stem)
+        if number is None:
+            msg = f"'{folder}/{name}' in '{root}' has no number in its name, so it is neither even nor odd"
+            raise DataError(msg)
+        lists[int(number[1]) % 2].append(name)
+    if not all(lists):
+        msg = f"the images of '{folder}' in '{root}' are all {'odd' if lists[1] else 'even'}: nothing to divide"
+        raise DataError(msg)
+    stem = folder.strip("/").replace("/", "-")
+    even, odd = out / f"{stem}-even.txt", out / f"{stem}-odd.txt"
+    for path, names in zip((even, odd), lists, strict=True):
+        write_atomic(path, "".join(f"{name}\n" for name in names).encode())
+    return even, odd
+
+
+def image_files(root: Path, folder: str) -> dict[str, ImageFile]:
+    """Every image of a split by its path relative to ``folder`` (``class/name.jpg``), sorted by path.
+
+    Raises:
+        DataError: if ``root`` cannot be read, has no such folder, or the folder holds no image.
+    """
+    if not root.exists():
+        msg = f"no image folder or archive '{root}'"
+        raise DataError(msg)
+    files = _folder_files(root, folder) if root.is_dir() else _archive_files(root, folder)
+    # A class is a folder: an image that lies beside the class folders has no label.
+    files = {
+        name: file for name, file in files.items() if "/" in name and PurePosixPath(name).suffix.lower() in _SUFFIXES
+    }
+    if not files:
+        msg = (
+            f"no images in '{folder}' of '{root}'; expected {folder}/<class>/<image> with one of the suffixes "
+            f"{', '.join(sorted(_SUFFIXES))}"
+        )
+        raise DataError(msg)
+    return dict(sorted(files.items()))
+
+
+def _folder_files(root: Path, folder: str) -> dict[str, ImageFile]:
+    top = root / folder
+    if not top.is_dir():
+        raise _missing_folder(root, folder, sorted(path.name for path in root.iterdir() if path.is_dir()))
+    return {path.relative_to(top).as_posix(): path for path in top.rglob("*") if path.is_file()}
+
+
+def _archive_files(root: Path, folder: str) -> dict[str, ImageFile]:
+    try:
+        members = _zip_members(root) if root.suffix.lower() == ".zip" else _tar_members(root)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        msg = f"cannot read the archive '{root}': {error}; a folder or one of {', '.join(_ARCHIVES)} is expected"
+        raise DataError(msg) from error
+    tops = {name.split("/", 1)[0] for name in members}
+    prefix = folder
+    if len(tops) == 1 and folder.split("/", 1)[0] not in tops:
+        # Many archives hold everything in one folder named after themselves.
+        prefix = f"{next(iter(tops))}/{folder}"
+    found = {name[len(prefix) + 1 :]: data for name, data in members.items() if name.startswith(f"{prefix}/")}
+    if not found:
+        raise _missing_folder(root, folder, sorted({name.split("/", 1)[0] for name in members}))
+    return found
+
+
+def _tar_members(root: Path) -> dict[str, ImageFile]:
+    members: dict[str, ImageFile] = {}
+    # A stream reads a compressed archive once from front to back; random access would decompress it again and again.
+    with tarfile.open(root, "r|*") as archive:
+        for member in archive:
+            if member.isfile() and (file := archive.extractfile(member)) is not None:
+                members[_clean(member.name)] = file.read()
+    return members
+
+
+def _zip_members(root: Path) -> dict[str, ImageFile]:
+    with zipfile.ZipFile(root) as archive:
+        return {_clean(info.filename): archive.read(info) for info in archive.infolist() if not info.is_dir()}
+
+
+def _clean(name: str) -> str:
+    return str(PurePosixPath(name))
+
+
+def _missing_folder(root: Path, folder: str, present: list[str]) -> DataError:
+    msg = f"no folder '{folder}' in '{root}'; it has {', '.join(present[:10]) or 'no folders'}"
+    return DataError(msg)
+
+
+def _fingerprint(root: Path, folder: str) -> tuple[object, ...]:
+    """What changes when the images do, found without reading them."""
+    if not root.is_dir():
+        stat = root.stat() if root.exists() else None
+        return (str(root.resolve()), stat and (stat.st_size, stat.st_mtime_ns))
+    stats = ((path, path.stat()) for path in sorted((root / folder).rglob("*")) if path.is_file())
+    return tuple((path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+
+
+def _decode(
+    root: Path,
+    folder: str,
+    files: Mapping[str, ImageFile],
+    names: tuple[str, ...],
+    size: int | None,
+    grayscale: bool,
+) -> ImageSplit:
+    # Classes come from the whole folder: a list that leaves one out must not shift the labels of the others.
+    classes = tuple(sorted({name.split("/", 1)[0] for name in files}))
+    label = {name: i for i, name in enumerate(classes)}
+    pixels = np.empty(0, np.uint8)
+    for i, name in enumerate(names):
+        image = _decode_one(root, folder, name, files[name], size, grayscale)
+        if i == 0:
+            pixels = np.empty((len(names), *image.shape), np.uint8)
+        if image.shape != pixels.shape[1:]:
+            expected, found = (f"{s[1]}x{s[0]}" for s in (pixels.shape[1:], image.shape))
+            msg = (
+                f"'{folder}/{name}' in '{root}' is {found} pixels, '{folder}/{names[0]}' is {expected}; "
+                f"give the recipe a size to bring all images to"
+            )
+            raise DataError(msg)
+        pixels[i] = image
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    labels = torch.tensor([label[name.split("/", 1)[0]] for name in names])
+    return ImageSplit(images, labels, names, classes)
+
+
+def _decode_one(
+    root: Path, folder: str, name: str, file: ImageFile, size: int | None, grayscale: bool
+) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
+            image = opened.convert("L" if grayscale else "RGB")
+    except Exception as error:  # Pillow's decoders raise many types on broken input
+        msg = f"broken image '{folder}/{name}' in '{root}' ({error}); replace it, or leave it out with a list file"
+        raise DataError(msg) from error
+    if size is not None and image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    array = np.asarray(image)
+    return array[..., None] if grayscale else array

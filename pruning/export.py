@@ -1,0 +1,316 @@
+"""Compressed networks as files that run no code when they are loaded, and as programs for other runtimes."""
+
+import copy
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from graph_encoder.capture import capture
+
+from .files import write_atomic
+from .policy import CompressionPolicy
+from .program_archive import vetted_copy
+from .surgery import apply_policy
+
+FORMAT_VERSION = 1
+ONNX_OPSET = 23
+"""The newest operator set that both PyTorch's exporter and ONNX Runtime know."""
+TOLERANCE = 1e-4
+"""Largest difference to PyTorch's outputs that an export may have, relative to their largest value."""
+
+_WEIGHTS, _POLICY, _MANIFEST = "model.safetensors", "policy.json", "manifest.json"
+
+Inputs = Tensor | tuple[Tensor, ...]
+
+
+class ExportError(RuntimeError):
+    """A network that cannot be saved or exported, or files that cannot be loaded back."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is needed besides the weights and the policy to build the network again.
+
+    Attributes:
+        constructor: the name that builds the dense network, for a person or the command to resolve; never imported
+            by `load_compressed`, since a file must not choose what code runs.
+        inputs: shape and dtype name of each example input, batch first.
+        weights_sha256: digest of the weights file.
+        policy_digest: digest of the policy.
+        torch_version: PyTorch that wrote the files.
+        format_version: version of this layout.
+    """
+
+    constructor: str
+    inputs: tuple[tuple[tuple[int, ...], str], ...]
+    weights_sha256: str
+    policy_digest: str
+    torch_version: str
+    format_version: int = FORMAT_VERSION
+
+    def examples(self) -> tuple[Tensor, ...]:
+        """Example inputs of the right shapes and dtypes, all zeros."""
+        return tuple(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in self.inputs)
+
+
+def save_compressed(
+    model: nn.Module, policy: CompressionPolicy, folder: Path, *, constructor: str, example_inputs: Inputs
+) -> None:
+    """Save a compressed network as weights (safetensors), policy and manifest (JSON).
+
+    Args:
+        model: what `apply_policy` made, maybe fine-tuned since.
+        policy: the policy it was made with.
+        folder: made if it is missing; files of the same names are replaced.
+        constructor: name that builds the dense network (``"resnet20"``, ``"package.module:function"``).
+        example_inputs: inputs that the dense network was captured with.
+
+    Raises:
+        FileWriteError: if a file cannot be written.
+    """
+    weights = safetensors.torch.save(_unique_tensors(model))
+    manifest = Manifest(
+        constructor=constructor,
+        inputs=tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in _as_tuple(example_inputs)),
+        weights_sha256=hashlib.sha256(weights).hexdigest(),
+        policy_digest=policy.digest,
+        torch_version=torch.__version__,
+    )
+    write_atomic(folder / _WEIGHTS, weights)
+    policy.save(folder / _POLICY)
+    # Last, and with digests of the others: a folder whose writing was cut short is told from a whole one.
+    write_atomic(folder / _MANIFEST, (json.dumps(asdict(manifest), indent=2) + "\n").encode())
+
+
+def load_compressed(folder: Path, constructor: Callable[[], nn.Module]) -> nn.Module:
+    """Build the dense network, apply the saved policy, and load the saved weights.
+
+    Args:
+        folder: what `save_compressed` wrote.
+        constructor: builds the dense network; its weights do not matter. `read_manifest` has its name.
+
+    Returns:
+        The compressed network on the CPU, in evaluation mode.
+
+    Raises:
+        ExportError: if a file is missing or damaged, or the constructor builds another network.
+        PolicyError: if the policy names groups that the network does not have.
+    """
+    manifest = read_manifest(folder)
+    policy = CompressionPolicy.load(folder / _POLICY)
+    path = folder / _WEIGHTS
+    content = _read(path)
+    if hashlib.sha256(content).hexdigest() != manifest.weights_sha256 or policy.digest != manifest.policy_digest:
+        msg = (
+            f"'{folder}' is not whole: {_WEIGHTS}, {_POLICY} and {_MANIFEST} are not of the same save, or one was "
+            f"changed or cut short; save the network again"
+        )
+        raise ExportError(msg)
+    dense = constructor().cpu().eval()
+    model = apply_policy(dense, capture(dense, manifest.examples()), policy)
+    try:
+        weights = safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        msg = f"cannot read the weights '{path}': {error}"
+        raise ExportError(msg) from error
+    if misfit := describe_misfit(_unique_tensors(model), weights):
+        msg = (
+            f"the weights '{path}' do not fit the network that the constructor builds: {misfit}; they were saved from "
+            f"'{manifest.constructor}'"
+        )
+        raise ExportError(msg)
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read what `save_compressed` noted about a network.
+
+    Raises:
+        ExportError: if it is missing, damaged, or of a newer format.
+    """
+    path = folder / _MANIFEST
+    try:
+        content = json.loads(_read(path))
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            msg = f"'{path}' has format version {version}, this release reads {FORMAT_VERSION}; update secateur"
+            raise ExportError(msg)
+        content["inputs"] = tuple((tuple(map(int, shape)), str(dtype)) for shape, dtype in content["inputs"])
+        if unknown := [
+            dtype for _, dtype in content["inputs"] if not isinstance(getattr(torch, dtype, None), torch.dtype)
+        ]:
+            msg = f"'{path}' has an input of the unknown dtype '{unknown[0]}'"
+            raise ExportError(msg)
+        return Manifest(**content)
+    except (ValueError, KeyError, TypeError) as error:
+        msg = f"cannot read the manifest '{path}': {type(error).__name__}: {error}"
+        raise ExportError(msg) from error
+
+
+def export_onnx(model: nn.Module, example_inputs: Inputs, path: Path) -> None:
+    """Write the network as ONNX with a free batch dimension, once its outputs agree with PyTorch's.
+
+    Args:
+        model: network to export; untouched.
+        example_inputs: inputs, batch first.
+        path: file to write (.onnx).
+
+    Raises:
+        ExportError: if the network cannot be exported, or ONNX Runtime's outputs differ by more than `TOLERANCE`.
+        FileWriteError: if the file cannot be written.
+    """
+    frozen, inputs = _frozen(model), _batch(example_inputs, 2)
+    try:
+        program = torch.onnx.export(
+            frozen, inputs, dynamo=True, dynamic_shapes=_free_batch(inputs), opset_version=ONNX_OPSET, verbose=False
+        )
+    except Exception as error:  # the exporter raises whatever the step at fault raises
+        msg = f"{type(model).__name__} cannot be exported to ONNX: {str(error).strip().splitlines()[0]}"
+        raise ExportError(msg) from error
+    if program is None:
+        msg = f"{type(model).__name__} cannot be exported to ONNX: the exporter returned nothing"
+        raise ExportError(msg)
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(*batch: Tensor) -> tuple[Tensor, ...]:
+        outputs = session.run(None, {name: x.numpy() for name, x in zip(names, batch, strict=True)})
+        return tuple(torch.from_numpy(np.asarray(output)) for output in outputs)
+
+    _check_outputs(run, frozen, example_inputs, "ONNX")
+    write_atomic(path, content)
+
+
+def export_program(model: nn.Module, example_inputs: Inputs, path: Path) -> None:
+    """Write the network as a PyTorch exported program with a free batch dimension, once its outputs agree.
+
+    Args:
+        model: network to export; untouched.
+        example_inputs: inputs, batch first.
+        path: file to write (.pt2); it holds no stack traces of this machine.
+
+    Raises:
+        ExportError: if the network cannot be exported, or the program's outputs differ by more than `TOLERANCE`.
+        ArchiveError: if the program would need more than tensors and a plain graph.
+        FileWriteError: if the file cannot be written.
+    """
+    frozen, inputs = _frozen(model), _batch(example_inputs, 2)
+    try:
+        program = torch.export.export(frozen, inputs, dynamic_shapes=_free_batch(inputs))
+    except Exception as error:  # the exporter raises whatever the step at fault raises
+        msg = f"{type(model).__name__} cannot be exported: {str(error).strip().splitlines()[0]}"
+        raise ExportError(msg) from error
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    content = vetted_copy(buffer.getvalue(), str(path))
+    loaded = torch.export.load(io.BytesIO(content)).module()
+    _check_outputs(loaded, frozen, example_inputs, "exported program")
+    write_atomic(path, content)
+
+
+def load_program(path: Path) -> ExportedProgram:
+    """Open an exported program; one that could run code while it is loaded is refused.
+
+    ``torch.export.load`` alone falls back to unlimited unpickling (`pruning.program_archive` lists what else).
+
+    Raises:
+        ExportError: if there is no such file, or PyTorch cannot make a program of it.
+        ArchiveError: if the file is damaged or holds anything else than tensors and a plain graph.
+    """
+    content = vetted_copy(_read(path), str(path))
+    try:
+        return torch.export.load(io.BytesIO(content))
+    except Exception as error:  # a graph that is plain but wrong fails wherever the deserializer trips over it
+        msg = f"cannot rebuild the program '{path}': {str(error).strip().splitlines()[0]}; export the network again"
+        raise ExportError(msg) from error
+
+
+def _as_tuple(inputs: Inputs) -> tuple[Tensor, ...]:
+    return (inputs,) if isinstance(inputs, Tensor) else inputs
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        msg = f"cannot read '{path}': {error.strerror}"
+        raise ExportError(msg) from error
+
+
+def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without second names of shared tensors, which the model's own structure brings back."""
+    state = model.state_dict()
+    unique: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    for name, tensor in state.items():
+        # Empty tensors have no address of their own.
+        address = tensor.data_ptr() or -len(unique) - 1
+        unique.setdefault((address, tensor.shape, tensor.stride()), name)
+    return {name: state[name].detach().cpu().contiguous() for name in unique.values()}
+
+
+def describe_misfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """What keeps ``weights`` from being loaded into a network with the tensors ``own``; empty if nothing does."""
+    found = {
+        "missing": [name for name in own if name not in weights],
+        "unexpected": [name for name in weights if name not in own],
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ],
+    }
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in found.items()
+        if names
+    )
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).cpu().eval()
+
+
+def _batch(example_inputs: Inputs, size: int) -> tuple[Tensor, ...]:
+    """Inputs of another batch size: noise for floating point, the first example repeated for everything else."""
+    generator = torch.Generator().manual_seed(size)
+    return tuple(
+        torch.randn(size, *x.shape[1:], generator=generator, dtype=x.dtype)
+        if x.is_floating_point()
+        else x[:1].cpu().expand(size, *x.shape[1:]).contiguous()
+        for x in _as_tuple(example_inputs)
+    )
+
+
+def _free_batch(inputs: Sequence[Tensor]) -> tuple[dict[int, Any], ...]:
+    batch = Dim("batch", min=1)
+    return tuple({0: batch} for _ in inputs)
+
+
+def _check_outputs(run: Callable[..., Any], model: nn.Module, example_inputs: Inputs, what: str) -> None:
+    """Compare with PyTorch on two batch sizes, one of them 1, where a fixed dimension would show."""
+    for size in (1, 3):
+        inputs = _batch(example_inputs, size)
+        with torch.inference_mode():
+            expected, found = _as_tuple(model(*inputs)), _as_tuple(run(*inputs))
+        for one, other in zip(expected, found, strict=True):
+            error = float((one - other).abs().max() / one.abs().max().clamp(min=1e-12))
+            if not error <= TOLERANCE:
+                msg = (
+                    f"the {what} of {type(model).__name__} differs from PyTorch at batch size {size}: by {error:.2e} "
+                    f"of the largest output, allowed {TOLERANCE:.0e}; nothing was written"
+                )
+                raise ExportError(msg)

@@ -1,0 +1,323 @@
+"""Training: from scratch and after pruning, with the same loop, so that a comparison compares networks only."""
+
+import io
+import logging
+import math
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graph_encoder.modes import evaluation_mode
+
+from .files import write_atomic
+
+_log = logging.getLogger(__name__)
+
+
+class FinetuneError(RuntimeError):
+    """Training that cannot go on; the message says at which step and what to change."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be continued from."""
+
+
+class TrainData(Protocol):
+    """Training batches: ``data(epoch)`` gives the pairs (images, labels) of an epoch, ``len(data)`` their number."""
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        ...
+
+    def __call__(self, epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """The batches of one epoch, the same ones whenever it is called with that epoch."""
+        ...
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What training did.
+
+    Attributes:
+        losses: mean training loss of each epoch.
+        accuracies: of each epoch, in [0, 1]: what ``evaluate`` returned, else the share of right answers on the
+            (augmented) training images.
+        seconds: wall time, over all sittings.
+        resumed_epoch: epochs that came from a checkpoint.
+    """
+
+    losses: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    seconds: float
+    resumed_epoch: int
+
+
+def finetune(
+    model: nn.Module,
+    batches: TrainData,
+    *,
+    epochs: int,
+    learning_rate: float,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    warmup_steps: int | None = None,
+    label_smoothing: float = 0.0,
+    teacher: nn.Module | None = None,
+    distillation_weight: float = 0.0,
+    temperature: float = 4.0,
+    autocast: bool = False,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    on_epoch: Callable[[int, float, float], None] | None = None,
+) -> FinetuneReport:
+    """Train ``model`` in place by stochastic gradient descent with Nesterov momentum.
+
+    The learning rate rises linearly for ``warmup_steps`` and then falls to zero along half a cosine, step by step
+    (Loshchilov & Hutter, "SGDR", 2017, without restarts). There is no choice of a best epoch: the result is the last.
+
+    With a teacher the loss is ``(1 - w) * cross_entropy + w * T^2 * KL(teacher / T || student / T)`` (Hinton et al.,
+    "Distilling the Knowledge in a Neural Network", 2015, section 2; the square keeps the gradients' scale).
+
+    A run that was stopped and is started again with the same arguments gives the weights of a run that was not: what
+    an epoch draws at random depends on the seed and the epoch alone, and the rest is in the checkpoint.
+
+    Args:
+        model: network to train, on the device to train on; each module's mode is put back at the end.
+        batches: batches of images, ``(N, ...)``, and labels, int64 ``(N,)``; moved to the model's device.
+        epochs: passes over the batches; 0 does nothing.
+        learning_rate: peak of the schedule.
+        momentum: of the gradient.
+        weight_decay: L2 penalty on every parameter.
+        warmup_steps: steps of linear rise; by default one epoch, at most a twentieth of the run.
+        label_smoothing: share of the target spread over all classes.
+        teacher: network to distil from, on the same device; put into evaluation mode meanwhile.
+        distillation_weight: ``w`` above; needs a teacher unless it is 0.
+        temperature: ``T`` above.
+        autocast: compute in bfloat16 where PyTorch deems it safe; weights stay in float32.
+        seed: of dropout and whatever else the model draws; the batches have their own.
+        checkpoint: file in which the state is kept after each epoch, with the one before beside it.
+        evaluate: accuracy after each epoch; it may look at validation images, never at the test's.
+        on_epoch: called after each epoch with its number (from 1), loss and accuracy, once the checkpoint is written.
+
+    Raises:
+        FinetuneError: if the loss is not finite, or there is no batch.
+        CheckpointError: if the checkpoint is of another run, or neither it nor the one before can be read.
+        ValueError: if ``distillation_weight`` is above 0 and there is no teacher.
+    """
+    if distillation_weight > 0 and teacher is None:
+        msg = f"distillation_weight {distillation_weight} needs a teacher; pass the dense network, or set it to 0"
+        raise ValueError(msg)
+    steps = len(batches)
+    if steps == 0 and epochs > 0:
+        msg = "no training batches: the training split is empty"
+        raise FinetuneError(msg)
+    if warmup_steps is None:
+        warmup_steps = min(steps, epochs * steps // 20)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
+    )
+    # Everything that the result depends on, so that a checkpoint of another run is told apart.
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "warmup_steps": warmup_steps,
+        "label_smoothing": label_smoothing,
+        "distillation_weight": distillation_weight,
+        "temperature": temperature,
+        "autocast": autocast,
+        "seed": seed,
+    }
+    progress = _restore(checkpoint, settings, model, optimizer) if checkpoint else _Progress()
+    resumed_epoch = len(progress.losses)
+    objective = _Objective(teacher, distillation_weight, temperature, label_smoothing)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for epoch in range(resumed_epoch, epochs):
+            started = time.perf_counter()
+            rates = [learning_rate * _schedule(epoch * steps + i, epochs * steps, warmup_steps) for i in range(steps)]
+            model.train()
+            with _seeded(seed, epoch, _device(model)):
+                loss, accuracy = _train_epoch(model, batches(epoch), optimizer, objective, rates, epoch, autocast)
+            if evaluate is not None:
+                accuracy = evaluate(model)
+            progress = progress.plus(loss, accuracy, time.perf_counter() - started)
+            if checkpoint:
+                _save(checkpoint, settings, model, optimizer, progress)
+            if on_epoch is not None:
+                on_epoch(epoch + 1, loss, accuracy)
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        for module, training in modes:
+            module.training = training
+    return FinetuneReport(progress.losses, progress.accuracies, progress.seconds, resumed_epoch)
+
+
+@dataclass(frozen=True)
+class _Progress:
+    losses: tuple[float, ...] = ()
+    accuracies: tuple[float, ...] = ()
+    seconds: float = 0.0
+
+    def plus(self, loss: float, accuracy: float, seconds: float) -> "_Progress":
+        return _Progress((*self.losses, loss), (*self.accuracies, accuracy), self.seconds + seconds)
+
+
+@dataclass(frozen=True)
+class _Objective:
+    teacher: nn.Module | None
+    weight: float
+    temperature: float
+    label_smoothing: float
+
+    def __call__(self, x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        if self.teacher is None or self.weight == 0:
+            return loss
+        with evaluation_mode(self.teacher), torch.no_grad():
+            target = self.teacher(x).float()
+        divergence = F.kl_div(
+            F.log_softmax(logits / self.temperature, dim=1),
+            F.log_softmax(target / self.temperature, dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return (1 - self.weight) * loss + self.weight * self.temperature**2 * divergence
+
+
+def _train_epoch(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    objective: _Objective,
+    rates: list[float],
+    epoch: int,
+    autocast: bool,
+) -> tuple[float, float]:
+    """One pass over the batches: mean loss and share of right answers."""
+    device = _device(model)
+    loss_sum, n_right, n_images = 0.0, 0, 0
+    for step, (rate, (images, labels)) in enumerate(zip(rates, batches, strict=True)):
+        x, y = images.to(device), labels.to(device)
+        if x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            logits = model(x).float()
+            loss = objective(x, logits, y)
+        value = loss.item()
+        if not math.isfinite(value):
+            msg = (
+                f"the training loss is {value} at step {step + 1} of epoch {epoch + 1} (learning rate {rate:.3g}): "
+                f"lower the learning rate, or check the images and labels for values that are not finite"
+            )
+            raise FinetuneError(msg)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        loss_sum += value * len(y)
+        n_right += int((logits.argmax(dim=1) == y).sum())
+        n_images += len(y)
+    return loss_sum / n_images, n_right / n_images
+
+
+def _schedule(step: int, n_steps: int, warmup_steps: int) -> float:
+    """Share of the peak learning rate at a step: a linear rise, then half a cosine to zero."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (n_steps - warmup_steps)))
+
+
+@contextmanager
+def _seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
+    """Draw from PyTorch's global generator (dropout does) as the seed and the epoch say, and put it back."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]))
+        yield
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _previous(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.stem}.previous{checkpoint.suffix}")
+
+
+def _save(
+    checkpoint: Path,
+    settings: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: _Progress,
+) -> None:
+    content = {
+        "settings": settings,
+        "losses": progress.losses,
+        "accuracies": progress.accuracies,
+        "seconds": progress.seconds,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    if checkpoint.exists():
+        checkpoint.replace(_previous(checkpoint))
+    write_atomic(checkpoint, buffer.getvalue())
+
+
+def _restore(
+    checkpoint: Path, settings: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> _Progress:
+    """Continue from the newest checkpoint that can be read; from the start if there is none."""
+    existing = [path for path in (checkpoint, _previous(checkpoint)) if path.exists()]
+    failures: list[str] = []
+    for path in existing:
+        try:
+            content = _read(path, _device(model))
+        except Exception as error:  # a damaged archive fails in the unzipper, the unpickler or the tensor reader
+            failures.append(f"'{path}' cannot be read ({str(error).splitlines()[0]})")
+            continue
+        for failure in failures:
+            _log.warning("checkpoint %s: going on from the previous one, '%s'", failure, path)
+        _check_same_run(path, content, settings)
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+        return _Progress(tuple(content["losses"]), tuple(content["accuracies"]), content["seconds"])
+    if failures:
+        msg = f"no checkpoint to go on from: {'; '.join(failures)}; delete them to train from the start"
+        raise CheckpointError(msg)
+    return _Progress()
+
+
+def _read(path: Path, device: torch.device) -> dict[str, Any]:
+    # torch.load does not look at the checksums of its archives: a flipped bit would become a weight.
+    with zipfile.ZipFile(path) as archive:
+        if (record := archive.testzip()) is not None:
+            msg = f"the checksum of '{record}' is wrong"
+            raise CheckpointError(msg)
+    content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    return content
+
+
+def _check_same_run(path: Path, content: dict[str, Any], settings: dict[str, Any]) -> None:
+    before = content["settings"]
+    changed = [
+        f"{name} {before.get(name)}, now {value}" for name, value in settings.items() if before.get(name) != value
+    ]
+    if changed:
+        msg = f"checkpoint '{path}' is of another run: {', '.join(changed)}; use the same settings, or delete it"
+        raise CheckpointError(msg)

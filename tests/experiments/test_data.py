@@ -1,0 +1,434 @@
+import io
+import logging
+import re
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from experiments.data import (
+    DataError,
+    DataRecipe,
+    ImageData,
+    ImageSplit,
+    SplitRecipe,
+    TrainBatches,
+    calibration_batches,
+    make_evaluate,
+    normalise,
+)
+from experiments.image_folder import read_image_folder, write_split_lists
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SECATEUR_CACHE", str(folder))
+    return folder
+
+
+def image(value: int, size: tuple[int, int] = (6, 6)) -> Image.Image:
+    return Image.new("RGB", size, (value, 0, 255 - value))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """An image folder: in every split cats 0 to 3 are as red as their number times 10, dogs 40 more."""
+    root = tmp_path / "pets"
+    for split in ("train", "validation", "test"):
+        for label, name in enumerate(("cat", "dog")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                image(10 * i + 40 * label).save(folder / f"{i:03d}.png")
+    return root
+
+
+def packed(root: Path, path: Path, prefix: str = "") -> Path:
+    files = [file for file in sorted(root.rglob("*")) if file.is_file()]
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in files:
+                archive.write(file, prefix + file.relative_to(root).as_posix())
+    else:
+        with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+            for file in files:
+                tar.add(file, prefix + file.relative_to(root).as_posix())
+    return path
+
+
+def test_bundled_digits_are_split_by_class_without_overlap() -> None:
+    data = ImageData(DataRecipe())
+    splits = (data.train, data.validation, data.test)
+
+    assert [len(split) for split in splits] == [3500, 750, 750]
+    assert [split.labels.bincount().tolist() for split in splits] == [[350] * 10, [75] * 10, [75] * 10]
+    assert len({path for split in splits for path in split.paths}) == 5000
+    assert data.train.images.shape[1:] == (1, 28, 28)
+    assert data.train.images.dtype == torch.uint8
+    # Figures of the whole of MNIST, which the recipe normalises with, hold for the 3,500 digits too.
+    pixels = normalise(data.train.images, data.recipe)
+    assert abs(float(pixels.mean())) < 0.02
+    assert abs(float(pixels.std()) - 1) < 0.02
+
+
+def test_image_folder_gives_pixels_labels_and_sorted_names(root: Path) -> None:
+    split = ImageData(DataRecipe(source=str(root))).validation
+
+    assert split.classes == ("cat", "dog")
+    assert split.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert split.paths[:2] == ("cat/000.png", "cat/001.png")
+    assert split.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 50, 60, 70]
+    assert split.images[:, 2, 5, 5].tolist() == [255, 245, 235, 225, 215, 205, 195, 185]
+
+
+@pytest.mark.parametrize("name", ["pets.tar", "pets.tar.gz", "pets.zip"])
+@pytest.mark.parametrize("prefix", ["", "./", "pets/"])
+def test_archive_reads_like_the_folder_it_was_packed_from(root: Path, tmp_path: Path, name: str, prefix: str) -> None:
+    archive = packed(root, tmp_path / name, prefix)
+    unpacked, from_archive = read_image_folder(root, "train"), read_image_folder(archive, "train")
+
+    assert from_archive.paths == unpacked.paths
+    assert torch.equal(from_archive.images, unpacked.images)
+    assert torch.equal(from_archive.labels, unpacked.labels)
+
+
+def test_second_reading_comes_from_the_cache_until_the_file_changes(
+    root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = read_image_folder(root, "train")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda *_: pytest.fail("decoded again"))
+        second = read_image_folder(root, "train")
+    image(200).save(root / "train" / "cat" / "000.png")
+    changed = read_image_folder(root, "train")
+
+    assert torch.equal(first.images, second.images)
+    assert second.paths == first.paths
+    assert second.classes == first.classes
+    assert changed.images[0, 0, 0, 0] == 200
+    assert len(list(cache.rglob("*.safetensors"))) == 2
+
+
+def test_damaged_cache_is_made_anew(root: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = read_image_folder(root, "train")
+    (file,) = cache.rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+
+    with caplog.at_level(logging.WARNING):
+        again = read_image_folder(root, "train")
+
+    assert torch.equal(first.images, again.images)
+    assert "cannot be read" in caplog.text
+
+
+def test_images_of_other_sizes_are_scaled_and_cropped_about_the_centre(root: Path) -> None:
+    wide = Image.new("RGB", (24, 12), (0, 0, 0))
+    wide.paste((250, 250, 250), (6, 0, 18, 12))
+    wide.save(root / "train" / "cat" / "000.png")
+
+    split = read_image_folder(root, "train", size=6)
+
+    assert split.images.shape == (8, 3, 6, 6)
+    assert split.images[0, :, :, 1:5].min() > 240
+
+
+def test_size_applies_to_arrays_too() -> None:
+    data = ImageData(DataRecipe(size=14))
+    assert data.validation.images.shape == (750, 1, 14, 14)
+
+
+def test_even_and_odd_lists_divide_a_folder(root: Path, tmp_path: Path) -> None:
+    even, odd = write_split_lists(root, "test", tmp_path / "lists")
+
+    assert even.read_text().split() == ["cat/000.png", "cat/002.png", "dog/000.png", "dog/002.png"]
+    assert odd.read_text().split() == ["cat/001.png", "cat/003.png", "dog/001.png", "dog/003.png"]
+    recipe = DataRecipe(
+        source=str(root),
+        validation=SplitRecipe(folder="test", list_file=even),
+        test=SplitRecipe(folder="test", list_file=odd),
+    )
+    data = ImageData(recipe)
+    assert data.validation.images[:, 0, 0, 0].tolist() == [0, 20, 40, 60]
+    assert data.test.images[:, 0, 0, 0].tolist() == [10, 30, 50, 70]
+
+
+def test_list_that_leaves_a_class_out_does_not_shift_labels(root: Path, tmp_path: Path) -> None:
+    names = tmp_path / "dogs.txt"
+    names.write_text("dog/001.png\n\n")
+    assert read_image_folder(root, "train", names).labels.tolist() == [1]
+
+
+def test_test_images_are_not_opened_by_training_and_searching(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    original = Image.open
+
+    def recorded(file: Path) -> Image.Image:
+        opened.append(file.relative_to(root).parts[0])
+        return original(file)
+
+    monkeypatch.setattr(Image, "open", recorded)
+    data = ImageData(DataRecipe(source=str(root)))
+    _ = data.train, data.validation, data.classes
+
+    assert sorted(set(opened)) == ["train", "validation"]
+    _ = data.test
+    assert sorted(set(opened)) == ["test", "train", "validation"]
+
+
+def test_function_of_the_user_gives_the_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_images.py").write_text(
+        "import numpy as np\n"
+        "def pair(value):\n"
+        "    return np.full((3, 1, 4, 4), value, np.uint8), np.array([0, 1, 2])\n"
+        "def load():\n"
+        "    return {'train': pair(1), 'validation': pair(2), 'test': lambda: pair(3)}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    data = ImageData(DataRecipe(source="my_images:load", mean=(0.5,), std=(0.5,)))
+
+    assert data.train.labels.tolist() == [0, 1, 2]
+    assert data.classes == ("0", "1", "2")
+    assert int(data.test.images.max()) == 3
+
+
+def split_of(images: Tensor, labels: Tensor) -> ImageSplit:
+    return ImageSplit(images, labels, tuple(map(str, range(len(images)))), tuple("0123456789"))
+
+
+def test_normalised_values_are_by_hand() -> None:
+    recipe = DataRecipe(mean=(0.5, 0.0), std=(0.25, 1.0))
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1).expand(1, 2, 3, 5)
+    found = normalise(images, recipe)
+
+    torch.testing.assert_close(found[0, :, 0, 0], torch.tensor([-2.0, 1.0]))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+class Reader(nn.Module):
+    """Reads the class off the first pixel, and counts what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(1.0)
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert torch.is_inference_mode_enabled()
+        self.seen.append(len(x))
+        value = (self.dropout(x)[:, 0, 0, 0] * 255).round().long()
+        return nn.functional.one_hot(value, 10).float()
+
+
+def test_accuracy_is_the_share_of_right_answers_and_modes_are_put_back() -> None:
+    labels = torch.arange(10)
+    images = labels.view(-1, 1, 1, 1).expand(10, 1, 4, 4).to(torch.uint8)
+    labels = labels.clone()
+    labels[:3] = 9
+    model = Reader()
+    model.dropout.eval()
+
+    evaluate = make_evaluate(split_of(images, labels), DataRecipe(mean=(0.0,), std=(1.0,)), batch_size=4)
+
+    assert evaluate(model) == 0.7
+    assert model.seen == [4, 4, 2]
+    assert model.training
+    assert not model.dropout.training
+
+
+def test_few_images_are_a_fixed_draw() -> None:
+    images = torch.arange(200).view(-1, 1, 1, 1).expand(200, 1, 2, 2).to(torch.uint8)
+    split = split_of(images, torch.zeros(200, dtype=torch.int64))
+    seen: list[Tensor] = []
+
+    class Recorder(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.clone())
+            return x[:, 0, 0]
+
+    for _ in range(2):
+        make_evaluate(split, DataRecipe(), n_images=20)(Recorder())
+    make_evaluate(split, DataRecipe(), n_images=1000)(Recorder())
+
+    assert torch.equal(seen[0], seen[1])
+    assert len(seen[0].unique()) == 20
+    assert len(seen[2]) == 200
+
+
+def test_calibration_batches_are_full_distinct_training_images() -> None:
+    images = torch.arange(200).view(-1, 1, 1, 1).expand(200, 1, 2, 2).to(torch.uint8)
+    split = split_of(images, torch.zeros(200, dtype=torch.int64))
+    batches = calibration_batches(split, DataRecipe(), n_images=50, batch_size=20)
+
+    assert [len(batch) for batch in batches] == [20, 20]
+    assert len(torch.cat(batches)[:, 0, 0, 0].unique()) == 40
+
+
+def test_an_epoch_of_training_batches_depends_on_seed_and_epoch_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    split = split_of(torch.randint(256, (50, 1, 8, 8), generator=generator, dtype=torch.uint8), torch.arange(50))
+    recipe = DataRecipe(flip=True)
+
+    def epoch(batches: TrainBatches, number: int) -> Tensor:
+        return torch.cat([x for x, _ in batches(number)])
+
+    one, other = TrainBatches(split, recipe, batch_size=16, seed=1), TrainBatches(split, recipe, batch_size=16, seed=1)
+    _ = epoch(other, 0)
+
+    assert len(one) == 3
+    assert len(epoch(one, 4)) == 48
+    assert torch.equal(epoch(one, 4), epoch(other, 4))
+    assert not torch.equal(epoch(one, 4), epoch(one, 5))
+    assert not torch.equal(epoch(one, 4), epoch(TrainBatches(split, recipe, batch_size=16, seed=2), 4))
+
+
+def test_every_training_image_is_a_crop_of_itself_with_a_border_or_its_mirror() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(1, 256, (40, 2, 5, 6), generator=generator, dtype=torch.uint8)
+    recipe = DataRecipe(crop_padding=2, flip=True, mean=(0.0, 0.0), std=(1.0, 1.0))
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
+    used: set[tuple[int, int, bool]] = set()
+
+    for x, labels in TrainBatches(split_of(images, torch.arange(40)), recipe, batch_size=10)(0):
+        for found, index in zip((x * 255).round().to(torch.uint8).numpy(), labels.tolist(), strict=True):
+            crops = {
+                (top, left, flip): window[:, :, ::-1] if flip else window
+                for top in range(5)
+                for left in range(5)
+                for flip in (False, True)
+                for window in [padded[index, :, top : top + 5, left : left + 6]]
+            }
+            places = [place for place, crop in crops.items() if np.array_equal(crop, found)]
+            assert places
+            used.update(places)
+
+    assert {top for top, _, _ in used} == set(range(5))
+    assert {left for _, left, _ in used} == set(range(5))
+    assert {flip for _, _, flip in used} == {False, True}
+
+
+def failure(action: Callable[[], object]) -> str:
+    with pytest.raises(DataError) as caught:
+        action()
+    return str(caught.value)
+
+
+def test_empty_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "images" / "train" / "cat").mkdir(parents=True)
+    assert failure(lambda: read_image_folder(tmp_path / "images", "train")) == (
+        f"no images in 'train' of '{tmp_path / 'images'}'; expected train/<class>/<image> with one of the suffixes "
+        ".bmp, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp"
+    )
+
+
+def test_broken_image_is_named(root: Path) -> None:
+    path = root / "train" / "dog" / "002.png"
+    path.write_bytes(path.read_bytes()[:20])
+    assert re.fullmatch(
+        rf"broken image 'train/dog/002.png' in '{root}' \(.+\); replace it, or leave it out with a list file",
+        failure(lambda: read_image_folder(root, "train")),
+    )
+
+
+def test_broken_image_in_an_archive_is_named(root: Path, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    image(1, (64, 64)).save(buffer, "JPEG")
+    (root / "train" / "dog" / "002.jpg").write_bytes(buffer.getvalue()[:-300])
+    archive = packed(root, tmp_path / "pets.tar")
+    assert failure(lambda: read_image_folder(archive, "train", size=6)).startswith(
+        f"broken image 'train/dog/002.jpg' in '{archive}' ("
+    )
+
+
+def test_images_of_two_sizes_need_a_size(root: Path) -> None:
+    image(1, (7, 6)).save(root / "train" / "dog" / "001.png")
+    assert failure(lambda: read_image_folder(root, "train")) == (
+        f"'train/dog/001.png' in '{root}' is 7x6 pixels, 'train/cat/000.png' is 6x6; give the recipe a size to bring "
+        "all images to"
+    )
+
+
+def test_class_folders_that_differ_are_named(root: Path) -> None:
+    (root / "validation" / "dog").rename(root / "validation" / "wolf")
+    assert failure(lambda: ImageData(DataRecipe(source=str(root))).validation) == (
+        f"the class folders of validation and train differ in '{root}': only validation has ['wolf'], only train has "
+        "['dog']; labels are places in the sorted names, so both need the same folders"
+    )
+
+
+def test_list_that_names_a_missing_image(root: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("cat/001.png\ncat/900.png\ncat/901.png\n")
+    assert failure(lambda: read_image_folder(root, "train", names)) == (
+        f"the list '{names}' names 2 of 3 images that are not there, first 'cat/900.png'; paths are relative to the "
+        "split's folder, as 'cat/000.png' is"
+    )
+
+
+def test_no_validation_data_explains_why_it_is_needed(root: Path) -> None:
+    (root / "validation").rename(root.parent / "elsewhere")
+    assert failure(lambda: ImageData(DataRecipe(source=str(root))).validation) == (
+        f"no validation data: no folder 'validation' in '{root}'; it has test, train. The search must score plans on "
+        "images that the network was not trained on: on its training images the best of many plans is mostly the one "
+        "that remembers them best. Name a folder of unseen images as `validation`, or hold some out with lists of "
+        "files (`secateur split` writes the even and the odd files of a folder)"
+    )
+
+
+@pytest.mark.parametrize(("source", "nearest"), [("bundeld", "bundled"), ("cifar1O", "cifar10")])
+def test_unknown_source_gets_the_nearest_name(source: str, nearest: str) -> None:
+    assert failure(lambda: ImageData(DataRecipe(source=source))) == (
+        f"unknown data source '{source}'; did you mean '{nearest}'? Allowed: bundled, cifar10, cifar100, the path of "
+        "an image folder or of a .tar or .zip of one, or package.module:function"
+    )
+
+
+def test_mistyped_path_gets_the_nearest_path(root: Path) -> None:
+    assert f"; did you mean '{root}'? " in failure(lambda: ImageData(DataRecipe(source=f"{root}s")))
+
+
+def test_splits_that_would_share_images_are_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="validation and test would share the images of 'test'; give both a list"):
+        DataRecipe(source=str(root), validation=SplitRecipe(folder="test"))
+
+    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    one.write_text("cat/000.png\ncat/001.png\n")
+    other.write_text("cat/001.png\ncat/002.png\n")
+    recipe = DataRecipe(
+        source=str(root),
+        validation=SplitRecipe(folder="test", list_file=one),
+        test=SplitRecipe(folder="test", list_file=other),
+    )
+    assert failure(lambda: ImageData(recipe)) == (
+        f"validation and test share 1 images of 'test', first 'cat/001.png' (lists '{one}' and '{other}'); an image "
+        "may be in one split only"
+    )
+
+
+def test_mean_and_std_of_another_number_of_channels(root: Path) -> None:
+    assert failure(lambda: ImageData(DataRecipe(source=str(root), mean=(0.5,), std=(0.5,))).train) == (
+        f"images of '{root}' have 3 channels, but mean and std have 1 values; give one value for each channel"
+    )
+
+
+def test_cifar_is_not_downloaded_unless_asked(cache: Path) -> None:
+    pytest.importorskip("torchvision")
+    message = failure(lambda: ImageData(DataRecipe(source="cifar10")).train)
+    assert message.startswith(f"cifar10 is not in '{cache / 'torchvision'}' (")
+    assert message.endswith("); allow the download with `download: true` or `--download`")
+
+
+def test_name_without_a_number_is_neither_even_nor_odd(root: Path, tmp_path: Path) -> None:
+    (root / "test" / "cat" / "000.png").rename(root / "test" / "cat" / "tom.png")
+    assert failure(lambda: write_split_lists(root, "test", tmp_path)) == (
+        f"'test/cat/tom.png' in '{root}' has no number in its name, so it is neither even nor odd"
+    )

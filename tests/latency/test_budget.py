@@ -1,0 +1,69 @@
+import re
+
+import pytest
+
+from latency.budget import Budget, BudgetError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("50%", Budget(share=0.5)),
+        ("0.5", Budget(share=0.5)),
+        (0.25, Budget(share=0.25)),
+        ("30% params", Budget(kind="params", share=0.3)),
+        ("62.7M macs", Budget(absolute=62_700_000)),
+        ("125M flops", Budget(absolute=62_500_000)),
+        ("400k params", Budget(kind="params", absolute=400_000)),
+        ("  1.5G MACs ", Budget(absolute=1_500_000_000)),
+        ("1000 macs", Budget(absolute=1000)),
+    ],
+)
+def test_parse(text: str | float, expected: Budget) -> None:
+    assert Budget.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "half",
+            "budget 'half' cannot be read; write a share of the dense network's cost such as '50%' or '30% params', "
+            "or a number such as '62.7M macs', '125M flops' or '400k params'",
+        ),
+        (
+            "150%",
+            "budget '150%' is a share of 1.5 of the dense network's cost; it must lie above 0 and at most 1 (100%)",
+        ),
+        ("0", "budget '0' is a share of 0 of the dense network's cost; it must lie above 0 and at most 1 (100%)"),
+        (
+            "62.7M",
+            "budget '62.7M' is above 1 and has no unit; write '62.7M macs', '62.7M flops', '62.7M params' or a share "
+            "such as '50%'",
+        ),
+    ],
+)
+def test_parse_says_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+        Budget.parse(text)
+
+
+def test_limit_of_a_share_does_not_lose_a_unit_to_float_error() -> None:
+    assert Budget(share=0.29).limit(100) == 29
+    assert Budget(share=1).limit(10**15 + 1) == 10**15 + 1
+
+
+def test_budget_above_the_dense_cost_is_refused() -> None:
+    message = (
+        "the budget of 2,000 macs is above what the dense network costs, 1,000; there is nothing to remove, "
+        "so pass less than 1,000"
+    )
+    with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+        Budget(absolute=2000).limit(1000)
+
+
+def test_share_and_number_exclude_each_other() -> None:
+    with pytest.raises(
+        ValueError, match=r"a budget is either a share or an absolute number, got share=0.5, absolute=7"
+    ):
+        Budget(share=0.5, absolute=7)

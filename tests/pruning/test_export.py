@@ -1,0 +1,357 @@
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
+
+from graph_encoder.capture import capture
+from pruning.export import (
+    ExportError,
+    export_onnx,
+    export_program,
+    load_compressed,
+    load_program,
+    read_manifest,
+    save_compressed,
+)
+from pruning.files import FileWriteError
+from pruning.policy import CompressionPolicy
+from pruning.program_archive import ArchiveError
+from pruning.surgery import apply_policy
+
+
+class Residual(nn.Module):
+    """Two convolutions around a sum, and a classifier tied to nothing."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.inner = nn.Conv2d(width, 12, 1)
+        self.outer = nn.Conv2d(12, width, 1)
+        self.linear = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + self.norm(self.conv(x))
+        x = x + self.outer(self.inner(x).relu())
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
+
+
+EXAMPLE = torch.zeros(1, 3, 8, 8)
+IMAGES = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def compressed() -> tuple[nn.Module, CompressionPolicy]:
+    torch.manual_seed(0)
+    dense = Residual().eval()
+    policy = CompressionPolicy({"inner": (1, 2, 5, 7, 11)}, {"inner": 12})
+    return apply_policy(dense, capture(dense, EXAMPLE), policy), policy
+
+
+def test_saved_network_computes_the_same_when_loaded(
+    tmp_path: Path, compressed: tuple[nn.Module, CompressionPolicy]
+) -> None:
+    model, policy = compressed
+    save_compressed(model, policy, tmp_path, constructor="tests:Residual", example_inputs=EXAMPLE)
+    loaded = load_compressed(tmp_path, Residual)
+
+    assert loaded.inner.out_channels == 5
+    assert torch.equal(loaded(IMAGES), model(IMAGES))
+    assert read_manifest(tmp_path).constructor == "tests:Residual"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "model.safetensors", "policy.json"]
+
+
+def test_tied_weights_are_saved_once_and_tied_again(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+        model[2].weight = model[0].weight
+        return model
+
+    model = tied()
+    save_compressed(model, CompressionPolicy(), tmp_path, constructor="tied", example_inputs=torch.zeros(1, 6))
+    loaded = load_compressed(tmp_path, tied)
+
+    assert loaded[0].weight is loaded[2].weight
+    assert torch.equal(loaded[0].weight, model[0].weight)
+
+
+def test_constructor_of_another_width_is_named(tmp_path: Path, compressed: tuple[nn.Module, CompressionPolicy]) -> None:
+    model, policy = compressed
+    save_compressed(model, policy, tmp_path, constructor="tests:Residual", example_inputs=EXAMPLE)
+
+    with pytest.raises(ExportError) as caught:
+        load_compressed(tmp_path, lambda: Residual(width=9))
+
+    assert str(caught.value) == (
+        f"the weights '{tmp_path / 'model.safetensors'}' do not fit the network that the constructor builds: 11 of "
+        "another shape (stem.weight (8, 3, 3, 3), not (9, 3, 3, 3), stem.bias (8,), not (9,), conv.weight (8, 8, 3, "
+        "3), not (9, 9, 3, 3), ...); they were saved from 'tests:Residual'"
+    )
+
+
+def test_files_of_two_saves_are_told_apart(tmp_path: Path, compressed: tuple[nn.Module, CompressionPolicy]) -> None:
+    model, policy = compressed
+    save_compressed(model, policy, tmp_path, constructor="tests:Residual", example_inputs=EXAMPLE)
+    CompressionPolicy({"inner": (0, 1, 2, 3, 4)}, {"inner": 12}).save(tmp_path / "policy.json")
+
+    with pytest.raises(ExportError) as caught:
+        load_compressed(tmp_path, Residual)
+
+    assert str(caught.value) == (
+        f"'{tmp_path}' is not whole: model.safetensors, policy.json and manifest.json are not of the same save, or one "
+        "was changed or cut short; save the network again"
+    )
+
+
+def test_missing_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError) as caught:
+        load_compressed(tmp_path, Residual)
+    assert str(caught.value) == f"cannot read '{tmp_path / 'manifest.json'}': No such file or directory"
+
+
+@pytest.mark.slow
+def test_onnx_file_agrees_with_pytorch_at_any_batch_size(
+    tmp_path: Path, compressed: tuple[nn.Module, CompressionPolicy]
+) -> None:
+    import onnxruntime
+
+    model, _ = compressed
+    model.train()
+    export_onnx(model, EXAMPLE, tmp_path / "model.onnx")
+
+    assert model.training
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    model.eval()
+    for images in (IMAGES[:1], IMAGES):
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(images).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def program_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("program") / "model.pt2"
+    export_program(Residual().eval(), EXAMPLE, path)
+    return path
+
+
+def test_program_agrees_with_pytorch_at_any_batch_size(program_file: Path) -> None:
+    torch.manual_seed(0)
+    model = Residual().eval()
+    program = load_program(program_file).module()
+
+    for images in (IMAGES[:1], IMAGES):
+        torch.testing.assert_close(program(images), model(images))
+
+
+def test_program_file_holds_no_path_of_the_machine(program_file: Path) -> None:
+    with zipfile.ZipFile(program_file) as archive:
+        assert not any(b"test_export" in archive.read(name) for name in archive.namelist())
+
+
+def test_network_with_a_fixed_batch_cannot_be_exported(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(2, -1)
+
+    with pytest.raises(ExportError, match="Fixed cannot be exported: "):
+        export_program(Fixed(), EXAMPLE, tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_leaves_no_half_written_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: tuple[nn.Module, CompressionPolicy]
+) -> None:
+    def no_space(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model, policy = compressed
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(FileWriteError, match="no space left on the disk"):
+        save_compressed(model, policy, tmp_path, constructor="tests:Residual", example_inputs=EXAMPLE)
+
+    assert not list(tmp_path.iterdir())
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+def rewritten(program_file: Path, path: Path, change: Callable[[dict[str, bytes]], None]) -> None:
+    """Write a copy of an archive with other records."""
+    reader = PT2ArchiveReader(io.BytesIO(program_file.read_bytes()))
+    own = ("archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id")
+    records = {name: reader.read_bytes(name) for name in reader.get_file_names() if name not in own}
+    change(records)
+    buffer = io.BytesIO()
+    with PT2ArchiveWriter(buffer) as writer:
+        for name, content in records.items():
+            writer.write_bytes(name, content)
+    path.write_bytes(buffer.getvalue())
+
+
+def edit_json(records: dict[str, bytes], name: str, change: Callable[[Any], None]) -> None:
+    content = json.loads(records[name])
+    change(content)
+    records[name] = json.dumps(content).encode()
+
+
+def saved(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def poisons(touched: Path) -> dict[str, tuple[Callable[[dict[str, bytes]], None], str]]:
+    """Ways to run code from an archive, each with what the refusal says."""
+    source = f"__import__('pathlib').Path({str(touched)!r}).touch()"
+
+    def inputs(records: dict[str, bytes]) -> None:
+        records["data/sample_inputs/model.pt"] = saved(((Touch(touched),), {}))
+
+    def weight(records: dict[str, bytes]) -> None:
+        records["data/weights/weight_0"] = saved(Touch(touched))
+
+        def pickled(config: Any) -> None:
+            next(iter(config["config"].values()))["use_pickle"] = True
+
+        edit_json(records, "data/weights/model_weights_config.json", pickled)
+
+    def constant(records: dict[str, bytes]) -> None:
+        records["data/constants/opaque_obj_0"] = pickle.dumps(Touch(touched))
+        meta = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": False, "tensor_meta": None}
+        edit_json(records, "data/constants/model_constants_config.json", lambda config: config["config"].update(c=meta))
+
+    def legacy(records: dict[str, bytes]) -> None:
+        records["data/weights/model.pt"] = saved({"stem.weight": Touch(touched)})
+
+    def library(records: dict[str, bytes]) -> None:
+        records["data/aotinductor/model/model.so"] = b"\x7fELF"
+
+    def model(change: Callable[[Any], None]) -> Callable[[dict[str, bytes]], None]:
+        return lambda records: edit_json(records, "models/model.json", change)
+
+    def first_size(content: Any) -> None:
+        content["graph_module"]["graph"]["tensor_values"]["x"]["sizes"][0]["as_expr"]["expr_str"] = source
+
+    def rename(content: Any) -> None:
+        content["graph_module"]["graph"]["inputs"][0]["as_tensor"]["name"] = f"x={source}"
+
+    def retarget(target: str) -> Callable[[Any], None]:
+        return lambda content: content["graph_module"]["graph"]["nodes"][0].update(target=target)
+
+    def spec(content: Any) -> None:
+        tree = {"type": "collections.defaultdict", "context": "{}", "children_spec": []}
+        content["graph_module"]["module_call_graph"][0]["signature"]["in_spec"] = json.dumps([1, tree])
+
+    return {
+        "sample inputs": (inputs, "its sample inputs are pickled Python objects"),
+        "weight": (weight, "'stem.weight' is a pickled Python object"),
+        "constant": (constant, "'c' is a pickled Python object"),
+        "legacy weights": (legacy, "it holds 'data/weights/model.pt', which is no part of a plain program"),
+        "library": (library, "it holds 'data/aotinductor/model/model.so', which is no part of a plain program"),
+        "guard": (
+            model(lambda content: content.update(guards_code=[source])),
+            "it has guards, which are Python source",
+        ),
+        "shape": (model(first_size), f"the shape {source[:80]!r} is more than arithmetic on sizes"),
+        "name": (model(rename), f"'name' holds the text {f'x={source}'[:80]!r}, which could be source code"),
+        "function": (model(retarget("torch.hub.load")), "it calls 'torch.hub.load', which is no operator of a network"),
+        "file": (
+            model(retarget("torch.ops.aten.save.default")),
+            "it calls 'torch.ops.aten.save.default', which is no operator of a network",
+        ),
+        "container": (model(spec), "its inputs or outputs are of the type 'collections.defaultdict'"),
+    }
+
+
+@pytest.mark.parametrize("way", sorted(poisons(Path("touched"))))
+def test_poisoned_program_is_refused_and_its_payload_not_run(tmp_path: Path, program_file: Path, way: str) -> None:
+    path, touched = tmp_path / "model.pt2", tmp_path / "touched"
+    change, what = poisons(touched)[way]
+    rewritten(program_file, path, change)
+
+    with pytest.raises(ArchiveError) as caught:
+        load_program(path)
+
+    assert str(caught.value) == (
+        f"the program '{path}' is refused: {what}; loading it could run any code. Write it with `export_program`"
+    )
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize("way", ["sample inputs", "shape", "weight"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_poisons_do_work_in_pytorchs_own_loader(tmp_path: Path, program_file: Path, way: str) -> None:
+    path, touched = tmp_path / "model.pt2", tmp_path / "touched"
+    rewritten(program_file, path, poisons(touched)[way][0])
+
+    with contextlib.suppress(Exception):  # it may fail afterwards; the payload has run by then
+        torch.export.load(path)
+
+    assert touched.exists()
+
+
+def test_poisoned_weights_of_a_compressed_network_are_refused(
+    tmp_path: Path, compressed: tuple[nn.Module, CompressionPolicy]
+) -> None:
+    model, policy = compressed
+    touched = tmp_path / "touched"
+    folder = tmp_path / "saved"
+    save_compressed(model, policy, folder, constructor="tests:Residual", example_inputs=EXAMPLE)
+    weights = saved({"stem.weight": Touch(touched)})
+    (folder / "model.safetensors").write_bytes(weights)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    with pytest.raises(ExportError, match=f"cannot read the weights '{folder / 'model.safetensors'}': "):
+        load_compressed(folder, Residual)
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x05\x06" + bytes(18)])
+def test_file_that_is_no_program_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.pt2"
+    path.write_bytes(content)
+    with pytest.raises(ArchiveError, match=f"cannot read the program '{path}': .*; it is no exported program, or was"):
+        load_program(path)
+
+
+def test_truncated_program_is_named(tmp_path: Path, program_file: Path) -> None:
+    path = tmp_path / "model.pt2"
+    path.write_bytes(program_file.read_bytes()[:-2000])
+    with pytest.raises(ArchiveError, match=f"cannot read the program '{path}': "):
+        load_program(path)
+
+
+def test_plain_program_that_makes_no_sense_is_named(tmp_path: Path, program_file: Path) -> None:
+    path = tmp_path / "model.pt2"
+
+    def wrong(content: Any) -> None:
+        content["graph_module"]["graph"]["nodes"][0]["target"] = "torch.ops.aten.conv2d.nothing"
+
+    rewritten(program_file, path, lambda records: edit_json(records, "models/model.json", wrong))
+    with pytest.raises(ExportError, match=f"cannot rebuild the program '{path}': .*; export the network again"):
+        load_program(path)
