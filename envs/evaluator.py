@@ -125,6 +125,7 @@ class CandidateEvaluator:
         max_evaluations: float = math.inf,
         reconstruct: ReconstructFunction | None = None,
         channels_last: bool = False,
+        autocast: bool = False,
         searcher: str = "",
         seed: int = 0,
     ) -> None:
@@ -142,6 +143,7 @@ class CandidateEvaluator:
             max_evaluations: most evaluations that may be counted.
             reconstruct: repairs the candidate's weights before scoring, as AMC's least squares does.
             channels_last: build candidates in that memory format, faster for convolutions on CPUs.
+            autocast: re-estimate batch-norm statistics in bfloat16.
             searcher: name of the search in the journal.
             seed: its seed in the journal.
 
@@ -156,6 +158,7 @@ class CandidateEvaluator:
         self._calibration = list(calibration)
         self._reconstruct = reconstruct
         self._channels_last = channels_last
+        self._autocast = autocast
         self._evaluate = {**(few_images or {}), 1.0: evaluate}
         for share in few_images or {}:
             if not 0 < share < 1:
@@ -238,7 +241,7 @@ class CandidateEvaluator:
         if self._reconstruct is not None:
             self._reconstruct(self.model, candidate, self.graph, policy, self._calibration)
         if self._calibration:
-            reestimate_batch_norm(candidate, self._calibration)
+            reestimate_batch_norm(candidate, self._calibration, autocast=self._autocast)
         return candidate.eval()
 
     def probe_sensitivity(

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from graph_encoder.modes import evaluation_mode
 
 
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, autocast: bool = False) -> None:
     """Replace the running statistics of all batch norms by averages over ``batches``, in place.
 
     Only batch norms run in training mode, with a cumulative average, so that dropout stays off and every image counts
@@ -20,6 +20,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     Args:
         model: the network.
         batches: inputs on the model's device, of equal batch size.
+        autocast: run the network in bfloat16 where PyTorch deems it safe; statistics stay in float32.
 
     Raises:
         ValueError: if there is no batch.
@@ -39,7 +40,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
                 norm.momentum = None
             with torch.inference_mode():
                 for batch in batches:
-                    model(batch)
+                    with torch.autocast(batch.device.type, torch.bfloat16, autocast):
+                        model(batch)
                     n_batches += 1
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
