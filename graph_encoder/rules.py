@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from .labels import compact, tighten, varying_dims
+from .shapes import tensors_in
 
 if TYPE_CHECKING:
     from .trace import LabelPass
@@ -543,7 +543,7 @@ def _index(run: LabelPass, call: Call) -> Result:
     if not run.with_labels:
         return [None], call.sources
     x = call.args[0]
-    indices = [leaf for leaf in tree_flatten(call.args[1:])[0] if isinstance(leaf, Tensor)]
+    indices = list(tensors_in(call.args[1:]))
     labels = run.labels_or_constant(x)
     if call.name == "index" and all(t.device.type != "meta" for t in indices):
         indexed = [dim for dim, index in enumerate(call.args[1]) if index is not None]
@@ -560,7 +560,7 @@ def _index(run: LabelPass, call: Call) -> Result:
 def _overwrite(run: LabelPass, call: Call) -> Result:
     if not run.with_labels:
         return [None], call.sources
-    for leaf in tree_flatten((call.args, call.kwargs))[0]:
-        if isinstance(leaf, Tensor) and run.is_labelled(leaf):
+    for leaf in (*tensors_in(call.args), *tensors_in(call.kwargs)):
+        if run.is_labelled(leaf):
             run.freeze(run.labels_or_constant(leaf), f"is written in place ({call.name})")
     return [run.constant(call.outputs[0])], call.sources

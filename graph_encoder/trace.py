@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from .labels import CONSTANT, LabelClasses, compact, varying_dims
 from .network import Operator, TraceError
 from .rules import RULES, Call, Result
+from .shapes import quick_result, tensors_in
 
 _LOOSE_LIMIT = 1 << 20
 """Largest parameter that is labelled element by element when it meets activations outside a weighted operator."""
@@ -95,16 +96,19 @@ class LabelPass(TorchDispatchMode):
         self.record = Record()
         self.with_labels = with_labels
         self._names: dict[int, str] = {}
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            self._names.setdefault(id(tensor), name)
-        self._tensors = dict([*model.named_parameters(), *model.named_buffers()])
-        self._fixed = {
-            f"{name}.{parameter}".lstrip("."): type(module).__name__
-            for name, module in model.named_modules()
-            if isinstance(module, nn.MultiheadAttention | nn.RNNBase)
-            for parameter, _ in module.named_parameters()
-        }
-        self._module_names = {id(module): name for name, module in model.named_modules()}
+        self._fixed: dict[str, str] = {}
+        self._module_names: dict[int, str] = {}
+        bound: dict[str, str] = {}
+        for name, module in model.named_modules():
+            self._module_names[id(module)] = name
+            if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+                bound[name] = type(module).__name__
+            holder = next((kind for at, kind in bound.items() if name == at or name.startswith(f"{at}.")), "")
+            for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+                full_name = f"{name}.{own}" if name else own
+                self._names.setdefault(id(tensor), full_name)
+                if holder:
+                    self._fixed[full_name] = holder
         self._stack: list[str] = []
         self._shadows: dict[int, Shadow] = {}
         self._meta: dict[int, Tensor] = {}
@@ -191,17 +195,11 @@ class LabelPass(TorchDispatchMode):
         if rule is None and not pointwise and _is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        on_meta = any(t.device.type == "meta" for t in tensors)
-        shaped = _shape_of_result(func, name, pointwise, args, tensors) if on_meta else None
-        if shaped is not None:
-            out = shaped
-        elif on_meta:
-            out = self._on_shapes(func, args, kwargs, tensors)
-        else:
-            out = func(*args, **kwargs)
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
+        on_meta = any(t.is_meta for t in tensors)
+        out = self._on_shapes(func, name, args, kwargs, tensors) if on_meta else func(*args, **kwargs)
         sources = frozenset[int]().union(*(s.sources for t in tensors if (s := self._shadows.get(id(t))) is not None))
-        outputs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
+        outputs = [out] if isinstance(out, Tensor) else list(tensors_in(out)) if isinstance(out, list | tuple) else []
         if not on_meta and not any(self.is_labelled(t) for t in tensors):
             return out
         if rule is not None:
@@ -215,8 +213,11 @@ class LabelPass(TorchDispatchMode):
             self._remember(tensor, labels[position] if position < len(labels) else None, sources)
         return out
 
-    def _on_shapes(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+    def _on_shapes(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         try:
+            result = quick_result(func, name, args, kwargs, tensors)
+            if result is not None:
+                return result
             return func(*tree_map(self._to_meta, args), **tree_map(self._to_meta, kwargs))
         except (RuntimeError, NotImplementedError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -363,7 +364,7 @@ class LabelPass(TorchDispatchMode):
 
     def elementwise(self, call: Call) -> Result:
         """Merge the labels that meet."""
-        operands = [leaf for leaf in tree_flatten((call.args, call.kwargs))[0] if isinstance(leaf, Tensor)]
+        operands = [*tensors_in(call.args), *tensors_in(call.kwargs)]
         labelled = [t for t in operands if self.is_labelled(t)]
         kind = "mul" if call.name in ("mul", "div") else "add"
         activations = [t for t in labelled if id(t) in self._shadows]
@@ -403,50 +404,10 @@ class LabelPass(TorchDispatchMode):
 
     def unknown(self, call: Call) -> Result:
         """Freeze every label that an operator without a rule reads."""
-        for leaf in tree_flatten((call.args, call.kwargs))[0]:
-            if isinstance(leaf, Tensor) and self.is_labelled(leaf):
+        for leaf in (*tensors_in(call.args), *tensors_in(call.kwargs)):
+            if self.is_labelled(leaf):
                 self.freeze(self.labels_or_constant(leaf), f"is read by the operator '{call.func}', which has no rule,")
         return [None for _ in call.outputs], call.sources
-
-
-_SHAPE_KEEPING = (
-    "layer_norm",
-    "rms_norm",
-    "group_norm",
-    "batch_norm",
-    "instance_norm",
-    "softmax",
-    "log_softmax",
-    "dropout",
-)
-_COMPARISONS = (
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "isnan",
-    "isinf",
-    "isfinite",
-    "logical_not",
-    "logical_and",
-    "logical_or",
-)
-
-
-def _shape_of_result(func: Any, name: str, pointwise: bool, args: tuple[Any, ...], tensors: list[Tensor]) -> Any:
-    """The meta result of common operators, whose own meta kernels are Python decompositions and slow; else None."""
-    first = args[0] if args else None
-    if not isinstance(first, Tensor) or not first.is_floating_point() or first.device.type != "meta":
-        return None
-    if torch.Tag.inplace in func.tags and pointwise:
-        return first
-    if name in _SHAPE_KEEPING:
-        return torch.empty(first.shape, dtype=first.dtype, device="meta")
-    if pointwise and name not in _COMPARISONS and all(t.dtype == first.dtype for t in tensors):
-        return torch.empty(torch.broadcast_shapes(*(t.shape for t in tensors)), dtype=first.dtype, device="meta")
-    return None
 
 
 def _is_composite(func: Any) -> bool:
