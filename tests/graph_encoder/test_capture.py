@@ -181,7 +181,8 @@ def test_reading_a_value_in_forward_is_refused_by_name() -> None:
 def test_example_input_of_the_wrong_shape_names_the_layer_that_refuses_it() -> None:
     message = (
         r"^'stem' cannot be captured: an input with 4 channels meets a convolution for 3 "
-        r"\(aten\.conv2d\.default on shapes \[\(2, 4, 8, 8\), \(8, 3, 3, 3\)\]\)\. The forward pass may not read the values of its activations "
+        r"\(aten\.conv2d\.default on shapes \[\(2, 4, 8, 8\), \(8, 3, 3, 3\)\]\)\. The forward "
+        r"pass may not read the values of its activations "
         r"\(`\.item\(\)`, `if x\.sum\(\) > 0`\) and must accept inputs of the shapes \[\(2, 4, 8, 8\)\]; "
         r"move what depends on values out of the network$"
     )
