@@ -1,0 +1,47 @@
+# make search    the main job on bundled data, from nothing but Python 3.11+ to a report
+# make check     format, lint, types, import order and the fast tests
+# make test      check and the slow tests: what CI runs
+# make results   the tables of docs/results.md; skips what is finished (options: python -m experiments.results --help)
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
+
+# One thread a test process: with several, they would fight over the same cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: install search check test results clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@python=; for name in $(CANDIDATES); do \
+	  if "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$name; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "Secateur needs Python 3.11 or newer; found none of: $(CANDIDATES)" >&2; exit 1; \
+	fi; \
+	if [ ! -x $(BIN)/python ]; then echo "creating $(VENV) with $$($$python --version)"; "$$python" -m venv $(VENV); fi
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+search: $(INSTALLED)
+	$(BIN)/secateur search digits
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(PYTEST) -m "not slow and not bench and not gpu"
+
+test: check
+	$(PYTEST) -m "slow and not bench and not gpu"
+
+results: $(INSTALLED)
+	$(BIN)/python -m experiments.results
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

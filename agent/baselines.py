@@ -1,0 +1,186 @@
+"""Searches without learning, over plans for a whole network: what an agent has to beat.
+
+Each takes the environment of a whole-network search, proposes plans until its evaluations are spent, and is a function
+of its seed and of the rewards: run again on the same journal, it proposes the same plans, and so continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from .search_env import Episode, OnEpisode
+
+Plan = NDArray[np.float64]
+"""One score a decision, in ``[-1, 1]``, ``(D,)``."""
+
+
+@dataclass(frozen=True)
+class BaselineResult:
+    """What a search without learning came to.
+
+    Attributes:
+        rewards: of every plan, in order.
+        best: the plan with the highest reward.
+        plan: where the search had arrived, ``(D,)``; for a search that goes nowhere, its best plan.
+        is_finished: whether the evaluations are spent; else ``should_stop`` ended the search.
+    """
+
+    rewards: tuple[float, ...]
+    best: Episode
+    plan: Plan
+    is_finished: bool
+
+
+class Scorer:
+    """Scores plans with the environment until it has no evaluation left.
+
+    Attributes:
+        episodes: plans scored so far.
+    """
+
+    def __init__(
+        self, env: gym.Env[Any, Any], most_plans: int, should_stop: Callable[[], bool], on_episode: OnEpisode
+    ) -> None:
+        self.episodes: list[Episode] = []
+        self.is_spent = False
+        self.was_stopped = False
+        self._env = env
+        self._most_plans = most_plans
+        self._should_stop = should_stop
+        self._on_episode = on_episode
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another plan may be scored."""
+        self.was_stopped = self.was_stopped or self._should_stop()
+        return not (self.is_spent or self.was_stopped or len(self.episodes) >= self._most_plans)
+
+    def score(self, plans: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Rewards of the plans ``(k, D)``, ``(k,)``; of fewer if the search ends within."""
+        rewards = []
+        for plan in plans:
+            if not self.goes_on:
+                break
+            rewards.append(self._score(plan.astype(np.float32)))
+        return np.array(rewards)
+
+    def _score(self, action: NDArray[np.float32]) -> float:
+        self._env.reset()
+        _, reward, terminated, truncated, info = self._env.step(action)
+        if not (terminated or truncated):
+            msg = "the episode went on after one plan; a baseline takes the whole-network environment, one step long"
+            raise ValueError(msg)
+        self.is_spent = bool(info["budget_spent"])
+        evaluations = float(info["evaluation"].evaluations_used)
+        self.episodes.append(Episode(action[None], float(reward), evaluations, info))
+        self._on_episode(self.episodes[-1])
+        return float(reward)
+
+
+Baseline = Literal["start", "random", "cem"]
+
+
+def run_baseline(
+    baseline: Baseline,
+    env: gym.Env[Any, Any],
+    *,
+    n_evaluations: int,
+    seed: int,
+    should_stop: Callable[[], bool] | None = None,
+    on_episode: OnEpisode | None = None,
+) -> BaselineResult:
+    """Search until the environment's evaluations are spent.
+
+    Args:
+        baseline: "start" scores the start plan, "random" is `random_search`, "cem" is `cross_entropy`.
+        env: one step an episode, one score a decision in ``[-1, 1]``, zeros the start plan; ``info["budget_spent"]``
+            and ``info["evaluation"].evaluations_used`` as for agents.
+        n_evaluations: evaluations granted; a search that proposes known plans over and over, which are free, ends
+            after four times as many plans.
+        seed: of the search.
+        should_stop: asked before every plan.
+        on_episode: told of every plan scored.
+
+    Raises:
+        ValueError: if an episode is longer than one step, or nothing was scored.
+    """
+    space = cast("spaces.Box", env.action_space)
+    n_decisions = int(np.prod(space.shape))
+    scorer = Scorer(env, 4 * n_evaluations, should_stop or (lambda: False), on_episode or (lambda _: None))
+    env.reset(seed=seed)
+    scorer.score(np.zeros((1, n_decisions)))
+    generator = np.random.default_rng(seed)
+    plan: Plan | None = None
+    if baseline == "random":
+        random_search(scorer, n_decisions, generator)
+    elif baseline == "cem":
+        plan = cross_entropy(scorer, n_decisions, generator)
+    if not scorer.episodes:
+        msg = "the search was stopped before its first plan was scored; there is no result"
+        raise ValueError(msg)
+    best = max(scorer.episodes, key=lambda episode: episode.reward)
+    return BaselineResult(
+        rewards=tuple(episode.reward for episode in scorer.episodes),
+        best=best,
+        plan=best.actions[0].astype(np.float64) if plan is None else plan,
+        is_finished=not scorer.was_stopped,
+    )
+
+
+def random_search(scorer: Scorer, n_decisions: int, generator: np.random.Generator, *, std: float = 0.2) -> None:
+    """Score Gaussian plans around the start plan.
+
+    Args:
+        scorer: ends the search.
+        n_decisions: scores a plan.
+        generator: of the plans.
+        std: spread around the start plan, on the scale of actions.
+    """
+    while scorer.goes_on:
+        scorer.score(np.clip(std * generator.standard_normal((1, n_decisions)), -1, 1))
+
+
+def cross_entropy(
+    scorer: Scorer,
+    n_decisions: int,
+    generator: np.random.Generator,
+    *,
+    population: int = 20,
+    n_elite: int = 6,
+    std: float = 0.4,
+    mean_step: float = 0.9,
+    std_step: float = 0.3,
+) -> Plan:
+    """Cross-entropy method with a diagonal Gaussian that starts at the start plan (Rubinstein 1999; de Boer 2005).
+
+    Args:
+        scorer: ends the search.
+        n_decisions: scores a plan.
+        generator: of the plans.
+        population: plans a generation.
+        n_elite: best plans of a generation, whose mean and standard deviation the Gaussian moves to.
+        std: its spread at the start, on the scale of actions.
+        mean_step: share of the way that its mean moves, in ``(0, 1]``.
+        std_step: share of the way that its spread moves; small, since so few elites underestimate it.
+
+    Returns:
+        Its mean at the end.
+    """
+    mean, spread = np.zeros(n_decisions), np.full(n_decisions, std)
+    while scorer.goes_on:
+        noise = generator.standard_normal((population, n_decisions))
+        plans = np.clip(mean + spread * noise, -1, 1)
+        rewards = scorer.score(plans)
+        if len(rewards) < population:
+            break
+        elite = plans[np.argsort(-rewards, kind="stable")[:n_elite]]
+        mean = mean + mean_step * (elite.mean(axis=0) - mean)
+        spread = spread + std_step * (elite.std(axis=0) - spread)
+    return mean

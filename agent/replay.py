@@ -1,0 +1,66 @@
+"""A replay buffer for rewards that differ by a hundredth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictReplayBuffer
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples
+
+_ARRAYS = ("actions", "rewards", "dones", "timeouts")
+
+
+class StandardisedReplayBuffer(DictReplayBuffer):
+    """`DictReplayBuffer` whose samples carry standardised rewards.
+
+    Rewards are divided by the standard deviation of the rewards that end an episode, and those that end one are
+    centred on their mean first, so every episode's return is shifted by the same amount. Accuracies of 0.75 to 0.80
+    would else have the critic spend its training on the constant.
+    """
+
+    def _get_samples(  # type: ignore[override]
+        self, batch_inds: np.ndarray, env: Any = None
+    ) -> DictReplayBufferSamples:
+        samples = super()._get_samples(batch_inds, env)
+        mean, std = self.reward_statistics()
+        return samples._replace(rewards=(samples.rewards - mean * samples.dones) / std)
+
+    def reward_statistics(self) -> tuple[float, float]:
+        """Mean and standard deviation of the rewards at episode ends; the deviation is 1 where there is none."""
+        stored = slice(0, self.size())
+        final = self.rewards[stored][self.dones[stored] > 0].astype(np.float64)
+        if final.size == 0:
+            return 0.0, 1.0
+        return float(final.mean()), float(final.std()) or 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything stored, without the empty room."""
+        size = self.size()
+        state: dict[str, Any] = {name: getattr(self, name)[:size].copy() for name in _ARRAYS}
+        state["observations"] = {key: _packed(rows[:size]) for key, rows in self.observations.items()}
+        state["next_observations"] = {key: _packed(rows[:size]) for key, rows in self.next_observations.items()}
+        return state | {"position": self.pos, "full": self.full}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Return to `state_dict`."""
+        size = len(state["rewards"])
+        for name in _ARRAYS:
+            getattr(self, name)[:size] = state[name]
+        for name in ("observations", "next_observations"):
+            for key, rows in getattr(self, name).items():
+                rows[:size] = state[name][key]
+        self.pos, self.full = state["position"], state["full"]
+
+
+def _packed(rows: np.ndarray) -> np.ndarray:
+    """One row if all are equal (they broadcast back): a graph that stays the same is saved once."""
+    return rows[:1].copy() if len(rows) and (rows == rows[:1]).all() else rows.copy()
+
+
+def affordable_size(wanted: int, observation_space: spaces.Dict, n_decisions: int, max_bytes: int) -> int:
+    """Transitions, at most ``wanted``, that a buffer of ``max_bytes`` holds; at least 1."""
+    observation = sum(int(np.prod(box.shape or ())) for box in observation_space.values())
+    per_transition = 4 * (2 * observation + n_decisions + 3)
+    return max(1, min(wanted, max_bytes // per_transition))

@@ -1,0 +1,402 @@
+"""Training an agent on a search environment until its evaluations are spent; stopped runs continue exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import HParam
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.vec_env import VecEnv
+
+from .checkpoint import (
+    CheckpointError,
+    Notify,
+    load_checkpoint,
+    random_states,
+    read_state,
+    save_checkpoint,
+    set_random_states,
+    warn,
+)
+from .config import AgentConfig, Algorithm, DDPGConfig, PPOConfig, default_config
+from .ddpg import GraphDDPG, GraphDDPGPolicy
+from .policies import GraphActorCriticPolicy
+from .ppo import GraphPPO
+from .replay import affordable_size
+from .schedule import largest_divisor, rollout_size
+from .search_env import Episode, Ledger, OnEpisode, StandardisedRewards, Stateful, vectorised
+from .tensorboard import tensorboard_logger
+from .transfer import load_weights, policy_options
+
+Agent = GraphPPO | GraphDDPG
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a search by an agent came to.
+
+    Attributes:
+        config: the agent's hyper-parameters.
+        policy: the trained policy.
+        rewards: return of every episode, in order.
+        best: the episode with the highest return; its ``info`` is empty if it was found before a resume.
+        evaluations: counted by the environment.
+        n_steps: steps of the environments.
+        is_finished: whether the evaluations are spent; else ``should_stop`` ended the run.
+    """
+
+    config: AgentConfig
+    policy: BasePolicy
+    rewards: tuple[float, ...]
+    best: Episode
+    evaluations: float
+    n_steps: int
+    is_finished: bool
+
+
+def train_agent(
+    algorithm: Algorithm,
+    env: gym.Env[Any, Any] | VecEnv,
+    *,
+    n_evaluations: int,
+    seed: int,
+    config: AgentConfig | None = None,
+    episode_length: int = 1,
+    logdir: Path | None = None,
+    checkpoints: Path | None = None,
+    companions: Mapping[str, Stateful] | None = None,
+    start_from: Path | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    on_episode: OnEpisode | None = None,
+    notify: Notify = warn,
+    device: str = "cpu",
+) -> TrainResult:
+    """Train until the environment's evaluations are spent.
+
+    The environment counts: ``info["evaluation"].evaluations_used`` and ``info["budget_spent"]`` at the end of every
+    episode. Plans that it knows already are free, but a search that proposes little else ends after four episodes
+    for every evaluation granted. The first plan is that of an action of zeros, the last one of the trained policy
+    (unless ``start_from`` or free plans shift them).
+
+    If ``checkpoints`` holds any, the run continues from the newest: on a CPU with the same number of threads the
+    result is that of a run never interrupted, bit by bit.
+
+    Args:
+        algorithm: "ppo" or "ddpg".
+        env: a Gymnasium environment over graphs (see `GraphEncoder`) with actions in ``[-1, 1]``, or several of one
+            size, vectorised; with ``state_dict`` and ``load_state_dict`` if ``checkpoints`` is given.
+        n_evaluations: evaluations that the environments grant in all.
+        seed: of weights, noise and batches.
+        config: hyper-parameters; `default_config` if not given.
+        episode_length: steps of an episode: 1 for a plan for the whole network, the number of decisions layer by layer.
+        logdir: folder for TensorBoard.
+        checkpoints: folder for checkpoints.
+        companions: what else a checkpoint must hold to go with it, by name, such as the evaluator.
+        start_from: file of a trained agent (`save_agent`) of the same configuration to start from.
+        should_stop: asked after every step; True ends the run, to be continued from the last checkpoint.
+        on_episode: told of every episode that ends.
+        notify: told of damaged checkpoints and adjusted settings.
+        device: of the agent's networks.
+
+    Raises:
+        CheckpointError: if a checkpoint or ``start_from`` cannot be read or written, or is of another search.
+        ValueError: if ``config`` is of another algorithm, or the spaces are not those of a search.
+    """
+    config = config or default_config(algorithm)
+    if not isinstance(config, PPOConfig if algorithm == "ppo" else DDPGConfig):
+        msg = f"config is a {type(config).__name__}, but the algorithm is '{algorithm}'; pass its own configuration"
+        raise ValueError(msg)
+    plan = SearchPlan(config, n_evaluations, seed, episode_length, device)
+    search = Search(plan, env, companions or {}, on_episode)
+    if start_from is not None:
+        load_weights(search.agent.policy, read_state(start_from)["policy"], start_from)
+    is_resumed = checkpoints is not None and search.resume(checkpoints, notify)
+    n_steps = search.agent.num_timesteps
+    logger = tensorboard_logger(logdir, n_steps + 1 if is_resumed else 0)
+    search.agent.set_logger(logger)
+    if not is_resumed:
+        logger.record("hparams", HParam(plan.hyperparameters(), {"plan/best_reward": 0.0}))
+    try:
+        is_finished = search.run(checkpoints, should_stop)
+    finally:
+        logger.close()
+    return search.result(is_finished)
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What must be the same for a run to be continued, and what follows from it.
+
+    Attributes:
+        config: hyper-parameters.
+        n_evaluations: granted in all.
+        seed: of the run.
+        episode_length: steps of an episode.
+        device: of the networks.
+    """
+
+    config: AgentConfig
+    n_evaluations: int
+    seed: int
+    episode_length: int
+    device: str
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint is compared by."""
+        return {
+            "config": {"algorithm": self.algorithm, **self.config.model_dump()},
+            "n_evaluations": self.n_evaluations,
+            "seed": self.seed,
+            "episode_length": self.episode_length,
+        }
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Flat, for TensorBoard."""
+        identity = self.identity()
+        return {**identity.pop("config"), **identity}
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """What the configuration is for."""
+        return "ddpg" if isinstance(self.config, DDPGConfig) else "ppo"
+
+    def most_steps(self) -> int:
+        """Steps after which a search that proposes known plans over and over is ended."""
+        return 4 * self.n_evaluations * self.episode_length
+
+    def build(self, env: VecEnv) -> Agent:
+        """A new agent for the environment."""
+        config = self.config
+        if isinstance(config, DDPGConfig):
+            return self._build_ddpg(config, env)
+        assert isinstance(config, PPOConfig)
+        return self._build_ppo(config, env)
+
+    def _rollout_steps(self, wanted: int, n_envs: int) -> int:
+        """Steps of each environment in a rollout."""
+        return self.episode_length * rollout_size(self.n_evaluations // n_envs, max(1, wanted // n_envs))
+
+    def _build_ppo(self, config: PPOConfig, env: VecEnv) -> GraphPPO:
+        n_steps = self._rollout_steps(config.rollout, env.num_envs)
+        transitions = n_steps * env.num_envs
+        batch_size = largest_divisor(transitions, config.batch_size)
+        return GraphPPO(
+            GraphActorCriticPolicy,
+            env,
+            std_end=config.std_end,
+            episode_length=self.episode_length,
+            n_steps=n_steps,
+            batch_size=batch_size,
+            n_epochs=max(1, round(config.updates * batch_size / transitions)),
+            learning_rate=config.learning_rate,
+            clip_range=config.clip_range,
+            gamma=config.gamma,
+            gae_lambda=config.gae_lambda,
+            ent_coef=config.ent_coef,
+            vf_coef=config.vf_coef,
+            policy_kwargs=policy_options(config),
+            seed=self.seed,
+            device=self.device,
+        )
+
+    def _build_ddpg(self, config: DDPGConfig, env: VecEnv) -> GraphDDPG:
+        assert isinstance(env.observation_space, spaces.Dict)
+        n_steps = self._rollout_steps(config.rollout, env.num_envs)
+        episodes = n_steps // self.episode_length * env.num_envs
+        buffer_size = affordable_size(
+            self.most_steps(), env.observation_space, get_action_dim(env.action_space), config.buffer_bytes
+        )
+        return GraphDDPG(
+            GraphDDPGPolicy,
+            env,
+            std=config.std,
+            std_end=config.std_end,
+            actor_learning_rate=config.actor_learning_rate,
+            policy_delay=config.policy_delay,
+            candidates=config.candidates,
+            episode_length=self.episode_length,
+            learning_rate=config.critic_learning_rate,
+            learning_starts=config.learning_starts * self.episode_length,
+            buffer_size=buffer_size,
+            batch_size=config.batch_size,
+            tau=config.tau,
+            gamma=config.gamma,
+            train_freq=(n_steps, "step"),
+            gradient_steps=config.updates * episodes,
+            policy_kwargs=policy_options(config),
+            seed=self.seed,
+            device=self.device,
+        )
+
+
+class Search:
+    """An agent, its environment, and the books between them."""
+
+    def __init__(
+        self,
+        plan: SearchPlan,
+        env: gym.Env[Any, Any] | VecEnv,
+        companions: Mapping[str, Stateful],
+        on_episode: OnEpisode | None,
+    ) -> None:
+        self.plan = plan
+        self.companions = companions
+        self.new_episodes: list[Episode] = []
+        self._on_episode = on_episode
+        self.ledger = Ledger(vectorised(env), self._hear)
+        self.rewards = StandardisedRewards(self.ledger)
+        # DDPG's buffer standardises by itself, over all it holds.
+        self.agent = plan.build(self.rewards if plan.algorithm == "ppo" else self.ledger)
+
+    def run(self, checkpoints: Path | None, should_stop: Callable[[], bool] | None) -> bool:
+        """Train until the evaluations are spent (True) or ``should_stop`` says so (False)."""
+        hooks = SearchHooks(self, checkpoints, should_stop or (lambda: False))
+        steps = self.plan.most_steps() - self.agent.num_timesteps
+        is_fresh = self.agent.num_timesteps == 0
+        if steps > 0 and not self.ledger.is_spent:
+            self.agent.learn(steps, callback=hooks, log_interval=None, reset_num_timesteps=is_fresh)  # type: ignore[arg-type]
+        return not hooks.was_stopped
+
+    def result(self, is_finished: bool) -> TrainResult:
+        """What the search came to so far."""
+        if self.ledger.best is None:
+            msg = "the search was stopped before its first plan was scored; there is no result"
+            raise RuntimeError(msg)
+        self.agent.policy.set_training_mode(False)
+        return TrainResult(
+            config=self.plan.config,
+            policy=self.agent.policy,
+            rewards=tuple(self.ledger.rewards),
+            best=self.ledger.best,
+            evaluations=self.ledger.evaluations,
+            n_steps=self.agent.num_timesteps,
+            is_finished=is_finished,
+        )
+
+    def remaining(self) -> float:
+        """Share of the evaluations still to come."""
+        return max(0.0, 1 - self.ledger.evaluations / self.plan.n_evaluations)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, at the start of a rollout."""
+        agent = self.agent
+        return {
+            "search": self.plan.identity(),
+            "policy": dict(agent.policy.state_dict()),
+            "optimizers": [optimizer.state_dict() for optimizer in _optimizers(agent)],
+            "num_timesteps": agent.num_timesteps,
+            "n_updates": agent._n_updates,
+            "episode_num": agent._episode_num,
+            "last_obs": agent._last_obs,
+            "last_episode_starts": agent._last_episode_starts,
+            "extra": agent.extra_state(),
+            "ledger": self.ledger.state_dict(),
+            "rewards": self.rewards.state_dict(),
+            "companions": {name: companion.state_dict() for name, companion in self.companions.items()},
+            "random": random_states(),
+        }
+
+    def resume(self, checkpoints: Path, notify: Notify) -> bool:
+        """Continue from the newest checkpoint, if there is one."""
+        state = load_checkpoint(checkpoints, notify)
+        if state is None:
+            return False
+        self._check_same_search(state["search"], checkpoints)
+        agent = self.agent
+        # The seeds that Stable-Baselines3 gave the environments wait for their next reset: let them have it now.
+        self.ledger.reset()
+        self.ledger.load_state_dict(state["ledger"])
+        self.rewards.load_state_dict(state["rewards"])
+        for name, companion in self.companions.items():
+            companion.load_state_dict(state["companions"][name])
+        agent.policy.load_state_dict(state["policy"])
+        for optimizer, saved in zip(_optimizers(agent), state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        agent.num_timesteps = state["num_timesteps"]
+        agent._n_updates = state["n_updates"]
+        agent._episode_num = state["episode_num"]
+        agent._last_obs = state["last_obs"]
+        agent._last_episode_starts = state["last_episode_starts"]
+        agent.load_extra_state(state["extra"])
+        set_random_states(state["random"])
+        return True
+
+    def _check_same_search(self, saved: Mapping[str, Any], checkpoints: Path) -> None:
+        for name, wanted in self.plan.hyperparameters().items():
+            found = {**saved["config"], **saved}.get(name)
+            if found != wanted:
+                msg = (
+                    f"the checkpoints in '{checkpoints}' are of a search with {name} = {found!r}, and this one has "
+                    f"{wanted!r}; resume with the same settings, or choose another folder"
+                )
+                raise CheckpointError(msg)
+
+    def _hear(self, episode: Episode) -> None:
+        self.new_episodes.append(episode)
+        if self._on_episode is not None:
+            self._on_episode(episode)
+
+
+class SearchHooks(BaseCallback):
+    """Checkpoints and noise before each rollout; logging and stopping after each step.
+
+    Only the start of a rollout is a place from which a run continues bit by bit: within one, the noise is partly used
+    and the rollout buffer partly filled.
+    """
+
+    def __init__(self, search: Search, checkpoints: Path | None, should_stop: Callable[[], bool]) -> None:
+        super().__init__()
+        self.was_stopped = False
+        self._search = search
+        self._checkpoints = checkpoints
+        self._should_stop = should_stop
+        self._saved_at = search.ledger.evaluations
+
+    def _on_rollout_start(self) -> None:
+        search = self._search
+        # What the last training logged would be lost in a resumed run if it waited for the next step.
+        self.logger.dump(self.num_timesteps)
+        if search.ledger.evaluations - self._saved_at >= search.plan.config.checkpoint_every:
+            self._save()
+        search.rewards.update()
+        search.agent.begin_rollout(search.remaining())
+
+    def _on_step(self) -> bool:
+        if self._search.new_episodes:
+            self._log(self._search.new_episodes)
+            self._search.new_episodes.clear()
+        self.was_stopped = self._should_stop()
+        return not (self.was_stopped or self._search.ledger.is_spent)
+
+    def _save(self) -> None:
+        self._saved_at = self._search.ledger.evaluations
+        if self._checkpoints is not None:
+            save_checkpoint(self._checkpoints, self.num_timesteps, self._search.state())
+
+    def _log(self, episodes: list[Episode]) -> None:
+        best = self._search.ledger.best
+        assert best is not None
+        for episode in episodes:
+            self.logger.record_mean("plan/reward", episode.reward)
+            self.logger.record_mean("plan/accuracy", float(episode.info["accuracy"]))
+        ratios = np.concatenate([np.ravel(episode.info["kept_ratios"]) for episode in episodes])
+        self.logger.record("plan/best_reward", best.reward)
+        self.logger.record("plan/keep_ratio_mean", float(ratios.mean()))
+        self.logger.record("plan/keep_ratios", ratios)
+        self.logger.record("plan/evaluations", self._search.ledger.evaluations)
+        self.logger.dump(self.num_timesteps)
+
+
+def _optimizers(agent: Agent) -> list[torch.optim.Optimizer]:
+    if isinstance(agent, GraphDDPG):
+        return [agent.actor.optimizer, agent.critic.optimizer]
+    return [agent.policy.optimizer]

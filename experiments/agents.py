@@ -1,0 +1,91 @@
+"""Agents at work on a search problem: the environment they act in, their training, their plan for another network."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import cast
+
+from gymnasium import spaces
+
+from agent.config import AgentConfig, DDPGConfig
+from agent.train import train_agent
+from agent.transfer import act, load_agent, save_agent
+from envs.action import decode
+from envs.evaluator import CandidateEvaluator
+from envs.layerwise_env import LayerwiseEnv
+from envs.network_env import NetworkEnv
+from pruning.policy import CompressionPolicy
+
+from .config import SearchSettings
+from .problem import SearchProblem
+from .run import MethodFolder
+
+SearchEnv = NetworkEnv | LayerwiseEnv
+
+
+def search_env(problem: SearchProblem, evaluator: CandidateEvaluator, settings: SearchSettings) -> SearchEnv:
+    """The environment that an agent acts in; it shows the sensitivity probes if they were made."""
+    environment = NetworkEnv if settings.environment == "network" else LayerwiseEnv
+    return environment(
+        problem.space,
+        evaluator,
+        reward=problem.scoring.reward,
+        sensitivity=problem.sensitivity,
+        noise_floor=problem.noise_floor() if problem.sensitivity else 0.01,
+        measured_dropout=settings.measured_dropout,
+    )
+
+
+def search_by_agent(
+    problem: SearchProblem,
+    evaluator: CandidateEvaluator,
+    settings: SearchSettings,
+    config: AgentConfig,
+    files: MethodFolder | None,
+    tensorboard: Path | None,
+    start_from: Path | None = None,
+) -> None:
+    """Train an agent until the evaluations are spent; what it proposed is in the evaluator's history.
+
+    Args:
+        problem: network, decisions, start and scoring.
+        evaluator: scores and counts.
+        settings: environment and seed.
+        config: the agent's hyper-parameters, which say what agent it is.
+        files: where checkpoints and the trained agent go; none saves neither.
+        tensorboard: where its training is logged.
+        start_from: file of a trained agent to start from.
+    """
+    env = search_env(problem, evaluator, settings)
+    result = train_agent(
+        "ddpg" if isinstance(config, DDPGConfig) else "ppo",
+        env,
+        n_evaluations=math.floor(evaluator.max_evaluations),
+        seed=problem.seed,
+        config=config,
+        episode_length=1 if settings.environment == "network" else problem.space.n,
+        logdir=tensorboard,
+        checkpoints=files.checkpoints if files else None,
+        companions={"evaluator": evaluator} if files else None,
+        start_from=start_from,
+    )
+    if files:
+        save_agent(files.agent_file, result.config, result.policy)
+
+
+def plan_by_agent(
+    path: Path, problem: SearchProblem, evaluator: CandidateEvaluator
+) -> tuple[AgentConfig, CompressionPolicy]:
+    """The plan of a trained agent, frozen, for the network of ``problem``: one forward pass, no evaluation.
+
+    Returns:
+        The agent's hyper-parameters, and its plan.
+
+    Raises:
+        CheckpointError: if the file is no agent, or one that reads other features.
+    """
+    env = search_env(problem, evaluator, SearchSettings())
+    config, policy = load_agent(path, cast("spaces.Dict", env.observation_space), cast("spaces.Box", env.action_space))
+    observation, _ = env.reset(seed=problem.seed)
+    return config, decode(act(policy, observation), problem.space)

@@ -1,0 +1,104 @@
+"""`secateur apply`: a saved policy to its network, or a trained agent, frozen, to another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from envs.action import decode
+from envs.journal import Journal
+from latency.cost import count_macs, count_params
+from pruning.export import export_onnx, save_compressed
+from pruning.policy import CompressionPolicy
+
+from .agents import plan_by_agent, search_by_agent
+from .config import ConfigError, RunConfig
+from .interrupt import StopFlag
+from .machine import set_up_device
+from .methods import ranked_plans
+from .problem import SearchProblem
+from .progress import RunDisplay
+from .run import MethodFolder, refuse_existing
+from .search import Watch, build_problem, importance_of
+from .subject import Subject, prepare_subject, report_dense
+
+
+def apply_saved(
+    source: Path, config: RunConfig, out: Path, evaluations: int, display: RunDisplay, stop: StopFlag
+) -> dict[str, Any]:
+    """Build the compressed network that a policy or an agent asks for, and save it.
+
+    Args:
+        source: a policy (JSON), a trained agent (.pt), or the folder of a run's method, whose agent is taken.
+        config: network, data and device; for an agent also the budget.
+        out: folder to write.
+        evaluations: to refine an agent's plan with; 0 takes its first plan.
+        display: told what happens.
+        stop: looked at after each evaluation.
+
+    Returns:
+        What to tell: the folder, accuracies on the validation images, and costs.
+
+    Raises:
+        PolicyError: if the policy does not fit; it names everything that does not, and nothing is written.
+        ConfigError: if a policy is to be refined, or an agent is given no budget.
+        RunError: if ``out`` exists.
+    """
+    refuse_existing(out)
+    source = MethodFolder(source).agent_file if source.is_dir() else source
+    device = set_up_device(config.device, config.threads)
+    if source.suffix == ".pt":
+        if config.budget is None:
+            msg = "an agent plans for a budget; pass --budget"
+            raise ConfigError(msg)
+        subject = prepare_subject(config, device, display, stop)
+        report_dense(subject, display)
+        return _apply_agent(source, subject, out, evaluations, display, stop)
+    if evaluations:
+        msg = "--evaluations refines the plan of an agent; a policy is applied as it is"
+        raise ConfigError(msg)
+    policy = CompressionPolicy.load(source)
+    subject = prepare_subject(config, device, display, stop)
+    policy.masks(subject.graph)
+    report_dense(subject, display)
+    return _saved(subject, build_problem(subject, importance_of(subject), Journal()), policy, out)
+
+
+def _apply_agent(
+    source: Path, subject: Subject, out: Path, evaluations: int, display: RunDisplay, stop: StopFlag
+) -> dict[str, Any]:
+    problem = build_problem(subject, importance_of(subject), Journal())
+    evaluator = problem.evaluator("agent", lambda _: None)
+    config, policy = plan_by_agent(source, problem, evaluator)
+    if evaluations:
+        with display.stage("refining", evaluations, "evaluation") as stage:
+            evaluator = problem.evaluator("refining", Watch(stage, problem, stop), max_evaluations=evaluations)
+            evaluator.score(policy)
+            search_by_agent(problem, evaluator, subject.config.search, config, None, None, start_from=source)
+        policy = problem.policy(ranked_plans(problem, evaluator)[0].kept)
+    uniform = decode(np.zeros(problem.space.n), problem.space)
+    evaluate = subject.evaluate_on_validation()
+    uniform_network = evaluator.build(uniform)
+    return _saved(subject, problem, policy, out) | {
+        "uniform_accuracy": evaluate(uniform_network),
+        "uniform_macs": count_macs(uniform_network, subject.example(2)),
+    }
+
+
+def _saved(subject: Subject, problem: SearchProblem, policy: CompressionPolicy, out: Path) -> dict[str, Any]:
+    """Build, save and score the network that ``policy`` leaves."""
+    evaluate, example = subject.evaluate_on_validation(), subject.example(2)
+    network = problem.evaluator("", lambda _: None).build(policy)
+    save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
+    export_onnx(network, example, out / "model.onnx")
+    return {
+        "network": str(out),
+        "dense_accuracy": evaluate(subject.model),
+        "accuracy": evaluate(network),
+        "dense_macs": subject.graph.macs,
+        "macs": count_macs(network, example),
+        "dense_params": subject.graph.params,
+        "params": count_params(network),
+    }

@@ -1,0 +1,154 @@
+"""What `secateur check` tells of a network before any search: graph, groups, what is skipped, reachable cost, proof."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from envs.action import SearchSpace
+from graph_encoder.capture import capture
+from graph_encoder.network import NetworkGraph
+from latency.cost import CostKind
+from pruning.proof import Proof, prove
+
+from .config import ConfigError
+from .models import build_model, load_weights
+from .outcome import amount
+from .user_function import is_reference
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was found of one network.
+
+    Attributes:
+        graph: its capture.
+        proof: one result for all groups at once, then one a group that is offered.
+        lowest: lowest reachable cost by kind, with the first layer protected, None if nothing can be removed.
+    """
+
+    graph: NetworkGraph
+    proof: tuple[Proof, ...]
+    lowest: dict[str, int | None]
+
+    @property
+    def passed(self) -> bool:
+        """Whether removing equals masking for every group offered."""
+        return all(result.holds for result in self.proof)
+
+    def lines(self) -> list[str]:
+        """The report as a person reads it."""
+        graph = self.graph
+        kinds = Counter(operator.kind for operator in graph.operators)
+        dense = [group for group in graph.groups if not group.is_prunable]
+        failed = [result for result in self.proof if not result.holds]
+        return [
+            f"operators       {len(graph.operators)}: {', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}",
+            f"multiply-adds   {amount(graph.macs)}",
+            f"parameters      {amount(graph.params)}",
+            *(self._range(kind) for kind in ("macs", "params")),
+            f"groups offered  {len(graph.prunable)} with {sum(g.size for g in graph.prunable):,} units",
+            *(
+                f"  {g.name}: {g.size} units, written by {_names(g.producers)}, read by {_names(g.consumers)}"
+                for g in graph.prunable
+            ),
+            f"groups dense    {len(dense)}",
+            *(f"  {group.name}: {group.size} units: {group.reason}" for group in dense),
+            f"layers skipped  {len(graph.skipped)}",
+            *(f"  {name}: {reason}" for name, reason in graph.skipped.items()),
+            f"proof           removing equals masking in {len(self.proof) - len(failed)} of {len(self.proof)} trials",
+            *(f"  FAILED: {result.subject}: {_failure(result)}" for result in failed),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        graph = self.graph
+        return {
+            "macs": graph.macs,
+            "params": graph.params,
+            "lowest": self.lowest,
+            "groups": [
+                {"name": g.name, "size": g.size, "reason": g.reason, "producers": g.producers, "consumers": g.consumers}
+                for g in graph.groups
+            ],
+            "skipped": dict(graph.skipped),
+            "proof": [
+                {"subject": r.subject, "removed": r.removed, "holds": r.holds, "error": r.error} for r in self.proof
+            ],
+            "passed": self.passed,
+        }
+
+    def _range(self, kind: str) -> str:
+        lowest, dense = self.lowest[kind], getattr(self.graph, kind)
+        label = f"{kind} from".ljust(16)
+        if lowest is None:
+            return f"{label}only the dense network's {amount(dense)}"
+        return f"{label}{amount(lowest)} ({lowest / dense:.1%}) to {amount(dense)} (100%)"
+
+
+def check_named(name: str, shape: str | None, n_classes: int, weights: Path | None, seed: int) -> CheckReport:
+    """Check a network as `secateur check` names it.
+
+    Args:
+        name: of the model, as for `build_model`.
+        shape: channels, height and width of an image, as ``3,224,224``; none is 32 pixels for the bundled networks
+            and 224 for all others.
+        n_classes: outputs.
+        weights: trained weights; none draws them by ``seed``.
+        seed: of weights, inputs and the units removed in the proof.
+
+    Raises:
+        ConfigError: if the shape is not three numbers.
+        TraceError: if the network cannot be captured.
+    """
+    bundled = not is_reference(name) and name not in torchvision.models.list_models()
+    shape = shape or ("3,32,32" if bundled else "3,224,224")
+    parts = shape.replace("x", ",").split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        msg = f"shape '{shape}' is not understood; give channels, height and width, for example 3,224,224"
+        raise ConfigError(msg)
+    channels, height, width = map(int, parts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(name, n_classes, channels).eval()
+    if weights:
+        load_weights(model, weights)
+    x = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(seed))
+    return check_network(model, x, seed=seed)
+
+
+def check_network(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, seed: int = 0) -> CheckReport:
+    """Capture a network, find what may be removed, and prove that removing it does what masking does.
+
+    Raises:
+        TraceError: if the network cannot be captured.
+    """
+    graph = capture(model, example_inputs)
+    proof = prove(model, graph, example_inputs, generator=torch.Generator().manual_seed(seed))
+    return CheckReport(
+        graph, tuple(proof), {"macs": _lowest_cost(graph, "macs"), "params": _lowest_cost(graph, "params")}
+    )
+
+
+def _lowest_cost(graph: NetworkGraph, kind: CostKind) -> int | None:
+    importance = {group.name: np.zeros(group.size) for group in graph.prunable}
+    try:
+        return SearchSpace.build(graph, importance, None, kind=kind).lowest_cost
+    except ValueError:
+        return None
+
+
+def _failure(result: Proof) -> str:
+    return result.message or f"outputs differ by {result.error:.2e} of their scale"
+
+
+def _names(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

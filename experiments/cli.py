@@ -1,0 +1,307 @@
+"""The `secateur` command: options in, a configuration or a call out; everything else lies in the other modules."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+# What loads PyTorch is imported by the command that needs it: `secateur --help` should not take seconds.
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .interrupt import StopFlag
+    from .outcome import RunOutcome
+    from .progress import RunDisplay
+
+app = typer.Typer(
+    help="Prune PyTorch networks under a budget, by an agent that reads them as graphs.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+)
+
+Config = Annotated[str | None, typer.Argument(help="YAML file, or the name of a bundled configuration: digits.")]
+Model = Annotated[
+    str | None, typer.Option(help="torchvision name, small_resnet, resnet20, resnet56, ... or package.module:function.")
+]
+Weights = Annotated[Path | None, typer.Option(help="Trained weights: safetensors, or .pt/.pth read weights-only.")]
+Data = Annotated[
+    str | None, typer.Option(help="bundled, cifar10, cifar100, an image folder or archive, or package.module:function.")
+]
+Download = Annotated[bool | None, typer.Option("--download", help="Let torchvision fetch CIFAR if it is not there.")]
+BudgetText = Annotated[str | None, typer.Option("--budget", help="50%, 30% params, 62.7M macs, 400k params or none.")]
+Evaluations = Annotated[int | None, typer.Option(help="Evaluations of each method.")]
+Criterion = Annotated[str | None, typer.Option(help="Importance: l1, l2, fpgm, taylor or bn_scale.")]
+Rounding = Annotated[int | None, typer.Option(help="Keep multiples of so many channels.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of search, data order and training.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 for one a core.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Any other key of the configuration: --set search.finalists=5.")
+]
+RunPath = Annotated[Path, typer.Argument(help="Folder of the run.")]
+
+
+@app.command()
+def search(
+    config: Config = None,
+    model: Model = None,
+    weights: Weights = None,
+    data: Data = None,
+    download: Download = None,
+    budget: BudgetText = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Of uniform,magnitude,sensitivity,random,cem,ppo,ddpg; separated by commas.")
+    ] = None,
+    evaluations: Evaluations = None,
+    environment: Annotated[str | None, typer.Option(help="network (a whole plan at once) or layerwise.")] = None,
+    criterion: Criterion = None,
+    rounding: Rounding = None,
+    reconstruct: Annotated[
+        bool | None, typer.Option("--reconstruct/--no-reconstruct", help="Fit pruned layers by least squares.")
+    ] = None,
+    finetune_epochs: Annotated[int | None, typer.Option(help="Fine-tuning of every method's plan; 0 for none.")] = None,
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; by default the next runs/NAME-N.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search how to prune a network under a budget, fine-tune what was found, and report."""
+    from .run import numbered_folder
+    from .search import start_run
+
+    options = {
+        "model.name": model,
+        "model.weights": weights,
+        "data.source": data,
+        "data.download": download,
+        "budget": budget,
+        "search.methods": methods.split(",") if methods else None,
+        "search.evaluations": evaluations,
+        "search.environment": environment,
+        "search.criterion": criterion,
+        "search.rounding": rounding,
+        "search.reconstruct": reconstruct,
+        "search.seed": seed,
+        "finetune.epochs": finetune_epochs,
+        "device": device,
+        "threads": threads,
+    }
+    resolved = _configuration(config, options, settings)
+    stem = Path(config).stem if config else resolved.model.name.rpartition(":")[2]
+    root = out or numbered_folder(Path("runs"), stem)
+    _run(as_json, lambda display, stop: start_run(resolved, root, ["secateur", *sys.argv[1:]], display, stop))
+
+
+@app.command()
+def resume(run: RunPath, as_json: AsJson = False) -> None:
+    """Continue a run that was stopped or killed."""
+    from .search import resume_run
+
+    _run(as_json, lambda display, stop: resume_run(run, display, stop))
+
+
+@app.command()
+def report(run: RunPath, as_json: AsJson = False) -> None:
+    """Rebuild report.html of a finished run, and print its table."""
+    from .finish import rebuild_report
+    from .run import RunFolder
+
+    _run(as_json, lambda display, stop: rebuild_report(RunFolder.open(run)))
+
+
+@app.command()
+def apply(
+    source: Annotated[Path, typer.Argument(help="A policy (JSON), or the folder of a trained agent.")],
+    config: Config = None,
+    model: Model = None,
+    weights: Weights = None,
+    data: Data = None,
+    budget: BudgetText = None,
+    criterion: Criterion = None,
+    rounding: Rounding = None,
+    evaluations: Annotated[int, typer.Option(help="Evaluations to refine an agent's plan with; 0 for none.")] = 0,
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+    settings: Settings = None,
+    out: Annotated[Path, typer.Option(help="Folder for the compressed network.")] = Path("compressed"),
+    as_json: AsJson = False,
+) -> None:
+    """Apply a saved policy to its network, or a trained agent, frozen, to another one."""
+    from .apply import apply_saved
+
+    options = {
+        "model.name": model,
+        "model.weights": weights,
+        "data.source": data,
+        "budget": budget,
+        "search.criterion": criterion,
+        "search.rounding": rounding,
+        "search.seed": seed,
+        "device": device,
+        "threads": threads,
+    }
+    resolved = _configuration(config, options, settings)
+    _tell(as_json, lambda display, stop: apply_saved(source, resolved, out, evaluations, display, stop))
+
+
+@app.command()
+def finetune(
+    source: Annotated[Path, typer.Argument(help="Folder of a compressed network.")],
+    config: Config = None,
+    model: Model = None,
+    data: Data = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+    settings: Settings = None,
+    out: Annotated[Path, typer.Option(help="Folder for the fine-tuned network.")] = Path("finetuned"),
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a compressed network."""
+    from .standalone_training import finetune_saved
+
+    options = {
+        "data.source": data,
+        "finetune.epochs": epochs,
+        "search.seed": seed,
+        "device": device,
+        "threads": threads,
+    }
+    resolved = _configuration(config, options, settings)
+    _tell(as_json, lambda display, stop: finetune_saved(source, model, resolved, out, display, stop))
+
+
+@app.command()
+def train(
+    config: Config = None,
+    model: Model = None,
+    data: Data = None,
+    download: Download = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+    settings: Settings = None,
+    out: Annotated[Path, typer.Option(help="Weights to write, .safetensors.")] = Path("weights.safetensors"),
+    as_json: AsJson = False,
+) -> None:
+    """Train a network from scratch."""
+    from .standalone_training import train_named
+
+    options = {
+        "model.name": model,
+        "data.source": data,
+        "data.download": download,
+        "train.epochs": epochs,
+        "search.seed": seed,
+        "device": device,
+        "threads": threads,
+    }
+    resolved = _configuration(config, options, settings)
+    _tell(as_json, lambda display, stop: train_named(resolved, out, display, stop))
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="torchvision name, small_resnet, ... or package.module:function.")],
+    shape: Annotated[str | None, typer.Option(help="Channels, height and width of an image: 3,224,224.")] = None,
+    classes: Annotated[int, typer.Option(help="Outputs of the network.")] = 10,
+    weights: Weights = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, inputs and removals.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what may be removed from a network and what may not, and prove it group by group."""
+    from .check import check_named
+
+    found = check_named(model, shape, classes, weights, seed)
+    print(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def split(
+    source: Annotated[Path, typer.Argument(help="Image folder, or an archive of one.")],
+    folder: Annotated[str, typer.Option(help="Folder of the split to divide.")] = "test",
+    out: Annotated[Path, typer.Option(help="Where the lists are written.")] = Path(),
+) -> None:
+    """Write lists of the even-numbered and the odd-numbered images of a folder."""
+    from .image_folder import write_split_lists
+
+    for path in write_split_lists(source, folder, out):
+        print(path)
+
+
+def main() -> None:
+    """Run the command; an error that a user can mend ends it with a message in place of a traceback."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    # Raised inside PyTorch Geometric while it is imported; a user can do nothing about it.
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    try:
+        app()
+    except Exception as error:
+        from .interrupt import Interrupted
+        from .user_errors import USER_ERRORS
+
+        if isinstance(error, Interrupted):
+            print(error, file=sys.stderr)
+            sys.exit(130)
+        if not isinstance(error, USER_ERRORS):
+            raise
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        sys.exit(1)
+
+
+def _configuration(config: str | None, options: dict[str, Any], settings: list[str] | None) -> RunConfig:
+    from .config import config_file, load_config, parse_setting
+
+    others = dict(parse_setting(text) for text in settings or [])
+    return load_config(config_file(config) if config else None, options | others)
+
+
+def _run(as_json: bool, work: Callable[[RunDisplay, StopFlag], RunOutcome]) -> None:
+    """Carry out a run and print its outcome."""
+    from rich.console import Console
+
+    from .interrupt import stop_on_signals
+    from .outcome import HEADINGS, plain_lines, result_table, table_cells
+    from .progress import RunDisplay
+
+    with stop_on_signals() as stop, RunDisplay(quiet=as_json) as display:
+        outcome = work(display, stop)
+    console = Console()
+    if as_json:
+        print(outcome.model_dump_json(indent=2))
+    elif console.is_terminal:
+        console.print(result_table(outcome))
+    else:
+        print("\n".join(plain_lines([["method", *HEADINGS], *table_cells(outcome)])))
+
+
+def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]]) -> None:
+    """Carry out one step and print what it returns."""
+    from .interrupt import stop_on_signals
+    from .progress import RunDisplay
+
+    with stop_on_signals() as stop, RunDisplay(quiet=as_json) as display:
+        facts = work(display, stop)
+    lines = [f"{name.replace('_', ' ')}: {value}" for name, value in facts.items()]
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Compression from a user's own loop: one call in place of a configuration and a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from envs.action import SearchSpace
+from envs.evaluator import EvaluateFunction, Evaluation
+from envs.journal import Journal, JournalEntry
+from envs.reward import RewardFunction, resolve_reward
+from graph_encoder.capture import capture
+from graph_encoder.network import NetworkGraph
+from latency.budget import Budget
+from pruning.importance import Criterion, rank_units
+from pruning.policy import CompressionPolicy
+
+from .config import ConfigError, Environment, Method, SearchSettings, Start
+from .methods import search_with
+from .problem import OnEvaluation, Scoring, SearchProblem, least_squares, probe
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` found.
+
+    Attributes:
+        model: the smaller network, batch norms re-estimated, in evaluation mode; ready to fine-tune.
+        policy: what it keeps.
+        graph: the capture of the dense network, with which the policy can be applied again.
+        accuracy: of ``model``, by the user's function.
+        dense_accuracy: of the dense network.
+        cost: of ``model``, in the budget's kind.
+        dense_cost: of the dense network.
+        evaluations: evaluations counted, sensitivity probes included.
+        history: every evaluation, in order.
+    """
+
+    model: nn.Module
+    policy: CompressionPolicy
+    graph: NetworkGraph
+    accuracy: float
+    dense_accuracy: float
+    cost: int
+    dense_cost: int
+    evaluations: float
+    history: tuple[JournalEntry, ...]
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    *,
+    evaluate: EvaluateFunction,
+    budget: Budget | str | float | None,
+    calibration: Sequence[Tensor] = (),
+    method: Method = "ppo",
+    evaluations: int = 300,
+    seed: int = 0,
+    environment: Environment = "network",
+    start: Start = "sensitivity",
+    criterion: Criterion = "l1",
+    importance: Mapping[str, Tensor] | None = None,
+    rounding: int | None = None,
+    protected: Sequence[str] = (),
+    reconstruct: bool = False,
+    reward: str | RewardFunction | None = None,
+    n_images: int = 1000,
+    journal: Path | None = None,
+    on_evaluation: OnEvaluation | None = None,
+) -> Compressed:
+    """Search how to prune ``model`` under a budget, scoring candidates with a function of your own.
+
+    ``model`` is not changed. ``evaluate`` must score on images that the network was not trained on, always the same
+    ones: on training images the best of many plans is mostly the one that remembers them best.
+
+    Args:
+        model: the trained network.
+        example_inputs: what its ``forward`` takes, a batch of any size.
+        evaluate: accuracy in ``[0, 1]`` of a network in evaluation mode.
+        budget: most that the result may cost: ``"50%"``, ``"30% params"``, ``"62.7M macs"``, a `Budget`; None weighs
+            cost against accuracy in the reward.
+        calibration: batches of training inputs for batch-norm statistics; without them, a network with batch norms
+            scores far below what it is worth.
+        method: ``ppo``, ``ddpg``, ``cem``, ``random``, ``sensitivity``, ``magnitude`` or ``uniform``.
+        evaluations: candidates that may be scored, sensitivity probes (one a group) included.
+        seed: of the search.
+        environment: a plan for the whole network at once, or layer by layer (agents only).
+        start: plan that the search starts from; ``"uniform"`` saves the probes.
+        criterion: importance by which channels are ranked.
+        importance: scores by group name in place of a criterion, higher is kept.
+        rounding: keep multiples of so many units; by default 8 where a group has 128 or more, else 1.
+        protected: groups to leave dense, besides those that the first layer writes.
+        reconstruct: fit the pruned layers' outputs to the dense network's by least squares; needs ``calibration``.
+        reward: ``"accuracy"``, ``"accuracy_guaranteed"`` or a function (accuracy, cost, limit) -> float.
+        n_images: images that ``evaluate`` scores on: what the probes can tell from noise.
+        journal: file in which every evaluation is recorded; a second call with the same file and arguments goes on
+            where the first one stopped.
+        on_evaluation: told of each evaluation.
+
+    Raises:
+        TraceError: if the network cannot be captured.
+        BudgetError: if the budget cannot be met, with the lowest reachable cost.
+        EvaluateError: if ``evaluate`` returns something that is no accuracy.
+        ConfigError: if the probes leave no evaluation to search with, or ``reconstruct`` has nothing to fit on.
+    """
+    if reconstruct and not calibration:
+        msg = "reconstruct fits layers on training inputs; pass some batches as calibration"
+        raise ConfigError(msg)
+    graph = capture(model, example_inputs)
+    scores = importance or rank_units(model, graph, criterion)
+    parsed = Budget.parse(budget) if isinstance(budget, str | float | int) else budget
+    space = SearchSpace.build(
+        graph,
+        {name: values.detach().cpu().numpy() for name, values in scores.items()},
+        parsed,
+        rounding=rounding,
+        protected=protected,
+    )
+    scoring = Scoring(
+        evaluate=evaluate,
+        calibration=calibration,
+        n_images=n_images,
+        reward=resolve_reward(reward, space.limit),
+        reconstruct=least_squares(seed) if reconstruct else None,
+    )
+    told = on_evaluation or _ignore
+    problem = SearchProblem(model, graph, space, scoring, Journal(journal), seed)
+    if start == "sensitivity" or method == "sensitivity":
+        problem = probe(problem, 1.0, told, as_start=start == "sensitivity")
+    settings = SearchSettings(evaluations=evaluations, seed=seed, environment=environment, start=start)
+    found = search_with(method, problem, settings, on_evaluation=told)
+    policy = problem.policy(found.kept)
+    builder = problem.evaluator("", _ignore)
+    return Compressed(
+        model=builder.build(policy),
+        policy=policy,
+        graph=graph,
+        accuracy=found.search_accuracy,
+        dense_accuracy=builder.dense_accuracy(),
+        cost=found.cost,
+        dense_cost=space.cost.dense,
+        evaluations=found.evaluations,
+        history=tuple(problem.journal.entries()),
+    )
+
+
+def _ignore(_evaluation: Evaluation) -> None:
+    """Tell nobody."""

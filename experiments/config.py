@@ -1,0 +1,306 @@
+"""The configuration of a run: a frozen tree read from a YAML file, from options, or from both."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from agent.config import AgentConfig, DDPGConfig, PPOConfig
+from latency.budget import Budget
+from pruning.importance import Criterion
+
+from .data import DataRecipe
+
+Method = Literal["uniform", "magnitude", "sensitivity", "random", "cem", "ppo", "ddpg"]
+Environment = Literal["network", "layerwise"]
+Start = Literal["sensitivity", "uniform"]
+
+METHODS: tuple[Method, ...] = get_args(Method)
+AGENTS: tuple[Method, ...] = ("ppo", "ddpg")
+ONE_SHOT: tuple[Method, ...] = ("uniform", "magnitude", "sensitivity")
+"""Methods that propose a single plan and so need a single evaluation."""
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A configuration key, option or value that cannot be used; the message names what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(_Section):
+    """The network to compress."""
+
+    name: str = "small_resnet"
+    """A torchvision name, a bundled network (small_resnet, resnet20, resnet56, ...) or package.module:function."""
+    weights: Path | None = None
+    """Trained weights: safetensors, or .pt/.pth read weights-only; none trains the network with `train` first."""
+
+
+class SearchSettings(_Section):
+    """What is searched, how long, and how a candidate is scored."""
+
+    methods: tuple[Method, ...] = METHODS
+    """Methods to compare, each with the same number of evaluations."""
+    evaluations: int = Field(default=300, ge=1)
+    """Evaluations of one method, its probes and finalists included: a candidate built, repaired and scored."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the methods, the data order and the training."""
+    environment: Environment = "network"
+    """A plan for the whole network at once, or layer by layer (agents only)."""
+    start: Start = "sensitivity"
+    """The plan that every searching method starts from; the probes it takes count as evaluations of each."""
+    probe_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the search images that the sensitivity probes use; they count as that share."""
+    criterion: Criterion = "l1"
+    """Importance by which the channels of a group are ranked."""
+    rounding: int | None = Field(default=None, ge=1)
+    """Units a group keeps are a multiple of this; unset means 8 where a group has 128 units or more, else 1."""
+    min_keep_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Least share of a group that stays."""
+    protect_first: bool = True
+    """Leave the first layer's outputs dense (the last layer's are the network's own and always stay)."""
+    protected: tuple[str, ...] = ()
+    """Further groups to leave dense."""
+    span: float = Field(default=0.5, gt=0)
+    """How far an action of 1 moves a keep ratio from the start plan."""
+    reward: str | None = None
+    """accuracy, accuracy_guaranteed (AMC, without a budget) or package.module:function; unset goes by the budget."""
+    measured_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Share of an agent's episodes that do not show the probes' result, so that it learns to do without."""
+    reconstruct: bool = False
+    """Fit the pruned layers' outputs to the dense network's by least squares (AMC) before scoring."""
+    search_images: int = Field(default=1000, ge=1)
+    """Validation images a candidate is scored on."""
+    calibration_images: int = Field(default=1000, ge=1)
+    """Training images for re-estimating batch-norm statistics (and for reconstruction)."""
+    finalists: int = Field(default=3, ge=1)
+    """Best plans of each method that are scored again on the whole validation split."""
+    batch_size: int = Field(default=250, ge=1)
+    """Images a forward pass while scoring."""
+    autocast: bool = False
+    """Re-estimate statistics and score candidates in bfloat16."""
+
+    @field_validator("methods")
+    @classmethod
+    def _no_repeats(cls, methods: tuple[Method, ...]) -> tuple[Method, ...]:
+        if not methods:
+            msg = f"at least one method is needed; allowed: {', '.join(METHODS)}"
+            raise ValueError(msg)
+        if len(set(methods)) != len(methods):
+            msg = f"each method may be named once; found {', '.join(methods)}"
+            raise ValueError(msg)
+        return methods
+
+
+class TrainConfig(_Section):
+    """Training from scratch, for a network that has no weights."""
+
+    epochs: int = Field(default=10, ge=1)
+    """Passes over the training images."""
+    learning_rate: float = Field(default=0.1, gt=0)
+    """Peak learning rate of the cosine schedule."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Nesterov momentum."""
+    weight_decay: float = Field(default=5e-4, ge=0)
+    """L2 penalty."""
+    batch_size: int = Field(default=128, ge=1)
+    """Images a step."""
+    autocast: bool = False
+    """Train in bfloat16."""
+
+
+class FinetuneConfig(TrainConfig):
+    """Fine-tuning, the same for every method's plan; 0 epochs leaves it out."""
+
+    epochs: int = Field(default=0, ge=0)
+    """Passes over the training images; 0 fine-tunes nothing."""
+    learning_rate: float = Field(default=0.02, gt=0)
+    """Peak learning rate of the cosine schedule."""
+    distillation_weight: float = Field(default=0.0, ge=0, le=1)
+    """Share of the loss that follows the dense network's outputs; 0 trains on the labels alone."""
+    temperature: float = Field(default=4.0, gt=0)
+    """Softening of the outputs that distillation compares."""
+    dense_control: bool = True
+    """Give the dense network the same fine-tuning and report it beside the others."""
+
+
+class MeasureConfig(_Section):
+    """Timing of the finished networks."""
+
+    n_runs: int = Field(default=30, ge=5)
+    """Timed calls of each network, interleaved."""
+    batch_size: int = Field(default=1, ge=1)
+    """Images a call."""
+    onnx: bool = True
+    """Write each network as ONNX too, and time it on ONNX Runtime."""
+
+
+class RunConfig(_Section):
+    """Everything that decides what a run does."""
+
+    model: ModelConfig = ModelConfig()
+    """The network."""
+    data: DataRecipe = DataRecipe()
+    """Images, their splits and their preparation."""
+    budget: Budget | None = Budget(share=0.5)
+    """The cost that no plan may exceed, as ``50%``, ``30% params``, ``62.7M macs``; none weighs cost in the reward."""
+    search: SearchSettings = SearchSettings()
+    """The search."""
+    train: TrainConfig = TrainConfig()
+    """Training of a network without weights."""
+    finetune: FinetuneConfig = FinetuneConfig()
+    """Fine-tuning of the plans found."""
+    ppo: PPOConfig = PPOConfig()
+    """The agent PPO."""
+    ddpg: DDPGConfig = DDPGConfig()
+    """The agent DDPG."""
+    measure: MeasureConfig = MeasureConfig()
+    """Timing."""
+    device: str = "cpu"
+    """Where networks run: cpu, cuda, cuda:1, mps."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads; 0 takes as many as there are cores."""
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget_as_text(cls, budget: object) -> object:
+        if budget == "none":
+            return None
+        return Budget.parse(budget) if isinstance(budget, str | float | int) else budget
+
+    @model_validator(mode="after")
+    def _budget_where_needed(self) -> Self:
+        needing = [method for method in self.search.methods if method in ONE_SHOT]
+        if self.budget is None and needing:
+            searching = [method for method in METHODS if method not in ONE_SHOT]
+            msg = f"search.methods: {', '.join(needing)} need a budget; without one choose among {', '.join(searching)}"
+            raise ValueError(msg)
+        return self
+
+    def agent(self, method: Method) -> AgentConfig | None:
+        """Hyper-parameters of a method, None if it is no agent."""
+        return {"ppo": self.ppo, "ddpg": self.ddpg}.get(method)
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML that `load_config` reads back to an equal value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: Path | None = None, options: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read the configuration of a run.
+
+    Args:
+        path: YAML file; none starts from the defaults.
+        options: dotted key to value (``{"search.seed": 3}``), which override the file; None values are left out.
+
+    Raises:
+        ConfigError: if a key is unknown or a value cannot be used; the message names the nearest valid key.
+    """
+    tree = _read_yaml(path) if path else {}
+    for key, value in (options or {}).items():
+        if value is not None:
+            _put(tree, key, value)
+    return validated(RunConfig, tree, str(path) if path else "the options")
+
+
+def config_file(name: str) -> Path:
+    """The file meant by ``name``: a path, or the name of a configuration that comes with the project.
+
+    Raises:
+        ConfigError: if there is neither.
+    """
+    folder = Path(__file__).parent / "configs"
+    bundled = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    if name in bundled and not Path(name).is_file():
+        return bundled[name]
+    if Path(name).is_file() or Path(name).suffix:
+        return Path(name)
+    msg = f"there is no file and no bundled configuration called '{name}'{_nearest(name, list(bundled))}"
+    raise ConfigError(msg)
+
+
+def validated(model: type[ConfigT], tree: Mapping[str, Any], source: str) -> ConfigT:
+    """``model`` built from ``tree``, every fault told in one `ConfigError` that names ``source``."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        faults = [_fault(model, detail) for detail in error.errors(include_url=False)]
+        raise ConfigError("\n".join(f"{source}: {fault}" for fault in faults)) from error
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Key and value of ``--set search.finalists=5``; the value is read as YAML.
+
+    Raises:
+        ConfigError: if there is no ``=``.
+    """
+    key, equals, value = text.partition("=")
+    if not equals:
+        msg = f"--set '{text}' has no '='; write it as section.key=value, for example search.finalists=5"
+        raise ConfigError(msg)
+    return key.strip(), yaml.safe_load(value)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        msg = f"configuration file {path} does not exist"
+        raise ConfigError(msg) from None
+    except yaml.YAMLError as error:
+        msg = f"{path} is not valid YAML: {' '.join(str(error).split())}"
+        raise ConfigError(msg) from error
+    if not isinstance(tree, dict):
+        msg = (
+            f"{path} holds {type(tree).__name__}; a mapping with the keys {', '.join(RunConfig.model_fields)} is needed"
+        )
+        raise ConfigError(msg)
+    return tree
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[last] = value
+
+
+def _fault(model: type[BaseModel], detail: ErrorDetails) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    if not where:
+        return _sentence(detail)
+    if detail["type"] != "extra_forbidden":
+        return f"{where}: {_sentence(detail)}; found {detail['input']!r}"
+    *parents, key = detail["loc"]
+    names = list(_section_at(model, parents).model_fields)
+    section = f"'{'.'.join(str(part) for part in parents)}'" if parents else "the top level"
+    return f"unknown key '{key}' in {section}{_nearest(str(key), names)}"
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    text = detail["msg"].removeprefix("Value error, ")
+    return text[:1].lower() + text[1:]
+
+
+def _section_at(model: type[BaseModel], parents: Sequence[int | str]) -> type[BaseModel]:
+    for part in parents:
+        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        candidates = (annotation, *get_args(annotation))
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return model
+
+
+def _nearest(name: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    hint = f"; did you mean '{close[0]}'?" if close else "."
+    return f"{hint} Allowed: {', '.join(allowed)}"

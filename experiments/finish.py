@@ -1,0 +1,296 @@
+"""The end of a run: fine-tune every method's plan alike, measure, read the test split once, report."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from envs.journal import Journal
+from latency.cost import count_macs, count_params, size_bytes
+from latency.measure import measure_latency
+from pruning.export import ExportError, export_onnx, save_compressed
+from pruning.files import write_atomic
+from pruning.policy import CompressionPolicy
+
+from .config import RunConfig
+from .data import DataError
+from .figures import Plan
+from .interrupt import StopFlag
+from .methods import MethodSearch, is_finalists
+from .outcome import DENSE, Latency, MethodOutcome, RunOutcome, budget_words
+from .problem import SearchProblem
+from .progress import RunDisplay
+from .report import render_report
+from .run import MethodFolder, RunFolder
+from .scalars import log_final_metrics
+from .subject import Subject
+from .training import tune
+
+_ONNX = "model.onnx"
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """One network of the table.
+
+    Attributes:
+        name: ``dense`` or the method.
+        policy: what is kept; empty for the dense network.
+        network: as scored: built, repaired, not fine-tuned.
+        tuned: fine-tuned, None without fine-tuning.
+        search: how it was found, None for the dense network.
+    """
+
+    name: str
+    policy: CompressionPolicy
+    network: nn.Module
+    tuned: nn.Module | None
+    search: MethodSearch | None
+
+    @property
+    def product(self) -> nn.Module:
+        """The network that a user takes away."""
+        return self.tuned or self.network
+
+
+def finish_run(
+    folder: RunFolder,
+    subject: Subject,
+    problem: SearchProblem,
+    searches: Sequence[MethodSearch],
+    display: RunDisplay,
+    stop: StopFlag,
+) -> RunOutcome:
+    """Carry a run whose searches are done to its results and its report."""
+    if not folder.results_file.exists():
+        finalists = _finalists(folder, subject, problem, searches, display, stop)
+        _save_products(folder, subject, finalists, display)
+        rows = [_row(subject, problem, finalist) for finalist in finalists]
+        rows = _with_latencies(folder, rows, finalists, subject, display)
+        rows, n_test = _with_test_accuracy(rows, finalists, subject, display)
+        outcome = _outcome(folder, subject, problem, rows, n_test)
+        _log_metrics(folder, subject.config, outcome)
+        write_atomic(folder.results_file, outcome.model_dump_json(indent=2).encode())
+    return rebuild_report(folder)
+
+
+def rebuild_report(folder: RunFolder) -> RunOutcome:
+    """Write report.html from results.json and the journal; no image and no network is touched.
+
+    Raises:
+        RunError: if the run is not finished.
+    """
+    outcome = folder.outcome()
+    plans = evaluated_plans(Journal(folder.journal_file))
+    html = render_report(outcome, plans, folder.config_file.read_text())
+    write_atomic(folder.report_file, html.encode())
+    return outcome
+
+
+def evaluated_plans(journal: Journal) -> list[Plan]:
+    """Every plan scored on the search images, as the figures show them; finalists were plans before."""
+    return [
+        Plan(entry.searcher, entry.evaluations_used, entry.accuracy, entry.cost)
+        for entry in journal.entries()
+        if entry.purpose != "dense" and not is_finalists(entry.searcher)
+    ]
+
+
+def _finalists(
+    folder: RunFolder,
+    subject: Subject,
+    problem: SearchProblem,
+    searches: Sequence[MethodSearch],
+    display: RunDisplay,
+    stop: StopFlag,
+) -> list[Finalist]:
+    builder = problem.evaluator("", lambda _: None)
+    found: list[Finalist] = []
+    if subject.config.finetune.dense_control or not subject.config.finetune.epochs:
+        tuned = _tuned(folder.method(DENSE), subject, DENSE, subject.model, display, stop)
+    else:
+        tuned = None
+    found.append(Finalist(DENSE, CompressionPolicy({}), subject.model, tuned, None))
+    for search in searches:
+        policy = problem.policy(search.kept)
+        same = next((other for other in found[1:] if other.policy.digest == policy.digest), None)
+        if same:
+            display.say(f"{search.method}: the same plan as {same.name}, so the same fine-tuned network")
+            found.append(Finalist(search.method, policy, same.network, same.tuned, search))
+            continue
+        network = builder.build(policy)
+        tuned = _tuned(folder.method(search.method), subject, search.method, network, display, stop)
+        found.append(Finalist(search.method, policy, network, tuned, search))
+    return found
+
+
+def _tuned(
+    own: MethodFolder, subject: Subject, name: str, network: nn.Module, display: RunDisplay, stop: StopFlag
+) -> nn.Module | None:
+    """A fine-tuned copy of ``network``, None without fine-tuning; read back if it was made before."""
+    recipe = subject.config.finetune
+    if not recipe.epochs:
+        return None
+    tuned = copy.deepcopy(network)
+    if own.tuned_file.exists():
+        tuned.load_state_dict(load_file(own.tuned_file))
+        return tuned.eval()
+    tune(
+        tuned,
+        subject.train_batches(recipe.batch_size),
+        recipe,
+        subject.config.search.seed,
+        f"fine-tuning {name}",
+        display,
+        stop,
+        scratch=own.finetuning,
+        teacher=subject.model,
+    )
+    write_atomic(own.tuned_file, save({key: value.cpu().contiguous() for key, value in tuned.state_dict().items()}))
+    return tuned
+
+
+def _save_products(folder: RunFolder, subject: Subject, finalists: Sequence[Finalist], display: RunDisplay) -> None:
+    """Write every network of the table as files that others can read; ONNX is made where the exporter can."""
+    constructor, example = subject.config.model.name, subject.example(2)
+    with display.stage("saving networks", len(finalists), "network") as stage:
+        for finalist in finalists:
+            target = folder.method(finalist.name).model
+            if not (target / "manifest.json").exists():
+                if subject.config.measure.onnx:
+                    _export_onnx(finalist, example, target / _ONNX, display)
+                save_compressed(
+                    finalist.product, finalist.policy, target, constructor=constructor, example_inputs=example
+                )
+            stage.advance()
+
+
+def _export_onnx(finalist: Finalist, example: Tensor, path: Path, display: RunDisplay) -> None:
+    try:
+        export_onnx(finalist.product, example, path)
+    except ExportError as error:
+        display.say(f"warning: {finalist.name} is not written as ONNX: {error}")
+
+
+def _row(subject: Subject, problem: SearchProblem, finalist: Finalist) -> MethodOutcome:
+    evaluate, search = subject.evaluate_on_validation(), finalist.search
+    space, kept = problem.space, {name: len(units) for name, units in finalist.policy.kept.items()}
+    ratios = {name: kept.get(name, size) / size for name, size in zip(space.names, space.sizes.tolist(), strict=True)}
+    row = MethodOutcome(
+        method=finalist.name,
+        validation_accuracy=evaluate(finalist.network),
+        tuned_validation_accuracy=evaluate(finalist.tuned) if finalist.tuned else None,
+        macs=count_macs(finalist.network, subject.example(2)),
+        params=count_params(finalist.network),
+        size_bytes=size_bytes(finalist.network),
+    )
+    if search is None:
+        return row
+    return row.model_copy(
+        update={
+            "evaluations": search.evaluations,
+            "cache_hits": search.cache_hits,
+            "seconds": search.seconds,
+            "seconds_evaluating": search.seconds_evaluating,
+            "search_accuracy": search.search_accuracy,
+            "keep_ratios": ratios,
+        }
+    )
+
+
+def _with_latencies(
+    folder: RunFolder,
+    rows: Sequence[MethodOutcome],
+    finalists: Sequence[Finalist],
+    subject: Subject,
+    display: RunDisplay,
+) -> list[MethodOutcome]:
+    """Time all networks in one interleaved run on the CPU."""
+    settings = subject.config.measure
+    x = subject.example(settings.batch_size).cpu()
+    networks = {finalist.name: copy.deepcopy(finalist.product).cpu() for finalist in finalists}
+    onnx = {name: path for name in networks if (path := folder.method(name).model / _ONNX).exists()}
+    started = time.perf_counter()
+    report = measure_latency(networks, x, onnx=onnx, n_runs=settings.n_runs)
+    display.say(f"timed {len(networks)} networks in turn, {time.perf_counter() - started:.1f} s")
+    timed = []
+    for row in rows:
+        own = [entry for entry in report.entries if entry.model == row.method]
+        latencies = tuple(
+            Latency(
+                runtime=entry.runtime,
+                median_ms=entry.median_ms,
+                lower_quartile_ms=entry.lower_quartile_ms,
+                upper_quartile_ms=entry.upper_quartile_ms,
+                n_runs=entry.n_runs,
+            )
+            for entry in own
+        )
+        timed.append(row.model_copy(update={"latencies": latencies}))
+    return timed
+
+
+def _with_test_accuracy(
+    rows: Sequence[MethodOutcome], finalists: Sequence[Finalist], subject: Subject, display: RunDisplay
+) -> tuple[list[MethodOutcome], int]:
+    """The one place that opens the test split: plans, recipes and epochs are all chosen by now."""
+    try:
+        n_test = len(subject.data.test)
+    except DataError as error:
+        display.say(f"warning: no test accuracy: {error}")
+        return list(rows), 0
+    evaluate = subject.evaluate_on_test()
+    tested = [
+        row.model_copy(
+            update={
+                "test_accuracy": evaluate(finalist.network),
+                "tuned_test_accuracy": evaluate(finalist.tuned) if finalist.tuned else None,
+            }
+        )
+        for row, finalist in zip(rows, finalists, strict=True)
+    ]
+    return tested, n_test
+
+
+def _outcome(
+    folder: RunFolder, subject: Subject, problem: SearchProblem, rows: Sequence[MethodOutcome], n_test: int
+) -> RunOutcome:
+    config, space = subject.config, problem.space
+    return RunOutcome(
+        model=config.model.name,
+        data=Path(config.data.source).name,
+        budget=budget_words(config.budget),
+        budget_kind=space.cost.kind,
+        cost_limit=space.limit if space.limit is not None else space.cost.dense,
+        seed=config.search.seed,
+        command=folder.command,
+        machine=folder.machine,
+        probe_evaluations=problem.probe_evaluations,
+        probe_seconds=problem.probe_seconds,
+        n_validation=len(subject.data.validation),
+        n_test=n_test,
+        rows=tuple(rows),
+    )
+
+
+def _log_metrics(folder: RunFolder, config: RunConfig, outcome: RunOutcome) -> None:
+    """Hyper-parameters with final metrics, for TensorBoard's own table."""
+    chosen = config.search.model_dump(mode="json", exclude={"methods"}) | {"finetune_epochs": config.finetune.epochs}
+    for row in outcome.rows:
+        if row.method == DENSE:
+            continue
+        metrics: Mapping[str, float | None] = {
+            "search_accuracy": row.search_accuracy,
+            "validation_accuracy": row.validation_accuracy,
+            "tuned_validation_accuracy": row.tuned_validation_accuracy,
+            "evaluations": row.evaluations,
+            "seconds": row.seconds,
+        }
+        known = {name: value for name, value in metrics.items() if value is not None}
+        log_final_metrics(folder.tensorboard / row.method, {"method": row.method, **chosen}, known)

@@ -1,0 +1,103 @@
+"""What a run ran on: machine, versions, commit; and the device and thread count it asked for."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from latency.measure import cpu_name
+
+PACKAGES = ("torch", "torchvision", "torch-geometric", "stable-baselines3", "gymnasium", "onnxruntime", "numpy")
+
+
+class DeviceError(ValueError):
+    """The device asked for is not there."""
+
+
+class Machine(BaseModel):
+    """The record of a machine that is saved with each run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    processor: str
+    cores: int
+    system: str
+    python: str
+    packages: dict[str, str]
+    device: str
+    threads: int
+    commit: str
+    date: str
+
+    def differences(self, other: Machine) -> list[str]:
+        """What sets ``other`` apart from this machine, of the things that change a run's numbers."""
+        names = ("device", "threads", "processor", "commit")
+        mine, theirs = (
+            {name: getattr(m, name) for name in names} | {p: m.packages.get(p, "none") for p in PACKAGES}
+            for m in (self, other)
+        )
+        return [f"{name} was {mine[name]} and is {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+
+
+def set_up_device(device: str, threads: int) -> torch.device:
+    """The torch device called ``device``, with ``threads`` CPU threads in force (0: one per core).
+
+    Raises:
+        DeviceError: if torch does not know the device or cannot use it here.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        available += ["mps"] if torch.backends.mps.is_available() else []
+        reason = str(error).splitlines()[0]
+        msg = f"device '{device}' cannot be used here ({reason}); available: {', '.join(available)}"
+        raise DeviceError(msg) from error
+    torch.set_num_threads(threads or usable_cores())
+    return found
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_machine(device: torch.device) -> Machine:
+    """The machine as it is now."""
+    return Machine(
+        processor=cpu_name(),
+        cores=os.cpu_count() or 1,
+        system=platform.platform(),
+        python=platform.python_version(),
+        packages={name: version(name) for name in PACKAGES},
+        device=_device_name(device),
+        threads=torch.get_num_threads(),
+        commit=current_commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def current_commit() -> str:
+    """Short hash of the project's commit, with ``+changes`` if files differ from it; ``unknown`` outside git."""
+    try:
+        return _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    project = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(project), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

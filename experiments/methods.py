@@ -1,0 +1,169 @@
+"""One method of a search: its evaluations, what it proposes, and the plan chosen among its finalists."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from agent.baselines import run_baseline
+from agent.config import AgentConfig, default_config
+from envs.action import Ratios, project
+from envs.evaluator import EvaluateFunction
+from envs.journal import JournalEntry
+from envs.network_env import NetworkEnv
+from envs.plans import global_magnitude, uniform
+
+from .agents import search_by_agent
+from .config import ONE_SHOT, ConfigError, Method, SearchSettings
+from .problem import OnEvaluation, SearchProblem, WatchedEvaluator
+from .run import MethodFolder
+
+_FINALISTS = " finalists"
+"""What follows a method's name in the journal where its finalists are scored."""
+
+
+class MethodSearch(BaseModel):
+    """What one method found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    method: Method
+    evaluations: float
+    """Evaluations counted: candidates, finalists pro rata, and the probes where the method used them."""
+    cache_hits: int
+    """Plans proposed again, which were free."""
+    seconds: float
+    """Wall time of the search, probes and finalists included."""
+    seconds_evaluating: float
+    """Part of it spent building and scoring candidates."""
+    search_accuracy: float
+    """Best accuracy on the search images."""
+    validation_accuracy: float
+    """Accuracy of the chosen plan on the whole validation split."""
+    cost: int
+    """Cost of the chosen plan, in the budget's kind."""
+    kept: dict[str, int]
+    """Units that the chosen plan keeps of each group; groups not named stay dense."""
+
+
+def search_with(
+    method: Method,
+    problem: SearchProblem,
+    settings: SearchSettings,
+    *,
+    on_evaluation: OnEvaluation,
+    on_finalist: OnEvaluation | None = None,
+    evaluate_all: EvaluateFunction | None = None,
+    n_validation: int = 0,
+    agent: AgentConfig | None = None,
+    files: MethodFolder | None = None,
+    tensorboard: Path | None = None,
+) -> MethodSearch:
+    """Search with one method and choose among its best plans.
+
+    Args:
+        method: which.
+        problem: network, decisions, start and scoring, the same for all methods.
+        settings: evaluations, finalists and so on.
+        on_evaluation: told of each evaluation.
+        on_finalist: told of each finalist scored on the whole validation split.
+        evaluate_all: accuracy on the whole validation split, for the finalists; none takes the best search score.
+        n_validation: images of the whole validation split.
+        agent: hyper-parameters, for an agent; its own defaults if not given.
+        files: where an agent saves itself, and continues from; none saves nothing.
+        tensorboard: where an agent logs its training.
+
+    Raises:
+        ConfigError: if probes and finalists leave nothing to search with.
+    """
+    started = time.perf_counter()
+    names = (method, f"{method}{_FINALISTS}")
+    # A resumed search replays these for free; the time they took when they were made is counted all the same.
+    before = math.fsum(entry.seconds for name in names for entry in problem.journal.entries(name, problem.seed))
+    weight = max(1.0, n_validation / problem.scoring.n_images) if evaluate_all else 1.0
+    n_finalists = 1 if method in ONE_SHOT else settings.finalists
+    probes, rescoring = _probe_charge(method, problem), n_finalists * weight if weight > 1 else 0.0
+    _check_enough(method, settings.evaluations, probes, rescoring)
+    evaluator = problem.evaluator(method, on_evaluation, max_evaluations=settings.evaluations - probes - rescoring)
+    propose(method, problem, evaluator, settings, agent, files, tensorboard)
+    searchers = [evaluator]
+    best = ranked_plans(problem, evaluator)
+    if evaluate_all and weight > 1:
+        searchers.append(
+            problem.evaluator(f"{method}{_FINALISTS}", on_finalist or on_evaluation, evaluate=evaluate_all)
+        )
+        for entry in best[:n_finalists]:
+            searchers[1].score(problem.policy(entry.kept), purpose="finalist")
+    chosen = ranked_plans(problem, searchers[-1])[0]
+    probe_seconds = problem.probe_seconds if probes else 0.0
+    return MethodSearch(
+        method=method,
+        evaluations=probes + evaluator.evaluations_used + weight * sum(s.evaluations_used for s in searchers[1:]),
+        cache_hits=evaluator.cache_hits,
+        seconds=probe_seconds + before + time.perf_counter() - started,
+        seconds_evaluating=probe_seconds + math.fsum(searcher.seconds for searcher in searchers),
+        search_accuracy=best[0].accuracy,
+        validation_accuracy=chosen.accuracy,
+        cost=chosen.cost,
+        kept=chosen.kept,
+    )
+
+
+def propose(
+    method: Method,
+    problem: SearchProblem,
+    evaluator: WatchedEvaluator,
+    settings: SearchSettings,
+    agent: AgentConfig | None,
+    files: MethodFolder | None,
+    tensorboard: Path | None,
+) -> None:
+    """Let one method propose plans until its evaluations are spent; what it proposed is in the evaluator's history."""
+    space = problem.space
+    if method in ONE_SHOT:
+        evaluator.score(space.policy(project(_one_shot(method, problem), space)))
+    elif method in ("ppo", "ddpg"):
+        config = agent or default_config(method)
+        search_by_agent(problem, evaluator, settings, config, files, tensorboard)
+    else:
+        env = NetworkEnv(space, evaluator, reward=problem.scoring.reward)
+        granted = math.floor(evaluator.max_evaluations)
+        run_baseline("cem" if method == "cem" else "random", env, n_evaluations=granted, seed=problem.seed)
+
+
+def _one_shot(method: Method, problem: SearchProblem) -> Ratios:
+    """Keep-ratio offsets of a method that proposes a single plan, shape ``(n,)``."""
+    if method == "sensitivity":
+        return problem.sensitivity_offsets()
+    return global_magnitude(problem.space) if method == "magnitude" else uniform(problem.space)
+
+
+def ranked_plans(problem: SearchProblem, evaluator: WatchedEvaluator) -> list[JournalEntry]:
+    """The plans scored, best reward first; those scored on more images come before those scored on fewer."""
+    plans = [entry for entry in evaluator.history if entry.purpose in ("candidate", "finalist")]
+    return sorted(plans, key=lambda entry: (-entry.fidelity, -problem.reward(entry.accuracy, entry.cost)))
+
+
+def is_finalists(searcher: str) -> bool:
+    """Whether a name in the journal is that of a method's finalists."""
+    return searcher.endswith(_FINALISTS)
+
+
+def _probe_charge(method: Method, problem: SearchProblem) -> float:
+    """Evaluations that the probes count as for this method: those that use them pay for them."""
+    uses = method == "sensitivity" or (problem.starts_from_probes and method not in ONE_SHOT)
+    return problem.probe_evaluations if uses else 0.0
+
+
+def _check_enough(method: Method, evaluations: int, probes: float, rescoring: float) -> None:
+    if evaluations - probes - rescoring >= 1:
+        return
+    msg = (
+        f"{method} is granted {evaluations} evaluations, but the sensitivity probes take {probes:g} and rescoring the "
+        f"finalists {rescoring:g}, which leaves none; grant at least {math.ceil(probes + rescoring) + 1}, lower "
+        "search.probe_share or search.finalists, or set search.start to uniform"
+    )
+    raise ConfigError(msg)

@@ -1,0 +1,181 @@
+"""What every method of one search shares: network, decisions, start plan, and how a candidate is scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from envs.action import Ratios, SearchSpace
+from envs.evaluator import CandidateEvaluator, EvaluateFunction, Evaluation, ReconstructFunction, Sensitivity
+from envs.journal import Journal
+from envs.plans import noise_floor, sensitivity
+from envs.reward import RewardFunction, compute_reward
+from graph_encoder.network import NetworkGraph
+from pruning.policy import CompressionPolicy
+from pruning.reconstruction import reconstruct
+
+PROBES = "probes"
+"""Name of the sensitivity probes in the journal."""
+PROBED_KEEP_RATIO = 0.3
+
+OnEvaluation = Callable[[Evaluation], None]
+
+
+class WatchedEvaluator(CandidateEvaluator):
+    """A `CandidateEvaluator` that tells each score, replayed ones too, once it is safe in the journal."""
+
+    def __init__(self, *arguments: Any, on_evaluation: OnEvaluation, **options: Any) -> None:
+        """Take the arguments of `CandidateEvaluator` and the function to call with each score."""
+        super().__init__(*arguments, **options)
+        self._on_evaluation = on_evaluation
+
+    def score(self, policy: CompressionPolicy, **options: Any) -> Evaluation:
+        """As `CandidateEvaluator.score`, then tell."""
+        evaluation = super().score(policy, **options)
+        self._on_evaluation(evaluation)
+        return evaluation
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How candidates are built and scored.
+
+    Attributes:
+        evaluate: accuracy of a network on all search images.
+        calibration: batches of training images for batch-norm statistics.
+        n_images: search images; for the noise floor of the sensitivity probes.
+        few_images: evaluate functions on a share of the search images.
+        reconstruct: repairs a candidate's weights before it is scored, or None.
+        reward: what a plan is worth.
+        channels_last: memory format of the candidates.
+        autocast: whether batch-norm statistics are re-estimated in bfloat16.
+    """
+
+    evaluate: EvaluateFunction
+    calibration: Sequence[Tensor]
+    n_images: int
+    reward: RewardFunction
+    few_images: Mapping[float, EvaluateFunction] | None = None
+    reconstruct: ReconstructFunction | None = None
+    channels_last: bool = False
+    autocast: bool = False
+
+
+@dataclass(frozen=True)
+class SearchProblem:
+    """One search, whatever the method.
+
+    Attributes:
+        model: the dense network; never changed.
+        graph: its capture.
+        space: decisions and budget, with the start plan.
+        scoring: how a candidate is scored.
+        journal: where every evaluation is recorded.
+        seed: of the search.
+        sensitivity: the probes' result, None where they were not made.
+        probe_evaluations: what the probes cost, in evaluations.
+        probe_seconds: what they cost in time.
+        starts_from_probes: whether the start plan follows from them.
+    """
+
+    model: nn.Module
+    graph: NetworkGraph
+    space: SearchSpace
+    scoring: Scoring
+    journal: Journal
+    seed: int
+    sensitivity: Sensitivity | None = None
+    probe_evaluations: float = 0.0
+    probe_seconds: float = 0.0
+    starts_from_probes: bool = False
+
+    def evaluator(
+        self,
+        searcher: str,
+        on_evaluation: OnEvaluation,
+        *,
+        max_evaluations: float = math.inf,
+        evaluate: EvaluateFunction | None = None,
+    ) -> WatchedEvaluator:
+        """A fresh evaluator for one searcher: its own count, cache and journal entries."""
+        scoring = self.scoring
+        return WatchedEvaluator(
+            self.model,
+            self.graph,
+            evaluate or scoring.evaluate,
+            scoring.calibration,
+            kind=self.space.cost.kind,
+            few_images=None if evaluate else scoring.few_images,
+            journal=self.journal,
+            max_evaluations=max_evaluations,
+            reconstruct=scoring.reconstruct,
+            channels_last=scoring.channels_last,
+            autocast=scoring.autocast,
+            searcher=searcher,
+            seed=self.seed,
+            on_evaluation=on_evaluation,
+        )
+
+    def reward(self, accuracy: float, cost: int) -> float:
+        """What a plan of that accuracy and cost is worth."""
+        return compute_reward(self.scoring.reward, accuracy, cost, self.space.limit)
+
+    def noise_floor(self) -> float:
+        """Smallest loss of accuracy that the search images can tell from none."""
+        assert self.sensitivity is not None
+        n_images = round(self.scoring.n_images * self.sensitivity.fidelity)
+        return noise_floor(self.sensitivity.dense_accuracy, n_images)
+
+    def policy(self, kept: Mapping[str, int]) -> CompressionPolicy:
+        """The plan that keeps so many of the most important units of each group; groups not named stay dense."""
+        pairs = zip(self.space.names, self.space.sizes, strict=True)
+        return self.space.policy(np.array([kept.get(name, size) for name, size in pairs], dtype=np.int64))
+
+    def sensitivity_offsets(self) -> Ratios:
+        """Keep-ratio offsets that follow from the probes, shape ``(n,)``."""
+        assert self.sensitivity is not None
+        return sensitivity(self.sensitivity.at(PROBED_KEEP_RATIO), self.noise_floor())
+
+
+def least_squares(seed: int) -> ReconstructFunction:
+    """AMC's reconstruction as an evaluator calls it; ``seed`` chooses the positions that are fitted."""
+
+    def repair(
+        dense: nn.Module,
+        candidate: nn.Module,
+        graph: NetworkGraph,
+        policy: CompressionPolicy,
+        batches: Sequence[Tensor],
+    ) -> None:
+        # Drawn anew for each candidate, so that equal plans give equal weights in any order.
+        generator = torch.Generator().manual_seed(seed)
+        reconstruct(dense, candidate, graph, policy, torch.cat(list(batches)), generator=generator)
+
+    return repair
+
+
+def probe(problem: SearchProblem, share: float, on_evaluation: OnEvaluation, *, as_start: bool) -> SearchProblem:
+    """Measure each group's sensitivity.
+
+    Args:
+        problem: with a uniform start.
+        share: of the search images that the probes use.
+        on_evaluation: told of each probe.
+        as_start: make the plan that follows the start of every method; the probes then count for each of them.
+    """
+    evaluator = problem.evaluator(PROBES, on_evaluation)
+    measured = evaluator.probe_sensitivity(problem.space, (PROBED_KEEP_RATIO,), fidelity=share)
+    probed = replace(
+        problem,
+        sensitivity=measured,
+        probe_evaluations=evaluator.evaluations_used,
+        probe_seconds=evaluator.seconds,
+        starts_from_probes=as_start,
+    )
+    return replace(probed, space=problem.space.with_prior(probed.sensitivity_offsets())) if as_start else probed

@@ -1,0 +1,166 @@
+"""Progress of a run: what runs, what it costs, when it ends; bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+
+class Workload:
+    """How much of a run is left, from the mean seconds that each kind of work took so far."""
+
+    def __init__(self, planned: dict[str, float]) -> None:
+        """Plan so many units of each kind of work (``{"evaluation": 900, "epoch": 12}``)."""
+        self._left = dict(planned)
+        self._seconds = dict.fromkeys(planned, 0.0)
+        self._done = dict.fromkeys(planned, 0.0)
+
+    def record(self, kind: str, units: float, seconds: float) -> None:
+        """Count ``units`` of work as done in ``seconds``; units that took no time do not lower the mean."""
+        self._left[kind] = max(0.0, self._left.get(kind, 0.0) - units)
+        if seconds > 0:
+            self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
+            self._done[kind] = self._done.get(kind, 0.0) + units
+
+    def seconds_each(self, kind: str) -> float | None:
+        """Mean seconds of a unit, None before the first."""
+        return self._seconds[kind] / self._done[kind] if self._done.get(kind) else None
+
+    def seconds_left(self) -> float | None:
+        """Seconds that the rest will take; None before anything was timed.
+
+        A kind of work that was not timed yet is taken to cost what the dearest other kind does.
+        """
+        each = {kind: seconds for kind in self._left if (seconds := self.seconds_each(kind)) is not None}
+        if not each:
+            return None
+        return sum(left * each.get(kind, max(each.values())) for kind, left in self._left.items())
+
+
+class Stage:
+    """One step of a run on the display."""
+
+    def __init__(self, display: RunDisplay, title: str, total: float, kind: str) -> None:
+        self._display = display
+        self._title = title
+        self._total = total
+        self._kind = kind
+        self._started = self._last = time.perf_counter()
+        self._done = 0.0
+        self._note = ""
+        self._task = display.add_bar(title, total)
+
+    def advance(self, units: float = 1.0, seconds: float | None = None, note: str = "") -> None:
+        """Move on.
+
+        Args:
+            units: how far.
+            seconds: what these units cost, which a replay does not show; the time since the last call if not given.
+            note: shown beside the bar: the best result so far, the loss.
+        """
+        now = time.perf_counter()
+        self._display.workload.record(self._kind, units, now - self._last if seconds is None else seconds)
+        self._last, self._done, self._note = now, self._done + units, note or self._note
+        each = self._display.workload.seconds_each(self._kind)
+        cost = f"{each:.2f} s an {self._kind}" if each is not None else ""
+        self._display.move_bar(self._task, self._done, self._total, f"{cost}  {self._note}")
+
+    def finish(self) -> None:
+        """Take the bar away and leave one line that tells what was done."""
+        seconds = time.perf_counter() - self._started
+        note = f", {self._note}" if self._note else ""
+        self._display.remove_bar(self._task)
+        self._display.say(
+            f"{self._title}: {self._done:g} {plural(self._kind, self._done)} in {duration(seconds)}{note}"
+        )
+
+
+class RunDisplay:
+    """Where a run tells its progress: bars on a terminal, a line a stage elsewhere, nothing when quiet."""
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        """Write to ``console`` (standard error if none), or nowhere if ``quiet``."""
+        self.console = console or Console(stderr=True, highlight=False, quiet=quiet)
+        self.workload = Workload({})
+        self._bars: Progress | None = None
+        self._overall: TaskID | None = None
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal and not self.console.quiet:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[count]}"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+        self._bars = None
+
+    def plan(self, planned: dict[str, float]) -> None:
+        """Say what the run will do in all, so that its end can be told."""
+        self.workload = Workload(planned)
+        if self._bars:
+            self._overall = self._bars.add_task("whole run", total=None, count="", note="")
+
+    def say(self, text: str) -> None:
+        """One line of its own."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def stage(self, title: str, total: float, kind: str) -> Iterator[Stage]:
+        """A step of ``total`` units of one kind of work (``"evaluation"``, ``"epoch"``)."""
+        stage = Stage(self, title, total, kind)
+        try:
+            yield stage
+        finally:
+            stage.finish()
+
+    def add_bar(self, title: str, total: float) -> TaskID | None:
+        """A bar at the bottom of the terminal; None on a plain console."""
+        if self._bars:
+            return self._bars.add_task(title, total=total, count=f"0/{total:g}", note="")
+        return None
+
+    def move_bar(self, task: TaskID | None, done: float, total: float, note: str) -> None:
+        """Show the progress of one bar and of the whole run."""
+        if self._bars is None or task is None:
+            return
+        self._bars.update(task, completed=done, count=f"{done:g}/{total:g}", note=note)
+        left = self.workload.seconds_left()
+        if self._overall is not None and left is not None:
+            spent = time.perf_counter() - self._started
+            self._bars.update(self._overall, completed=spent, total=spent + left, note=f"{duration(left)} left")
+
+    def remove_bar(self, task: TaskID | None) -> None:
+        """Take a finished stage's bar away."""
+        if self._bars and task is not None:
+            self._bars.remove_task(task)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: ``8.3 s``, ``4 min 10 s``, ``2 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def plural(noun: str, count: float) -> str:
+    """``noun`` as it follows ``count``."""
+    return noun if count == 1 else f"{noun}s"

@@ -1,0 +1,213 @@
+"""report.html: one file with the table, the figures and the record of a run; opens offline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+from .config import METHODS, ONE_SHOT
+from .figures import COLOURS, Plan, keep_ratio_figure, latency_figure, pareto_figure, reward_figure
+from .outcome import DENSE, HEADINGS, MethodOutcome, RunOutcome, amount, percent, table_cells
+from .progress import duration
+
+Score = Callable[[MethodOutcome, RunOutcome], float | None]
+
+
+def render_report(outcome: RunOutcome, plans: Sequence[Plan], configuration: str) -> str:
+    """The report as HTML.
+
+    Args:
+        outcome: what results.json holds.
+        plans: every plan evaluated, in the order of the journal.
+        configuration: the run's YAML.
+    """
+    template = Template((Path(__file__).parent / "templates" / "report.html").read_text())
+    return template.substitute(
+        title=escape(f"{outcome.model} with {outcome.budget}"),
+        subtitle=escape(
+            f"{outcome.data}; seed {outcome.seed}; {outcome.machine.date}; commit {outcome.machine.commit}"
+        ),
+        cards=_cards(outcome),
+        verdict=escape(verdict(outcome)),
+        table=_result_table(outcome),
+        figures="".join(_figure_sections(outcome, plans)),
+        cost_note=escape(_cost_note(outcome)),
+        cost_table=_cost_table(outcome),
+        provenance=_provenance(outcome),
+        configuration=escape(configuration),
+    )
+
+
+def verdict(outcome: RunOutcome) -> str:
+    """Who won, in a sentence that holds whoever it is."""
+    rows = [row for row in outcome.rows if row.method != DENSE]
+    split = f"{outcome.n_test:,} test images" if outcome.n_test else f"{outcome.n_validation:,} validation images"
+    sentences = []
+    for stage, score in (("Before fine-tuning", accuracy_before), ("After fine-tuning", accuracy_after)):
+        scored = [(value, row.method) for row in rows if (value := score(row, outcome)) is not None]
+        if not scored:
+            continue
+        best, method = max(scored)
+        text = f"{stage} {method} is best with {percent(best)} on the {split}"
+        uniform = next((value for value, name in scored if name == "uniform"), None)
+        if uniform is not None and method != "uniform":
+            text += f", {100 * (best - uniform):+.2f} points from uniform"
+        dense = score(outcome.row(DENSE), outcome)
+        if dense is not None:
+            text += f" and {100 * (best - dense):+.2f} from the dense network"
+        sentences.append(text + ".")
+    sentences.append("One seed: differences of a few tenths of a point are within the spread between seeds.")
+    return " ".join(sentences)
+
+
+def accuracy_before(row: MethodOutcome, outcome: RunOutcome) -> float | None:
+    """Accuracy before fine-tuning, on the test split if there is one."""
+    return row.test_accuracy if outcome.n_test else row.validation_accuracy
+
+
+def accuracy_after(row: MethodOutcome, outcome: RunOutcome) -> float | None:
+    """Accuracy after fine-tuning, on the test split if there is one."""
+    return row.tuned_test_accuracy if outcome.n_test else row.tuned_validation_accuracy
+
+
+def _cards(outcome: RunOutcome) -> str:
+    dense = outcome.row(DENSE)
+    pruned = [row for row in outcome.rows if row.method != DENSE]
+    score = accuracy_after if any(accuracy_after(row, outcome) is not None for row in pruned) else accuracy_before
+    best = max(pruned, key=lambda row: score(row, outcome) or 0.0)
+    kind = "when fine-tuned" if score is accuracy_after else "before fine-tuning"
+    cards = [
+        (percent(accuracy_before(dense, outcome)), "dense accuracy"),
+        (percent(score(best, outcome)), f"{best.method}, best {kind}"),
+        (f"{1 - best.macs / dense.macs:.1%}", f"multiply-adds removed ({amount(best.macs)} left)"),
+        (f"{1 - best.params / dense.params:.1%}", f"parameters removed ({amount(best.params)} left)"),
+    ]
+    for before, after in zip(dense.latencies, best.latencies, strict=True):
+        cards.append((f"{before.median_ms / after.median_ms:.2f}x", f"measured speed, {before.runtime}"))
+    return "".join(
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in cards
+    )
+
+
+def _result_table(outcome: RunOutcome) -> str:
+    rows = [row for row in outcome.rows if row.method != DENSE]
+    best = {1: _best_method(rows, accuracy_before, outcome), 2: _best_method(rows, accuracy_after, outcome)}
+    body = []
+    for cells in table_cells(outcome):
+        method = cells[0]
+        marked = "".join(
+            f'<td class="best">{escape(cell)}</td>' if best.get(column) == method else f"<td>{escape(cell)}</td>"
+            for column, cell in enumerate(cells[1:], start=1)
+        )
+        body.append(
+            f'<tr class="{"dense" if method == DENSE else ""}"><td>{_key(method)}{escape(method)}</td>{marked}</tr>'
+        )
+    return _html_table(["method", *HEADINGS], body)
+
+
+def _best_method(rows: Sequence[MethodOutcome], score: Score, outcome: RunOutcome) -> str | None:
+    """The method with the highest score, None if none has one."""
+    scored = [(value, row.method) for row in rows if (value := score(row, outcome)) is not None]
+    return max(scored)[1] if scored else None
+
+
+def _figure_sections(outcome: RunOutcome, plans: Sequence[Plan]) -> list[str]:
+    rows = [row for row in outcome.rows if row.keep_ratios]
+    sections = []
+    if plans:
+        sections.append(
+            _section(
+                "Reward per evaluation",
+                "Dots are candidates, lines the best so far, dashed lines the methods that propose a single plan. All "
+                "methods start from the same plan and spend the same number of evaluations.",
+                reward_figure([plan for plan in plans if plan.method in METHODS]),
+            )
+        )
+    if rows:
+        sections.append(
+            _section(
+                "What each method keeps",
+                "Share of the channels kept in each group, in the network's order.",
+                keep_ratio_figure(rows),
+            )
+        )
+    if plans:
+        sections.append(
+            _section(
+                "Accuracy against cost",
+                "Every plan evaluated, sensitivity probes included. A plan on the front is beaten by none in both.",
+                pareto_figure(plans, outcome),
+            )
+        )
+    timed = [row for row in outcome.rows if row.latencies]
+    if timed:
+        sections.append(
+            _section(
+                "Measured time",
+                f"CPU, {outcome.machine.threads} threads, all networks interleaved in one run. Multiply-adds are not "
+                "time: small layers, memory traffic and the runtime decide how much of the saving arrives.",
+                latency_figure(timed),
+            )
+        )
+    return sections
+
+
+def _cost_note(outcome: RunOutcome) -> str:
+    note = (
+        "An evaluation is one candidate: built, batch norms re-estimated, scored. Finalists count pro rata; repeated "
+        "plans are free."
+    )
+    if outcome.probe_evaluations:
+        note += (
+            f" The sensitivity probes were made once, in {duration(outcome.probe_seconds)}; they count as "
+            f"{outcome.probe_evaluations:.4g} evaluations for each method that uses them."
+        )
+    return note
+
+
+def _cost_table(outcome: RunOutcome) -> str:
+    heads = ["method", "evaluations", "repeated plans", "wall time", "s an evaluation", "outside evaluating"]
+    body = []
+    for row in outcome.rows:
+        if row.method == DENSE:
+            continue
+        each = f"{row.seconds_evaluating / row.evaluations:.3f}" if row.evaluations else "-"
+        share = f"{row.overhead:.1%}" if row.overhead is not None and row.method not in ONE_SHOT else "-"
+        cells = [f"{row.evaluations:.4g}", str(row.cache_hits), duration(row.seconds), each, share]
+        body.append(
+            f"<tr><td>{_key(row.method)}{escape(row.method)}</td>{''.join(f'<td>{escape(c)}</td>' for c in cells)}</tr>"
+        )
+    return _html_table(heads, body)
+
+
+def _provenance(outcome: RunOutcome) -> str:
+    machine = outcome.machine
+    facts = {
+        "command": outcome.command,
+        "seed": str(outcome.seed),
+        "date": machine.date,
+        "commit": machine.commit,
+        "processor": f"{machine.processor}, {machine.cores} cores",
+        "device, threads": f"{machine.device}, {machine.threads}",
+        "system": f"{machine.system}, Python {machine.python}",
+        "packages": ", ".join(f"{name} {version}" for name, version in machine.packages.items()),
+        "limit": f"{outcome.cost_limit:,} {outcome.budget_kind} ({outcome.budget})",
+        "images": f"{outcome.n_validation:,} validation, {outcome.n_test:,} test",
+    }
+    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"
+
+
+def _section(title: str, text: str, svg: str) -> str:
+    labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+    return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p><figure>{labelled}</figure></section>"
+
+
+def _html_table(heads: Sequence[str], body: Sequence[str]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _key(method: str) -> str:
+    return f'<span class="key" style="background:{COLOURS.get(method, "#000000")}"></span>'

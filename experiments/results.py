@@ -1,0 +1,199 @@
+"""The tables of docs/results.md: a matrix of runs, done in order of worth; what is finished is not done again.
+
+Start it with ``make results`` or ``python -m experiments.results``. A sitting may end at any time; the next one
+continues where it stopped, inside a run too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from envs.journal import Journal
+from pruning.files import write_atomic
+
+from .apply import apply_saved
+from .config import Method, RunConfig, load_config
+from .image_folder import write_split_lists
+from .interrupt import Interrupted, StopFlag, stop_on_signals
+from .problem import PROBES
+from .progress import RunDisplay
+from .results_page import render_page
+from .run import RunFolder
+from .search import create_run, resume_run
+
+EVALUATIONS = 300
+LAYERWISE_EVALUATIONS = 60
+SEARCHERS: tuple[Method, ...] = ("ppo", "ddpg", "cem", "random")
+SHORTCUT_GROUPS = ["layer2.0.conv2", "layer3.0.conv2"]
+"""Left dense beside the first layer, so that what is decided is the inner channels of the blocks, as in the papers."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the matrix.
+
+    Attributes:
+        name: of its folder.
+        options: dotted configuration keys that set it apart.
+        agent: name of the cell whose trained agent is applied, frozen, in place of a search.
+    """
+
+    name: str
+    options: dict[str, Any]
+    agent: str = ""
+
+
+def matrix(agent: Method) -> Iterator[Cell]:
+    """All cells, the most telling first.
+
+    Args:
+        agent: the method whose plans are fine-tuned and which is carried to another network.
+    """
+    yield from _searches("resnet56", seed=0)
+    yield _tuned("resnet20", agent, epochs=15, seed=0)
+    yield Cell("transfer-resnet56", {"model.name": "resnet56"}, agent=_tuned("resnet20", agent, 15, 0).name)
+    yield from _searches("resnet56", seed=1)
+    yield from _searches("resnet56", seed=2)
+    for seed in range(1, 5):
+        yield _tuned("resnet20", agent, epochs=15, seed=seed)
+    for method in (agent, "cem", "uniform"):
+        yield _search("resnet56-reconstructed", method, 0, {"search.reconstruct": True})
+    for method in ("ppo", "ddpg"):
+        layerwise = {"search.environment": "layerwise", "search.evaluations": LAYERWISE_EVALUATIONS}
+        yield _search("resnet56-layerwise", method, 0, layerwise)
+    for method in SEARCHERS:
+        yield _search("resnet56-uniform-start", method, 0, {"search.start": "uniform"})
+    yield _tuned("resnet56", agent, epochs=30, seed=0)
+
+
+def _searches(model: str, seed: int) -> Iterator[Cell]:
+    for method in ("uniform", "sensitivity", "magnitude", *SEARCHERS):
+        yield _search(model, method, seed, {})
+
+
+def _search(table: str, method: str, seed: int, options: dict[str, Any]) -> Cell:
+    own = {"model.name": table.partition("-")[0], "search.methods": [method], "search.seed": seed, "finetune.epochs": 0}
+    return Cell(f"{table}-{method}-seed{seed}", own | options)
+
+
+def _tuned(model: str, agent: Method, epochs: int, seed: int) -> Cell:
+    own = {"model.name": model, "search.methods": ["uniform", agent], "search.seed": seed, "finetune.epochs": epochs}
+    return Cell(f"tuned-{model}-seed{seed}", own)
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """Where the matrix is carried out and what with.
+
+    Attributes:
+        root: folder of the cells.
+        data: archive or folder of CIFAR-10 as images.
+        models: folder of the trained networks.
+        agent: the method whose agent is carried to another network.
+    """
+
+    root: Path
+    data: Path
+    models: Path
+    agent: Method
+
+    def config(self, cell: Cell) -> RunConfig:
+        """The configuration of one cell."""
+        even, odd = self.root / "lists" / "test-even.txt", self.root / "lists" / "test-odd.txt"
+        if not (even.exists() and odd.exists()):
+            write_split_lists(self.data, "test", even.parent)
+        common = {
+            "model.weights": str(self.models / f"{cell.options['model.name']}-cifar10.safetensors"),
+            "data.source": str(self.data),
+            "data.validation": {"folder": "test", "list_file": str(even)},
+            "data.test": {"folder": "test", "list_file": str(odd)},
+            "budget": "50%",
+            "search.rounding": 1,
+            "search.evaluations": EVALUATIONS,
+            "search.protected": SHORTCUT_GROUPS,
+            "search.autocast": True,
+            "search.batch_size": 100,
+            "threads": 1,
+        }
+        return load_config(None, common | cell.options)
+
+    def is_done(self, cell: Cell) -> bool:
+        """Whether the cell needs no more work."""
+        folder = self.root / cell.name
+        return (folder / ("applied.json" if cell.agent else "results.json")).exists()
+
+    def carry_out(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
+        """Start or continue one cell."""
+        folder = self.root / cell.name
+        if cell.agent:
+            trained = RunFolder(self.root / cell.agent).method(self.agent).agent_file
+            facts = apply_saved(trained, self.config(cell), folder / "network", 0, display, stop)
+            write_atomic(folder / "applied.json", json.dumps(facts, indent=2).encode())
+            return
+        if not (folder / "config.yaml").exists():
+            command = ["python", "-m", "experiments.results", "--only", cell.name]
+            self._share_probes(create_run(self.config(cell), folder, command))
+        resume_run(folder, display, stop)
+
+    def _share_probes(self, run: RunFolder) -> None:
+        """Copy the sensitivity probes of a run that asks the same question, so that they are made once."""
+        journal = Journal(run.journal_file)
+        for other in sorted(self.root.glob("*/config.yaml")):
+            probes = Journal(other.parent / "journal.jsonl").entries(PROBES) if other != run.config_file else []
+            if probes and _probed_alike(RunFolder(other.parent).config, run.config):
+                for entry in probes:
+                    journal.append(entry)
+                return
+
+
+def _probed_alike(one: RunConfig, other: RunConfig) -> bool:
+    """Whether the probes of two runs score the same candidates on the same images."""
+    unrelated = {"methods", "evaluations", "environment", "finalists", "start", "span"}
+    return (one.model, one.data, one.budget, one.device) == (other.model, other.data, other.budget, other.device) and (
+        one.search.model_dump(exclude=unrelated) == other.search.model_dump(exclude=unrelated)
+    )
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="CIFAR-10 as an image folder or archive.")] = Path(
+        "../shared/data/cifar10-jpeg.tar.gz"
+    ),
+    models: Annotated[Path, typer.Option(help="Folder with resnet20- and resnet56-cifar10.safetensors.")] = Path(
+        "../shared/models"
+    ),
+    root: Annotated[Path, typer.Option(help="Folder of the cells.")] = Path("runs/results"),
+    page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/results.md"),
+    agent: Annotated[str, typer.Option(help="Agent whose plans are fine-tuned: ppo or ddpg.")] = "ppo",
+    only: Annotated[str, typer.Option(help="Regular expression: do only the cells whose name it matches.")] = "",
+    minutes: Annotated[float, typer.Option(help="Start no further cell after so many minutes; 0 for no end.")] = 0,
+    render: Annotated[bool, typer.Option("--render", help="Only write the page from what is there.")] = False,
+) -> None:
+    """Carry out the cells that are missing and write the page of results."""
+    started = time.monotonic()
+    chosen: Method = "ddpg" if agent == "ddpg" else "ppo"
+    sitting, cells = Sitting(root, data, models, chosen), list(matrix(chosen))
+    with stop_on_signals() as stop, RunDisplay() as display:
+        try:
+            for cell in cells:
+                late = minutes and time.monotonic() - started > 60 * minutes
+                if render or late or sitting.is_done(cell) or not re.search(only, cell.name):
+                    continue
+                display.say(f"cell {cell.name}")
+                sitting.carry_out(cell, display, stop)
+        except Interrupted as stopped:
+            display.say(f"{stopped}; run the same command to go on")
+        finally:
+            write_atomic(page, render_page(root, [cell.name for cell in cells]).encode())
+            display.say(f"{sum(map(sitting.is_done, cells))} of {len(cells)} cells are done; wrote {page}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

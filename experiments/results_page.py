@@ -1,0 +1,220 @@
+"""docs/results.md out of the cells that are finished; what is missing is said to be."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .outcome import DENSE, MethodOutcome, RunOutcome, percent
+from .progress import duration
+
+NOT_RUN = "not run"
+
+_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""97.5 % quantile of Student's t by degrees of freedom."""
+
+
+class Cells:
+    """The finished cells of a matrix, by name."""
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        """Read what is finished of the cells ``names`` below ``root``."""
+        self.names = names
+        self.outcomes = {n: RunOutcome.load(p) for n in names if (p := root / n / "results.json").exists()}
+        self.applied = {n: json.loads(p.read_text()) for n in names if (p := root / n / "applied.json").exists()}
+
+    def methods(self, table: str) -> list[str]:
+        """Methods of the searches of one table, in the matrix's order, run or not."""
+        parts = [name.removeprefix(f"{table}-").split("-") for name in self.names if name.startswith(f"{table}-")]
+        return list(dict.fromkeys(method for method, *seed in parts if len(seed) == 1))
+
+    def seeds(self, table: str, method: str) -> list[str]:
+        """Names of the cells of one method in one table."""
+        return [name for name in self.names if name.rpartition("-seed")[0] == f"{table}-{method}"]
+
+    def rows(self, names: Iterable[str], method: str) -> list[MethodOutcome]:
+        """A method's rows of the finished ones of the cells ``names``."""
+        return [self.outcomes[name].row(method) for name in names if name in self.outcomes]
+
+
+def render_page(root: Path, names: Sequence[str]) -> str:
+    """The page as Markdown.
+
+    Args:
+        root: folder of the cells.
+        names: all cells of the matrix, finished or not.
+    """
+    cells = Cells(root, names)
+    parts = [_HEAD]
+    for table, title, text in _SEARCH_TABLES:
+        parts += [f"## {title}", text, *_search_table(cells, table)]
+    for model, text in (("resnet20", _TUNED_20), ("resnet56", _TUNED_56)):
+        parts += [f"## {model} after fine-tuning", text, *_tuned_table(cells, f"tuned-{model}")]
+    parts += ["## A frozen agent on another network", _TRANSFER, *_transfer_table(cells)]
+    parts += ["## Every cell", *_records(cells)]
+    return "\n\n".join(parts) + "\n"
+
+
+_HEAD = """# Results on CIFAR-10
+
+Written by `make results` from the finished cells; do not edit. Half of the multiply-adds are removed, rounding 1. The
+searches score on even-numbered files of the test folder; accuracies are those of the odd-numbered ones, read once when
+a cell was finished. The images went through JPEG, so compare differences with published ones, not absolutes."""
+
+_SEARCH_TABLES = (
+    (
+        "resnet56",
+        "ResNet-56 before fine-tuning",
+        "L1 importance, batch norms re-estimated. Searching methods start from the sensitivity plan; its probes and "
+        "the finalists count as evaluations. Mean and standard deviation over the seeds.",
+    ),
+    (
+        "resnet56-reconstructed",
+        "ResNet-56 before fine-tuning, with least-squares reconstruction",
+        "As above; the pruned layers are fitted to the dense network's outputs before batch norms are re-estimated.",
+    ),
+    (
+        "resnet56-uniform-start",
+        "ResNet-56 before fine-tuning, from the uniform plan",
+        "As the first table, without sensitivity probes and the start that they give.",
+    ),
+    (
+        "resnet56-layerwise",
+        "ResNet-56 layer by layer",
+        "The layerwise environment, for its cost: fewer evaluations, one decision a step.",
+    ),
+)
+
+_TUNED_20 = """15 epochs for each network, the dense one too: SGD with Nesterov momentum, cosine schedule, the same
+batches. Differences are paired by seed; intervals are 95 % (Student's t)."""
+_TUNED_56 = "30 epochs for each network, the dense one too; one seed."
+_TRANSFER = """The agent trained on ResNet-20 (first seed above), its weights frozen, plans ResNet-56 in one forward pass with
+the features that cost nothing: no evaluation on ResNet-56."""
+
+
+def _search_table(cells: Cells, table: str) -> list[str]:
+    heads = [
+        "method",
+        "test accuracy",
+        "seeds",
+        "validation",
+        "evaluations",
+        "seconds",
+        "s an evaluation",
+        "outside evaluating",
+    ]
+    lines = []
+    for method in cells.methods(table):
+        names = cells.seeds(table, method)
+        rows = cells.rows(names, method)
+        if not rows:
+            lines.append([method, NOT_RUN, f"0 of {len(names)}", *["-"] * 5])
+            continue
+        lines.append(
+            [
+                method,
+                spread([row.test_accuracy for row in rows]),
+                f"{len(rows)} of {len(names)}",
+                spread([row.validation_accuracy for row in rows]),
+                f"{statistics.mean(row.evaluations for row in rows):.4g}",
+                f"{statistics.mean(row.seconds for row in rows):.1f}",
+                f"{_mean_of([_each(row) for row in rows]):.2f}",
+                f"{_mean_of([row.overhead for row in rows]):.1%}",
+            ]
+        )
+    dense = [outcome.row(DENSE) for name, outcome in cells.outcomes.items() if name.startswith(f"{table}-")]
+    if dense:
+        lines.insert(0, [DENSE, percent(dense[0].test_accuracy), "", percent(dense[0].validation_accuracy), *["-"] * 4])
+    return [_markdown(heads, lines)]
+
+
+def _tuned_table(cells: Cells, table: str) -> list[str]:
+    names = [name for name in cells.names if name.startswith(f"{table}-")]
+    done = [name for name in names if name in cells.outcomes]
+    if not done:
+        return [f"{NOT_RUN} (0 of {len(names)} seeds)"]
+    methods = [row.method for row in cells.outcomes[done[0]].rows]
+    lines = []
+    for method in methods:
+        rows = cells.rows(done, method)
+        own = [row.tuned_test_accuracy for row in rows]
+        lines.append([method, spread([row.test_accuracy for row in rows]), spread(own), *_paired(cells, done, own)])
+    heads = ["network", "before", "fine-tuned", "against uniform", "against dense"]
+    return [f"{len(done)} of {len(names)} seeds.", _markdown(heads, lines)]
+
+
+def _paired(cells: Cells, names: Sequence[str], own: Sequence[float | None]) -> list[str]:
+    """Differences from uniform and from the dense network, seed by seed."""
+    texts = []
+    for other in ("uniform", DENSE):
+        theirs = [row.tuned_test_accuracy for row in cells.rows(names, other)]
+        texts.append(interval([a - b for a, b in zip(own, theirs, strict=True) if a is not None and b is not None]))
+    return texts
+
+
+def _transfer_table(cells: Cells) -> list[str]:
+    heads = ["plan", "accuracy (even files)", "multiply-adds"]
+    lines = [
+        [plan, percent(facts[f"{key}accuracy"]), f"{facts[f'{key}macs']:,}"]
+        for facts in cells.applied.values()
+        for plan, key in (("dense", "dense_"), ("uniform", "uniform_"), ("agent", ""))
+    ]
+    return [_markdown(heads, lines)] if lines else [NOT_RUN]
+
+
+def _records(cells: Cells) -> list[str]:
+    heads = ["cell", "seed", "date", "commit", "threads", "command"]
+    lines = []
+    for name in cells.names:
+        if name in cells.outcomes:
+            outcome = cells.outcomes[name]
+            machine = outcome.machine
+            lines.append(
+                [name, str(outcome.seed), machine.date, machine.commit, str(machine.threads), f"`{outcome.command}`"]
+            )
+        else:
+            lines.append([name, *(["-"] * 4), "applied" if name in cells.applied else NOT_RUN])
+    processors = sorted({outcome.machine.processor for outcome in cells.outcomes.values()})
+    total = math.fsum(row.seconds for outcome in cells.outcomes.values() for row in outcome.rows)
+    return [
+        _markdown(heads, lines),
+        f"Searching took {duration(total)} in all, on: {', '.join(processors) or 'nothing yet'}.",
+    ]
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation of accuracies, in percent; one value alone as it is."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean = percent(statistics.mean(known))
+    return mean if len(known) == 1 else f"{mean} ± {100 * statistics.stdev(known):.2f}"
+
+
+def interval(differences: Sequence[float]) -> str:
+    """Mean difference in points, with a 95 % interval from two values on."""
+    if not differences or not any(differences):
+        return "-"
+    mean = statistics.mean(differences)
+    if len(differences) == 1:
+        return f"{100 * mean:+.2f}"
+    half = _STUDENT[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{100 * mean:+.2f} [{100 * (mean - half):+.2f}, {100 * (mean + half):+.2f}]"
+
+
+def _each(row: MethodOutcome) -> float | None:
+    return row.seconds_evaluating / row.evaluations if row.evaluations else None
+
+
+def _mean_of(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else math.nan
+
+
+def _markdown(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (heads, rule, *lines))

@@ -1,0 +1,209 @@
+"""The folder of a run: what lies where, how one is made, opened and refused."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pruning.files import write_atomic
+
+from .config import RunConfig, load_config
+from .machine import Machine
+from .outcome import RunOutcome
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used as asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run.
+
+    Attributes:
+        root: the folder.
+    """
+
+    root: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration, YAML."""
+        return self.root / "config.yaml"
+
+    @property
+    def machine_file(self) -> Path:
+        """Machine, versions and commit, JSON."""
+        return self.root / "machine.json"
+
+    @property
+    def dense_file(self) -> Path:
+        """Weights of the dense network that the run compresses, safetensors."""
+        return self.root / "dense.safetensors"
+
+    @property
+    def importance_file(self) -> Path:
+        """Importance of every unit, safetensors."""
+        return self.root / "importance.safetensors"
+
+    @property
+    def journal_file(self) -> Path:
+        """Every evaluation, JSON lines."""
+        return self.root / "journal.jsonl"
+
+    @property
+    def results_file(self) -> Path:
+        """What the run found, JSON; there once the run is finished."""
+        return self.root / "results.json"
+
+    @property
+    def report_file(self) -> Path:
+        """The report, HTML."""
+        return self.root / "report.html"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Log folder for TensorBoard, one folder a method below."""
+        return self.root / "tensorboard"
+
+    def method(self, name: str) -> MethodFolder:
+        """Where the files of one method lie."""
+        return MethodFolder(self.root / "methods" / name)
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration that the run was started with."""
+        return load_config(self.config_file)
+
+    @property
+    def machine(self) -> Machine:
+        """The machine that the run was started on."""
+        return Machine.model_validate_json(self.machine_file.read_text())
+
+    @property
+    def command(self) -> str:
+        """The command that started the run."""
+        return (self.root / "command.txt").read_text().strip()
+
+    def outcome(self) -> RunOutcome:
+        """What the run found.
+
+        Raises:
+            RunError: if it is not finished.
+        """
+        if not self.results_file.exists():
+            todo = f"continue it with 'secateur resume {self.root}'"
+            msg = f"run {self.root} is not finished (no results.json in it); {todo}"
+            raise RunError(msg)
+        return RunOutcome.load(self.results_file)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process out of the folder; the system frees the lock when this one ends, however it ends.
+
+        Raises:
+            RunError: if another process works in the folder.
+        """
+        with (self.root / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                msg = f"another process works in run folder {self.root}; wait for it or stop it"
+                raise RunError(msg) from None
+            yield
+
+    @classmethod
+    def create(cls, root: Path, config: RunConfig, machine: Machine, command: Sequence[str]) -> RunFolder:
+        """Make the folder of a new run.
+
+        Raises:
+            RunError: if something is there already.
+        """
+        refuse_existing(root)
+        root.mkdir(parents=True, exist_ok=True)
+        folder = cls(root)
+        write_atomic(folder.machine_file, machine.model_dump_json(indent=2).encode())
+        write_atomic(root / "command.txt", " ".join(command).encode())
+        write_atomic(folder.config_file, config.to_yaml().encode())
+        return folder
+
+    @classmethod
+    def open(cls, root: Path) -> RunFolder:
+        """The folder of a run that was started before.
+
+        Raises:
+            RunError: if there is no run.
+        """
+        if not (root / "config.yaml").exists():
+            runs = sorted(path.parent.name for path in root.parent.glob("*/config.yaml"))
+            msg = (
+                f"{root} is not a run folder (no config.yaml in it); runs in {root.parent}: {', '.join(runs) or 'none'}"
+            )
+            raise RunError(msg)
+        return cls(root)
+
+
+@dataclass(frozen=True)
+class MethodFolder:
+    """Paths of one method's files in a run.
+
+    Attributes:
+        root: the folder.
+    """
+
+    root: Path
+
+    @property
+    def search_file(self) -> Path:
+        """What the search found, JSON; there once it is finished."""
+        return self.root / "search.json"
+
+    @property
+    def policy_file(self) -> Path:
+        """The plan chosen, JSON."""
+        return self.root / "policy.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of the search."""
+        return self.root / "checkpoints"
+
+    @property
+    def agent_file(self) -> Path:
+        """The trained agent, for other networks."""
+        return self.root / "agent.pt"
+
+    @property
+    def finetuning(self) -> Path:
+        """Checkpoints of the fine-tuning while it runs."""
+        return self.root / "finetuning"
+
+    @property
+    def tuned_file(self) -> Path:
+        """Weights after fine-tuning, safetensors; there once it is finished."""
+        return self.root / "tuned.safetensors"
+
+    @property
+    def model(self) -> Path:
+        """The compressed network: safetensors, policy and ONNX."""
+        return self.root / "model"
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise `RunError` if something other than an empty folder is at ``path``; nothing is ever overwritten."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    todo = f"continue it with 'secateur resume {path}', or " if (path / "config.yaml").exists() else ""
+    msg = f"{path} exists already; {todo}choose another name with --out"
+    raise RunError(msg)
+
+
+def numbered_folder(parent: Path, stem: str) -> Path:
+    """``parent/stem-N`` with the next free number."""
+    pattern = re.compile(re.escape(stem) + r"-(\d+)")
+    taken = [int(match[1]) for path in parent.glob(f"{stem}-*") if (match := pattern.fullmatch(path.name))]
+    return parent / f"{stem}-{max(taken, default=0) + 1}"

@@ -1,0 +1,47 @@
+"""What TensorBoard shows of a run: one folder a method, the same scalars for baselines and agents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from envs.evaluator import Evaluation
+
+
+class EvaluationScalars:
+    """Writes each evaluation of one method: accuracy, reward, best so far, cost. The step is its number."""
+
+    def __init__(self, folder: Path) -> None:
+        """Log below ``folder``; nothing is written before the first evaluation."""
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+        self._best = -math.inf
+
+    def add(self, evaluation: Evaluation, reward: float) -> None:
+        """Write one evaluation; plans known before are not written again."""
+        if evaluation.cached:
+            return
+        step = math.ceil(evaluation.evaluations_used)
+        # A resumed search replays what came after its checkpoint: everything from that step on is written anew.
+        writer = self._writer or SummaryWriter(str(self._folder), purge_step=step)
+        self._writer = writer
+        self._best = max(self._best, reward)
+        writer.add_scalar("search/accuracy", evaluation.accuracy, step)
+        writer.add_scalar("search/reward", reward, step)
+        writer.add_scalar("search/best_reward", self._best, step)
+        writer.add_scalar("search/cost", evaluation.cost, step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def log_final_metrics(folder: Path, hyperparameters: Mapping[str, object], metrics: Mapping[str, float]) -> None:
+    """Show the hyper-parameters of a method beside its final metrics in TensorBoard's HPARAMS tab."""
+    plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hyperparameters.items()}
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_hparams(plain, {f"final/{name}": value for name, value in metrics.items()}, run_name=".")

@@ -1,0 +1,239 @@
+"""A run from its first step to its report: every step is saved, and one that is saved is not done again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+from envs.action import SearchSpace
+from envs.evaluator import Evaluation
+from envs.journal import Journal, JournalError
+from envs.reward import RewardFunction, resolve_reward
+from graph_encoder.network import TraceError
+from pruning.files import FileWriteError, write_atomic
+from pruning.importance import rank_units
+
+from .config import ONE_SHOT, Method, RunConfig
+from .finish import finish_run
+from .interrupt import Interrupted, StopFlag
+from .machine import describe_machine, set_up_device
+from .methods import MethodSearch, search_with
+from .outcome import RunOutcome, percent
+from .problem import Scoring, SearchProblem, least_squares, probe
+from .progress import RunDisplay, Stage
+from .run import RunFolder
+from .scalars import EvaluationScalars
+from .subject import Subject, prepare_subject, report_dense
+from .user_function import is_reference, load_function
+
+
+def start_run(config: RunConfig, root: Path, command: Sequence[str], display: RunDisplay, stop: StopFlag) -> RunOutcome:
+    """Start a run in a new folder and carry it to its report.
+
+    Args:
+        config: what to do.
+        root: the run's folder.
+        command: what was typed, for the record.
+        display: told what happens.
+        stop: looked at after every evaluation and epoch.
+
+    Raises:
+        RunError: if the folder exists.
+        Interrupted: if a signal came in; `resume_run` continues.
+    """
+    folder = create_run(config, root, command)
+    display.say(f"run folder: {root}")
+    try:
+        return resume_run(root, display, stop)
+    except (ValueError, TraceError):
+        # Refused input: a folder without any evaluation would only be in the way of the next try.
+        if not folder.journal_file.exists():
+            shutil.rmtree(root)
+        raise
+
+
+def create_run(config: RunConfig, root: Path, command: Sequence[str]) -> RunFolder:
+    """Make the folder of a run; `resume_run` carries it out.
+
+    Raises:
+        RunError: if the folder exists.
+    """
+    machine = describe_machine(set_up_device(config.device, config.threads))
+    return RunFolder.create(root, config, machine, command)
+
+
+def resume_run(root: Path, display: RunDisplay, stop: StopFlag) -> RunOutcome:
+    """Continue the run in ``root`` where it was left, or only rebuild its report if it is finished.
+
+    Raises:
+        RunError: if there is no run.
+        Interrupted: if a signal came in again.
+    """
+    folder = RunFolder.open(root)
+    config = folder.config
+    device = set_up_device(config.device, config.threads or folder.machine.threads)
+    for difference in folder.machine.differences(describe_machine(device)):
+        display.say(f"warning: {difference}; the continued run may differ from an uninterrupted one")
+    return _execute(folder, config, device, display, stop)
+
+
+def _execute(
+    folder: RunFolder, config: RunConfig, device: torch.device, display: RunDisplay, stop: StopFlag
+) -> RunOutcome:
+    todo = f"continue with 'secateur resume {folder.root}'"
+    try:
+        with folder.locked():
+            return _carry_out(folder, config, device, display, stop)
+    except Interrupted as stopped:
+        msg = f"stopped by {stopped}; everything so far is saved: {todo}"
+        raise Interrupted(msg) from None
+    except (FileWriteError, JournalError) as error:
+        error.add_note(f"everything before is saved: {todo}")
+        raise
+
+
+def _carry_out(
+    folder: RunFolder, config: RunConfig, device: torch.device, display: RunDisplay, stop: StopFlag
+) -> RunOutcome:
+    subject = _subject(folder, config, device, display, stop)
+    journal = Journal(folder.journal_file)
+    if journal.recovered:
+        display.say(f"warning: {journal.recovered}")
+    problem = build_problem(subject, _saved_importance(folder, subject), journal)
+    display.plan(_planned_work(config, problem))
+    problem = _probed(problem, subject, display, stop)
+    searches = [_search(folder, subject, problem, method, display, stop) for method in config.search.methods]
+    return finish_run(folder, subject, problem, searches, display, stop)
+
+
+def _planned_work(config: RunConfig, problem: SearchProblem) -> dict[str, float]:
+    """Units of each kind of work in a whole run; repeated plans and shared probes make it an upper bound."""
+    searching = [method for method in config.search.methods if method not in ONE_SHOT]
+    n_tuned = len(config.search.methods) + config.finetune.dense_control
+    evaluations = len(searching) * config.search.evaluations + len(config.search.methods) + problem.space.n
+    networks = len(config.search.methods) + 1
+    return {"evaluation": evaluations, "epoch": n_tuned * config.finetune.epochs, "network": networks}
+
+
+def build_problem(subject: Subject, importance: dict[str, torch.Tensor], journal: Journal) -> SearchProblem:
+    """What all methods of a run share, with a uniform start.
+
+    Raises:
+        BudgetError: if the budget cannot be met.
+    """
+    settings, budget = subject.config.search, subject.config.budget
+    space = SearchSpace.build(
+        subject.graph,
+        {name: scores.numpy() for name, scores in importance.items()},
+        budget,
+        rounding=settings.rounding,
+        min_keep_ratio=settings.min_keep_ratio,
+        protect_first=settings.protect_first,
+        protected=settings.protected,
+        span=settings.span,
+    )
+    share = settings.probe_share
+    scoring = Scoring(
+        evaluate=subject.evaluate_on_search_images(),
+        calibration=subject.calibration(),
+        n_images=subject.n_search,
+        reward=_reward(settings.reward, space.limit),
+        few_images={share: subject.evaluate_on_search_images(share)} if share < 1 else None,
+        reconstruct=least_squares(settings.seed) if settings.reconstruct else None,
+        channels_last=True,
+        autocast=settings.autocast,
+    )
+    return SearchProblem(subject.model, subject.graph, space, scoring, journal, settings.seed)
+
+
+def _subject(
+    folder: RunFolder, config: RunConfig, device: torch.device, display: RunDisplay, stop: StopFlag
+) -> Subject:
+    """Network and images; the dense weights are kept in the run, so that it needs no other file to continue."""
+    saved = folder.dense_file if folder.dense_file.exists() else None
+    subject = prepare_subject(config, device, display, stop, weights=saved)
+    if saved is None:
+        report_dense(subject, display)
+        state = {name: tensor.cpu().contiguous() for name, tensor in subject.model.state_dict().items()}
+        write_atomic(folder.dense_file, save(state))
+    return subject
+
+
+def importance_of(subject: Subject) -> dict[str, torch.Tensor]:
+    """Importance of every unit, by group name, on the CPU."""
+    criterion = subject.config.search.criterion
+    batches = subject.labelled_batches() if criterion == "taylor" else None
+    importance = rank_units(subject.model, subject.graph, criterion, batches=batches)
+    return {name: scores.detach().cpu().contiguous() for name, scores in importance.items()}
+
+
+def _saved_importance(folder: RunFolder, subject: Subject) -> dict[str, torch.Tensor]:
+    if not folder.importance_file.exists():
+        write_atomic(folder.importance_file, save(importance_of(subject)))
+    return load_file(folder.importance_file)
+
+
+def _probed(problem: SearchProblem, subject: Subject, display: RunDisplay, stop: StopFlag) -> SearchProblem:
+    settings = subject.config.search
+    if settings.start != "sensitivity" and "sensitivity" not in settings.methods:
+        return problem
+    with display.stage("sensitivity of each group", problem.space.n, "evaluation") as stage:
+        watch = Watch(stage, problem, stop)
+        return probe(problem, settings.probe_share, watch, as_start=settings.start == "sensitivity")
+
+
+def _search(
+    folder: RunFolder, subject: Subject, problem: SearchProblem, method: Method, display: RunDisplay, stop: StopFlag
+) -> MethodSearch:
+    own = folder.method(method)
+    if own.search_file.exists():
+        display.say(f"{method}: searched before")
+        return MethodSearch.model_validate_json(own.search_file.read_text())
+    scalars = EvaluationScalars(folder.tensorboard / method)
+    settings = subject.config.search
+    try:
+        with display.stage(method, settings.evaluations, "evaluation") as stage:
+            found = search_with(
+                method,
+                problem,
+                settings,
+                on_evaluation=Watch(stage, problem, stop, scalars),
+                on_finalist=Watch(stage, problem, stop),
+                evaluate_all=subject.evaluate_on_validation(),
+                n_validation=len(subject.data.validation),
+                agent=subject.config.agent(method),
+                files=own,
+                tensorboard=folder.tensorboard / method / "agent",
+            )
+    finally:
+        scalars.close()
+    problem.policy(found.kept).save(own.policy_file)
+    write_atomic(own.search_file, found.model_dump_json(indent=2).encode())
+    return found
+
+
+class Watch:
+    """Shows and logs each evaluation, and stops if asked to: it is safe in the journal by then."""
+
+    def __init__(
+        self, stage: Stage, problem: SearchProblem, stop: StopFlag, scalars: EvaluationScalars | None = None
+    ) -> None:
+        self._stage, self._problem, self._stop, self._scalars = stage, problem, stop, scalars
+        self._best = 0.0
+
+    def __call__(self, evaluation: Evaluation) -> None:
+        """Take one evaluation in."""
+        if not evaluation.cached:
+            self._best = max(self._best, evaluation.accuracy)
+            self._stage.advance(evaluation.fidelity, evaluation.seconds, f"best {percent(self._best)}")
+            if self._scalars:
+                self._scalars.add(evaluation, self._problem.reward(evaluation.accuracy, evaluation.cost))
+        self._stop.check()
+
+
+def _reward(name: str | None, limit: int | None) -> RewardFunction:
+    return load_function(name) if name and is_reference(name) else resolve_reward(name, limit)

@@ -1,0 +1,91 @@
+"""`secateur train` and `secateur finetune`: training outside a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pruning.export import export_onnx, load_compressed, read_manifest, save_compressed
+from pruning.policy import CompressionPolicy
+
+from .config import ConfigError, RunConfig
+from .data import ImageData, TrainBatches, make_evaluate
+from .interrupt import StopFlag
+from .machine import set_up_device
+from .models import build_model
+from .progress import RunDisplay
+from .run import refuse_existing
+from .training import train_from_scratch, tune
+from .user_function import is_reference
+
+
+def train_named(config: RunConfig, out: Path, display: RunDisplay, stop: StopFlag) -> dict[str, Any]:
+    """Train the configuration's network from scratch and write its weights.
+
+    Returns:
+        What to tell: the file, and the accuracy on the validation images.
+
+    Raises:
+        ConfigError: if ``out`` is not to be safetensors.
+        RunError: if it exists.
+    """
+    if out.suffix != ".safetensors":
+        msg = f"--out {out} must end in .safetensors: weights are written in that format"
+        raise ConfigError(msg)
+    refuse_existing(out)
+    device = set_up_device(config.device, config.threads)
+    data = ImageData(config.data)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.search.seed)
+        model = build_model(config.model.name, len(data.classes), data.train.images.shape[1]).to(device)
+    train_from_scratch(config, data, model, device, display, stop, out)
+    accuracy = make_evaluate(data.validation, config.data, device=device)(model)
+    return {"weights": str(out), "validation_accuracy": accuracy}
+
+
+def finetune_saved(
+    source: Path, model_name: str | None, config: RunConfig, out: Path, display: RunDisplay, stop: StopFlag
+) -> dict[str, Any]:
+    """Fine-tune a compressed network that was saved, and save the result as it was.
+
+    Args:
+        source: folder of the compressed network.
+        model_name: what builds the dense network; none takes the name in the folder, unless that is a function.
+        config: data, recipe, device.
+        out: folder to write.
+        display: shows each epoch.
+        stop: looked at after each epoch.
+
+    Returns:
+        What to tell: the folder, and the accuracy on the validation images before and after.
+
+    Raises:
+        ConfigError: if there are no epochs, or the folder would choose the code that runs.
+        RunError: if ``out`` exists.
+    """
+    recipe, manifest = config.finetune, read_manifest(source)
+    if not recipe.epochs:
+        msg = "finetune.epochs is 0, so there is nothing to do; pass --epochs"
+        raise ConfigError(msg)
+    if model_name is None and is_reference(manifest.constructor):
+        msg = (
+            f"'{source}' was made from '{manifest.constructor}'; a file must not choose what code runs, so pass "
+            f"--model {manifest.constructor} if you trust it"
+        )
+        raise ConfigError(msg)
+    refuse_existing(out)
+    device = set_up_device(config.device, config.threads)
+    data = ImageData(config.data)
+    n_classes, n_channels = len(data.classes), data.train.images.shape[1]
+    name = model_name or manifest.constructor
+    model = load_compressed(source, lambda: build_model(name, n_classes, n_channels)).to(device)
+    evaluate = make_evaluate(data.validation, config.data, device=device)
+    before, seed = evaluate(model), config.search.seed
+    batches = TrainBatches(data.train, config.data, batch_size=recipe.batch_size, seed=seed, device=device)
+    tune(model, batches, recipe, seed, f"fine-tuning {name}", display, stop, scratch=out.with_suffix(".training"))
+    policy = CompressionPolicy.load(source / "policy.json")
+    save_compressed(model, policy, out, constructor=manifest.constructor, example_inputs=manifest.examples())
+    export_onnx(model, manifest.examples(), out / "model.onnx")
+    return {"network": str(out), "validation_accuracy_before": before, "validation_accuracy": evaluate(model)}

@@ -1,0 +1,160 @@
+"""The network and the images that a run works on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from envs.evaluator import check_validation_is_unseen
+from graph_encoder.capture import capture
+from graph_encoder.network import NetworkGraph
+
+from .config import RunConfig
+from .data import ImageData, TrainBatches, calibration_batches, make_evaluate, normalise
+from .interrupt import StopFlag
+from .models import build_model, load_weights
+from .outcome import percent
+from .progress import RunDisplay
+from .training import trained_weights
+
+
+class NearChanceError(ValueError):
+    """The dense network guesses: its weights, the normalisation or the order of the classes must be wrong."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run works on.
+
+    Attributes:
+        config: the run's configuration.
+        data: images; the test split unread.
+        model: the dense network, in evaluation mode.
+        graph: its capture.
+        device: where networks run.
+    """
+
+    config: RunConfig
+    data: ImageData
+    model: nn.Module
+    graph: NetworkGraph
+    device: torch.device
+
+    @property
+    def n_search(self) -> int:
+        """Validation images that a candidate is scored on."""
+        return min(self.config.search.search_images, len(self.data.validation))
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing."""
+        return 1 / len(self.data.classes)
+
+    def example(self, batch_size: int) -> Tensor:
+        """The first validation images as the network reads them, ``(batch_size, C, H, W)``."""
+        return normalise(self.data.validation.images[:batch_size].to(self.device), self.config.data)
+
+    def evaluate_on_search_images(self, share: float = 1.0) -> Callable[[nn.Module], float]:
+        """Accuracy on a share of the search images; smaller shares are part of the larger ones."""
+        search = self.config.search
+        return make_evaluate(
+            self.data.validation,
+            self.config.data,
+            n_images=max(1, round(share * self.n_search)),
+            batch_size=search.batch_size,
+            device=self.device,
+            autocast=search.autocast,
+            seed=search.seed,
+        )
+
+    def evaluate_on_validation(self) -> Callable[[nn.Module], float]:
+        """Accuracy on the whole validation split, in full precision."""
+        batch_size = self.config.search.batch_size
+        return make_evaluate(self.data.validation, self.config.data, batch_size=batch_size, device=self.device)
+
+    def evaluate_on_test(self) -> Callable[[nn.Module], float]:
+        """Accuracy on the test split: for the report alone, once everything has been chosen."""
+        batch_size = self.config.search.batch_size
+        return make_evaluate(self.data.test, self.config.data, batch_size=batch_size, device=self.device)
+
+    def calibration(self) -> list[Tensor]:
+        """Training images for batch-norm statistics."""
+        search = self.config.search
+        return calibration_batches(
+            self.data.train,
+            self.config.data,
+            n_images=search.calibration_images,
+            batch_size=search.batch_size,
+            device=self.device,
+            seed=search.seed,
+        )
+
+    def labelled_batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Training images without augmentation, with labels: for importance by gradients."""
+        search = self.config.search
+        generator = torch.Generator().manual_seed(search.seed)
+        chosen = torch.randperm(len(self.data.train), generator=generator)[: search.calibration_images]
+        images = normalise(self.data.train.images[chosen].to(self.device), self.config.data)
+        labels = self.data.train.labels[chosen].to(self.device)
+        return list(zip(images.split(search.batch_size), labels.split(search.batch_size), strict=True))
+
+    def train_batches(self, batch_size: int) -> TrainBatches:
+        """Augmented training batches."""
+        seed = self.config.search.seed
+        return TrainBatches(self.data.train, self.config.data, batch_size=batch_size, seed=seed, device=self.device)
+
+
+def prepare_subject(
+    config: RunConfig, device: torch.device, display: RunDisplay, stop: StopFlag, weights: Path | None = None
+) -> Subject:
+    """Load images and network, train it if it has no weights, capture it.
+
+    Args:
+        config: what to load.
+        device: where networks run.
+        display: told what happens.
+        stop: checked after each epoch of training.
+        weights: read in place of the configuration's, as a resumed run does.
+    """
+    data = ImageData(config.data)
+    n_classes, n_channels = len(data.classes), data.train.images.shape[1]
+    # The layers draw their first weights from torch's global generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.search.seed)
+        model = build_model(config.model.name, n_classes, n_channels).to(device)
+    weights = weights or config.model.weights or trained_weights(config, data, model, device, display, stop)
+    load_weights(model, weights)
+    model.eval()
+    example = normalise(data.train.images[:2].to(device), config.data)
+    return Subject(config, data, model, capture(model, example), device)
+
+
+def report_dense(subject: Subject, display: RunDisplay) -> float:
+    """Say the dense accuracy on the validation images, and warn if they look like training images.
+
+    Raises:
+        NearChanceError: if the accuracy is below chance plus the smaller of chance and a quarter of what is above it.
+    """
+    data, n_validation = subject.data, len(subject.data.validation)
+    accuracy = subject.evaluate_on_validation()(subject.model)
+    display.say(
+        f"dense accuracy: {percent(accuracy)} on {n_validation:,} validation images (chance {percent(subject.chance)})"
+    )
+    floor = subject.chance + min(subject.chance, (1 - subject.chance) / 4)
+    if accuracy < floor:
+        msg = (
+            f"the dense network scores {percent(accuracy)} on the validation images, where guessing scores "
+            f"{percent(subject.chance)}; below {percent(floor)} there is nothing to compress. Check the weights, the "
+            "normalisation (data.mean, data.std), and that the class folders sort into the order that the network was "
+            "trained with"
+        )
+        raise NearChanceError(msg)
+    seen = make_evaluate(data.train, subject.config.data, n_images=n_validation, device=subject.device)(subject.model)
+    warning = check_validation_is_unseen(seen, accuracy, n_validation, min(n_validation, len(data.train)))
+    if warning:
+        display.say(f"warning: {warning}")
+    return accuracy

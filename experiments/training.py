@@ -1,0 +1,105 @@
+"""Training from scratch and fine-tuning, by one recipe for all networks of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from pruning.files import write_atomic
+from pruning.finetune import FinetuneReport, finetune
+
+from .config import FinetuneConfig, RunConfig, TrainConfig
+from .data import ImageData, TrainBatches
+from .images import cache_folder
+from .interrupt import StopFlag
+from .progress import RunDisplay
+
+
+def tune(
+    model: nn.Module,
+    batches: TrainBatches,
+    recipe: TrainConfig,
+    seed: int,
+    title: str,
+    display: RunDisplay,
+    stop: StopFlag,
+    *,
+    scratch: Path,
+    teacher: nn.Module | None = None,
+) -> FinetuneReport:
+    """Train or fine-tune ``model`` in place and leave it in evaluation mode.
+
+    Args:
+        model: network, on the device to train on.
+        batches: training images.
+        recipe: epochs, learning rate and so on.
+        seed: of what the network draws.
+        title: what the display calls it.
+        display: shows each epoch.
+        stop: looked at after each epoch.
+        scratch: folder for checkpoints; a run that was stopped continues from there. Removed at the end.
+        teacher: network to distil from, if the recipe says so.
+    """
+    tuning = recipe if isinstance(recipe, FinetuneConfig) else FinetuneConfig(**recipe.model_dump())
+    model.train()
+    with display.stage(title, recipe.epochs, "epoch") as stage:
+
+        def on_epoch(_epoch: int, loss: float, accuracy: float) -> None:
+            stage.advance(note=f"loss {loss:.3f}, {accuracy:.1%} of the training images right")
+            stop.check()
+
+        report = finetune(
+            model,
+            batches,
+            epochs=tuning.epochs,
+            learning_rate=tuning.learning_rate,
+            momentum=tuning.momentum,
+            weight_decay=tuning.weight_decay,
+            teacher=teacher if tuning.distillation_weight else None,
+            distillation_weight=tuning.distillation_weight,
+            temperature=tuning.temperature,
+            autocast=tuning.autocast,
+            seed=seed,
+            checkpoint=scratch / "checkpoint.pt",
+            on_epoch=on_epoch,
+        )
+    model.eval()
+    shutil.rmtree(scratch, ignore_errors=True)
+    return report
+
+
+def trained_weights(
+    config: RunConfig, data: ImageData, model: nn.Module, device: torch.device, display: RunDisplay, stop: StopFlag
+) -> Path:
+    """Weights of ``model`` trained from scratch by the configuration's recipe, from the cache if they are there."""
+    recipe = json.dumps([config.model.name, config.data.model_dump(mode="json"), config.train.model_dump()])
+    key = hashlib.sha256(f"{recipe} {config.search.seed} {torch.__version__}".encode()).hexdigest()[:16]
+    path = cache_folder() / "networks" / f"{config.model.name.replace(':', '-')}-{key}.safetensors"
+    if path.exists():
+        display.say(f"{config.model.name} has no weights; taking those trained before by the same recipe, {path}")
+    else:
+        train_from_scratch(config, data, model, device, display, stop, path)
+    return path
+
+
+def train_from_scratch(
+    config: RunConfig,
+    data: ImageData,
+    model: nn.Module,
+    device: torch.device,
+    display: RunDisplay,
+    stop: StopFlag,
+    path: Path,
+) -> None:
+    """Train ``model`` by the configuration's recipe and write its weights to ``path`` (safetensors)."""
+    seed, batch_size = config.search.seed, config.train.batch_size
+    batches = TrainBatches(data.train, config.data, batch_size=batch_size, seed=seed, device=device)
+    title = f"training {config.model.name}"
+    tune(model, batches, config.train, seed, title, display, stop, scratch=path.with_suffix(".training"))
+    write_atomic(path, save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}))

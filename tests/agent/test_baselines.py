@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from agent.baselines import Baseline, run_baseline
+from agent.search_env import Episode
+from tests.agent.synthetic import LayerwiseTargetEnv, TargetEnv
+
+
+@pytest.mark.parametrize(("baseline", "scored"), [("start", 1), ("random", 53), ("cem", 53)])
+def test_a_baseline_spends_its_budget_and_no_more(baseline: Baseline, scored: int) -> None:
+    env = TargetEnv(4, budget=53)
+    heard: list[Episode] = []
+
+    result = run_baseline(baseline, env, n_evaluations=53, seed=0, on_episode=heard.append)
+
+    assert env.evaluations == scored
+    assert len(heard) == len(result.rewards) == scored
+    assert result.is_finished
+    assert result.best.reward == max(env.values)
+
+
+@pytest.mark.parametrize("baseline", ["start", "random", "cem"])
+def test_a_baseline_scores_the_start_plan_first(baseline: Baseline) -> None:
+    env = TargetEnv(4, budget=5)
+    run_baseline(baseline, env, n_evaluations=5, seed=0)
+
+    assert not env.proposed[0].any()
+
+
+@pytest.mark.parametrize("baseline", ["random", "cem"])
+def test_a_baseline_run_again_proposes_the_same_plans(baseline: Baseline) -> None:
+    one, again, other = (TargetEnv(4, budget=45) for _ in range(3))
+    for env, seed in ((one, 0), (again, 0), (other, 1)):
+        run_baseline(baseline, env, n_evaluations=45, seed=seed)
+
+    assert np.array_equal(one.proposed, again.proposed)
+    assert not np.array_equal(one.proposed, other.proposed)
+
+
+def test_cross_entropy_finds_a_known_optimum() -> None:
+    env = TargetEnv(6, budget=600)
+
+    result = run_baseline("cem", env, n_evaluations=600, seed=0)
+
+    assert result.plan == pytest.approx(env.target, abs=0.15)
+
+
+def test_random_search_is_the_best_of_what_it_drew() -> None:
+    env = TargetEnv(6, budget=50)
+
+    result = run_baseline("random", env, n_evaluations=50, seed=0)
+
+    assert env.accuracy(result.plan) == pytest.approx(max(env.values), abs=1e-6)
+    assert 0.15 < np.std(env.proposed[1:]) < 0.25
+
+
+def test_a_baseline_that_is_asked_to_stop_says_so() -> None:
+    env = TargetEnv(4, budget=50)
+
+    result = run_baseline("cem", env, n_evaluations=50, seed=0, should_stop=lambda: env.evaluations == 7)
+
+    assert len(result.rewards) == 7
+    assert not result.is_finished
+
+
+def test_a_layerwise_environment_is_refused() -> None:
+    message = "the episode went on after one plan; a baseline takes the whole-network environment, one step long"
+
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        run_baseline("random", LayerwiseTargetEnv(3), n_evaluations=5, seed=0)

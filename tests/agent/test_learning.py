@@ -1,0 +1,218 @@
+"""Targets by hand, and environments whose best plan is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.buffers import DictRolloutBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from agent.config import AgentConfig, Algorithm, DDPGConfig, PPOConfig, default_config
+from agent.ddpg import GraphDDPG
+from agent.replay import StandardisedReplayBuffer, affordable_size
+from agent.search_env import vectorised
+from agent.train import SearchPlan, TrainResult, train_agent
+from agent.transfer import act
+from tests.agent.synthetic import LayerwiseTargetEnv, TargetEnv, chain_observation, chain_space
+
+SMALL: dict[str, Any] = {"hidden": 16, "n_layers": 1, "n_frequencies": 3}
+CONFIGS: dict[Algorithm, AgentConfig] = {
+    "ppo": PPOConfig(updates=10, **SMALL),
+    "ddpg": DDPGConfig(updates=1, batch_size=16, plan_layers=0, **SMALL),
+}
+
+
+def search(algorithm: Algorithm, n_evaluations: int, env: TargetEnv, **options: Any) -> TrainResult:
+    return train_agent(
+        algorithm, env, n_evaluations=n_evaluations, seed=options.pop("seed", 0), config=CONFIGS[algorithm], **options
+    )
+
+
+def ddpg(env: TargetEnv, **config: Any) -> GraphDDPG:
+    plan = SearchPlan(DDPGConfig(**SMALL, **config), n_evaluations=40, seed=0, episode_length=1, device="cpu")
+    agent = plan.build(vectorised(env))
+    assert isinstance(agent, GraphDDPG)
+    return agent
+
+
+def test_generalised_advantages_by_hand() -> None:
+    observation = chain_observation(np.zeros((1, 6)))
+    space, action_space = chain_space(1), TargetEnv(1).action_space
+    buffer = DictRolloutBuffer(3, space, action_space, gamma=0.5, gae_lambda=0.5, n_envs=1)
+    # The second step starts an episode, so nothing flows back over that border.
+    for start, reward, value in ((True, 1.0, 0.2), (True, 2.0, 0.4), (False, 4.0, 0.8)):
+        buffer.add(
+            {name: rows[None] for name, rows in observation.items()},
+            np.zeros((1, 1)),
+            np.array([reward]),
+            np.array([start]),
+            torch.tensor([value]),
+            torch.zeros(1),
+        )
+
+    buffer.compute_returns_and_advantage(last_values=torch.tensor([1.6]), dones=np.array([False]))
+
+    last = 4.0 + 0.5 * 1.6 - 0.8
+    middle = 2.0 + 0.5 * 0.8 - 0.4 + 0.25 * last
+    assert buffer.advantages.flatten().tolist() == pytest.approx([1.0 - 0.2, middle, last])
+
+
+def test_a_truncated_episode_bootstraps_and_a_terminated_one_does_not() -> None:
+    agent = ddpg(TargetEnv(2), gamma=0.5)
+    for parameter in agent.critic_target.parameters():
+        parameter.data += 0.1
+    following = {
+        name: torch.as_tensor(rows)[None].repeat(2, *[1] * rows.ndim) for name, rows in TargetEnv(2).observation.items()
+    }
+    value = torch.cat(agent.critic_target(following, agent.actor_target(following)), dim=1).min(dim=1).values
+
+    targets = agent.targets(following, torch.tensor([[1.0], [1.0]]), dones=torch.tensor([[0.0], [1.0]]))
+
+    assert targets.flatten().tolist() == pytest.approx([1.0 + 0.5 * value[0].item(), 1.0])
+    assert value[0].item() != 0.0
+
+
+def test_the_replay_buffer_tells_truncated_from_terminated() -> None:
+    env = TargetEnv(2)
+    buffer = StandardisedReplayBuffer(4, env.observation_space, env.action_space, device="cpu")
+    one = {name: rows[None] for name, rows in env.observation.items()}
+    for truncated in (True, False):
+        info = {"TimeLimit.truncated": truncated}
+        buffer.add(one, one, np.zeros((1, 2)), np.zeros(1), np.ones(1), [info])
+
+    dones = buffer._get_samples(np.array([0, 1])).dones
+
+    assert dones.flatten().tolist() == [0.0, 1.0]
+
+
+def test_replayed_rewards_are_standardised_at_episode_ends() -> None:
+    env = TargetEnv(2)
+    buffer = StandardisedReplayBuffer(4, env.observation_space, env.action_space, device="cpu")
+    one = {name: rows[None] for name, rows in env.observation.items()}
+    for reward, done in ((0.0, 0), (0.7, 1), (0.1, 0), (0.9, 1)):
+        buffer.add(one, one, np.zeros((1, 2)), np.array([reward]), np.array([done]), [{}])
+
+    rewards = buffer._get_samples(np.arange(4)).rewards
+
+    # Mean 0.8 and deviation 0.1 of the two that end an episode.
+    assert rewards.flatten().tolist() == pytest.approx([0.0, -1.0, 1.0, 1.0], abs=1e-5)
+
+
+def test_the_buffer_is_cut_to_its_memory() -> None:
+    space = chain_space(10)
+    numbers = sum(int(np.prod(box.shape or ())) for box in space.values())
+    per_transition = 4 * (2 * numbers + 10 + 3)
+
+    assert affordable_size(300, space, 10, max_bytes=per_transition * 1000) == 300
+    assert affordable_size(300, space, 10, max_bytes=per_transition * 7 + 1) == 7
+
+
+def test_exploration_stays_near_the_start_plan_before_learning() -> None:
+    env = TargetEnv(4, budget=15)
+    search("ddpg", 40, env)
+    # Uniform in the box, as Stable-Baselines3 warms up, the standard deviation would be 0.58.
+    plans = np.array([env.proposed[index] for index in range(1, 11)])
+
+    assert not env.proposed[0].any()
+    assert 0.2 < plans.std() < 0.4
+
+
+def test_ppo_updates_within_a_few_evaluations() -> None:
+    agent = SearchPlan(PPOConfig(**SMALL), 300, 0, 1, "cpu").build(vectorised(TargetEnv(3)))
+
+    assert agent.n_steps == 23
+    assert agent.batch_size == 23
+    assert agent.n_epochs == 40
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
+def test_a_search_spends_its_budget_and_no_more(algorithm: Algorithm) -> None:
+    env = TargetEnv(3, budget=47)
+
+    result = search(algorithm, 47, env)
+
+    assert env.evaluations == 47
+    assert result.evaluations == 47
+    assert result.is_finished
+    assert result.best.reward == pytest.approx(max(env.values))
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
+def test_the_first_plan_is_the_start_plan_and_the_last_is_that_of_the_trained_policy(algorithm: Algorithm) -> None:
+    env = TargetEnv(4, budget=41)  # rollouts of 20, or of 10, and one plan
+
+    result = search(algorithm, 41, env)
+
+    assert not env.proposed[0].any()
+    assert env.proposed[-1] == pytest.approx(act(result.policy, env.observation), abs=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
+def test_one_seed_gives_one_search(algorithm: Algorithm) -> None:
+    results = [search(algorithm, 45, TargetEnv(3, budget=45), seed=seed) for seed in (0, 0, 1)]
+
+    assert results[0].rewards == results[1].rewards
+    assert results[0].rewards != results[2].rewards
+
+
+def test_a_search_among_known_plans_ends() -> None:
+    class FreeEnv(TargetEnv):
+        def step(self, action: np.ndarray) -> Any:
+            observation, reward, terminated, truncated, info = super().step(action)
+            self.evaluations = 0
+            return observation, reward, terminated, truncated, info
+
+    result = search("ppo", 10, FreeEnv(2))
+
+    assert 40 <= result.n_steps < 50
+    assert result.is_finished
+
+
+def test_a_configuration_of_the_other_algorithm_is_refused() -> None:
+    message = "config is a DDPGConfig, but the algorithm is 'ppo'; pass its own configuration"
+
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        train_agent("ppo", TargetEnv(2), n_evaluations=10, seed=0, config=DDPGConfig())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
+def test_an_agent_finds_the_plan_that_is_a_function_of_the_features(algorithm: Algorithm) -> None:
+    env = TargetEnv(10, budget=300)
+    start = env.accuracy(np.zeros(10))
+
+    result = train_agent(algorithm, env, n_evaluations=300, seed=0, config=default_config(algorithm))
+
+    found = env.accuracy(act(result.policy, env.observation).astype(np.float64))
+    assert found > 0.1 * start  # both are negative; the optimum is 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
+def test_an_agent_learns_layer_by_layer(algorithm: Algorithm) -> None:
+    env = LayerwiseTargetEnv(3, budget=200)
+    start = env.whole.accuracy(np.zeros(3))
+
+    result = train_agent(algorithm, env, n_evaluations=200, seed=0, config=CONFIGS[algorithm], episode_length=3)
+
+    observation, _ = env.reset()
+    plan = []
+    for _ in range(3):
+        plan.append(float(act(result.policy, observation)[0]))
+        env.actions.append(plan[-1])
+        observation = env._observe()
+    assert env.whole.accuracy(np.array(plan)) > 0.3 * start
+
+
+def test_several_environments_share_one_budget() -> None:
+    envs = [TargetEnv(3, budget=20) for _ in range(2)]
+
+    result = train_agent(
+        "ppo", DummyVecEnv([lambda: envs[0], lambda: envs[1]]), n_evaluations=40, seed=0, config=CONFIGS["ppo"]
+    )
+
+    assert [env.evaluations for env in envs] == [20, 20]
+    assert result.evaluations == 40

@@ -1,0 +1,250 @@
+"""A run that is stopped anywhere and resumed is the run that was never stopped, bit by bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agent.checkpoint import CheckpointError
+from agent.config import AgentConfig, Algorithm, DDPGConfig, PPOConfig
+from agent.train import TrainResult, train_agent
+from tests.agent.synthetic import LayerwiseTargetEnv, TargetEnv
+
+N_EVALUATIONS = 31
+SMALL: dict[str, Any] = {"hidden": 8, "n_layers": 1, "n_frequencies": 2, "checkpoint_every": 5}
+CONFIGS: dict[Algorithm, AgentConfig] = {
+    "ppo": PPOConfig(rollout=6, updates=3, **SMALL),
+    "ddpg": DDPGConfig(rollout=4, updates=1, learning_starts=6, batch_size=8, candidates=3, **SMALL),
+}
+
+
+class Killed(RuntimeError):
+    pass
+
+
+class MortalEnv(TargetEnv):
+    """Dies in the step after so many."""
+
+    def __init__(self, lives: int = 10**9) -> None:
+        super().__init__(3, budget=N_EVALUATIONS, noise=0.05)
+        self.lives = lives
+
+    def step(self, action: np.ndarray) -> Any:
+        if self.lives == 0:
+            raise Killed
+        self.lives -= 1
+        return super().step(action)
+
+
+class MortalLayerwiseEnv(LayerwiseTargetEnv):
+    def __init__(self, lives: int = 10**9) -> None:
+        super().__init__(3, budget=N_EVALUATIONS, noise=0.05)
+        self.lives = lives
+
+    def step(self, action: np.ndarray) -> Any:
+        if self.lives == 0:
+            raise Killed
+        self.lives -= 1
+        return super().step(action)
+
+
+def train(algorithm: Algorithm, env: Any, folder: Path, **options: Any) -> TrainResult:
+    return train_agent(
+        algorithm,
+        env,
+        n_evaluations=options.pop("n_evaluations", N_EVALUATIONS),
+        seed=options.pop("seed", 0),
+        config=CONFIGS[algorithm],
+        episode_length=3 if isinstance(env, LayerwiseTargetEnv) else 1,
+        checkpoints=folder / "checkpoints",
+        logdir=folder / "tensorboard",
+        **options,
+    )
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@dataclass(frozen=True)
+class Whole:
+    folder: Path
+    result: TrainResult
+
+
+def assert_same(folder: Path, result: TrainResult, whole: Whole) -> None:
+    expected = whole.result
+    assert result.rewards == expected.rewards
+    assert result.best.actions.tolist() == expected.best.actions.tolist()
+    assert result.n_steps == expected.n_steps
+    for name, weights in expected.policy.state_dict().items():
+        assert torch.equal(result.policy.state_dict()[name], weights), name
+    assert scalars(folder) == scalars(whole.folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Algorithm], Whole]:
+    """Runs that were never stopped, each made once."""
+
+    @cache
+    def run(algorithm: Algorithm) -> Whole:
+        folder = tmp_path_factory.mktemp(f"whole-{algorithm}")
+        return Whole(folder, train(algorithm, MortalEnv(), folder))
+
+    return run
+
+
+_EVERY_STEP = [pytest.param(step, marks=() if step in (0, 3, 13, 30) else pytest.mark.slow) for step in range(31)]
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
+@pytest.mark.parametrize("killed_at", _EVERY_STEP)
+def test_a_killed_search_continues_as_if_it_had_not_been(
+    algorithm: Algorithm, killed_at: int, whole: Callable[[Algorithm], Whole], tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        train(algorithm, MortalEnv(killed_at), tmp_path)
+    result = train(algorithm, MortalEnv(), tmp_path)
+
+    assert len(result.rewards) == N_EVALUATIONS
+    assert_same(tmp_path, result, whole(algorithm))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
+@pytest.mark.parametrize("killed_at", [2, 40, 55, 80])
+def test_a_killed_layerwise_search_continues_as_if_it_had_not_been(
+    algorithm: Algorithm, killed_at: int, tmp_path: Path
+) -> None:
+    whole = Whole(tmp_path / "whole", train(algorithm, MortalLayerwiseEnv(), tmp_path / "whole"))
+
+    with pytest.raises(Killed):
+        train(algorithm, MortalLayerwiseEnv(killed_at), tmp_path / "killed")
+    result = train(algorithm, MortalLayerwiseEnv(), tmp_path / "killed")
+
+    assert_same(tmp_path / "killed", result, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
+def test_a_search_killed_many_times_continues(
+    algorithm: Algorithm, whole: Callable[[Algorithm], Whole], tmp_path: Path
+) -> None:
+    for lives in (9, 11, 8, 14):
+        with pytest.raises(Killed):
+            train(algorithm, MortalEnv(lives), tmp_path / "killed")
+    result = train(algorithm, MortalEnv(), tmp_path / "killed")
+
+    assert_same(tmp_path / "killed", result, whole(algorithm))
+
+
+def test_a_search_that_is_asked_to_stop_continues(whole: Callable[[Algorithm], Whole], tmp_path: Path) -> None:
+    env = MortalEnv()
+
+    stopped = train("ppo", env, tmp_path / "stopped", should_stop=lambda: env.evaluations == 17)
+    result = train("ppo", MortalEnv(), tmp_path / "stopped")
+
+    assert not stopped.is_finished
+    assert len(stopped.rewards) == 17
+    assert result.is_finished
+    assert_same(tmp_path / "stopped", result, whole("ppo"))
+
+
+def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(
+    whole: Callable[[Algorithm], Whole], tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        train("ppo", MortalEnv(20), tmp_path / "killed")
+    newest = max((tmp_path / "killed" / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:1000])
+    heard: list[str] = []
+
+    result = train("ppo", MortalEnv(), tmp_path / "killed", notify=heard.append)
+
+    assert len(heard) == 1
+    assert newest.name in heard[0]
+    assert_same(tmp_path / "killed", result, whole("ppo"))
+
+
+def test_companions_are_saved_with_the_agent(tmp_path: Path) -> None:
+    class Counter:
+        count = 0
+
+        def state_dict(self) -> dict[str, int]:
+            return {"count": self.count}
+
+        def load_state_dict(self, state: Any) -> None:
+            self.count = state["count"]
+
+    before, after = Counter(), Counter()
+
+    def note(_: Any) -> None:
+        before.count += 1
+
+    with pytest.raises(Killed):
+        train("ppo", MortalEnv(17), tmp_path, companions={"counter": before}, on_episode=note)
+    train("ppo", MortalEnv(), tmp_path, companions={"counter": after}, should_stop=lambda: True)
+
+    assert before.count == 17
+    assert after.count == 12  # two rollouts of six: where the checkpoint was taken
+
+
+def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
+    train("ppo", MortalEnv(), tmp_path)
+
+    with pytest.raises(
+        CheckpointError,
+        match=r"^the checkpoints in '.*checkpoints' are of a search with seed = 0, and this one has 1; resume with the "
+        r"same settings, or choose another folder$",
+    ):
+        train("ppo", MortalEnv(), tmp_path, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
+def test_a_process_that_is_killed_without_warning_continues(
+    algorithm: Algorithm, whole: Callable[[Algorithm], Whole], tmp_path: Path
+) -> None:
+    waits = np.random.default_rng(0).uniform(0, 0.5, size=5)
+
+    for wait in waits:
+        process = subprocess.Popen([sys.executable, __file__, algorithm, str(tmp_path / "killed")], env=os.environ)
+        _wait_for_checkpoint(tmp_path / "killed" / "checkpoints", process)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = train(algorithm, MortalEnv(), tmp_path / "killed")
+
+    assert_same(tmp_path / "killed", result, whole(algorithm))
+
+
+def _wait_for_checkpoint(folder: Path, process: subprocess.Popen[bytes]) -> None:
+    before = sorted(folder.iterdir()) if folder.exists() else []
+    while process.poll() is None and (sorted(folder.iterdir()) if folder.exists() else []) == before:
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+
+    class SlowEnv(MortalEnv):
+        def step(self, action: np.ndarray) -> Any:
+            time.sleep(0.05)
+            return super().step(action)
+
+    train(sys.argv[1], SlowEnv(), Path(sys.argv[2]))  # type: ignore[arg-type]

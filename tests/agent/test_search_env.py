@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from agent.search_env import Episode, Ledger, StandardisedRewards, vectorised
+from tests.agent.synthetic import LayerwiseTargetEnv, TargetEnv
+
+
+def test_the_ledger_keeps_returns_the_best_plan_and_the_count() -> None:
+    env = TargetEnv(3, budget=3)
+    heard: list[Episode] = []
+    ledger = Ledger(vectorised(env), heard.append)
+    ledger.reset()
+    plans = np.array([[0, 0, 0], env.target, [1, 1, 1]], np.float32)
+
+    for plan in plans:
+        assert not ledger.is_spent
+        ledger.step(plan[None])
+
+    assert ledger.is_spent
+    assert ledger.rewards == pytest.approx(env.values)
+    assert ledger.best is not None
+    assert ledger.best.actions.tolist() == [plans[1].tolist()]
+    assert [episode.evaluations for episode in heard] == [1, 2, 3]
+
+
+def test_an_episode_of_many_steps_is_one_plan() -> None:
+    ledger = Ledger(vectorised(LayerwiseTargetEnv(3)), lambda _: None)
+    ledger.reset()
+
+    for action in (0.1, 0.2, 0.3, 0.4):
+        ledger.step(np.array([[action]], np.float32))
+
+    assert len(ledger.rewards) == 1
+    assert ledger.best is not None
+    assert ledger.best.actions.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_returns_are_standardised_between_rollouts_only() -> None:
+    env = LayerwiseTargetEnv(2)
+    ledger = Ledger(vectorised(env), lambda _: None)
+    rewards = StandardisedRewards(ledger)
+    rewards.reset()
+
+    def episode(action: float) -> list[float]:
+        return [float(rewards.step(np.array([[action]], np.float32))[1][0]) for _ in range(2)]
+
+    first, second = episode(0.0), episode(0.5)
+    raw = list(ledger.rewards)
+    rewards.update()
+    third = episode(0.5)
+
+    assert first == [0.0, 0.0]
+    assert second == pytest.approx([0.0, raw[1] - raw[0]])
+    assert third == pytest.approx([0.0, (raw[1] - np.mean(raw)) / np.std(raw)])
+
+
+def test_the_books_survive_a_round_trip() -> None:
+    def ledger() -> Ledger:
+        made = Ledger(vectorised(LayerwiseTargetEnv(2, noise=0.1)), lambda _: None)
+        made.reset()
+        return made
+
+    def step(of: Ledger, action: float) -> float:
+        return float(of.step(np.array([[action]], np.float32))[1][0])
+
+    one, other = ledger(), ledger()
+    for action in (0.1, 0.2, 0.3):
+        step(one, action)
+
+    other.load_state_dict(one.state_dict())
+
+    assert step(other, 0.4) == step(one, 0.4)
+    assert other.rewards == one.rewards
+    assert other.best is not None
+    assert other.best.reward == max(one.rewards)

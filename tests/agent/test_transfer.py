@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from agent.checkpoint import CheckpointError, write_state
+from agent.config import AgentConfig, DDPGConfig, PPOConfig
+from agent.train import train_agent
+from agent.transfer import act, build_policy, load_agent, save_agent
+from tests.agent.synthetic import TargetEnv
+
+SMALL: dict[str, Any] = {"hidden": 8, "n_layers": 1, "n_frequencies": 0}
+CONFIGS = [PPOConfig(updates=5, **SMALL), DDPGConfig(updates=1, batch_size=8, **SMALL)]
+
+
+def trained(config: AgentConfig, path: Path) -> TargetEnv:
+    env = TargetEnv(4, budget=41)
+    algorithm = "ppo" if isinstance(config, PPOConfig) else "ddpg"
+    result = train_agent(algorithm, env, n_evaluations=41, seed=0, config=config)
+    save_agent(path, result.config, result.policy)
+    return env
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["ppo", "ddpg"])
+def test_a_saved_agent_acts_as_it_did_and_plans_networks_of_other_sizes(config: AgentConfig, tmp_path: Path) -> None:
+    env, larger = trained(config, tmp_path / "agent.pt"), TargetEnv(11, seed=5)
+    assert isinstance(larger.observation_space, spaces.Dict)
+
+    loaded, policy = load_agent(tmp_path / "agent.pt", env.observation_space, env.action_space)  # type: ignore[arg-type]
+    _, elsewhere = load_agent(tmp_path / "agent.pt", larger.observation_space, larger.action_space)  # type: ignore[arg-type]
+
+    assert loaded == config
+    assert act(policy, env.observation) == pytest.approx(env.proposed[-1], abs=1e-6)
+    plan = act(elsewhere, larger.observation)
+    assert plan.shape == (11,)
+    assert len(np.unique(plan)) > 5  # it tells layers apart
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["ppo", "ddpg"])
+def test_no_weight_depends_on_the_network(config: AgentConfig) -> None:
+    small, large = (
+        build_policy(config, env.observation_space, env.action_space)  # type: ignore[arg-type]
+        for env in (TargetEnv(2), TargetEnv(30))
+    )
+
+    shapes = [{name: w.shape for name, w in policy.state_dict().items()} for policy in (small, large)]
+    assert shapes[0] == shapes[1]
+
+
+def test_training_may_start_from_a_saved_agent(tmp_path: Path) -> None:
+    first = trained(CONFIGS[0], tmp_path / "agent.pt")
+    again = TargetEnv(4, budget=41)
+
+    train_agent("ppo", again, n_evaluations=41, seed=1, config=CONFIGS[0], start_from=tmp_path / "agent.pt")
+
+    assert again.proposed[0] == pytest.approx(first.proposed[-1], abs=1e-6)
+
+
+def test_an_agent_that_reads_other_features_is_refused(tmp_path: Path) -> None:
+    env = trained(CONFIGS[0], tmp_path / "agent.pt")
+    other = spaces.Dict({**env.observation_space.spaces, "globals": spaces.Box(-1, 1, (7,), np.float32)})  # type: ignore[attr-defined]
+
+    with pytest.raises(
+        CheckpointError,
+        match=r"^'.*agent\.pt' does not fit: weight 'features_extractor\.graph\.features\.weight' has shape \(8, 9\) "
+        r"there and \(8, 13\) here; the agent was trained on observations with other features, or with another "
+        r"configuration$",
+    ):
+        load_agent(tmp_path / "agent.pt", other, env.action_space)  # type: ignore[arg-type]
+
+
+def test_an_unknown_algorithm_is_refused(tmp_path: Path) -> None:
+    env = TargetEnv(2)
+    write_state(tmp_path / "agent.pt", {"algorithm": "sac", "config": {}, "policy": {"w": torch.zeros(1)}})
+
+    with pytest.raises(CheckpointError, match=r"^'.*agent\.pt' holds an agent of algorithm 'sac'; known: ppo, ddpg$"):
+        load_agent(tmp_path / "agent.pt", env.observation_space, env.action_space)  # type: ignore[arg-type]

@@ -1,0 +1,147 @@
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur
+from experiments.config import ConfigError
+from secateur import Budget, BudgetError
+
+from .tiny import network
+
+PROJECT = Path(secateur.__file__).parent
+
+
+def small_net() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return network(num_classes=3, in_channels=1).eval()
+
+
+def images(n: int = 6) -> Tensor:
+    return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def share_of_channels(model: nn.Module) -> float:
+    """A stand-in for accuracy with a known best plan: only the second convolution's width counts."""
+    widths = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return widths[1] / 16
+
+
+def test_search_finds_the_plan_that_the_users_function_prefers() -> None:
+    found = secateur.compress(
+        small_net(), images(), evaluate=share_of_channels, budget="60%", method="random", evaluations=40, seed=1
+    )
+
+    assert found.cost <= 0.6 * found.dense_cost
+    assert share_of_channels(found.model) == found.accuracy
+    assert found.accuracy > share_of_channels(
+        secateur.compress(small_net(), images(), evaluate=share_of_channels, budget="60%", method="uniform").model
+    )
+
+
+def test_model_of_the_user_is_bit_equal_afterwards() -> None:
+    model = small_net().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    secateur.compress(
+        model, images(), evaluate=share_of_channels, budget=0.5, calibration=[images()], method="random", evaluations=9
+    )
+
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_cost_told_is_that_of_the_model_returned() -> None:
+    found = secateur.compress(
+        small_net(), images(), evaluate=share_of_channels, budget=Budget(kind="params", share=0.5), method="magnitude"
+    )
+
+    assert found.cost == secateur.count_params(found.model) <= 0.5 * secateur.count_params(small_net())
+
+
+def test_journal_lets_a_second_call_go_on(tmp_path: Path) -> None:
+    calls = []
+
+    def evaluate(model: nn.Module) -> float:
+        calls.append(1)
+        return share_of_channels(model)
+
+    def search(evaluations: int) -> secateur.Compressed:
+        return secateur.compress(
+            small_net(),
+            images(),
+            evaluate=evaluate,
+            budget="50%",
+            method="random",
+            evaluations=evaluations,
+            journal=tmp_path / "journal.jsonl",
+        )
+
+    first, n_first = search(10), len(calls)
+    second = search(10)
+
+    assert first.policy == second.policy
+    assert len(calls) == n_first
+
+
+def test_impossible_budget_is_refused_before_any_evaluation() -> None:
+    def evaluate(_: nn.Module) -> float:
+        pytest.fail("scored a candidate")
+
+    with pytest.raises(BudgetError) as caught:
+        secateur.compress(small_net(), images(), evaluate=evaluate, budget="1%")
+
+    assert re.fullmatch(
+        r"a budget of [\d,]+ macs \(1\.0% of the dense [\d,]+\) cannot be met: with every group at its least the "
+        r"network still costs [\d,]+ \([\d.]+%\)\. Pass at least [\d,]+ macs, or lower min_keep_ratio, the rounding "
+        r"or the protection",
+        str(caught.value),
+    )
+
+
+def test_probes_that_leave_nothing_to_search_with_are_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        secateur.compress(small_net(), images(), evaluate=share_of_channels, budget="50%", evaluations=3)
+
+    assert str(caught.value) == (
+        "ppo is granted 3 evaluations, but the sensitivity probes take 3 and rescoring the finalists 0, which leaves "
+        "none; grant at least 4, lower search.probe_share or search.finalists, or set search.start to uniform"
+    )
+
+
+def test_reconstruction_without_images_is_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        secateur.compress(small_net(), images(), evaluate=share_of_channels, budget="50%", reconstruct=True)
+
+    assert str(caught.value) == "reconstruct fits layers on training inputs; pass some batches as calibration"
+
+
+@pytest.mark.slow
+def test_documented_example_runs_from_start_to_end() -> None:
+    lines = runpy.run_path(str(PROJECT / "docs" / "example.py"))["main"]()
+
+    accuracy = [float(re.search(r"([\d.]+)%", line)[1]) for line in lines[:3]]  # type: ignore[index]
+    assert accuracy[0] > 90
+    assert accuracy[2] > accuracy[1]
+
+
+def test_folder_of_the_user_that_hides_a_package_is_named(tmp_path: Path) -> None:
+    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs" / "__init__.py").touch()
+    code = f"import sys; sys.path[1:1] = [{str(PROJECT)!r}]; import secateur"
+
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False
+    )
+
+    assert run.stderr.splitlines()[-1] == (
+        f"ImportError: secateur needs its own package 'envs' in {PROJECT}, but Python finds {tmp_path / 'envs'} first; "
+        "rename that folder, or start Python from another one"
+    )

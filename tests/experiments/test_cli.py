@@ -1,0 +1,173 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from experiments.config import RunConfig
+from experiments.interrupt import StopFlag
+from experiments.outcome import RunOutcome
+from experiments.progress import RunDisplay
+from experiments.search import start_run
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("finished") / "run"
+    with RunDisplay(quiet=True) as display:
+        start_run(tiny_config(finetune__epochs=1, measure__onnx=True), root, ["secateur"], display, StopFlag())
+    return root
+
+
+def test_search_ends_with_a_table_of_all_methods(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
+    done = command("search", tiny_yaml, "--out", tmp_path / "run")
+
+    lines = done.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["method", "dense", "uniform", "random"]
+    assert "dense accuracy: " in done.err
+
+
+def test_json_holds_the_outcome_and_nothing_else(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
+    done = command("search", tiny_yaml, "--out", tmp_path / "run", "--json")
+
+    outcome = RunOutcome.model_validate_json(done.out)
+    assert done.err == ""
+    assert outcome == RunOutcome.load(tmp_path / "run" / "results.json")
+
+
+def test_every_method_keeps_the_budget_and_pays_for_what_it_used(finished_run: Path) -> None:
+    outcome = RunOutcome.load(finished_run / "results.json")
+
+    assert all(row.macs <= outcome.cost_limit for row in outcome.rows[1:])
+    # Three probes, two for the finalist (90 images where a candidate has 45), and plans for the rest of 12.
+    assert outcome.row("random").evaluations == 12
+    assert outcome.row("uniform").evaluations == 3
+
+
+def test_report_is_rebuilt_from_what_was_saved(command: Command, finished_run: Path) -> None:
+    before = (finished_run / "report.html").read_bytes()
+    (finished_run / "report.html").unlink()
+
+    done = command("report", finished_run)
+
+    assert done.code == 0
+    assert (finished_run / "report.html").read_bytes() == before
+
+
+def test_finished_run_is_resumed_at_once(command: Command, finished_run: Path) -> None:
+    journal = (finished_run / "journal.jsonl").read_bytes()
+
+    done = command("resume", finished_run, "--json")
+
+    assert RunOutcome.model_validate_json(done.out) == RunOutcome.load(finished_run / "results.json")
+    assert (finished_run / "journal.jsonl").read_bytes() == journal
+
+
+def test_policy_of_a_run_is_applied_to_the_same_network(command: Command, finished_run: Path, tmp_path: Path) -> None:
+    policy, weights = finished_run / "methods" / "random" / "policy.json", finished_run / "dense.safetensors"
+
+    done = command(
+        "apply", policy, finished_run / "config.yaml", "--weights", weights, "--out", tmp_path / "out", "--json"
+    )
+
+    told, row = json.loads(done.out), RunOutcome.load(finished_run / "results.json").row("random")
+    assert (told["macs"], told["params"]) == (row.macs, row.params)
+    assert told["accuracy"] == row.validation_accuracy
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "manifest.json",
+        "model.onnx",
+        "model.safetensors",
+        "policy.json",
+    ]
+
+
+def test_compressed_network_is_fine_tuned(command: Command, finished_run: Path, tmp_path: Path) -> None:
+    source, model = finished_run / "methods" / "uniform" / "model", "tests.experiments.tiny:network"
+    arguments = [source, finished_run / "config.yaml", "--model", model, "--epochs", "3", "--out", tmp_path / "out"]
+
+    done = command("finetune", *arguments, "--json")
+
+    told = json.loads(done.out)
+    tuned = RunOutcome.load(finished_run / "results.json").row("uniform").tuned_validation_accuracy
+    assert told["validation_accuracy_before"] == tuned
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in before.items()} == {
+        name: tensor.shape for name, tensor in after.items()
+    }
+    assert not torch.equal(before["3.weight"], after["3.weight"])
+
+
+def test_folder_does_not_choose_what_code_runs(command: Command, finished_run: Path, tmp_path: Path) -> None:
+    source = finished_run / "methods" / "uniform" / "model"
+
+    done = command("finetune", source, finished_run / "config.yaml", "--epochs", "1", "--out", tmp_path / "out")
+
+    assert (done.code, done.err) == (
+        1,
+        f"error: '{source}' was made from 'tests.experiments.tiny:network'; a file must not choose what code runs, so "
+        "pass --model tests.experiments.tiny:network if you trust it\n",
+    )
+
+
+def test_training_writes_weights_that_a_search_takes(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+
+    trained = command("train", tiny_yaml, "--out", weights, "--json")
+    done = command(
+        "search", tiny_yaml, "--weights", weights, "--methods", "uniform", "--out", tmp_path / "run", "--json"
+    )
+
+    dense = RunOutcome.model_validate_json(done.out).row("dense")
+    assert dense.validation_accuracy == json.loads(trained.out)["validation_accuracy"]
+
+
+def test_check_tells_groups_reachable_cost_and_proof(command: Command) -> None:
+    done = command("check", "tests.experiments.tiny:network", "--shape", "1,8,8", "--classes", "3")
+
+    lines = done.out.splitlines()
+    assert done.code == 0
+    # 64 x 6 x 9 + 16 x (16 x 6 + 16 x 16 + 12 x 16) x 9 + 12 x 3, counted by hand.
+    assert lines[1].split() == ["multiply-adds", "81.83k"]
+    assert lines[-1].split(maxsplit=1) == ["proof", "removing equals masking in 5 of 5 trials"]
+    assert any(line.startswith("  14: 3 units: ") for line in lines)
+
+
+def test_check_as_json_names_every_group(command: Command) -> None:
+    done = command("check", "tests.experiments.tiny:network", "--shape", "1,8,8", "--classes", "3", "--json")
+
+    told = json.loads(done.out)
+    assert [(group["name"], group["size"]) for group in told["groups"]] == [
+        ("0", 6),
+        ("3", 16),
+        ("6", 16),
+        ("9", 12),
+        ("14", 3),
+    ]
+    assert told["passed"] is True
+
+
+def test_shape_that_is_none_is_told(command: Command) -> None:
+    done = command("check", "resnet20", "--shape", "32")
+
+    assert (done.code, done.err) == (
+        1,
+        "error: shape '32' is not understood; give channels, height and width, for example 3,224,224\n",
+    )
+
+
+def test_split_divides_by_the_numbers_in_the_names(command: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "test" / "cat"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        Image.new("L", (4, 4)).save(folder / f"{number:02d}.png")
+
+    done = command("split", tmp_path / "images", "--out", tmp_path)
+
+    assert done.out.splitlines() == [str(tmp_path / "test-even.txt"), str(tmp_path / "test-odd.txt")]
+    assert (tmp_path / "test-even.txt").read_text().split() == ["cat/00.png", "cat/02.png"]

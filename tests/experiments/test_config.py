@@ -1,0 +1,138 @@
+from pathlib import Path
+
+import pytest
+
+from experiments.config import ConfigError, RunConfig, config_file, load_config, parse_setting
+from latency.budget import Budget, BudgetError
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_options_override_the_file_and_leave_the_rest_of_it(tmp_path: Path) -> None:
+    path = written(tmp_path, "search:\n  seed: 3\n  evaluations: 40\nthreads: 2\n")
+
+    config = load_config(path, {"search.seed": 7, "device": "cpu", "threads": None})
+
+    assert (config.search.seed, config.search.evaluations, config.threads) == (7, 40, 2)
+
+
+def test_configuration_written_as_yaml_is_read_back_equal(tmp_path: Path) -> None:
+    config = load_config(
+        None, {"budget": "30% params", "search.methods": ["ppo", "cem"], "model.weights": "w.safetensors"}
+    )
+
+    assert load_config(written(tmp_path, config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("50%", Budget(share=0.5)),
+        ("30% params", Budget(kind="params", share=0.3)),
+        ("125M flops", Budget(absolute=62_500_000)),
+        (0.25, Budget(share=0.25)),
+        ("none", None),
+    ],
+)
+def test_budget_is_read_as_a_person_writes_it(text: str | float, budget: Budget | None) -> None:
+    config = load_config(None, {"budget": text, "search.methods": ["cem"]})
+
+    assert config.budget == budget
+
+
+def test_unknown_key_names_the_nearest_one(tmp_path: Path) -> None:
+    path = written(tmp_path, "finetune:\n  epoch: 3\n")
+
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+
+    assert str(caught.value) == (
+        f"{path}: unknown key 'epoch' in 'finetune'; did you mean 'epochs'? Allowed: epochs, learning_rate, momentum, "
+        "weight_decay, batch_size, autocast, distillation_weight, temperature, dense_control"
+    )
+
+
+def test_unknown_section_without_a_near_name_lists_what_is_allowed(tmp_path: Path) -> None:
+    path = written(tmp_path, "zzz: 1\n")
+
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+
+    assert str(caught.value) == (
+        f"{path}: unknown key 'zzz' in the top level. Allowed: model, data, budget, search, train, finetune, ppo, "
+        "ddpg, measure, device, threads"
+    )
+
+
+def test_every_fault_is_told_with_its_place_and_what_was_found(tmp_path: Path) -> None:
+    path = written(tmp_path, "search:\n  evaluations: 0\n  criterion: l3\n")
+
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+
+    assert str(caught.value).splitlines() == [
+        f"{path}: search.evaluations: input should be greater than or equal to 1; found 0",
+        f"{path}: search.criterion: input should be 'l1', 'l2', 'fpgm', 'taylor' or 'bn_scale'; found 'l3'",
+    ]
+
+
+def test_file_that_is_not_there_is_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(Path("missing.yaml"))
+
+    assert str(caught.value) == "configuration file missing.yaml does not exist"
+
+
+def test_file_that_holds_no_mapping_is_told(tmp_path: Path) -> None:
+    path = written(tmp_path, "- 1\n")
+
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+
+    assert str(caught.value) == (
+        f"{path} holds list; a mapping with the keys model, data, budget, search, train, finetune, ppo, ddpg, "
+        "measure, device, threads is needed"
+    )
+
+
+def test_budget_that_cannot_be_read_is_told() -> None:
+    with pytest.raises((ConfigError, BudgetError), match="budget 'half' cannot be read"):
+        load_config(None, {"budget": "half"})
+
+
+def test_methods_that_need_a_budget_are_named_when_there_is_none() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {"budget": "none", "search.methods": ["uniform", "ppo", "magnitude"]})
+
+    assert str(caught.value) == (
+        "the options: search.methods: uniform, magnitude need a budget; without one choose among random, cem, ppo, ddpg"
+    )
+
+
+def test_setting_is_read_as_yaml() -> None:
+    assert parse_setting("search.methods=[ppo, cem]") == ("search.methods", ["ppo", "cem"])
+    assert parse_setting("finetune.learning_rate=0.01") == ("finetune.learning_rate", 0.01)
+
+
+def test_setting_without_a_value_is_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_setting("search.seed")
+
+    assert str(caught.value) == (
+        "--set 'search.seed' has no '='; write it as section.key=value, for example search.finalists=5"
+    )
+
+
+def test_config_fileurations_are_valid() -> None:
+    folder = config_file("digits").parent
+
+    assert all(isinstance(load_config(path), RunConfig) for path in folder.glob("*.yaml"))
+
+
+def test_unknown_config_fileuration_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"called 'digit'; did you mean 'digits'\? Allowed: "):
+        config_file("digit")

@@ -1,0 +1,287 @@
+"""What a user reads when something is wrong: whole messages."""
+
+import errno
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import secateur
+from envs.evaluator import EvaluateError
+from secateur import TraceError
+
+from .tiny import network
+
+# ruff: noqa: E501 - a message reads better in one piece
+
+Command = Callable[..., Any]
+
+
+class Branching(nn.Module):
+    """Takes another way for another image, which no graph can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.conv(x).mean(dim=(2, 3))
+        return self.head(features) if float(features.sum()) > 0 else -self.head(features)
+
+
+def branching(num_classes: int) -> nn.Module:
+    return Branching()
+
+
+def accuracy(_model: nn.Module) -> float:
+    return 0.5
+
+
+def test_impossible_budget_names_the_reachable_minimum(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
+    done = command("search", tiny_yaml, "--budget", "1%", "--out", tmp_path / "run")
+
+    assert done.code == 1
+    assert re.search(
+        r"^error: a budget of [\d,]+ macs \(1\.0% of the dense [\d,]+\) cannot be met: with every group at its least the "
+        r"network still costs [\d,]+ \([\d.]+%\)\. Pass at least [\d,]+ macs, or lower min_keep_ratio, the rounding or "
+        r"the protection$",
+        done.err,
+        re.MULTILINE,
+    )
+
+
+def test_run_that_was_refused_leaves_no_folder(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
+    command("search", tiny_yaml, "--budget", "1%", "--out", tmp_path / "run")
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistyped_option_names_the_nearest(command: Command) -> None:
+    done = command("search", "--evalutions", "3")
+
+    assert done.code == 2
+    assert done.err.endswith("Error: No such option: --evalutions (Possible options: --evaluations)\n")
+
+
+def test_mistyped_command_names_the_nearest(command: Command) -> None:
+    done = command("serch")
+
+    assert done.code == 2
+    assert done.err.endswith("Error: No such command 'serch'. Did you mean 'search'?\n")
+
+
+def test_mistyped_key_names_the_nearest(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("serach:\n  seed: 1\n")
+
+    done = command("search", path)
+
+    assert (done.code, done.err) == (
+        1,
+        f"error: {path}: unknown key 'serach' in the top level; did you mean 'search'? Allowed: model, data, budget, "
+        "search, train, finetune, ppo, ddpg, measure, device, threads\n",
+    )
+
+
+def test_mistyped_method_names_what_is_allowed(command: Command) -> None:
+    done = command("search", "--methods", "uniform,pppo")
+
+    assert (done.code, done.err) == (
+        1,
+        "error: the options: search.methods.1: input should be 'uniform', 'magnitude', 'sensitivity', 'random', 'cem', "
+        "'ppo' or 'ddpg'; found 'pppo'\n",
+    )
+
+
+def test_unknown_model_names_the_nearest(command: Command, tmp_path: Path) -> None:
+    done = command("search", "--model", "resnet5", "--out", tmp_path / "run")
+
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith("error: unknown model 'resnet5'; did you mean resnet56 or ")
+
+
+def test_network_that_cannot_be_captured_is_told(command: Command) -> None:
+    done = command("check", "tests.experiments.test_errors:branching", "--shape", "1,8,8", "--classes", "3")
+
+    assert done.code == 1
+    assert re.fullmatch(
+        r"error: 'the network itself' cannot be captured: .+\(aten\._local_scalar_dense.+ must accept inputs of the shapes "
+        r"\[\(2, 1, 8, 8\)\]; move what depends on values out of the network\n",
+        done.err,
+    )
+
+
+def test_example_input_of_the_wrong_shape_is_told() -> None:
+    with pytest.raises(TraceError) as caught:
+        secateur.compress(network(3, 1), torch.zeros(2, 3, 8, 8), evaluate=accuracy, budget="50%")
+
+    assert re.fullmatch(
+        r"'0' cannot be captured: .+\(aten\.conv2d\.default on shapes \[\(2, 3, 8, 8\), \(6, 1, 3, 3\)\]\)\. .+ must accept "
+        r"inputs of the shapes \[\(2, 3, 8, 8\)\]; move what depends on values out of the network",
+        str(caught.value),
+    )
+
+
+def test_weights_that_do_not_fit_are_told(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"0.weight": torch.zeros(6, 1, 3, 3), "extra": torch.zeros(1)}, path)
+
+    done = command("search", tiny_yaml, "--weights", path, "--out", tmp_path / "run")
+
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == (
+        f"error: weights '{path}' do not fit Sequential: 21 missing (1.weight, 1.bias, 1.running_mean, ...); 1 unexpected "
+        "(extra); name the model that they were trained with, and the data with the same classes"
+    )
+
+
+def test_empty_image_folder_is_told(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "images" / "train" / "cat").mkdir(parents=True)
+
+    done = command("search", "--data", tmp_path / "images", "--out", tmp_path / "run")
+
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == (
+        f"error: no images in 'train' of '{tmp_path / 'images'}'; expected train/<class>/<image> with one of the suffixes "
+        ".bmp, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp"
+    )
+
+
+def test_broken_image_is_named(command: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "train" / "cat"
+    folder.mkdir(parents=True)
+    (folder / "1.png").write_bytes(b"no image")
+
+    done = command("search", "--data", tmp_path / "images", "--out", tmp_path / "run")
+
+    assert done.code == 1
+    assert re.fullmatch(
+        rf"error: broken image 'train/cat/1\.png' in '{tmp_path}/images' \(.+\); replace it, or leave it out with a list file",
+        done.err.splitlines()[-1],
+    )
+
+
+def test_data_without_validation_images_say_why_they_are_needed(
+    command: Command, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "images"
+    for label in ("a", "b", "c"):
+        (root / "train" / label).mkdir(parents=True)
+        for i in range(20):
+            Image.new("L", (8, 8), i).save(root / "train" / label / f"{i}.png")
+
+    done = command("search", tiny_yaml, "--data", root, "--set", "data.grayscale=true", "--out", tmp_path / "run")
+
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == (
+        f"error: no validation data: no folder 'validation' in '{root}'; it has train. The search must score plans on "
+        "images that the network was not trained on: on its training images the best of many plans is mostly the one that "
+        "remembers them best. Name a folder of unseen images as `validation`, or hold some out with lists of files "
+        "(`secateur split` writes the even and the odd files of a folder)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            math.nan,
+            "evaluate returned nan, but an accuracy lies in [0, 1]; were there any images, and are the network's outputs "
+            "finite?",
+        ),
+        (81.5, "evaluate returned 81.5, but an accuracy lies in [0, 1]; is it a percentage? divide by 100"),
+    ],
+)
+def test_accuracy_that_is_none_is_refused(value: float, message: str) -> None:
+    with pytest.raises(EvaluateError) as caught:
+        secateur.compress(
+            network(3, 1), torch.zeros(2, 1, 8, 8), evaluate=lambda _: value, budget="50%", method="uniform"
+        )
+
+    assert str(caught.value) == message
+
+
+def test_network_that_guesses_is_not_searched(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
+    path = tmp_path / "random.safetensors"
+    torch.manual_seed(0)
+    save_file(network(3, 1).state_dict(), path)
+
+    done = command("search", tiny_yaml, "--weights", path, "--out", tmp_path / "run")
+
+    assert done.code == 1
+    assert re.fullmatch(
+        r"error: the dense network scores [\d.]+ % on the validation images, where guessing scores 33\.33 %; below 50\.00 % "
+        r"there is nothing to compress\. Check the weights, the normalisation \(data\.mean, data\.std\), and that the class "
+        r"folders sort into the order that the network was trained with",
+        done.err.splitlines()[-1],
+    )
+
+
+def test_existing_run_is_refused(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+
+    done = command("search", tiny_yaml, "--out", tmp_path / "run")
+
+    assert (done.code, done.err) == (
+        1,
+        f"error: {tmp_path / 'run'} exists already; continue it with 'secateur resume {tmp_path / 'run'}', or choose "
+        "another name with --out\n",
+    )
+
+
+def test_device_that_is_not_there_is_told(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
+    done = command("search", tiny_yaml, "--device", "gpu0", "--out", tmp_path / "run")
+
+    assert done.code == 1
+    assert re.fullmatch(r"error: device 'gpu0' cannot be used here \(.+\); available: cpu.*\n", done.err)
+
+
+def test_full_disk_ends_a_run_that_can_be_continued(
+    command: Command, tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    really = os.fsync
+
+    def full(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == "journal.jsonl":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        really(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        done = command("search", tiny_yaml, "--out", run)
+    continued = command("resume", run)
+
+    assert done.code == 1
+    assert done.err.splitlines()[-2:] == [
+        f"error: evaluation 0 could not be written to '{run / 'journal.jsonl'}': No space left on device. Everything before "
+        "it is safe: make room and resume the run",
+        f"everything before is saved: continue with 'secateur resume {run}'",
+    ]
+    assert continued.code == 0
+    assert (run / "report.html").exists()
+
+
+def test_policy_that_does_not_fit_is_named_and_nothing_is_written(
+    command: Command, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    secateur.CompressionPolicy({"3": (0, 1), "99": (0,)}, {"3": 12, "99": 4}).save(tmp_path / "policy.json")
+
+    done = command("apply", tmp_path / "policy.json", tiny_yaml, "--out", tmp_path / "out")
+
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == (
+        "error: the policy does not fit the network: group '3' has 16 units, the policy was made for 12; the network has "
+        "no channel group '99'"
+    )
+    assert not (tmp_path / "out").exists()

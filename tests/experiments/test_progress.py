@@ -1,0 +1,75 @@
+import io
+import signal
+
+import pytest
+from rich.console import Console
+
+from experiments.interrupt import Interrupted, stop_on_signals
+from experiments.progress import RunDisplay, Workload, duration
+
+
+def test_time_left_follows_from_the_mean_of_each_kind_of_work() -> None:
+    work = Workload({"evaluation": 10, "epoch": 2})
+    work.record("evaluation", 4, 8.0)
+    work.record("epoch", 1, 30.0)
+
+    assert work.seconds_left() == pytest.approx(6 * 2.0 + 1 * 30.0)
+
+
+def test_work_not_timed_yet_is_taken_to_cost_what_the_dearest_does() -> None:
+    work = Workload({"evaluation": 10, "epoch": 2})
+    unknown = work.seconds_left()
+    work.record("evaluation", 4, 2.0)
+
+    assert unknown is None
+    assert work.seconds_left() == pytest.approx(6 * 0.5 + 2 * 0.5)
+
+
+def test_plain_console_gets_one_line_a_stage() -> None:
+    text = io.StringIO()
+    with RunDisplay(Console(file=text, width=40)) as display, display.stage("ppo", 2, "evaluation") as stage:
+        stage.advance(note="best 80 %")
+        stage.advance()
+
+    lines = text.getvalue().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("ppo: 2 evaluations in 0.0 s")
+    assert lines[0].endswith(", best 80 %")
+
+
+def test_quiet_display_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with RunDisplay(quiet=True) as display, display.stage("ppo", 1, "evaluation") as stage:
+        display.say("hello")
+        stage.advance()
+
+    assert capsys.readouterr() == ("", "")
+
+
+def test_text_of_a_user_is_not_read_as_markup() -> None:
+    text = io.StringIO()
+    RunDisplay(Console(file=text)).say("runs/[red]mine[/red]")
+
+    assert text.getvalue() == "runs/[red]mine[/red]\n"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(8.26, "8.3 s"), (250, "4 min 10 s"), (7505, "2 h 05 min")])
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_waits_for_the_next_safe_point(number: signal.Signals) -> None:
+    with stop_on_signals() as stop:
+        stop.check()
+        signal.raise_signal(number)
+
+        with pytest.raises(Interrupted, match=number.name):
+            stop.check()
+
+
+def test_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_signals():
+        pass
+
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,98 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from experiments.config import RunConfig
+from experiments.run import RunError, RunFolder, numbered_folder, refuse_existing
+
+from .outcomes import MACHINE
+
+Configured = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_config: Configured) -> RunFolder:
+    return RunFolder.create(tmp_path / "mine", tiny_config(), MACHINE, ["secateur", "search"])
+
+
+def test_new_run_records_configuration_machine_and_command(folder: RunFolder, tiny_config: Configured) -> None:
+    opened = RunFolder.open(folder.root)
+
+    assert (opened.config, opened.machine, opened.command) == (tiny_config(), MACHINE, "secateur search")
+
+
+def test_existing_run_is_refused_with_what_to_do(folder: RunFolder, tiny_config: Configured) -> None:
+    with pytest.raises(RunError) as caught:
+        RunFolder.create(folder.root, tiny_config(), MACHINE, [])
+
+    assert str(caught.value) == (
+        f"{folder.root} exists already; continue it with 'secateur resume {folder.root}', or choose another name "
+        "with --out"
+    )
+
+
+def test_other_folder_is_refused_without_talk_of_resuming(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+
+    with pytest.raises(RunError) as caught:
+        refuse_existing(tmp_path)
+
+    assert str(caught.value) == f"{tmp_path} exists already; choose another name with --out"
+
+
+def test_empty_folder_may_become_a_run(tmp_path: Path, tiny_config: Configured) -> None:
+    assert RunFolder.create(tmp_path, tiny_config(), MACHINE, []).config_file.exists()
+
+
+def test_opening_what_is_no_run_names_the_runs_beside_it(folder: RunFolder) -> None:
+    with pytest.raises(RunError) as caught:
+        RunFolder.open(folder.root.parent / "other")
+
+    assert str(caught.value) == (
+        f"{folder.root.parent / 'other'} is not a run folder (no config.yaml in it); runs in {folder.root.parent}: mine"
+    )
+
+
+def test_results_of_an_unfinished_run_say_how_to_finish_it(folder: RunFolder) -> None:
+    with pytest.raises(RunError) as caught:
+        folder.outcome()
+
+    assert str(caught.value) == (
+        f"run {folder.root} is not finished (no results.json in it); continue it with 'secateur resume {folder.root}'"
+    )
+
+
+def test_second_process_is_kept_out(folder: RunFolder) -> None:
+    code = "import sys; from pathlib import Path; from experiments.run import RunFolder\n"
+    code += "with RunFolder(Path(sys.argv[1])).locked(): print('locked', flush=True); sys.stdin.read()"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(folder.root)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as other:  # type: ignore[call-overload]
+        assert other.stdout.readline() == "locked\n"
+
+        with pytest.raises(RunError) as caught, folder.locked():
+            pass
+        other.kill()
+
+    assert str(caught.value) == f"another process works in run folder {folder.root}; wait for it or stop it"
+    with folder.locked():
+        assert folder.config_file.exists()
+
+
+def test_numbers_of_runs_go_on_after_the_highest(tmp_path: Path) -> None:
+    for name in ("digits-1", "digits-9", "digits-x", "other-20"):
+        (tmp_path / name).mkdir()
+
+    assert numbered_folder(tmp_path, "digits") == tmp_path / "digits-10"
+    assert numbered_folder(tmp_path / "missing", "digits") == tmp_path / "missing" / "digits-1"
+
+
+def test_machine_differences_are_told_by_name() -> None:
+    other = MACHINE.model_copy(update={"threads": 8, "packages": {"torch": "3.0"}, "date": "later"})
+
+    assert MACHINE.differences(other) == ["threads was 2 and is 8", "torch was 2.15 and is 3.0"]

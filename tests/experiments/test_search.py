@@ -1,0 +1,190 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from experiments.config import RunConfig
+from experiments.interrupt import Interrupted, StopFlag
+from experiments.outcome import RunOutcome
+from experiments.progress import RunDisplay
+from experiments.run import RunFolder
+from experiments.search import resume_run, start_run
+
+Configured = Callable[..., RunConfig]
+AGENT_RUN = {"search__methods": ["random", "cem", "ppo", "ddpg"], "search__evaluations": 40, "finetune__epochs": 2}
+
+KILLED = """
+import os, signal, sys, threading
+from pathlib import Path
+from experiments.interrupt import StopFlag
+from experiments.progress import RunDisplay
+from experiments.search import resume_run
+threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+with RunDisplay(quiet=True) as display:
+    resume_run(Path(sys.argv[1]), display, StopFlag())
+"""
+
+
+class StopAfter(StopFlag):
+    """Behaves as if a signal came in after so many looks."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.left = looks
+
+    def check(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            self.set(signal.SIGTERM)
+        super().check()
+
+    def set(self, signal_number: int, _frame: object = None) -> None:
+        self.signal_name = signal.Signals(signal_number).name
+
+
+def search(config: RunConfig, root: Path, stop: StopFlag | None = None) -> RunOutcome:
+    with RunDisplay(quiet=True) as display:
+        return start_run(config, root, ["secateur", "search"], display, stop or StopFlag())
+
+
+def resume(root: Path, stop: StopFlag | None = None) -> RunOutcome:
+    with RunDisplay(quiet=True) as display:
+        return resume_run(root, display, stop or StopFlag())
+
+
+def timeless(root: Path) -> dict[str, Any]:
+    """Everything that a run found, without clock readings."""
+    outcome = RunOutcome.load(root / "results.json").model_dump()
+    clocks = {"seconds", "seconds_evaluating", "latencies", "probe_seconds", "machine"}
+    journal = [json.loads(line) for line in (root / "journal.jsonl").read_text().splitlines()]
+    return {
+        "rows": [{k: v for k, v in row.items() if k not in clocks} for row in outcome["rows"]],
+        "journal": [{k: v for k, v in entry.items() if k not in clocks} for entry in journal],
+        "policies": {p.parent.name: p.read_text() for p in root.glob("methods/*/policy.json")},
+        "weights": {p.parent.name: p.read_bytes() for p in root.glob("methods/*/tuned.safetensors")},
+    }
+
+
+def scalars(root: Path, method: str, tag: str) -> list[tuple[int, float]]:
+    """Steps and values of one scalar of one method."""
+    events = EventAccumulator(str(root / "tensorboard" / method)).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_same_configuration_gives_the_same_run(tiny_config: Configured, tmp_path: Path) -> None:
+    config = tiny_config(finetune__epochs=1)
+    search(config, tmp_path / "one")
+    search(config, tmp_path / "two")
+
+    assert timeless(tmp_path / "one") == timeless(tmp_path / "two")
+
+
+def test_other_seed_gives_another_search(tiny_config: Configured, tmp_path: Path) -> None:
+    search(tiny_config(), tmp_path / "one")
+    search(tiny_config(search__seed=1), tmp_path / "two")
+
+    assert timeless(tmp_path / "one")["journal"] != timeless(tmp_path / "two")["journal"]
+
+
+def test_run_stopped_at_any_step_goes_on_to_the_same_end(tiny_config: Configured, tmp_path: Path) -> None:
+    config = tiny_config(finetune__epochs=2)
+    search(config, tmp_path / "whole")
+
+    with pytest.raises(Interrupted) as caught:
+        search(config, tmp_path / "stopped", StopAfter(9))
+    looks = 1
+    while True:
+        try:
+            resume(tmp_path / "stopped", StopAfter(looks))
+            break
+        except Interrupted:
+            looks += 3
+
+    assert str(caught.value) == (
+        f"stopped by SIGTERM; everything so far is saved: continue with 'secateur resume {tmp_path / 'stopped'}'"
+    )
+    assert timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
+
+
+def test_tensorboard_shows_each_evaluation_once_after_a_stop(tiny_config: Configured, tmp_path: Path) -> None:
+    config = tiny_config()
+    search(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        search(config, tmp_path / "stopped", StopAfter(8))
+    resume(tmp_path / "stopped")
+
+    for tag in ("search/accuracy", "search/best_reward", "search/cost"):
+        assert scalars(tmp_path / "stopped", "random", tag) == scalars(tmp_path / "whole", "random", tag)
+
+
+def test_methods_are_compared_at_equal_numbers_from_the_same_start(tiny_config: Configured, tmp_path: Path) -> None:
+    config = tiny_config(search__methods=["sensitivity", "random", "cem"], search__evaluations=12)
+    outcome = search(config, tmp_path / "run")
+    journal = timeless(tmp_path / "run")["journal"]
+
+    def first_plan(searcher: str) -> dict[str, int]:
+        return next(e["kept"] for e in journal if (e["searcher"], e["purpose"]) == (searcher, "candidate"))
+
+    assert first_plan("random") == first_plan("cem") == first_plan("sensitivity")
+    assert outcome.row("random").evaluations == outcome.row("cem").evaluations == 12
+
+
+def test_search_reads_no_test_image(tiny_config: Configured, tmp_path: Path) -> None:
+    data = tiny_config().data.model_copy(update={"test": tiny_config().data.test.model_copy(update={"folder": "none"})})
+    outcome = search(tiny_config().model_copy(update={"data": data}), tmp_path / "run")
+
+    assert outcome.n_test == 0
+    assert outcome.row("random").test_accuracy is None
+    assert outcome.row("random").validation_accuracy is not None
+
+
+def test_resume_warns_of_another_number_of_threads(
+    tiny_config: Configured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Interrupted):
+        search(tiny_config(), tmp_path / "run", StopAfter(3))
+    folder = RunFolder(tmp_path / "run")
+    folder.machine_file.write_text(folder.machine.model_copy(update={"threads": 64}).model_dump_json())
+
+    with RunDisplay() as display:
+        resume_run(folder.root, display, StopFlag())
+
+    assert "warning: threads was 64 and is 1; the continued run may differ from an uninterrupted one" in (
+        capsys.readouterr().err
+    )
+
+
+def test_hyperparameters_are_shown_with_final_metrics(tiny_config: Configured, tmp_path: Path) -> None:
+    outcome = search(tiny_config(), tmp_path / "run")
+
+    (_, value), *_ = scalars(tmp_path / "run", "random", "final/validation_accuracy")
+    assert value == pytest.approx(outcome.row("random").validation_accuracy)
+
+
+@pytest.mark.slow
+def test_run_killed_at_random_moments_goes_on_to_the_same_end(tiny_config: Configured, tmp_path: Path) -> None:
+    config = tiny_config(**AGENT_RUN)
+    search(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        search(config, tmp_path / "killed", StopAfter(1))
+    moments = random.Random(0)
+
+    n_kills = 0
+    for _ in range(200):
+        arguments = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(moments.uniform(0.2, 4))]
+        done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ, check=False)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        n_kills += 1
+
+    assert n_kills >= 3
+    assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
