@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 from gymnasium import spaces
 
+from agent.checkpoint import warn
 from agent.config import AgentConfig, DDPGConfig
 from agent.train import train_agent
 from agent.transfer import act, load_agent, save_agent
@@ -45,6 +47,7 @@ def search_by_agent(
     files: MethodFolder | None,
     tensorboard: Path | None,
     start_from: Path | None = None,
+    notify: Callable[[str], None] = warn,
 ) -> None:
     """Train an agent until the evaluations are spent; what it proposed is in the evaluator's history.
 
@@ -56,6 +59,7 @@ def search_by_agent(
         files: where checkpoints and the trained agent go; none saves neither.
         tensorboard: where its training is logged.
         start_from: file of a trained agent to start from.
+        notify: told of damaged checkpoints.
     """
     env = search_env(problem, evaluator, settings)
     result = train_agent(
@@ -69,6 +73,7 @@ def search_by_agent(
         checkpoints=files.checkpoints if files else None,
         companions={"evaluator": evaluator} if files else None,
         start_from=start_from,
+        notify=notify,
     )
     if files:
         save_agent(files.agent_file, result.config, result.policy)

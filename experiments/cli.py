@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -249,8 +248,6 @@ def split(
 def main() -> None:
     """Run the command; an error that a user can mend ends it with a message in place of a traceback."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    # Raised inside PyTorch Geometric while it is imported; a user can do nothing about it.
-    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     try:
         app()
     except Exception as error:

@@ -198,8 +198,10 @@ def _reward_limits(accuracy: Sequence[float]) -> tuple[float, float]:
 
 def _zoom_to_limit(axes: Axes, plans: Sequence[Plan], limit: int, dense_cost: int) -> None:
     near = [plan for plan in plans if 0.97 * limit <= plan.cost <= limit]
-    axes.set_title("the last 3 % below the limit", fontsize=10, loc="left")
-    axes.set_xlim(0.97 * limit / dense_cost, 1.002 * limit / dense_cost)
+    lowest = min((plan.cost for plan in near), default=round(0.99 * limit))
+    room = 0.08 * max(limit - lowest, limit // 1000)
+    axes.set_title("close to the limit", fontsize=10, loc="left")
+    axes.set_xlim((lowest - room) / dense_cost, (limit + room) / dense_cost)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_ylim(*_reward_limits([plan.accuracy for plan in near]))
 

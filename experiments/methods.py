@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from agent.baselines import run_baseline
+from agent.checkpoint import warn
 from agent.config import AgentConfig, default_config
 from envs.action import Ratios, project
 from envs.evaluator import EvaluateFunction
@@ -61,6 +63,7 @@ def search_with(
     agent: AgentConfig | None = None,
     files: MethodFolder | None = None,
     tensorboard: Path | None = None,
+    notify: Callable[[str], None] = warn,
 ) -> MethodSearch:
     """Search with one method and choose among its best plans.
 
@@ -75,6 +78,7 @@ def search_with(
         agent: hyper-parameters, for an agent; its own defaults if not given.
         files: where an agent saves itself, and continues from; none saves nothing.
         tensorboard: where an agent logs its training.
+        notify: told of damaged checkpoints.
 
     Raises:
         ConfigError: if probes and finalists leave nothing to search with.
@@ -88,7 +92,7 @@ def search_with(
     probes, rescoring = _probe_charge(method, problem), n_finalists * weight if weight > 1 else 0.0
     _check_enough(method, settings.evaluations, probes, rescoring)
     evaluator = problem.evaluator(method, on_evaluation, max_evaluations=settings.evaluations - probes - rescoring)
-    propose(method, problem, evaluator, settings, agent, files, tensorboard)
+    propose(method, problem, evaluator, settings, agent, files, tensorboard, notify)
     searchers = [evaluator]
     best = ranked_plans(problem, evaluator)
     if evaluate_all and weight > 1:
@@ -120,6 +124,7 @@ def propose(
     agent: AgentConfig | None,
     files: MethodFolder | None,
     tensorboard: Path | None,
+    notify: Callable[[str], None],
 ) -> None:
     """Let one method propose plans until its evaluations are spent; what it proposed is in the evaluator's history."""
     space = problem.space
@@ -127,7 +132,7 @@ def propose(
         evaluator.score(space.policy(project(_one_shot(method, problem), space)))
     elif method in ("ppo", "ddpg"):
         config = agent or default_config(method)
-        search_by_agent(problem, evaluator, settings, config, files, tensorboard)
+        search_by_agent(problem, evaluator, settings, config, files, tensorboard, notify=notify)
     else:
         env = NetworkEnv(space, evaluator, reward=problem.scoring.reward)
         granted = math.floor(evaluator.max_evaluations)

@@ -121,7 +121,7 @@ def _figure_sections(outcome: RunOutcome, plans: Sequence[Plan]) -> list[str]:
             _section(
                 "Reward per evaluation",
                 "Dots are candidates, lines the best so far, dashed lines the methods that propose a single plan. All "
-                "methods start from the same plan and spend the same number of evaluations.",
+                "searching methods start from the same plan and spend the same number of evaluations.",
                 reward_figure([plan for plan in plans if plan.method in METHODS]),
             )
         )

@@ -92,8 +92,8 @@ _SEARCH_TABLES = (
 _TUNED_20 = """15 epochs for each network, the dense one too: SGD with Nesterov momentum, cosine schedule, the same
 batches. Differences are paired by seed; intervals are 95 % (Student's t)."""
 _TUNED_56 = "30 epochs for each network, the dense one too; one seed."
-_TRANSFER = """The agent trained on ResNet-20 (first seed above), its weights frozen, plans ResNet-56 in one forward pass with
-the features that cost nothing: no evaluation on ResNet-56."""
+_TRANSFER = """The agent trained on ResNet-20 (first seed above), its weights frozen, plans ResNet-56 in one forward
+pass with the features that cost nothing: no evaluation on ResNet-56."""
 
 
 def _search_table(cells: Cells, table: str) -> list[str]:

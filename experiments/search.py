@@ -208,6 +208,7 @@ def _search(
                 agent=subject.config.agent(method),
                 files=own,
                 tensorboard=folder.tensorboard / method / "agent",
+                notify=lambda message: display.say(f"warning: {message}"),
             )
     finally:
         scalars.close()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
-from torch_geometric.nn import GINEConv
+
+with warnings.catch_warnings():
+    # PyTorch Geometric scripts a class while it is imported, which PyTorch calls deprecated.
+    warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+    from torch_geometric.nn import GINEConv
 
 Observation = Mapping[str, Tensor]
 

@@ -87,6 +87,41 @@ def test_policy_of_a_run_is_applied_to_the_same_network(command: Command, finish
     ]
 
 
+@pytest.fixture(scope="module")
+def agent_run(tiny_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("agent") / "run"
+    config = tiny_config(search__methods=["ppo"], search__evaluations=16)
+    with RunDisplay(quiet=True) as display:
+        start_run(config, root, ["secateur"], display, StopFlag())
+    return root
+
+
+def apply_agent(command: Command, run: Path, yaml: Path, out: Path, *options: object) -> dict[str, Any]:
+    """Apply the agent of a run to a network that it has not seen."""
+    model = ["--model", "tests.experiments.tiny:deeper_network"]
+    done = command("apply", run / "methods" / "ppo", yaml, *model, "--out", out, "--json", *options)
+    assert done.code == 0, done.err
+    return dict(json.loads(done.out))
+
+
+def test_frozen_agent_plans_another_network(command: Command, agent_run: Path, tiny_yaml: Path, tmp_path: Path) -> None:
+    told = apply_agent(command, agent_run, tiny_yaml, tmp_path / "out")
+
+    assert 0.4 * told["dense_macs"] < told["macs"] <= 0.5 * told["dense_macs"]
+    policy = json.loads((tmp_path / "out" / "policy.json").read_text())
+    assert set(policy["groups"]) <= {"3", "6", "9", "12"}
+
+
+def test_refined_agent_is_no_worse_than_the_frozen_one(
+    command: Command, agent_run: Path, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    scored_on_all = ["--set", "search.search_images=90"]
+    frozen = apply_agent(command, agent_run, tiny_yaml, tmp_path / "frozen", *scored_on_all)
+    refined = apply_agent(command, agent_run, tiny_yaml, tmp_path / "refined", *scored_on_all, "--evaluations", 12)
+
+    assert refined["accuracy"] >= frozen["accuracy"]
+
+
 def test_compressed_network_is_fine_tuned(command: Command, finished_run: Path, tmp_path: Path) -> None:
     source, model = finished_run / "methods" / "uniform" / "model", "tests.experiments.tiny:network"
     arguments = [source, finished_run / "config.yaml", "--model", model, "--epochs", "3", "--out", tmp_path / "out"]

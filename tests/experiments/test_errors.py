@@ -16,8 +16,13 @@ from torch import Tensor, nn
 
 import secateur
 from envs.evaluator import EvaluateError
+from experiments.config import RunConfig
+from experiments.interrupt import Interrupted
+from experiments.progress import RunDisplay
+from experiments.search import start_run
 from secateur import TraceError
 
+from .stopping import StopAfter
 from .tiny import network
 
 # ruff: noqa: E501 - a message reads better in one piece
@@ -270,6 +275,27 @@ def test_full_disk_ends_a_run_that_can_be_continued(
     ]
     assert continued.code == 0
     assert (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "corrupted"])
+def test_damaged_checkpoint_is_told_and_the_one_before_is_used(
+    command: Command, tiny_config: Callable[..., RunConfig], tmp_path: Path, damage: str
+) -> None:
+    options = {"search__methods": ["ppo"], "search__evaluations": 24, "ppo__rollout": 4, "ppo__checkpoint_every": 4}
+    with pytest.raises(Interrupted), RunDisplay(quiet=True) as display:
+        start_run(tiny_config(**options), tmp_path / "run", ["secateur"], display, StopAfter(17))
+    *_, newest = sorted((tmp_path / "run" / "methods" / "ppo" / "checkpoints").glob("*.pt"))
+    content = newest.read_bytes()
+    newest.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"x" * len(content))
+
+    done = command("resume", tmp_path / "run")
+
+    assert done.code == 0
+    assert re.search(
+        rf"^warning: '{newest}' cannot be read as an agent's state: .+; the checkpoint before it is used instead$",
+        done.err,
+        re.MULTILINE,
+    )
 
 
 def test_policy_that_does_not_fit_is_named_and_nothing_is_written(

@@ -18,6 +18,8 @@ from experiments.progress import RunDisplay
 from experiments.run import RunFolder
 from experiments.search import resume_run, start_run
 
+from .stopping import StopAfter
+
 Configured = Callable[..., RunConfig]
 AGENT_RUN = {"search__methods": ["random", "cem", "ppo", "ddpg"], "search__evaluations": 40, "finetune__epochs": 2}
 
@@ -31,23 +33,6 @@ threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL)).star
 with RunDisplay(quiet=True) as display:
     resume_run(Path(sys.argv[1]), display, StopFlag())
 """
-
-
-class StopAfter(StopFlag):
-    """Behaves as if a signal came in after so many looks."""
-
-    def __init__(self, looks: int) -> None:
-        super().__init__()
-        self.left = looks
-
-    def check(self) -> None:
-        self.left -= 1
-        if self.left < 0:
-            self.set(signal.SIGTERM)
-        super().check()
-
-    def set(self, signal_number: int, _frame: object = None) -> None:
-        self.signal_name = signal.Signals(signal_number).name
 
 
 def search(config: RunConfig, root: Path, stop: StopFlag | None = None) -> RunOutcome:
@@ -179,7 +164,7 @@ def test_run_killed_at_random_moments_goes_on_to_the_same_end(tiny_config: Confi
 
     n_kills = 0
     for _ in range(200):
-        arguments = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(moments.uniform(0.2, 4))]
+        arguments = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(moments.uniform(0.3, 6))]
         done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ, check=False)
         if done.returncode == 0:
             break

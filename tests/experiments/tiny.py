@@ -28,6 +28,13 @@ def network(num_classes: int, in_channels: int) -> nn.Module:
     )
 
 
+def deeper_network(num_classes: int, in_channels: int) -> nn.Module:
+    """`network` with another convolution before its last one, so that its plans do not fit."""
+    layers = [*network(num_classes, in_channels)]
+    extra = [nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    return nn.Sequential(*layers[:9], *extra, *layers[9:])
+
+
 def images() -> dict[str, tuple[Tensor, Tensor]]:
     """Noise with a bright stripe whose direction is the class: 240 images to train on, 90 and 90 others."""
     return {
