@@ -1,6 +1,7 @@
 # make search    the main job on bundled data, from nothing but Python 3.11+ to a report
 # make check     format, lint, types, import order and the fast tests
 # make test      check and the slow tests: what CI runs
+# make coverage  docs/coverage.md: every classification model of torchvision, with Torch-Pruning beside it
 # make results   the tables of docs/results.md; skips what is finished (options: python -m experiments.results --help)
 
 SHELL := /bin/bash
@@ -12,7 +13,7 @@ CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
 # One thread a test process: with several, they would fight over the same cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: install search check test results clean
+.PHONY: install search check test coverage results clean
 
 install: $(INSTALLED)
 
@@ -39,6 +40,10 @@ check: $(INSTALLED)
 
 test: check
 	$(PYTEST) -m "slow and not bench and not gpu"
+
+coverage: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[coverage-benchmark]"
+	$(BIN)/python -m experiments.coverage
 
 results: $(INSTALLED)
 	$(BIN)/python -m experiments.results

@@ -115,13 +115,14 @@ def run_baseline(
     n_decisions = int(np.prod(space.shape))
     scorer = Scorer(env, 4 * n_evaluations, should_stop or (lambda: False), on_episode or (lambda _: None))
     env.reset(seed=seed)
-    scorer.score(np.zeros((1, n_decisions)))
     generator = np.random.default_rng(seed)
     plan: Plan | None = None
+    if baseline == "cem":
+        plan = cross_entropy(scorer, n_decisions, generator)
+    else:
+        scorer.score(np.zeros((1, n_decisions)))
     if baseline == "random":
         random_search(scorer, n_decisions, generator)
-    elif baseline == "cem":
-        plan = cross_entropy(scorer, n_decisions, generator)
     if not scorer.episodes:
         msg = "the search was stopped before its first plan was scored; there is no result"
         raise ValueError(msg)
@@ -134,7 +135,7 @@ def run_baseline(
     )
 
 
-def random_search(scorer: Scorer, n_decisions: int, generator: np.random.Generator, *, std: float = 0.2) -> None:
+def random_search(scorer: Scorer, n_decisions: int, generator: np.random.Generator, *, std: float = 0.3) -> None:
     """Score Gaussian plans around the start plan.
 
     Args:
@@ -152,19 +153,21 @@ def cross_entropy(
     n_decisions: int,
     generator: np.random.Generator,
     *,
-    population: int = 20,
+    population: int = 21,
     n_elite: int = 6,
     std: float = 0.4,
     mean_step: float = 0.9,
-    std_step: float = 0.3,
+    std_step: float = 0.2,
 ) -> Plan:
-    """Cross-entropy method with a diagonal Gaussian that starts at the start plan (Rubinstein 1999; de Boer 2005).
+    """Cross-entropy method with a diagonal Gaussian (de Boer et al. 2005, section 3.2, with smoothing).
+
+    It starts at the start plan. The first plan of a generation is the Gaussian's mean, the others mirrored pairs.
 
     Args:
         scorer: ends the search.
         n_decisions: scores a plan.
         generator: of the plans.
-        population: plans a generation.
+        population: plans a generation, odd for whole pairs.
         n_elite: best plans of a generation, whose mean and standard deviation the Gaussian moves to.
         std: its spread at the start, on the scale of actions.
         mean_step: share of the way that its mean moves, in ``(0, 1]``.
@@ -175,10 +178,11 @@ def cross_entropy(
     """
     mean, spread = np.zeros(n_decisions), np.full(n_decisions, std)
     while scorer.goes_on:
-        noise = generator.standard_normal((population, n_decisions))
+        half = generator.standard_normal((population // 2, n_decisions))
+        noise = np.concatenate([np.zeros((1, n_decisions)), half, -half])
         plans = np.clip(mean + spread * noise, -1, 1)
         rewards = scorer.score(plans)
-        if len(rewards) < population:
+        if len(rewards) < len(plans):
             break
         elite = plans[np.argsort(-rewards, kind="stable")[:n_elite]]
         mean = mean + mean_step * (elite.mean(axis=0) - mean)

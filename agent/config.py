@@ -80,8 +80,8 @@ class DDPGConfig(AgentConfig):
     """Critics, each with an encoder of its own."""
     plan_hidden: Count = 32
     """Width of the critics where they read the plan."""
-    plan_layers: Annotated[int, Field(ge=0)] = 1
-    """Rounds of messages after the plan is written onto the graph."""
+    plan_layers: Annotated[int, Field(ge=0)] = 0
+    """Rounds of messages after the plan is written onto the graph; it takes two to reach the next decision."""
     candidates: Count = 1
     """Plans that a critic ranks before one is evaluated; 1 ranks none."""
     buffer_bytes: Count = 1_000_000_000

@@ -105,7 +105,7 @@ class RunOutcome(_Record):
 def budget_words(budget: Budget | None) -> str:
     """A budget as a headline says it: ``at most 20% of its MACs``."""
     if budget is None:
-        return "without a budget"
+        return "no budget"
     noun = {"macs": "MACs", "params": "parameters"}[budget.kind]
     return (
         f"at most {100 * budget.share:.4g} % of its {noun}" if budget.share else f"at most {budget.absolute:,} {noun}"

@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from .interrupt import Interrupted, StopFlag, stop_on_signals
 from .problem import PROBES
 from .progress import RunDisplay
 from .results_page import render_page
-from .run import RunFolder
+from .run import RunBusyError, RunFolder
 from .search import create_run, resume_run
 
 EVALUATIONS = 300
@@ -187,7 +188,9 @@ def main(
                 if render or late or sitting.is_done(cell) or not re.search(only, cell.name):
                     continue
                 display.say(f"cell {cell.name}")
-                sitting.carry_out(cell, display, stop)
+                # Several sittings may share the cells: each takes the next one that is free.
+                with suppress(RunBusyError):
+                    sitting.carry_out(cell, display, stop)
         except Interrupted as stopped:
             display.say(f"{stopped}; run the same command to go on")
         finally:

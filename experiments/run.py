@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from .outcome import RunOutcome
 
 class RunError(RuntimeError):
     """A run folder that cannot be used as asked; the message says what to do."""
+
+
+class RunBusyError(RunError):
+    """Another process works in the run folder."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +111,14 @@ class RunFolder:
         """Keep a second process out of the folder; the system frees the lock when this one ends, however it ends.
 
         Raises:
-            RunError: if another process works in the folder.
+            RunBusyError: if another process works in the folder.
         """
         with (self.root / ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 msg = f"another process works in run folder {self.root}; wait for it or stop it"
-                raise RunError(msg) from None
+                raise RunBusyError(msg) from None
             yield
 
     @classmethod
@@ -127,7 +132,7 @@ class RunFolder:
         root.mkdir(parents=True, exist_ok=True)
         folder = cls(root)
         write_atomic(folder.machine_file, machine.model_dump_json(indent=2).encode())
-        write_atomic(root / "command.txt", " ".join(command).encode())
+        write_atomic(root / "command.txt", shlex.join(command).encode())
         write_atomic(folder.config_file, config.to_yaml().encode())
         return folder
 

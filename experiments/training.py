@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from graph_encoder.modes import evaluation_mode
 from pruning.files import write_atomic
 from pruning.finetune import FinetuneReport, finetune
 
 from .config import FinetuneConfig, RunConfig, TrainConfig
-from .data import ImageData, TrainBatches
+from .data import ImageData, TrainBatches, normalise
 from .images import cache_folder
 from .interrupt import StopFlag
 from .progress import RunDisplay
@@ -78,14 +79,27 @@ def trained_weights(
     config: RunConfig, data: ImageData, model: nn.Module, device: torch.device, display: RunDisplay, stop: StopFlag
 ) -> Path:
     """Weights of ``model`` trained from scratch by the configuration's recipe, from the cache if they are there."""
-    recipe = json.dumps([config.model.name, config.data.model_dump(mode="json"), config.train.model_dump()])
-    key = hashlib.sha256(f"{recipe} {config.search.seed} {torch.__version__}".encode()).hexdigest()[:16]
+    key = _training_key(config, data, model, device)
     path = cache_folder() / "networks" / f"{config.model.name.replace(':', '-')}-{key}.safetensors"
     if path.exists():
         display.say(f"{config.model.name} has no weights; taking those trained before by the same recipe, {path}")
     else:
         train_from_scratch(config, data, model, device, display, stop, path)
     return path
+
+
+def _training_key(config: RunConfig, data: ImageData, model: nn.Module, device: torch.device) -> str:
+    """Digest of all that trained weights depend on; a user's functions may have changed behind their names."""
+    recipe = [config.data.model_dump(mode="json"), config.train.model_dump(), config.search.seed, torch.__version__]
+    digest = hashlib.sha256(json.dumps(recipe).encode())
+    digest.update(data.train.images.numpy().tobytes())
+    digest.update(data.train.labels.numpy().tobytes())
+    with evaluation_mode(model), torch.inference_mode():
+        # The first weights are drawn by the seed, so equal outputs mean the same layers and the same forward.
+        outputs = model(normalise(data.train.images[:2].to(device), config.data))
+    digest.update(repr(outputs.float().cpu().mul(1000).round().tolist()).encode())
+    digest.update(repr({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}).encode())
+    return digest.hexdigest()[:16]
 
 
 def train_from_scratch(

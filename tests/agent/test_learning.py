@@ -196,7 +196,7 @@ def test_an_agent_learns_layer_by_layer(algorithm: Algorithm) -> None:
     env = LayerwiseTargetEnv(3, budget=200)
     start = env.whole.accuracy(np.zeros(3))
 
-    result = train_agent(algorithm, env, n_evaluations=200, seed=0, config=CONFIGS[algorithm], episode_length=3)
+    result = train_agent(algorithm, env, n_evaluations=200, seed=0, config=default_config(algorithm), episode_length=3)
 
     observation, _ = env.reset()
     plan = []

@@ -145,7 +145,7 @@ def test_a_killed_layerwise_search_continues_as_if_it_had_not_been(
 def test_a_search_killed_many_times_continues(
     algorithm: Algorithm, whole: Callable[[Algorithm], Whole], tmp_path: Path
 ) -> None:
-    for lives in (9, 11, 8, 14):
+    for lives in (9, 11, 8, 5):
         with pytest.raises(Killed):
             train(algorithm, MortalEnv(lives), tmp_path / "killed")
     result = train(algorithm, MortalEnv(), tmp_path / "killed")

@@ -281,9 +281,9 @@ def test_full_disk_ends_a_run_that_can_be_continued(
 def test_damaged_checkpoint_is_told_and_the_one_before_is_used(
     command: Command, tiny_config: Callable[..., RunConfig], tmp_path: Path, damage: str
 ) -> None:
-    options = {"search__methods": ["ppo"], "search__evaluations": 24, "ppo__rollout": 4, "ppo__checkpoint_every": 4}
+    options = {"search__methods": ["ppo"], "search__evaluations": 40, "ppo__rollout": 4, "ppo__checkpoint_every": 4}
     with pytest.raises(Interrupted), RunDisplay(quiet=True) as display:
-        start_run(tiny_config(**options), tmp_path / "run", ["secateur"], display, StopAfter(17))
+        start_run(tiny_config(**options), tmp_path / "run", ["secateur"], display, StopAfter(27))
     *_, newest = sorted((tmp_path / "run" / "methods" / "ppo" / "checkpoints").glob("*.pt"))
     content = newest.read_bytes()
     newest.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"x" * len(content))

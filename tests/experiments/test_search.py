@@ -163,8 +163,10 @@ def test_run_killed_at_random_moments_goes_on_to_the_same_end(tiny_config: Confi
     moments = random.Random(0)
 
     n_kills = 0
-    for _ in range(200):
-        arguments = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(moments.uniform(0.3, 6))]
+    while True:
+        # Later and later, so that a slow machine gets to the end too.
+        seconds = moments.uniform(0.3, 5) * (1 + n_kills / 4)
+        arguments = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(seconds)]
         done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ, check=False)
         if done.returncode == 0:
             break

@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+
+from experiments.results import matrix
+from experiments.results_page import interval, render_page, spread
+
+from .outcomes import outcome, row
+
+NAMES = [cell.name for cell in matrix("ppo")]
+
+
+def finish(root: Path, name: str, **accuracies: float) -> None:
+    """Write the result of one cell as a run does."""
+    rows = [row(method, accuracy, accuracy + 0.1) for method, accuracy in accuracies.items()]
+    (root / name).mkdir(parents=True)
+    (root / name / "results.json").write_text(outcome(*rows).model_dump_json())
+
+
+def section(page: str, title: str) -> list[str]:
+    """Lines of one section of the page."""
+    return page.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
+
+
+def test_matrix_holds_every_method_and_seed_once_and_the_most_telling_first() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+    assert NAMES[:3] == ["resnet56-uniform-seed0", "resnet56-sensitivity-seed0", "resnet56-magnitude-seed0"]
+    assert [f"tuned-resnet20-seed{seed}" in NAMES for seed in range(6)] == [True] * 5 + [False]
+    assert NAMES[-1] == "tuned-resnet56-seed0"
+
+
+def test_cells_that_were_not_run_are_said_to_be(tmp_path: Path) -> None:
+    page = render_page(tmp_path, NAMES)
+
+    table = section(page, "ResNet-56 before fine-tuning")
+    assert [line.split(" | ")[:3] for line in table if line.startswith("| ppo")] == [["| ppo", "not run", "0 of 3"]]
+    assert "not run (0 of 5 seeds)" in section(page, "resnet20 after fine-tuning")
+
+
+def test_mean_and_spread_are_over_the_seeds_that_were_run(tmp_path: Path) -> None:
+    finish(tmp_path, "resnet56-ppo-seed0", ppo=0.82)
+    finish(tmp_path, "resnet56-ppo-seed1", ppo=0.84)
+
+    table = section(render_page(tmp_path, NAMES), "ResNet-56 before fine-tuning")
+
+    cells = next(line for line in table if line.startswith("| ppo")).split(" | ")
+    assert cells[1:4] == ["83.00 % ± 1.41", "2 of 3", "83.00 % ± 1.41"]
+
+
+def test_fine_tuned_networks_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    finish(tmp_path, "tuned-resnet20-seed0", uniform=0.80, ppo=0.81)
+    finish(tmp_path, "tuned-resnet20-seed1", uniform=0.70, ppo=0.73)
+
+    table = section(render_page(tmp_path, NAMES), "resnet20 after fine-tuning")
+
+    cells = next(line for line in table if line.startswith("| ppo")).split(" | ")
+    # Differences of 1 and 3 points: mean 2, standard error 1, Student's t with one degree of freedom 12.706.
+    assert cells[3] == "+2.00 [-10.71, +14.71]"
+
+
+def test_methods_of_one_table_do_not_appear_in_another(tmp_path: Path) -> None:
+    table = section(render_page(tmp_path, NAMES), "ResNet-56 before fine-tuning")
+
+    methods = [line.split(" | ")[0][2:] for line in table if line.startswith("| ")][2:]
+    assert methods == ["uniform", "sensitivity", "magnitude", "ppo", "ddpg", "cem", "random"]
+
+
+@pytest.mark.parametrize(
+    ("values", "text"), [([], "-"), ([None], "-"), ([0.5], "50.00 %"), ([0.5, 0.6], "55.00 % ± 7.07")]
+)
+def test_spread_is_of_what_is_known(values: list[float | None], text: str) -> None:
+    assert spread(values) == text
+
+
+def test_one_difference_has_no_interval() -> None:
+    assert interval([0.012]) == "+1.20"
