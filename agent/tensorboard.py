@@ -13,12 +13,12 @@ class ContinuedTensorBoard(TensorBoardOutputFormat):
     """Writes to ``folder`` from ``first_step`` on; what an interrupted run wrote there from that step on is void."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        _wait_for_a_later_second(folder)
+        wait_for_a_later_second(folder)
         self.writer = SummaryWriter(log_dir=str(folder), purge_step=first_step)
         self._is_closed = False
 
 
-def _wait_for_a_later_second(folder: Path) -> None:
+def wait_for_a_later_second(folder: Path) -> None:
     """Let the clock pass the second in the name of the newest event file: readers order files by name."""
     seconds = [int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*")]
     while seconds and int(time.time()) <= max(seconds):

@@ -27,14 +27,15 @@ SearchEnv = NetworkEnv | LayerwiseEnv
 
 
 def search_env(problem: SearchProblem, evaluator: CandidateEvaluator, settings: SearchSettings) -> SearchEnv:
-    """The environment that an agent acts in; it shows the sensitivity probes if they were made."""
+    """The environment that an agent acts in; it shows the sensitivity probes if every searcher pays for them."""
+    sensitivity = problem.sensitivity if problem.starts_from_probes else None
     environment = NetworkEnv if settings.environment == "network" else LayerwiseEnv
     return environment(
         problem.space,
         evaluator,
         reward=problem.scoring.reward,
-        sensitivity=problem.sensitivity,
-        noise_floor=problem.noise_floor() if problem.sensitivity else 0.01,
+        sensitivity=sensitivity,
+        noise_floor=problem.noise_floor() if sensitivity else 0.01,
         measured_dropout=settings.measured_dropout,
     )
 

@@ -8,15 +8,22 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from agent.tensorboard import wait_for_a_later_second
 from envs.evaluator import Evaluation
 
 
 class EvaluationScalars:
     """Writes each evaluation of one method: accuracy, reward, best so far, cost. The step is its number."""
 
-    def __init__(self, folder: Path) -> None:
-        """Log below ``folder``; nothing is written before the first evaluation."""
+    def __init__(self, folder: Path, recorded: Mapping[int, float] | None = None) -> None:
+        """Log below ``folder``; nothing is written before the first evaluation.
+
+        Args:
+            folder: of the method.
+            recorded: reward by step of the evaluations in the journal, so that the best so far goes on after a resume.
+        """
         self._folder = folder
+        self._recorded = recorded or {}
         self._writer: SummaryWriter | None = None
         self._best = -math.inf
 
@@ -26,8 +33,11 @@ class EvaluationScalars:
             return
         step = math.ceil(evaluation.evaluations_used)
         # A resumed search replays what came after its checkpoint: everything from that step on is written anew.
-        writer = self._writer or SummaryWriter(str(self._folder), purge_step=step)
-        self._writer = writer
+        if self._writer is None:
+            self._best = max((r for at, r in self._recorded.items() if at < step), default=-math.inf)
+            wait_for_a_later_second(self._folder)
+            self._writer = SummaryWriter(str(self._folder), purge_step=step)
+        writer = self._writer
         self._best = max(self._best, reward)
         writer.add_scalar("search/accuracy", evaluation.accuracy, step)
         writer.add_scalar("search/reward", reward, step)

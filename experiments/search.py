@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -193,7 +194,9 @@ def _search(
     if own.search_file.exists():
         display.say(f"{method}: searched before")
         return MethodSearch.model_validate_json(own.search_file.read_text())
-    scalars = EvaluationScalars(folder.tensorboard / method)
+    entries = [e for e in problem.journal.entries(method, problem.seed) if e.purpose == "candidate"]
+    recorded = {math.ceil(e.evaluations_used): problem.reward(e.accuracy, e.cost) for e in entries}
+    scalars = EvaluationScalars(folder.tensorboard / method, recorded)
     settings = subject.config.search
     try:
         with display.stage(method, settings.evaluations, "evaluation") as stage:

@@ -190,8 +190,11 @@ def test_an_agent_finds_the_plan_that_is_a_function_of_the_features(algorithm: A
     assert found > 0.1 * start  # both are negative; the optimum is 0
 
 
+_LEVEL_ONLY = pytest.mark.xfail(strict=True, reason="layer by layer DDPG finds the common level of the scores only")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
+@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("ddpg", marks=_LEVEL_ONLY)])
 def test_an_agent_learns_layer_by_layer(algorithm: Algorithm) -> None:
     env = LayerwiseTargetEnv(3, budget=200)
     start = env.whole.accuracy(np.zeros(3))
