@@ -61,7 +61,7 @@ def main() -> list[str]:
     torch.manual_seed(0)
     (train_images, train_labels), (images, labels) = digits()
     model = Net()
-    train(model, train_images, train_labels, epochs=3, learning_rate=0.05)
+    train(model, train_images, train_labels, epochs=6, learning_rate=0.1)
 
     def accuracy(network: nn.Module) -> float:
         with torch.inference_mode():
@@ -78,7 +78,7 @@ def main() -> list[str]:
         seed=0,
         n_images=len(images),
     )
-    train(found.model, train_images, train_labels, epochs=1, learning_rate=0.02)
+    train(found.model, train_images, train_labels, epochs=2, learning_rate=0.02)
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "digits"

@@ -92,7 +92,14 @@ def _freeze_what_does_not_hold(
 ) -> NetworkGraph:
     """Keep dense, by name, the groups without which the rest of the network holds at smaller widths."""
     while (failure := holds_smaller_widths(model, graph, metas, outputs)) is not None:
-        culprits = _culprits(model, graph, metas, outputs, failure.module)
+        module, culprits = _culprits(model, graph, metas, outputs, failure.module)
+        culprits |= _alike(model, graph, module, culprits)
+        if not culprits:
+            msg = (
+                f"'{failure.module or 'the network'}' does not run the same way twice ({failure.message}); "
+                f"a network is captured by its operators, so make forward deterministic in evaluation mode"
+            )
+            raise TraceError(msg)
         reason = f"forward of '{failure.module or 'the network'}' holds a channel count: {failure.message}"
         groups = [replace(g, reason=reason) if i in culprits else g for i, g in enumerate(graph.groups)]
         graph = replace(graph, groups=tuple(groups))
@@ -101,20 +108,43 @@ def _freeze_what_does_not_hold(
 
 def _culprits(
     model: nn.Module, graph: NetworkGraph, metas: list[Tensor], outputs: list[tuple[int, ...]], module: str
-) -> set[int]:
-    """Groups to blame for a failure inside ``module``: those bound there that fail alone, else the first that do."""
+) -> tuple[str, set[int]]:
+    """Groups to blame for a failure inside ``module``, and the module around it that binds them.
+
+    They are the groups bound there that fail alone; where there are none, the first that fails.
+    """
     offered = [index for index, group in enumerate(graph.groups) if group.is_prunable]
     while module:
         near = [i for i in offered if any(m.tensor.startswith(f"{module}.") for m in graph.groups[i].members)]
         guilty = {i for i in near if holds_smaller_widths(model, graph, metas, outputs, frozenset({i})) is not None}
         if guilty:
-            return guilty
+            return module, guilty
         module = module.rpartition(".")[0]
     while len(offered) > 1:
         half = offered[: len(offered) // 2]
         fails = holds_smaller_widths(model, graph, metas, outputs, frozenset(half)) is not None
         offered = half if fails else offered[len(offered) // 2 :]
-    return set(offered)
+    return "", set(offered)
+
+
+def _alike(model: nn.Module, graph: NetworkGraph, module: str, culprits: set[int]) -> set[int]:
+    """Offered groups that other modules of the same class produce at the same place: they hold the same number."""
+    if not module:
+        return set()
+    kind = type(model.get_submodule(module))
+    others = [name for name, other in model.named_modules() if type(other) is kind and name != module]
+    places = {
+        member.tensor.removeprefix(module)
+        for index in culprits
+        for member in graph.groups[index].members
+        if member.role == "out" and member.tensor.startswith(f"{module}.")
+    }
+    blamed = {name + place for name in others for place in places}
+    return {
+        index
+        for index, group in enumerate(graph.groups)
+        if group.is_prunable and any(m.role == "out" and m.tensor in blamed for m in group.members)
+    }
 
 
 def trace_operators(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> list[Operator]:

@@ -201,12 +201,11 @@ def _attention(run: LabelPass, call: Call) -> Result:
                 run.freeze(labels, "takes part in attention with unequal numbers of heads")
         out = run.labels_or_constant(value).narrow(-2, 0, 1)
     width = int(query.shape[-1]) + int(value.shape[-1])
-    dims: tuple[Tensor | int, ...] = (width,)
-    factor = batch * rows * columns // run.batch
+    macs = batch * rows * columns * width // run.batch
+    counted = None
     if read and all(labels.numel() > 1 for labels in read):
         counted = torch.cat([read[0].flatten(), read[2].flatten()])
-        factor, dims = batch * rows * columns * width // (run.batch * len(counted)), (counted,)
-    return [out], run.add_product(call, "attention", factor, dims)
+    return [out], run.add_product(call, "attention", *_per_label(run, macs, counted))
 
 
 @_rule("matmul", "bmm", "mm")
@@ -220,7 +219,7 @@ def _matmul(run: LabelPass, call: Call) -> Result:
                 run.freeze(run.labels_or_constant(tensor), "takes part in a product with a vector")
         return [None], run.add_product(call, "matmul", macs, ())
     classes = run.record.classes
-    a, b = run.labels_or_constant(first), run.labels_or_constant(second)
+    a, b = tighten(run.labels_or_constant(first)), tighten(run.labels_or_constant(second))
     for tensor in (first, second):
         if run.name_of(tensor) is not None:
             run.freeze(run.labels_or_constant(tensor), "is multiplied outside a linear layer")
@@ -250,8 +249,18 @@ def _matmul(run: LabelPass, call: Call) -> Result:
     out = out.expand(call.outputs[0].shape)
     if counted is None and len(varying_dims(out)) > 0:
         counted = compact(out).flatten()
-    dims: tuple[Tensor | int, ...] = () if counted is None else (counted,)
-    return [out], run.add_product(call, "matmul", macs // (len(counted) if counted is not None else 1), dims)
+    return [out], run.add_product(call, "matmul", *_per_label(run, macs, counted))
+
+
+def _per_label(run: LabelPass, macs: int, counted: Tensor | None) -> tuple[int, tuple[Tensor, ...]]:
+    """MACs of a product as a factor times the number of labels left, each counted once."""
+    if counted is None:
+        return macs, ()
+    labels, counts = counted.unique(return_counts=True)
+    if macs % len(labels) or bool((counts != counts[0]).any()):
+        run.freeze(counted, "takes part in a product that does not cost the same for every channel")
+        return macs, ()
+    return macs // len(labels), (labels,)
 
 
 def _broadcast_pair(row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,7 +29,9 @@ from pathlib import Path
 from experiments.interrupt import StopFlag
 from experiments.progress import RunDisplay
 from experiments.search import resume_run
-threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+killer = threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL))
+killer.daemon = True
+killer.start()
 with RunDisplay(quiet=True) as display:
     resume_run(Path(sys.argv[1]), display, StopFlag())
 """
@@ -165,7 +167,7 @@ def test_run_killed_at_random_moments_goes_on_to_the_same_end(tiny_config: Confi
     n_kills = 0
     while True:
         # Later and later, so that a slow machine gets to the end too.
-        seconds = moments.uniform(0.3, 5) * (1 + n_kills / 4)
+        seconds = moments.uniform(0.2, 2) * (1 + n_kills / 8)
         arguments = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(seconds)]
         done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ, check=False)
         if done.returncode == 0:
