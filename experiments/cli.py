@@ -117,7 +117,7 @@ def report(run: RunPath, as_json: AsJson = False) -> None:
     from .finish import rebuild_report
     from .run import RunFolder
 
-    _run(as_json, lambda display, stop: rebuild_report(RunFolder.open(run)))
+    _run(as_json, lambda display, stop: rebuild_report(RunFolder.open(run), display))
 
 
 @app.command()

@@ -77,10 +77,10 @@ def finish_run(
         outcome = _outcome(folder, subject, problem, rows, n_test)
         _log_metrics(folder, subject.config, outcome)
         write_atomic(folder.results_file, outcome.model_dump_json(indent=2).encode())
-    return rebuild_report(folder)
+    return rebuild_report(folder, display)
 
 
-def rebuild_report(folder: RunFolder) -> RunOutcome:
+def rebuild_report(folder: RunFolder, display: RunDisplay) -> RunOutcome:
     """Write report.html from results.json and the journal; no image and no network is touched.
 
     Raises:
@@ -90,6 +90,7 @@ def rebuild_report(folder: RunFolder) -> RunOutcome:
     plans = evaluated_plans(Journal(folder.journal_file))
     html = render_report(outcome, plans, folder.config_file.read_text())
     write_atomic(folder.report_file, html.encode())
+    display.say(f"report: {folder.report_file}")
     return outcome
 
 
