@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as transforms
 from graph_encoder.modes import evaluation_mode
 
 from .image_folder import read_image_folder
-from .images import DataError, ImageSplit, choose, read_list
+from .images import DataError, ImageSplit, MissingSplitError, choose, read_list
 from .sources import read_bundled, read_cifar, read_function
 from .user_function import is_reference
 
@@ -143,9 +143,7 @@ class ImageData:
         """
         try:
             return self._read_like_train("validation")
-        except DataError as error:
-            if not str(error).startswith("no folder"):
-                raise
+        except MissingSplitError as error:
             msg = (
                 f"no validation data: {error}. {_WHY_UNSEEN}. Name a folder of unseen images as `validation`, or hold "
                 f"some out with lists of files (`secateur split` writes the even and the odd files of a folder)"

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from pruning.files import write_atomic
 
-from .images import DataError, ImageSplit, cached_split, check_listed, read_list
+from .images import DataError, ImageSplit, MissingSplitError, cached_split, check_listed, read_list
 
 _SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
@@ -150,9 +150,9 @@ def _clean(name: str) -> str:
     return str(PurePosixPath(name))
 
 
-def _missing_folder(root: Path, folder: str, present: list[str]) -> DataError:
+def _missing_folder(root: Path, folder: str, present: list[str]) -> MissingSplitError:
     msg = f"no folder '{folder}' in '{root}'; it has {', '.join(present[:10]) or 'no folders'}"
-    return DataError(msg)
+    return MissingSplitError(msg)
 
 
 def _fingerprint(root: Path, folder: str) -> tuple[object, ...]:

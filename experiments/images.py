@@ -25,6 +25,10 @@ class DataError(ValueError):
     """Images that cannot be used; the message names the file or folder and what to do."""
 
 
+class MissingSplitError(DataError):
+    """A source has no such split at all."""
+
+
 @dataclass(frozen=True)
 class ImageSplit:
     """The images of one split.

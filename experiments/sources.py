@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .images import DataError, ImageSplit, cache_folder, cached_split
+from .images import DataError, ImageSplit, MissingSplitError, cache_folder, cached_split
 from .user_function import load_function
 
 _FOLDERS = ("train", "validation", "test")
@@ -97,7 +97,7 @@ def read_function(reference: str, folder: str) -> ImageSplit:
     if folder not in splits:
         present = ", ".join(str(name) for name in splits if name != "classes")
         msg = f"'{reference}' returned no split '{folder}'; it has {present or 'none'}"
-        raise DataError(msg)
+        raise MissingSplitError(msg)
     images, labels = _pair(splits[folder], f"split '{folder}' of '{reference}'")
     classes = splits.get("classes")
     if classes is None:
@@ -130,5 +130,5 @@ def _pair(value: Any | Callable[[], Any], what: str) -> tuple[Tensor, Tensor]:
 def _known(folder: str, source: str) -> str:
     if folder not in _FOLDERS:
         msg = f"no folder '{folder}' in '{source}'; it has {', '.join(_FOLDERS)}"
-        raise DataError(msg)
+        raise MissingSplitError(msg)
     return folder
