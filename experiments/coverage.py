@@ -192,8 +192,8 @@ def _last_linear(model: nn.Module) -> list[nn.Module]:
     return [[m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]]
 
 
-def render(cells: list[Cell], machine: str) -> str:
-    """The page, in Markdown."""
+def render(cells: list[Cell], missing: list[str], machine: str) -> str:
+    """The page, in Markdown; ``missing`` names the models not measured yet."""
     passed = sum(cell.passes for cell in cells)
     wrong = sum(not cell.failure and cell.worst_error > 1e-4 for cell in cells)
     peer_passed = sum(not cell.peer_failure for cell in cells)
@@ -226,6 +226,9 @@ are those of the model that was built.
 
 ## Failures
 {failures or "None."}
+
+## Not measured yet
+{", ".join(missing) or "None."}
 """
 
 
@@ -252,10 +255,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cells", type=Path, default=Path("runs/coverage"), help="folder of finished models")
     parser.add_argument("--page", type=Path, default=Path("docs/coverage.md"), help="page to write")
-    parser.add_argument("--models", nargs="*", help="models to measure; all of torchvision's classification models")
+    parser.add_argument("--models", nargs="*", help="models to measure now; all of torchvision's classification models")
     options = parser.parse_args()
-    names = options.models or torchvision.models.list_models(module=torchvision.models)
-    for name in names:
+    names = torchvision.models.list_models(module=torchvision.models)
+    for name in names if options.models is None else options.models:
         path = options.cells / f"{name}.json"
         if not path.exists():
             write_atomic(path, json.dumps(asdict(measure(name))).encode())
@@ -264,7 +267,9 @@ def main() -> None:
         f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
         f"{torch.get_num_threads()} threads, {platform.machine()}."
     )
-    write_atomic(options.page, render([Cell(**values) for values in found], machine).encode())
+    cells = [Cell(**values) for values in found]
+    missing = sorted(set(names) - {cell.model for cell in cells})
+    write_atomic(options.page, render(cells, missing, machine).encode())
 
 
 if __name__ == "__main__":
