@@ -77,7 +77,6 @@ class Record:
     multiplies: list[Multiply] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
     readers: dict[tuple[str, int], list[str]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
 
 
