@@ -76,7 +76,7 @@ class Sensitivity:
     Attributes:
         groups: names of the groups.
         keep_ratios: shares of the units that stayed.
-        dense_accuracy: in ``[0, 1]``, on the same images.
+        dense_accuracy: with nothing removed, batch-norm statistics re-estimated, in ``[0, 1]``.
         lost: accuracy lost, shape ``(groups, keep_ratios)``; below 0 where the score rose.
         fidelity: share of the search images each was scored on.
     """
@@ -247,7 +247,9 @@ class CandidateEvaluator:
     def probe_sensitivity(
         self, space: SearchSpace, keep_ratios: Sequence[float] = (0.3,), *, fidelity: float = 1.0
     ) -> Sensitivity:
-        """Score the network with one group at a time cut down; each probe counts as an evaluation.
+        """Score the network with one group at a time cut down, and once whole; each probe counts as an evaluation.
+
+        The whole network has its statistics re-estimated too, so that what this alone costs is laid on no group.
 
         Args:
             space: whose groups, rounding and ranking are used.
@@ -257,7 +259,7 @@ class CandidateEvaluator:
         Raises:
             EvaluationBudgetSpent: if the probes do not all fit; those made before are kept in the journal.
         """
-        dense = self.dense_accuracy(fidelity)
+        dense = self.score(CompressionPolicy({}), fidelity=fidelity, purpose="probe").accuracy
         lost = np.zeros((space.n, len(keep_ratios)))
         for column, ratio in enumerate(keep_ratios):
             cut = nearest(np.full(space.n, ratio), space)

@@ -115,7 +115,7 @@ def _planned_work(config: RunConfig, problem: SearchProblem) -> dict[str, float]
     """Units of each kind of work in a whole run; repeated plans and shared probes make it an upper bound."""
     searching = [method for method in config.search.methods if method not in ONE_SHOT]
     n_tuned = len(config.search.methods) + config.finetune.dense_control
-    evaluations = len(searching) * config.search.evaluations + len(config.search.methods) + problem.space.n
+    evaluations = len(searching) * config.search.evaluations + len(config.search.methods) + problem.space.n + 1
     networks = len(config.search.methods) + 1
     return {"evaluation": evaluations, "epoch": n_tuned * config.finetune.epochs, "network": networks}
 
@@ -182,7 +182,7 @@ def _probed(problem: SearchProblem, subject: Subject, display: RunDisplay, stop:
     settings = subject.config.search
     if settings.start != "sensitivity" and "sensitivity" not in settings.methods:
         return problem
-    with display.stage("sensitivity of each group", problem.space.n, "evaluation") as stage:
+    with display.stage("sensitivity of each group", problem.space.n + 1, "evaluation") as stage:
         watch = Watch(stage, problem, stop)
         return probe(problem, settings.probe_share, watch, as_start=settings.start == "sensitivity")
 

@@ -186,13 +186,13 @@ def test_global_magnitude_cuts_all_groups_at_the_lowest_threshold_that_fits(spac
 
 def test_sensitivity_shifts_by_the_logarithm_of_what_is_lost() -> None:
     offsets = sensitivity(np.array([0.1, 0.1 * np.e, 0.0, -0.01]), floor=0.01)
-    assert offsets[1] - offsets[0] == pytest.approx(0.125)
-    assert offsets[2] == offsets[3] == pytest.approx(offsets[0] + 0.125 * np.log(0.01 / 0.1))
+    assert offsets[1] - offsets[0] == pytest.approx(0.25)
+    assert offsets[2] == offsets[3] == pytest.approx(offsets[0] + 0.25 * np.log(0.01 / 0.1))
     assert offsets.sum() == pytest.approx(0)
 
 
-def test_noise_floor_is_the_standard_error_and_at_least_one_image() -> None:
-    assert noise_floor(0.9, 1000) == pytest.approx(0.009487, abs=1e-6)
+def test_noise_floor_is_half_the_standard_error_and_at_least_one_image() -> None:
+    assert noise_floor(0.9, 1000) == pytest.approx(0.009487 / 2, abs=1e-6)
     assert noise_floor(1.0, 1000) == 0.001
 
 

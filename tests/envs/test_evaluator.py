@@ -150,13 +150,13 @@ def test_numpy_numbers_are_accuracies() -> None:
 def test_sensitivity_is_what_one_group_alone_costs_and_counts(model: SmallNetwork, space: SearchSpace) -> None:
     evaluator = make_evaluator(model, space)
     found = evaluator.probe_sensitivity(space, (0.3, 0.6))
-    assert evaluator.evaluations_used == 2 * space.n
+    assert evaluator.evaluations_used == 2 * space.n + 1
     counts = space.sizes.copy()
     counts[1] = 7  # 0.3 of 24 is 7.2
     alone = remaining_share(model)(evaluator.build(space.policy(counts)))
     assert found.lost[1, 0] == pytest.approx(1 - alone)
     assert (found.at(0.3) > found.at(0.6)).all()
-    assert {entry.purpose for entry in evaluator.history} == {"dense", "probe"}
+    assert {entry.purpose for entry in evaluator.history} == {"probe"}
 
 
 def test_the_dense_network_is_scored_once_for_free_and_keeps_its_mode(model: SmallNetwork, space: SearchSpace) -> None:

@@ -45,7 +45,7 @@ def test_every_method_keeps_the_budget_and_pays_for_what_it_used(finished_run: P
     outcome = RunOutcome.load(finished_run / "results.json")
 
     assert all(row.macs <= outcome.cost_limit for row in outcome.rows[1:])
-    # Three probes, two for the finalist (90 images where a candidate has 45), and plans for the rest of 12.
+    # Four probes, two for the finalist (90 images where a candidate has 45), and plans for the rest of 12.
     assert outcome.row("random").evaluations == 12
     assert outcome.row("uniform").evaluations == 3
 

@@ -267,10 +267,21 @@ def test_few_images_are_a_fixed_draw() -> None:
 def test_calibration_batches_are_full_distinct_training_images() -> None:
     images = torch.arange(200).view(-1, 1, 1, 1).expand(200, 1, 2, 2).to(torch.uint8)
     split = split_of(images, torch.zeros(200, dtype=torch.int64))
-    batches = calibration_batches(split, DataRecipe(), n_images=50, batch_size=20)
+    batches = calibration_batches(split, DataRecipe(crop_padding=0), n_images=50, batch_size=20)
 
     assert [len(batch) for batch in batches] == [20, 20]
     assert len(torch.cat(batches)[:, 0, 0, 0].unique()) == 40
+
+
+def test_calibration_batches_are_augmented_as_in_training() -> None:
+    white = split_of(torch.full((20, 1, 8, 8), 255, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64))
+    recipe = DataRecipe(crop_padding=2, mean=(0.0,), std=(1.0,))
+
+    batch = calibration_batches(white, recipe, n_images=20)[0]
+
+    assert set(batch.unique().tolist()) == {0.0, 1.0}, "no crop reaches over the border"
+    assert torch.equal(batch, calibration_batches(white, recipe, n_images=20)[0])
+    assert not torch.equal(batch, calibration_batches(white, recipe, n_images=20, seed=1)[0])
 
 
 def test_an_epoch_of_training_batches_depends_on_seed_and_epoch_alone() -> None:
