@@ -283,7 +283,7 @@ def test_damaged_checkpoint_is_told_and_the_one_before_is_used(
 ) -> None:
     options = {"search__methods": ["ppo"], "search__evaluations": 40, "ppo__rollout": 4, "ppo__checkpoint_every": 4}
     with pytest.raises(Interrupted), RunDisplay(quiet=True) as display:
-        start_run(tiny_config(**options), tmp_path / "run", ["secateur"], display, StopAfter(28))
+        start_run(tiny_config(**options), tmp_path / "run", ["secateur"], display, StopAfter(60))
     *_, newest = sorted((tmp_path / "run" / "methods" / "ppo" / "checkpoints").glob("*.pt"))
     content = newest.read_bytes()
     newest.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"x" * len(content))
