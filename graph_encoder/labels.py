@@ -72,7 +72,7 @@ class LabelClasses:
         roots = np.where(labels > 0, self._parent[labels], labels)
         while True:
             above = np.where(roots > 0, self._parent[roots], roots)
-            if np.array_equal(above, roots):
+            if (above == roots).all():
                 break
             roots = above
         known = labels > 0

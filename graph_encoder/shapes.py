@@ -30,6 +30,15 @@ _COMPARISONS = (
 )
 
 
+_UNTAGGED_POINTWISE = ("hardswish",)
+"""Element-wise operators that PyTorch does not tag as such."""
+
+
+def is_pointwise(func: Any, name: str) -> bool:
+    """Whether the operator called ``name`` works element by element."""
+    return torch.Tag.pointwise in func.tags or name in _UNTAGGED_POINTWISE
+
+
 def tensors_in(values: Any) -> Iterator[Tensor]:
     """Tensors among the arguments or results of an operator, in order; they nest in lists and tuples only."""
     for value in values.values() if isinstance(values, dict) else values:
@@ -55,7 +64,7 @@ def quick_result(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     x = args[0] if args else None
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.device.type != "meta":
         return None
-    if torch.Tag.pointwise in func.tags:
+    if is_pointwise(func, name):
         return _pointwise(func, name, x, tensors)
     if name in _SHAPE_KEEPING:
         _check_norm(name, x, args, tensors)
@@ -72,8 +81,10 @@ def quick_result(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
 def _pointwise(func: Any, name: str, x: Tensor, tensors: list[Tensor]) -> Tensor | None:
     if name in _COMPARISONS or any(t.dtype != x.dtype for t in tensors):
         return None
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    if torch.Tag.inplace not in func.tags:
+    shape = x.shape
+    if any(t.shape != shape for t in tensors):
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    if not func._schema.name.endswith("_"):
         return x.new_empty(shape)
     if shape != x.shape:
         msg = f"a result of shape {tuple(shape)} cannot be written into a tensor of shape {tuple(x.shape)}"

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from .labels import CONSTANT, LabelClasses, compact, varying_dims
 from .network import Operator, TraceError
 from .rules import RULES, Call, Result
-from .shapes import quick_result, tensors_in
+from .shapes import is_pointwise, quick_result, tensors_in
 
 _LOOSE_LIMIT = 1 << 20
 """Largest parameter that is labelled element by element when it meets activations outside a weighted operator."""
@@ -190,7 +190,7 @@ class LabelPass(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::").rstrip("_")
         rule = RULES.get(name)
-        pointwise = torch.Tag.pointwise in func.tags
+        pointwise = is_pointwise(func, name)
         if rule is None and not pointwise and _is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
