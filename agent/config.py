@@ -24,7 +24,7 @@ class AgentConfig(BaseModel):
     """Sines of a layer's place that the encoder reads; 0 for an agent that is meant for other networks."""
     std: Positive = 0.3
     """Spread of the plans around the agent's own at the start of a run, on the scale of actions (0 to 2 wide)."""
-    std_end: Positive = 0.3
+    std_end: Positive = 0.1
     """Spread at the end of the run; it falls geometrically with the share of evaluations spent."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount a step; without effect where an episode is one step."""
@@ -51,8 +51,6 @@ class PPOConfig(AgentConfig):
     """Clip of the probability ratio, a geometric mean over decisions."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Generalised advantage estimation's trade-off; without effect where an episode is one step."""
-    ent_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the entropy; without effect, as the spread is scheduled and not learned."""
     vf_coef: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the value loss; actor and value share no weights."""
 
@@ -60,13 +58,15 @@ class PPOConfig(AgentConfig):
 class DDPGConfig(AgentConfig):
     """Deep deterministic policy gradient."""
 
+    std_end: Positive = 0.05
+    """Spread at the end of the run; it falls geometrically with the share of evaluations spent."""
     rollout: Count = 10
     """Evaluations between trainings, adjusted by up to a quarter so that rollouts fill the budget."""
     learning_starts: Annotated[int, Field(ge=0)] = 20
     """Evaluations of noise around the start plan before anything is learned."""
     critic_learning_rate: Positive = 3e-3
     """Adam's step size for the critics."""
-    actor_learning_rate: Positive = 3e-4
+    actor_learning_rate: Positive = 1e-3
     """Adam's step size for the actor."""
     updates: Count = 4
     """Gradient steps of the critics an evaluation."""

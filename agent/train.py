@@ -201,7 +201,6 @@ class SearchPlan:
             clip_range=config.clip_range,
             gamma=config.gamma,
             gae_lambda=config.gae_lambda,
-            ent_coef=config.ent_coef,
             vf_coef=config.vf_coef,
             policy_kwargs=policy_options(config),
             seed=self.seed,
