@@ -156,7 +156,13 @@ class GraphDDPG(DDPG):
         episode_length: int = 1,
         **options: Any,
     ) -> None:
-        super().__init__(policy, env, replay_buffer_class=StandardisedReplayBuffer, **options)
+        super().__init__(
+            policy,
+            env,
+            replay_buffer_class=StandardisedReplayBuffer,
+            replay_buffer_kwargs={"gamma": options.get("gamma", 1.0)},
+            **options,
+        )
         self.std_start, self.std_end = std, std_end
         self.actor_learning_rate = actor_learning_rate
         self.policy_delay = policy_delay
@@ -217,7 +223,7 @@ class GraphDDPG(DDPG):
         return plans[values.argmax(dim=0), torch.arange(n_envs)]
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
-        """Fit the critics to replayed rewards, and let the actor climb their mean."""
+        """Fit the critics to replayed returns, and let the actor climb their mean."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.critic.optimizer)
         update_learning_rate(self.actor.optimizer, self.actor_learning_rate)
@@ -235,16 +241,17 @@ class GraphDDPG(DDPG):
         if actor_losses:
             self.logger.record("train/actor_loss", float(np.mean(actor_losses)))
 
-    def targets(self, next_observations: Observation, rewards: Tensor, dones: Tensor) -> Tensor:
-        """What the critics should say, ``(batch, 1)``: rewards, and the value of what follows where it goes on."""
+    def targets(self, next_observations: Observation, returns: Tensor, dones: Tensor, discounts: Tensor) -> Tensor:
+        """What the critics should say, ``(batch, 1)``: returns, and the value of what follows a truncated episode."""
         if bool((dones == 1).all()):
-            return rewards
+            return returns
         with torch.no_grad():
             following = torch.cat(self.critic_target(next_observations, self.actor_target(next_observations)), dim=1)
-            return rewards + (1 - dones) * self.gamma * following.min(dim=1, keepdim=True).values
+            return returns + (1 - dones) * discounts * following.min(dim=1, keepdim=True).values
 
     def _train_critics(self, batch: DictReplayBufferSamples) -> float:
-        targets = self.targets(batch.next_observations, batch.rewards, batch.dones)
+        assert batch.discounts is not None
+        targets = self.targets(batch.next_observations, batch.rewards, batch.dones, batch.discounts)
         values = self.critic(batch.observations, batch.actions)
         loss = torch.stack([nn.functional.mse_loss(value, targets) for value in values]).sum()
         _descend(self.critic.optimizer, loss)

@@ -44,6 +44,11 @@ class GraphPPO(PPO):
             self.n_steps, self.episode_length, self.n_envs, n_decisions, self._generator
         )
 
+    def train(self) -> None:
+        """As `stable_baselines3.PPO.train`; logs the spread as well."""
+        super().train()
+        self.logger.record("train/std", float(self.policy.std))
+
     def extra_state(self) -> dict[str, Any]:
         """What the next rollout depends on besides the policy: the generator of the noise."""
         return {"generator": self._generator.get_state()}

@@ -13,19 +13,52 @@ _ARRAYS = ("actions", "rewards", "dones", "timeouts")
 
 
 class StandardisedReplayBuffer(DictReplayBuffer):
-    """`DictReplayBuffer` whose samples carry standardised rewards.
+    """`DictReplayBuffer` whose samples carry standardised returns.
+
+    A sample's reward is what its episode earns from there to its end (``n``-step returns with ``n`` as far as the
+    episode goes; Sutton and Barto 2018, section 7.1), and its next observation is the last one: nothing has to be
+    bootstrapped over the steps in which a plan earns nothing yet, unless the episode was truncated.
 
     Rewards are divided by the standard deviation of the rewards that end an episode, and those that end one are
     centred on their mean first, so every episode's return is shifted by the same amount. Accuracies of 0.75 to 0.80
     would else have the critic spend its training on the constant.
+
+    Args:
+        gamma: discount a step.
+        options: of `stable_baselines3.common.buffers.DictReplayBuffer`.
     """
+
+    def __init__(self, *arguments: Any, gamma: float = 1.0, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.gamma = gamma
 
     def _get_samples(  # type: ignore[override]
         self, batch_inds: np.ndarray, env: Any = None
     ) -> DictReplayBufferSamples:
-        samples = super()._get_samples(batch_inds, env)
+        # Stable-Baselines3 draws batches from the global generator, whose state is part of a checkpoint.
+        envs = np.random.randint(0, high=self.n_envs, size=len(batch_inds))  # noqa: NPY002
         mean, std = self.reward_statistics()
-        return samples._replace(rewards=(samples.rewards - mean * samples.dones) / std)
+        ends, returns, steps = batch_inds.copy(), np.zeros(len(batch_inds)), np.zeros(len(batch_inds))
+        goes_on = np.ones(len(batch_inds), dtype=bool)
+        while goes_on.any():
+            at, where = ends[goes_on], envs[goes_on]
+            is_last = self.dones[at, where] * (1 - self.timeouts[at, where])
+            returns[goes_on] += self.gamma ** steps[goes_on] * (self.rewards[at, where] - mean * is_last) / std
+            steps[goes_on] += 1
+            # An episode that is still being played goes as far as it is stored.
+            goes_on[goes_on] = (self.dones[at, where] == 0) & ((at + 1) % self.buffer_size != self.pos)
+            ends[goes_on] = (ends[goes_on] + 1) % self.buffer_size
+        column: dict[str, Any] = {
+            "dones": self.dones[ends, envs] * (1 - self.timeouts[ends, envs]),
+            "rewards": returns,
+            "discounts": self.gamma**steps,
+        }
+        return DictReplayBufferSamples(
+            observations={key: self.to_torch(rows[batch_inds, envs]) for key, rows in self.observations.items()},
+            actions=self.to_torch(self.actions[batch_inds, envs]),
+            next_observations={key: self.to_torch(rows[ends, envs]) for key, rows in self.next_observations.items()},
+            **{name: self.to_torch(values.astype(np.float32)).reshape(-1, 1) for name, values in column.items()},
+        )
 
     def reward_statistics(self) -> tuple[float, float]:
         """Mean and standard deviation of the rewards at episode ends; the deviation is 1 where there is none."""

@@ -69,7 +69,9 @@ def test_a_truncated_episode_bootstraps_and_a_terminated_one_does_not() -> None:
     }
     value = torch.cat(agent.critic_target(following, agent.actor_target(following)), dim=1).min(dim=1).values
 
-    targets = agent.targets(following, torch.tensor([[1.0], [1.0]]), dones=torch.tensor([[0.0], [1.0]]))
+    ones, dones = torch.ones(2, 1), torch.tensor([[0.0], [1.0]])
+
+    targets = agent.targets(following, ones, dones, discounts=0.5 * ones)
 
     assert targets.flatten().tolist() == pytest.approx([1.0 + 0.5 * value[0].item(), 1.0])
     assert value[0].item() != 0.0
@@ -97,8 +99,28 @@ def test_replayed_rewards_are_standardised_at_episode_ends() -> None:
 
     rewards = buffer._get_samples(np.arange(4)).rewards
 
-    # Mean 0.8 and deviation 0.1 of the two that end an episode.
-    assert rewards.flatten().tolist() == pytest.approx([0.0, -1.0, 1.0, 1.0], abs=1e-5)
+    # Mean 0.8 and deviation 0.1 of the two that end an episode; the step before each earns what the episode earns,
+    # the third its own 0.1 besides.
+    assert rewards.flatten().tolist() == pytest.approx([-1.0, -1.0, 2.0, 1.0], abs=1e-5)
+
+
+def test_replayed_returns_are_discounted_and_end_where_the_episode_does() -> None:
+    env = TargetEnv(2)
+    buffer = StandardisedReplayBuffer(8, env.observation_space, env.action_space, device="cpu", gamma=0.5)
+    one = {name: rows[None] for name, rows in env.observation.items()}
+    # Terminated, truncated, still being played.
+    for reward, done, truncated in ((1.0, 0, 0), (2.0, 1, 0), (4.0, 0, 0), (0.0, 1, 1), (3.0, 0, 0), (5.0, 0, 0)):
+        info = {"TimeLimit.truncated": bool(truncated)}
+        buffer.add(one, one, np.zeros((1, 2)), np.array([reward]), np.array([done]), [info])
+    mean, std = buffer.reward_statistics()
+
+    samples = buffer._get_samples(np.arange(6))
+
+    assert (mean, std) == (1.0, 1.0)
+    assert samples.rewards.flatten().tolist() == pytest.approx([1.5, 1.0, 4.0, 0.0, 5.5, 5.0])
+    assert samples.dones.flatten().tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert samples.discounts is not None
+    assert samples.discounts.flatten().tolist() == [0.25, 0.5, 0.25, 0.5, 0.25, 0.5]
 
 
 def test_the_buffer_is_cut_to_its_memory() -> None:
