@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import NetworkGraph
 from latency.cost import CostKind, predict_cost
 from pruning.batch_norm import reestimate_batch_norm
@@ -341,7 +341,7 @@ class CandidateEvaluator:
 
     def _accuracy(self, model: nn.Module, fidelity: float) -> float:
         self._check_fidelity(fidelity)
-        with _eval_mode(model), torch.inference_mode():
+        with evaluation_mode(model), torch.inference_mode():
             returned = self._evaluate[fidelity](model)
         return check_accuracy(returned)
 
@@ -360,18 +360,6 @@ class CandidateEvaluator:
                 f"as {fidelity:g}; grant more evaluations, or score on fewer images"
             )
             raise EvaluationBudgetSpent(msg)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within; afterwards every module is in the mode in which it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def check_accuracy(returned: object) -> float:

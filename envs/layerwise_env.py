@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar
 
-import gymnasium
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 
-from .action import Counts, SearchSpace, fill
-from .evaluator import CandidateEvaluator, Sensitivity
-from .network_env import step_info
-from .observation import Observation, Observer, Progress, Sizes
-from .reward import RewardFunction, compute_reward, resolve_reward
+from .action import Counts, fill
+from .episode import CompressionEnv
+from .observation import Observation
 
 
-class LayerwiseEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
+class LayerwiseEnv(CompressionEnv):
     """Choose how many units each channel group keeps, one group after the other (He et al. 2018, AMC).
 
     **Action**: ``Box(-1, 1, (1,), float32)``, a score for the present group: its keep ratio is that of the start plan
@@ -41,44 +36,7 @@ class LayerwiseEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     **Versions**: v0, first.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own attribute
-
-    def __init__(
-        self,
-        space: SearchSpace,
-        evaluator: CandidateEvaluator,
-        *,
-        reward: str | RewardFunction | None = None,
-        sensitivity: Sensitivity | None = None,
-        noise_floor: float = 0.01,
-        measured_dropout: float = 0.0,
-        fidelity: float = 1.0,
-        sizes: Sizes | None = None,
-    ) -> None:
-        """Set up the environment; the arguments are those of `NetworkEnv`."""
-        self.space, self.evaluator = space, evaluator
-        self.measured_dropout, self.fidelity = measured_dropout, fidelity
-        self._reward = resolve_reward(reward, space.limit)
-        self._observer = Observer(
-            space, evaluator.model, sensitivity=sensitivity, noise_floor=noise_floor, sizes=sizes, one_decision=True
-        )
-        self.observation_space = cast("spaces.Space[Observation]", self._observer.observation_space)
-        self.action_space = spaces.Box(-1, 1, (1,), dtype=np.float32)
-        self._counts: Counts = space.start.copy()
-        self._step = 0
-        self._last_accuracy = 0.0
-        self._show_measured = True
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
-        """Undo all decisions; ``options`` are not used."""
-        super().reset(seed=seed)
-        self._counts = self.space.start.copy()
-        self._step = 0
-        self._last_accuracy = 0.0
-        self._show_measured = bool(self.np_random.random() >= self.measured_dropout)
-        return self._observe(), {}
+    one_decision: ClassVar[bool] = True
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Decide the present group; after the last one, score the plan."""
@@ -86,7 +44,7 @@ class LayerwiseEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         if index >= self.space.n:
             msg = f"the episode is over: all {self.space.n} groups are decided; call reset()"
             raise RuntimeError(msg)
-        self._counts[index] = self._decide(index, _score(action))
+        self._counts[index] = self._decide(index, _own(action))
         self._step += 1
         info: dict[str, Any] = {
             "group": self.space.names[index],
@@ -94,7 +52,8 @@ class LayerwiseEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         }
         reward = 0.0
         if self._step == self.space.n:
-            reward = self._finish(info)
+            reward, scored = self._finish()
+            info |= scored
         return self._observe(), reward, self._step == self.space.n, False, info
 
     def wall(self, index: int) -> tuple[int, int]:
@@ -106,24 +65,6 @@ class LayerwiseEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         later = np.arange(space.n) > index
         most = self._largest_that_fits(index, np.where(later, space.minimum, self._counts))
         return self._largest_that_fits(index, np.where(later, space.sizes, self._counts)), most
-
-    def state_dict(self) -> dict[str, Any]:
-        """The episode as it stands, in plain values; the evaluator has a state of its own."""
-        return {
-            "counts": self._counts.tolist(),
-            "step": self._step,
-            "last_accuracy": self._last_accuracy,
-            "show_measured": self._show_measured,
-            "generator": self.np_random.bit_generator.state,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue the episode that `state_dict` described."""
-        self._counts = np.array(state["counts"], dtype=np.int64)
-        self._step = int(state["step"])
-        self._last_accuracy = float(state["last_accuracy"])
-        self._show_measured = bool(state["show_measured"])
-        self.np_random.bit_generator.state = state["generator"]
 
     def _decide(self, index: int, score: float) -> int:
         space = self.space
@@ -154,29 +95,18 @@ class LayerwiseEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
                 above = middle
         return int(rungs[fitting])
 
-    def _finish(self, info: dict[str, Any]) -> float:
-        """Hand out what is left, score the plan, and return its reward."""
+    def _finish(self) -> tuple[float, dict[str, Any]]:
+        """Hand out what is left, and score the plan."""
         if self.space.limit is not None:
             self._counts = fill(self._counts, self._counts.astype(np.float64), self.space)
-        evaluation = self.evaluator.score(self.space.policy(self._counts), fidelity=self.fidelity)
-        self._last_accuracy = evaluation.accuracy
-        info |= step_info(self.space, self._counts, evaluation, self.evaluator.is_spent(self.fidelity))
-        return compute_reward(self._reward, evaluation.accuracy, evaluation.cost, self.space.limit)
+        return self._score()
 
-    def _observe(self) -> Observation:
+    def _stage(self) -> tuple[NDArray[np.bool_], NDArray[np.int64], float]:
         n = self.space.n
-        progress = Progress(
-            counts=self._counts,
-            decided=np.arange(n) < self._step,
-            decisions=np.array([min(self._step, n - 1)]),
-            dense_accuracy=self.evaluator.dense_accuracy(self.fidelity),
-            last_accuracy=self._last_accuracy,
-            progress=self._step / n,
-        )
-        return self._observer.observe(progress, show_measured=self._show_measured)
+        return np.arange(n) < self._step, np.array([min(self._step, n - 1)]), self._step / n
 
 
-def _score(action: NDArray[np.float32]) -> float:
+def _own(action: NDArray[np.float32]) -> float:
     array = np.asarray(action, dtype=np.float64)
     if array.shape != (1,) or not np.isfinite(array).all():
         msg = f"action is {array.tolist()}; it must be one finite number in [-1, 1]"

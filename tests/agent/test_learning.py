@@ -212,16 +212,14 @@ def test_an_agent_finds_the_plan_that_is_a_function_of_the_features(algorithm: A
     assert found > 0.1 * start  # both are negative; the optimum is 0
 
 
-_LEVEL_ONLY = pytest.mark.xfail(strict=True, reason="layer by layer DDPG finds the common level of the scores only")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("ddpg", marks=_LEVEL_ONLY)])
-def test_an_agent_learns_layer_by_layer(algorithm: Algorithm) -> None:
+@pytest.mark.parametrize("config", [PPOConfig(), DDPGConfig(std_end=0.3)], ids=["ppo", "ddpg"])
+def test_an_agent_learns_layer_by_layer(config: AgentConfig) -> None:
     env = LayerwiseTargetEnv(3, budget=200)
     start = env.whole.accuracy(np.zeros(3))
 
-    result = train_agent(algorithm, env, n_evaluations=200, seed=0, config=default_config(algorithm), episode_length=3)
+    algorithm: Algorithm = "ddpg" if isinstance(config, DDPGConfig) else "ppo"
+    result = train_agent(algorithm, env, n_evaluations=200, seed=0, config=config, episode_length=3)
 
     observation, _ = env.reset()
     plan = []
