@@ -413,3 +413,23 @@ def check_validation_is_unseen(
         "validation images, the search will choose plans that remember them rather than plans that work; pass images "
         "that were held out of training. If they were held out, ignore this, or take more images to make sure"
     )
+
+
+def check_calibration_is_like_training(dense: float, reestimated: float, n_images: int) -> str | None:
+    """Warn when re-estimating batch-norm statistics alone costs the dense network accuracy.
+
+    Args:
+        dense: accuracy of the dense network as it is, in ``[0, 1]``.
+        reestimated: its accuracy with statistics from the calibration images.
+        n_images: images that both were scored on.
+
+    Returns:
+        The warning, or None if less is lost than one point or the standard error of an accuracy.
+    """
+    if dense - reestimated <= max(0.01, math.sqrt(dense * (1 - dense) / n_images)):
+        return None
+    return (
+        f"with batch-norm statistics re-estimated the dense network scores {reestimated:.2%} in place of {dense:.2%}, "
+        "so every plan will score below what it is worth. Prepare the calibration images as those it was trained on: "
+        "the same normalisation and augmentation, and a few hundred of them"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,8 @@ def compress(
         evaluate: accuracy in ``[0, 1]`` of a network in evaluation mode.
         budget: most that the result may cost: ``"50%"``, ``"30% params"``, ``"62.7M macs"``, a `Budget`; None weighs
             cost against accuracy in the reward.
-        calibration: batches of training inputs for batch-norm statistics; without them, a network with batch norms
-            scores far below what it is worth.
+        calibration: batches of training inputs for batch-norm statistics, prepared and augmented as in training;
+            without them, a network with batch norms scores far below what it is worth.
         method: ``ppo``, ``ddpg``, ``cem``, ``random``, ``sensitivity``, ``magnitude`` or ``uniform``.
         evaluations: candidates that may be scored, sensitivity probes (one a group) included.
         seed: of the search.
@@ -130,7 +131,7 @@ def compress(
     told = on_evaluation or _ignore
     problem = SearchProblem(model, graph, space, scoring, Journal(journal), seed)
     if start == "sensitivity" or method == "sensitivity":
-        problem = probe(problem, 1.0, told, as_start=start == "sensitivity")
+        problem = probe(problem, 1.0, told, as_start=start == "sensitivity", notify=_warn)
     settings = SearchSettings(evaluations=evaluations, seed=seed, environment=environment, start=start)
     found = search_with(method, problem, settings, on_evaluation=told)
     policy = problem.policy(found.kept)
@@ -146,6 +147,10 @@ def compress(
         evaluations=found.evaluations,
         history=tuple(problem.journal.entries()),
     )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def _ignore(_evaluation: Evaluation) -> None:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from envs.action import Ratios, SearchSpace
-from envs.evaluator import CandidateEvaluator, EvaluateFunction, Evaluation, ReconstructFunction, Sensitivity
+from envs.evaluator import (
+    CandidateEvaluator,
+    EvaluateFunction,
+    Evaluation,
+    ReconstructFunction,
+    Sensitivity,
+    check_calibration_is_like_training,
+)
 from envs.journal import Journal
 from envs.plans import noise_floor, sensitivity
 from envs.reward import RewardFunction, compute_reward
@@ -160,7 +167,14 @@ def least_squares(seed: int) -> ReconstructFunction:
     return repair
 
 
-def probe(problem: SearchProblem, share: float, on_evaluation: OnEvaluation, *, as_start: bool) -> SearchProblem:
+def probe(
+    problem: SearchProblem,
+    share: float,
+    on_evaluation: OnEvaluation,
+    *,
+    as_start: bool,
+    notify: Callable[[str], None],
+) -> SearchProblem:
     """Measure each group's sensitivity.
 
     Args:
@@ -168,9 +182,14 @@ def probe(problem: SearchProblem, share: float, on_evaluation: OnEvaluation, *, 
         share: of the search images that the probes use.
         on_evaluation: told of each probe.
         as_start: make the plan that follows the start of every method; the probes then count for each of them.
+        notify: told if the calibration images do not fit the network.
     """
     evaluator = problem.evaluator(PROBES, on_evaluation)
     measured = evaluator.probe_sensitivity(problem.space, (PROBED_KEEP_RATIO,), fidelity=share)
+    n_images = round(problem.scoring.n_images * share)
+    warning = check_calibration_is_like_training(evaluator.dense_accuracy(share), measured.dense_accuracy, n_images)
+    if warning:
+        notify(warning)
     probed = replace(
         problem,
         sensitivity=measured,

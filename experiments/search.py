@@ -184,7 +184,13 @@ def _probed(problem: SearchProblem, subject: Subject, display: RunDisplay, stop:
         return problem
     with display.stage("sensitivity of each group", problem.space.n + 1, "evaluation") as stage:
         watch = Watch(stage, problem, stop)
-        return probe(problem, settings.probe_share, watch, as_start=settings.start == "sensitivity")
+        return probe(
+            problem,
+            settings.probe_share,
+            watch,
+            as_start=settings.start == "sensitivity",
+            notify=lambda message: display.say(f"warning: {message}"),
+        )
 
 
 def _search(
