@@ -33,7 +33,9 @@ def test_cells_that_were_not_run_are_said_to_be(tmp_path: Path) -> None:
     page = render_page(tmp_path, NAMES)
 
     table = section(page, "ResNet-56 before fine-tuning")
-    assert [line.split(" | ")[:3] for line in table if line.startswith("| ppo")] == [["| ppo", "not run", "0 of 3"]]
+    assert [line.split(" | ")[:4] for line in table if line.startswith("| ppo")] == [
+        ["| ppo", "not run", "-", "0 of 3"]
+    ]
     assert "not run (0 of 5 seeds)" in section(page, "resnet20 after fine-tuning")
 
 
@@ -44,7 +46,18 @@ def test_mean_and_spread_are_over_the_seeds_that_were_run(tmp_path: Path) -> Non
     table = section(render_page(tmp_path, NAMES), "ResNet-56 before fine-tuning")
 
     cells = next(line for line in table if line.startswith("| ppo")).split(" | ")
-    assert cells[1:4] == ["83.00 % ± 1.41", "2 of 3", "83.00 % ± 1.41"]
+    assert cells[1:5] == ["83.00 % ± 1.41", "-", "2 of 3", "83.00 % ± 1.41"]
+
+
+def test_searches_are_compared_with_the_cross_entropy_method_seed_by_seed(tmp_path: Path) -> None:
+    finish(tmp_path, "resnet56-ppo-seed0", ppo=0.82)
+    finish(tmp_path, "resnet56-ppo-seed1", ppo=0.90)
+    finish(tmp_path, "resnet56-cem-seed0", cem=0.81)
+    finish(tmp_path, "resnet56-cem-seed2", cem=0.50)
+
+    table = section(render_page(tmp_path, NAMES), "ResNet-56 before fine-tuning")
+
+    assert next(line for line in table if line.startswith("| ppo")).split(" | ")[2] == "+1.00"
 
 
 def test_fine_tuned_networks_are_compared_seed_by_seed(tmp_path: Path) -> None:
