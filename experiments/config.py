@@ -79,8 +79,8 @@ class SearchSettings(_Section):
     """Share of an agent's episodes that do not show the probes' result, so that it learns to do without."""
     reconstruct: bool = False
     """Fit the pruned layers' outputs to the dense network's by least squares (AMC) before scoring."""
-    search_images: int = Field(default=1000, ge=1)
-    """Validation images a candidate is scored on."""
+    search_images: int = Field(default=5000, ge=1)
+    """Validation images a candidate is scored on; all if there are fewer. A search overfits to few of them."""
     calibration_images: int = Field(default=1000, ge=1)
     """Training images for re-estimating batch-norm statistics (and for reconstruction)."""
     finalists: int = Field(default=3, ge=1)

@@ -119,7 +119,6 @@ class Sitting:
             "budget": "50%",
             "search.rounding": 1,
             "search.evaluations": EVALUATIONS,
-            "search.search_images": 2500,
             "search.protected": SHORTCUT_GROUPS,
             "search.autocast": True,
             "search.batch_size": 100,
