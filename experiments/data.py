@@ -29,6 +29,7 @@ __all__ = [
     "TrainBatches",
     "calibration_batches",
     "make_evaluate",
+    "make_judge",
     "normalise",
 ]
 
@@ -257,7 +258,7 @@ def normalise(images: Tensor, recipe: DataRecipe) -> Tensor:
     return values.mul_(1 / (255 * std)).sub_(mean / std)  # two passes over the images in place of three
 
 
-def make_evaluate(
+def make_judge(
     split: ImageSplit,
     recipe: DataRecipe,
     *,
@@ -266,8 +267,8 @@ def make_evaluate(
     device: torch.device | str = "cpu",
     autocast: bool = False,
     seed: int = 0,
-) -> Callable[[nn.Module], float]:
-    """Build the function that measures a network's accuracy on a fixed set of images.
+) -> Callable[[nn.Module], Tensor]:
+    """Build the function that says which of a fixed set of images a network classifies rightly.
 
     The images are normalised once and stay on ``device``; every call sees the same ones in the same batches, so two
     networks are compared on common random numbers.
@@ -282,23 +283,27 @@ def make_evaluate(
         seed: of the draw of ``n_images``.
 
     Returns:
-        A function from a network to its accuracy in [0, 1]. It runs in evaluation and inference mode, and leaves the
-        network's modes as they were.
+        A function from a network to booleans of shape ``(n,)``, on the CPU. It runs in evaluation and inference mode,
+        and leaves the network's modes as they were.
     """
     device = torch.device(device)
     if n_images is not None and n_images < len(split):
         split = split.take(_draw(len(split), n_images, torch.Generator().manual_seed(seed)))
     images = torch.split(normalise(split.images.to(device), recipe), batch_size)
-    labels = torch.split(split.labels.to(device), batch_size)
+    labels = split.labels.to(device)
 
-    def evaluate(model: nn.Module) -> float:
-        correct = torch.zeros((), dtype=torch.int64, device=device)
+    def judge(model: nn.Module) -> Tensor:
         with evaluation_mode(model), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, autocast):
-            for x, y in zip(images, labels, strict=True):
-                correct += (model(x).argmax(dim=1) == y).sum()
-        return correct.item() / len(split)
+            found = torch.cat([model(batch).argmax(dim=1) for batch in images])
+        return (found == labels).cpu()
 
-    return evaluate
+    return judge
+
+
+def make_evaluate(split: ImageSplit, recipe: DataRecipe, **options: Any) -> Callable[[nn.Module], float]:
+    """Build the function that measures a network's accuracy in [0, 1]; the arguments are those of `make_judge`."""
+    judge = make_judge(split, recipe, **options)
+    return lambda model: judge(model).double().mean().item()
 
 
 def calibration_batches(

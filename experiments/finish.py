@@ -73,7 +73,7 @@ def finish_run(
         _save_products(folder, subject, finalists, display)
         rows = [_row(subject, problem, finalist) for finalist in finalists]
         rows = _with_latencies(folder, rows, finalists, subject, display)
-        rows, n_test = _with_test_accuracy(rows, finalists, subject, display)
+        rows, n_test = _with_test_accuracy(folder, rows, finalists, subject, display)
         outcome = _outcome(folder, subject, problem, rows, n_test)
         _log_metrics(folder, subject.config, outcome)
         write_atomic(folder.results_file, outcome.model_dump_json(indent=2).encode())
@@ -238,7 +238,11 @@ def _with_latencies(
 
 
 def _with_test_accuracy(
-    rows: Sequence[MethodOutcome], finalists: Sequence[Finalist], subject: Subject, display: RunDisplay
+    folder: RunFolder,
+    rows: Sequence[MethodOutcome],
+    finalists: Sequence[Finalist],
+    subject: Subject,
+    display: RunDisplay,
 ) -> tuple[list[MethodOutcome], int]:
     """The one place that opens the test split: plans, recipes and epochs are all chosen by now."""
     try:
@@ -246,16 +250,16 @@ def _with_test_accuracy(
     except DataError as error:
         display.say(f"warning: no test accuracy: {error}")
         return list(rows), 0
-    evaluate = subject.evaluate_on_test()
-    tested = [
-        row.model_copy(
-            update={
-                "test_accuracy": evaluate(finalist.network),
-                "tuned_test_accuracy": evaluate(finalist.tuned) if finalist.tuned else None,
-            }
-        )
-        for row, finalist in zip(rows, finalists, strict=True)
-    ]
+    judge, tested = subject.judge_on_test(), []
+    for row, finalist in zip(rows, finalists, strict=True):
+        judged = judge(finalist.network)
+        found = {"test_accuracy": judged.double().mean().item()}
+        if finalist.tuned:
+            judged = judge(finalist.tuned)
+            found["tuned_test_accuracy"] = judged.double().mean().item()
+        digits = "".join("1" if is_right else "0" for is_right in judged.tolist())
+        write_atomic(folder.method(row.method).judged_file, digits.encode())
+        tested.append(row.model_copy(update=found))
     return tested, n_test
 
 

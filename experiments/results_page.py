@@ -9,8 +9,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .outcome import DENSE, MethodOutcome, RunOutcome, percent
 from .progress import duration
+from .run import RunFolder
 
 NOT_RUN = "not run"
 
@@ -24,6 +28,7 @@ class Cells:
     def __init__(self, root: Path, names: Sequence[str]) -> None:
         """Read what is finished of the cells ``names`` below ``root``."""
         self.names = names
+        self.root = root
         self.outcomes = {n: RunOutcome.load(p) for n in names if (p := root / n / "results.json").exists()}
         self.applied = {n: json.loads(p.read_text()) for n in names if (p := root / n / "applied.json").exists()}
 
@@ -39,6 +44,11 @@ class Cells:
     def rows(self, names: Iterable[str], method: str) -> list[MethodOutcome]:
         """A method's rows of the finished ones of the cells ``names``."""
         return [self.outcomes[name].row(method) for name in names if name in self.outcomes]
+
+    def judged(self, name: str, method: str) -> NDArray[np.float64]:
+        """1 or 0 for each test image that a finished cell's network classified rightly or not, shape ``(n,)``."""
+        digits = RunFolder(self.root / name).method(method).judged_file.read_bytes()
+        return np.array(list(digits), dtype=np.float64) - ord("0")
 
 
 def render_page(root: Path, names: Sequence[str]) -> str:
@@ -92,7 +102,8 @@ _SEARCH_TABLES = (
 )
 
 _TUNED_20 = """15 epochs for each network, the dense one too: SGD with Nesterov momentum, cosine schedule, the same
-batches. Differences are paired by seed; intervals are 95 % (Student's t)."""
+batches. Differences in points, with 95 % intervals: over the seeds (pairs of runs, Student's t), and over the test
+images (pairs of verdicts on the same image, averaged over the seeds, normal)."""
 _TUNED_56 = "30 epochs for each network, the dense one too; one seed."
 _TRANSFER = """The agent trained on ResNet-20 (first seed above), its weights frozen, plans ResNet-56 in one forward
 pass with the features that cost nothing: no evaluation on ResNet-56."""
@@ -160,8 +171,17 @@ def _tuned_table(cells: Cells, table: str) -> list[str]:
     for method in methods:
         rows = cells.rows(done, method)
         own = [row.tuned_test_accuracy for row in rows]
-        lines.append([method, spread([row.test_accuracy for row in rows]), spread(own), *_paired(cells, done, own)])
-    heads = ["network", "before", "fine-tuned", "against uniform", "against dense"]
+        lines.append(
+            [
+                method,
+                spread([row.test_accuracy for row in rows]),
+                spread(own),
+                *_paired(cells, done, own),
+                *(_paired_by_image(cells, done, method, other) for other in ("uniform", DENSE)),
+            ]
+        )
+    others = [f"against {other}, {over}" for over in ("seeds", "images") for other in ("uniform", DENSE)]
+    heads = ["network", "before", "fine-tuned", *others]
     return [f"{len(done)} of {len(names)} seeds.", _markdown(heads, lines)]
 
 
@@ -172,6 +192,16 @@ def _paired(cells: Cells, names: Sequence[str], own: Sequence[float | None]) -> 
         theirs = [row.tuned_test_accuracy for row in cells.rows(names, other)]
         texts.append(interval([a - b for a, b in zip(own, theirs, strict=True) if a is not None and b is not None]))
     return texts
+
+
+def _paired_by_image(cells: Cells, names: Sequence[str], method: str, other: str) -> str:
+    """Difference in points from ``other`` with a 95 % interval over the test images."""
+    differences = [cells.judged(name, method) - cells.judged(name, other) for name in names]
+    mean = np.mean(differences, axis=0) if differences else np.zeros(0)
+    if len(mean) < 2 or not mean.any():
+        return "-"
+    half = 1.96 * mean.std(ddof=1) / math.sqrt(len(mean))
+    return f"{100 * mean.mean():+.2f} [{100 * (mean.mean() - half):+.2f}, {100 * (mean.mean() + half):+.2f}]"
 
 
 def _transfer_table(cells: Cells) -> list[str]:

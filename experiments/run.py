@@ -193,6 +193,11 @@ class MethodFolder:
         return self.root / "tuned.safetensors"
 
     @property
+    def judged_file(self) -> Path:
+        """A digit for each test image, in their order: 1 where the network to take away classifies it rightly."""
+        return self.root / "test_judged.txt"
+
+    @property
     def model(self) -> Path:
         """The compressed network: safetensors, policy and ONNX."""
         return self.root / "model"

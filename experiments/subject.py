@@ -14,7 +14,7 @@ from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 
 from .config import RunConfig
-from .data import ImageData, TrainBatches, calibration_batches, make_evaluate, normalise
+from .data import ImageData, TrainBatches, calibration_batches, make_evaluate, make_judge, normalise
 from .interrupt import StopFlag
 from .models import build_model, load_weights
 from .outcome import percent
@@ -76,10 +76,10 @@ class Subject:
         batch_size = self.config.search.batch_size
         return make_evaluate(self.data.validation, self.config.data, batch_size=batch_size, device=self.device)
 
-    def evaluate_on_test(self) -> Callable[[nn.Module], float]:
-        """Accuracy on the test split: for the report alone, once everything has been chosen."""
+    def judge_on_test(self) -> Callable[[nn.Module], Tensor]:
+        """Which test images are classified rightly: for the report alone, once everything has been chosen."""
         batch_size = self.config.search.batch_size
-        return make_evaluate(self.data.test, self.config.data, batch_size=batch_size, device=self.device)
+        return make_judge(self.data.test, self.config.data, batch_size=batch_size, device=self.device)
 
     def calibration(self) -> list[Tensor]:
         """Training images for batch-norm statistics."""

@@ -4,17 +4,22 @@ import pytest
 
 from experiments.results import matrix
 from experiments.results_page import interval, render_page, spread
+from experiments.run import RunFolder
 
 from .outcomes import outcome, row
 
 NAMES = [cell.name for cell in matrix("ppo")]
 
 
-def finish(root: Path, name: str, **accuracies: float) -> None:
+def finish(root: Path, name: str, judged: dict[str, str], **accuracies: float) -> None:
     """Write the result of one cell as a run does."""
     rows = [row(method, accuracy, accuracy + 0.1) for method, accuracy in accuracies.items()]
     (root / name).mkdir(parents=True)
     (root / name / "results.json").write_text(outcome(*rows).model_dump_json())
+    for method, digits in judged.items():
+        folder = RunFolder(root / name).method(method)
+        folder.root.mkdir(parents=True)
+        folder.judged_file.write_text(digits)
 
 
 def section(page: str, title: str) -> list[str]:
@@ -40,8 +45,8 @@ def test_cells_that_were_not_run_are_said_to_be(tmp_path: Path) -> None:
 
 
 def test_mean_and_spread_are_over_the_seeds_that_were_run(tmp_path: Path) -> None:
-    finish(tmp_path, "resnet56-ppo-seed0", ppo=0.82)
-    finish(tmp_path, "resnet56-ppo-seed1", ppo=0.84)
+    finish(tmp_path, "resnet56-ppo-seed0", {}, ppo=0.82)
+    finish(tmp_path, "resnet56-ppo-seed1", {}, ppo=0.84)
 
     table = section(render_page(tmp_path, NAMES), "ResNet-56 before fine-tuning")
 
@@ -50,10 +55,10 @@ def test_mean_and_spread_are_over_the_seeds_that_were_run(tmp_path: Path) -> Non
 
 
 def test_searches_are_compared_with_the_cross_entropy_method_seed_by_seed(tmp_path: Path) -> None:
-    finish(tmp_path, "resnet56-ppo-seed0", ppo=0.82)
-    finish(tmp_path, "resnet56-ppo-seed1", ppo=0.90)
-    finish(tmp_path, "resnet56-cem-seed0", cem=0.81)
-    finish(tmp_path, "resnet56-cem-seed2", cem=0.50)
+    finish(tmp_path, "resnet56-ppo-seed0", {}, ppo=0.82)
+    finish(tmp_path, "resnet56-ppo-seed1", {}, ppo=0.90)
+    finish(tmp_path, "resnet56-cem-seed0", {}, cem=0.81)
+    finish(tmp_path, "resnet56-cem-seed2", {}, cem=0.50)
 
     table = section(render_page(tmp_path, NAMES), "ResNet-56 before fine-tuning")
 
@@ -61,14 +66,17 @@ def test_searches_are_compared_with_the_cross_entropy_method_seed_by_seed(tmp_pa
 
 
 def test_fine_tuned_networks_are_compared_seed_by_seed(tmp_path: Path) -> None:
-    finish(tmp_path, "tuned-resnet20-seed0", uniform=0.80, ppo=0.81)
-    finish(tmp_path, "tuned-resnet20-seed1", uniform=0.70, ppo=0.73)
+    right = {"ppo": "1110", "dense": "1111"}
+    finish(tmp_path, "tuned-resnet20-seed0", right | {"uniform": "1100"}, uniform=0.80, ppo=0.81)
+    finish(tmp_path, "tuned-resnet20-seed1", right | {"uniform": "1000"}, uniform=0.70, ppo=0.73)
 
     table = section(render_page(tmp_path, NAMES), "resnet20 after fine-tuning")
 
     cells = next(line for line in table if line.startswith("| ppo")).split(" | ")
     # Differences of 1 and 3 points: mean 2, standard error 1, Student's t with one degree of freedom 12.706.
     assert cells[3] == "+2.00 [-10.71, +14.71]"
+    # Of four images two were won, one by both seeds and one by one: 0, 0.5, 1, 0, with a standard error of 0.239.
+    assert cells[5] == "+37.50 [-9.41, +84.41]"
 
 
 def test_methods_of_one_table_do_not_appear_in_another(tmp_path: Path) -> None:
