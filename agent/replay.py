@@ -9,6 +9,8 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 
+from .search_env import spread_or_one
+
 _ARRAYS = ("actions", "rewards", "dones", "timeouts")
 
 
@@ -19,8 +21,8 @@ class StandardisedReplayBuffer(DictReplayBuffer):
     episode goes; Sutton and Barto 2018, section 7.1), and its next observation is the last one: nothing has to be
     bootstrapped over the steps in which a plan earns nothing yet, unless the episode was truncated.
 
-    Rewards are divided by the standard deviation of the rewards that end an episode, and those that end one are
-    centred on their mean first, so every episode's return is shifted by the same amount. Accuracies of 0.75 to 0.80
+    Rewards are divided by the standard deviation of the returns stored, and those that end an episode are centred on
+    the mean return first, so every episode's return is shifted by the same amount. Accuracies of 0.75 to 0.80
     would else have the critic spend its training on the constant.
 
     Args:
@@ -61,12 +63,16 @@ class StandardisedReplayBuffer(DictReplayBuffer):
         )
 
     def reward_statistics(self) -> tuple[float, float]:
-        """Mean and standard deviation of the rewards at episode ends; the deviation is 1 where there is none."""
-        stored = slice(0, self.size())
-        final = self.rewards[stored][self.dones[stored] > 0].astype(np.float64)
-        if final.size == 0:
-            return 0.0, 1.0
-        return float(final.mean()), float(final.std()) or 1.0
+        """Mean and standard deviation of the returns of the episodes stored; the deviation is 1 where there is none."""
+        # Oldest first; the oldest episode may have lost its first steps, which earn nothing.
+        order = np.roll(np.arange(self.size()), -self.pos if self.full else 0)
+        returns: list[float] = []
+        for rewards, dones in zip(self.rewards[order].T.astype(np.float64), self.dones[order].T, strict=True):
+            ends = np.flatnonzero(dones > 0)
+            if len(ends):
+                starts = np.concatenate([[0], ends[:-1] + 1])
+                returns.extend(np.add.reduceat(rewards[: ends[-1] + 1], starts))
+        return (float(np.mean(returns)), spread_or_one(returns)) if returns else (0.0, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything stored, without the empty room."""

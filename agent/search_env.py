@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
@@ -157,7 +157,7 @@ class StandardisedRewards(VecEnvWrapper):
         """Take mean and standard deviation of the returns so far."""
         if len(self._ledger.rewards) > 1:
             self.centre = float(np.mean(self._ledger.rewards))
-            self.scale = float(np.std(self._ledger.rewards)) or 1.0
+            self.scale = spread_or_one(self._ledger.rewards)
 
     def state_dict(self) -> dict[str, Any]:
         """Centre and scale."""
@@ -166,6 +166,12 @@ class StandardisedRewards(VecEnvWrapper):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Return to `state_dict`."""
         self.centre, self.scale = state["centre"], state["scale"]
+
+
+def spread_or_one(returns: ArrayLike) -> float:
+    """Standard deviation of returns, or 1 where they are equal but for rounding."""
+    std = float(np.std(np.asarray(returns, dtype=np.float64)))
+    return std if std > 1e-8 else 1.0
 
 
 def vectorised(env: gym.Env[Any, Any] | VecEnv) -> VecEnv:

@@ -71,11 +71,6 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
         model = torchvision.models.get_model(name, weights=None, **options).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                assert module.running_mean is not None and module.running_var is not None
-                module.running_mean.normal_(0, 0.1, generator=generator)
-                module.running_var.uniform_(0.5, 1.5, generator=generator)
         for parameter in model.parameters():
             # A head of zeros or a layer scale of a millionth would make the proof of everything before it empty.
             if parameter.abs().max() < 1e-3:

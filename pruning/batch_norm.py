@@ -11,7 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from graph_encoder.modes import evaluation_mode
 
 
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, autocast: bool = False) -> None:
+def reestimate_batch_norm(
+    model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]], *, autocast: bool = False
+) -> None:
     """Replace the running statistics of all batch norms by averages over ``batches``, in place.
 
     Only batch norms run in training mode, with a cumulative average, so that dropout stays off and every image counts
@@ -19,7 +21,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, autoca
 
     Args:
         model: the network.
-        batches: inputs on the model's device, of equal batch size.
+        batches: inputs on the model's device, of equal batch size; tuples where forward takes several.
         autocast: run the network in bfloat16 where PyTorch deems it safe; statistics stay in float32.
 
     Raises:
@@ -40,8 +42,9 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, autoca
                 norm.momentum = None
             with torch.inference_mode():
                 for batch in batches:
-                    with torch.autocast(batch.device.type, torch.bfloat16, autocast):
-                        model(batch)
+                    inputs = batch if isinstance(batch, tuple) else (batch,)
+                    with torch.autocast(inputs[0].device.type, torch.bfloat16, autocast):
+                        model(*inputs)
                     n_batches += 1
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):

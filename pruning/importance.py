@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
 
 import torch
@@ -45,12 +45,21 @@ def rank_units(
         msg = f"'{criterion}' is no importance criterion; choose one of {', '.join(get_args(Criterion))}"
         raise ValueError(msg)
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    if criterion == "taylor":
-        if batches is None:
-            msg = "the criterion 'taylor' needs batches of inputs and targets; pass some training batches, or use 'l1'"
-            raise ValueError(msg)
-        tensors = _gradient_products(model, batches, loss or nn.functional.cross_entropy)
-    return {group.name: _group_scores(group, tensors, criterion) for group in graph.prunable}
+    if criterion != "taylor":
+        return {group.name: _group_scores(group, tensors, criterion) for group in graph.prunable}
+    if batches is None:
+        msg = "the criterion 'taylor' needs batches of inputs and targets; pass some training batches, or use 'l1'"
+        raise ValueError(msg)
+    # Squared batch by batch: over all batches the gradients of a trained network cancel.
+    scores: dict[str, Tensor] = {}
+    for products in _gradient_products(model, batches, loss or nn.functional.cross_entropy):
+        for group in graph.prunable:
+            score = _group_scores(group, tensors | products, criterion)
+            scores[group.name] = scores.get(group.name, torch.zeros_like(score)) + score
+    if not scores and graph.prunable:
+        msg = "the criterion 'taylor' was given no batch; pass some training batches, or use 'l1'"
+        raise ValueError(msg)
+    return {name: score / score.mean().clamp_min(1e-12) for name, score in scores.items()}
 
 
 def _group_scores(group: ChannelGroup, tensors: dict[str, Tensor], criterion: Criterion) -> Tensor:
@@ -93,22 +102,14 @@ def _per_unit(scores: Tensor, member: Member) -> Tensor:
 
 def _gradient_products(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """Weight times gradient, averaged over batches, by parameter; gradients of the model stay."""
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    totals = [torch.zeros_like(p) for p in parameters]
-    n_batches = 0
-    with evaluation_mode(model):
-        for inputs, targets in batches:
-            gradients = torch.autograd.grad(loss(model(inputs), targets), parameters, allow_unused=True)
-            for total, gradient in zip(totals, gradients, strict=True):
-                if gradient is not None:
-                    total += gradient
-            n_batches += 1
-    if not n_batches:
-        msg = "the criterion 'taylor' was given no batch; pass some training batches, or use 'l1'"
-        raise ValueError(msg)
-    products = {name: p.detach() * total / n_batches for name, p, total in zip(names, parameters, totals, strict=True)}
-    buffers = dict(model.named_buffers())
-    return {**{name: p.detach() for name, p in model.named_parameters()}, **buffers, **products}
+) -> Iterator[dict[str, Tensor]]:
+    """Weight times gradient by every name of each parameter, frozen ones too, batch by batch."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    own = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    for inputs, targets in batches:
+        with evaluation_mode(model), torch.enable_grad():
+            outputs = torch.func.functional_call(model, own, (inputs,))
+            gradients = torch.autograd.grad(loss(outputs, targets), list(own.values()), allow_unused=True)
+        pairs = zip(own.items(), gradients, strict=True)
+        products = {name: torch.zeros_like(p) if g is None else p.detach() * g for (name, p), g in pairs}
+        yield {name: products[names[id(p)]] for name, p in model.named_parameters(remove_duplicate=False)}

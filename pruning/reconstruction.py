@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ def reconstruct(
 
     Layers are refitted in one forward pass, each on inputs that come through the layers refitted before it, with
     batch norms using the statistics of the batch. The target is the dense layer's output on the same images. Estimate
-    the batch norms again afterwards. Ordinary `nn.Conv2d` and `nn.Linear` layers are refitted, others are not.
+    the batch norms again afterwards. Ordinary `nn.Conv2d` and `nn.Linear` layers that
+    run once are refitted, others are not.
 
     Args:
         dense: the captured network; not changed.
@@ -60,12 +62,15 @@ def reconstruct(
     no rescaling of channels beforehand, and the ridge term.
     """
     removed = removed_positions(graph, policy.masks(graph))
+    uses = Counter(operator.weight for operator in graph.operators)
     layers = [
         operator.weight.removesuffix(".weight")
         for operator in graph.operators
-        if operator.kind in ("conv", "linear") and 1 in removed.get(operator.weight, {}) and operator.groups == 1
+        # A weight used twice has two outputs to fit, which one solution does not serve.
+        if operator.kind in ("conv", "linear") and 1 in removed.get(operator.weight, {}) and uses[operator.weight] == 1
     ]
-    layers = [name for name in dict.fromkeys(layers) if _is_refittable(dense.get_submodule(name))]
+    layers = [name for name in layers if _is_refittable(dense.get_submodule(name))]
+    normed = {operator.weight for operator in graph.operators if operator.norm}
     targets = _sample_outputs(dense, layers, images, n_positions, generator)
     handles = []
     for name in layers:
@@ -76,7 +81,7 @@ def reconstruct(
             is_kept[gone] = False
             target = _Target(target.image, target.row, target.column, target.values[:, is_kept])
         layer = candidate.get_submodule(name)
-        handles.append(layer.register_forward_pre_hook(_refit_with(target, ridge)))
+        handles.append(layer.register_forward_pre_hook(_refit_with(target, ridge, f"{name}.weight" in normed)))
     try:
         with torch.no_grad(), _batch_statistics(candidate):
             candidate(images)
@@ -129,12 +134,15 @@ def _as_grid(values: Tensor) -> Tensor:
     return values.flatten(1, -2).transpose(1, 2).unsqueeze(-1)
 
 
-def _refit_with(target: _Target, ridge: float) -> Any:
+def _refit_with(target: _Target, ridge: float, is_normed: bool) -> Any:
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         patches = _patches(layer, inputs[0], target)
         assert isinstance(layer.weight, Tensor)
         before = layer.weight.flatten(1).t().float()
-        x, y = patches - patches.mean(0), target.values - target.values.mean(0)
+        x, y = patches, target.values
+        # A bias, or a batch norm after the layer, makes up for the means; nothing else does.
+        if isinstance(layer.bias, Tensor) or is_normed:
+            x, y = x - x.mean(0), y - y.mean(0)
         gram = x.t() @ x
         pull = ridge * gram.diagonal().mean() + 1e-8
         gram.diagonal().add_(pull)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,18 @@ def test_no_checkpoint_is_no_state(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "missing") is None
 
 
+FIFTY = struct.pack("<f", 50.0)
+
+
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[:-40] + bytes(40)]
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: data[:-40] + bytes(40),
+        lambda data: data.replace(FIFTY, FIFTY[:-1] + b"\x43"),
+    ],
+    ids=["truncated", "empty", "no directory", "one byte of a weight"],
 )
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     for step in (1, 2):

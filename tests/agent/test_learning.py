@@ -90,7 +90,7 @@ def test_the_replay_buffer_tells_truncated_from_terminated() -> None:
     assert dones.flatten().tolist() == [0.0, 1.0]
 
 
-def test_replayed_rewards_are_standardised_at_episode_ends() -> None:
+def test_replayed_returns_are_standardised() -> None:
     env = TargetEnv(2)
     buffer = StandardisedReplayBuffer(4, env.observation_space, env.action_space, device="cpu")
     one = {name: rows[None] for name, rows in env.observation.items()}
@@ -99,9 +99,8 @@ def test_replayed_rewards_are_standardised_at_episode_ends() -> None:
 
     rewards = buffer._get_samples(np.arange(4)).rewards
 
-    # Mean 0.8 and deviation 0.1 of the two that end an episode; the step before each earns what the episode earns,
-    # the third its own 0.1 besides.
-    assert rewards.flatten().tolist() == pytest.approx([-1.0, -1.0, 2.0, 1.0], abs=1e-5)
+    # Returns of 0.7 and 1.0: mean 0.85, deviation 0.15. The third step earns 0.1 besides what the fourth does.
+    assert rewards.flatten().tolist() == pytest.approx([-1.0, -1.0, 1.0, 1 / 3], abs=1e-5)
 
 
 def test_replayed_returns_are_discounted_and_end_where_the_episode_does() -> None:
@@ -116,8 +115,9 @@ def test_replayed_returns_are_discounted_and_end_where_the_episode_does() -> Non
 
     samples = buffer._get_samples(np.arange(6))
 
-    assert (mean, std) == (1.0, 1.0)
-    assert samples.rewards.flatten().tolist() == pytest.approx([1.5, 1.0, 4.0, 0.0, 5.5, 5.0])
+    # Undiscounted returns of 3 and 4; the truncated episode's end is not centred, as what follows it already is.
+    assert (mean, std) == (3.5, 0.5)
+    assert samples.rewards.flatten().tolist() == pytest.approx([0.5, -3.0, 8.0, 0.0, 11.0, 10.0])
     assert samples.dones.flatten().tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     assert samples.discounts is not None
     assert samples.discounts.flatten().tolist() == [0.25, 0.5, 0.25, 0.5, 0.25, 0.5]

@@ -57,3 +57,47 @@ def test_error_on_unseen_images_falls_and_modes_stay() -> None:
         }
     assert error["fitted"] < 0.2 * error["plain"]
     assert not fitted.training and torch.equal(model[1].weight, dense)
+
+
+def relative_error(small: nn.Module, model: nn.Module, images: torch.Tensor) -> float:
+    with torch.no_grad():
+        target = model(images)
+        return float((small(images) - target).square().mean() / target.square().mean())
+
+
+def test_a_layer_without_bias_or_batch_norm_is_fitted_to_the_means_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Sigmoid(), nn.Linear(16, 5, bias=False)).eval()
+    images = torch.randn(512, 12)
+    graph = capture(model, images[:2])
+    policy = CompressionPolicy({"0": tuple(range(6))}, {"0": 16})
+    plain, fitted = apply_policy(model, graph, policy), apply_policy(model, graph, policy)
+
+    reconstruct(model, fitted, graph, policy, images, generator=torch.Generator().manual_seed(0))
+
+    unseen = torch.randn(256, 12)
+    assert relative_error(fitted, model, unseen) < 0.2 * relative_error(plain, model, unseen)
+
+
+class Twice(nn.Module):
+    """One layer on two sizes of image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.shared(y).mean((2, 3)) + self.shared(nn.functional.avg_pool2d(y, 2)).mean((2, 3))
+
+
+def test_a_layer_that_runs_twice_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    model, images = Twice().eval(), torch.randn(8, 3, 8, 8)
+    graph = capture(model, images[:2])
+    policy = CompressionPolicy({"first": (0, 1, 2, 3)}, {"first": 8})
+    plain, fitted = apply_policy(model, graph, policy), apply_policy(model, graph, policy)
+
+    reconstruct(model, fitted, graph, policy, images, generator=torch.Generator().manual_seed(0))
+
+    assert torch.equal(fitted.get_parameter("shared.weight"), plain.get_parameter("shared.weight"))
