@@ -173,11 +173,6 @@ class CandidateEvaluator:
         """Evaluations counted so far."""
         return math.fsum(entry.charge for entry in self._known.values())
 
-    @property
-    def evaluations_left(self) -> float:
-        """Evaluations that may still be made."""
-        return self.max_evaluations - self.evaluations_used
-
     def is_spent(self, fidelity: float = 1.0) -> bool:
         """Whether a new plan scored on that share of the images would go over ``max_evaluations``."""
         # Shares such as 0.1 do not add up exactly.
@@ -202,10 +197,6 @@ class CandidateEvaluator:
             accuracy = self._accuracy(self.model, fidelity)
             known = self._record(CompressionPolicy({}), DENSE_DIGEST, "dense", fidelity, accuracy, start)
         return known.accuracy
-
-    def is_known(self, policy: CompressionPolicy, fidelity: float = 1.0) -> bool:
-        """Whether the plan was scored before, so that scoring it is free."""
-        return (policy.digest, fidelity) in self._known
 
     def score(self, policy: CompressionPolicy, *, fidelity: float = 1.0, purpose: Purpose = "candidate") -> Evaluation:
         """Accuracy and cost of the network that ``policy`` leaves.

@@ -81,6 +81,9 @@ class NetworkEnv(CompressionEnv):
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Score the plan that ``action`` stands for."""
+        if self._step >= self.refinement_steps:
+            msg = f"the episode is over after {self.refinement_steps} steps; call reset()"
+            raise RuntimeError(msg)
         self._counts = counts_of(self._own(action), self.space, self._base())
         reward, info = self._score()
         self._step += 1

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from envs.action import decode
+from envs.evaluator import CandidateEvaluator
 from envs.journal import Journal
 from latency.cost import count_macs, count_params
 from pruning.export import export_onnx, save_compressed
@@ -18,7 +19,7 @@ from .config import ConfigError, RunConfig
 from .interrupt import StopFlag
 from .machine import set_up_device
 from .methods import ranked_plans
-from .problem import SearchProblem
+from .problem import least_squares
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
 from .search import Watch, build_problem, importance_of
@@ -63,7 +64,17 @@ def apply_saved(
     subject = prepare_subject(config, device, display, stop)
     policy.masks(subject.graph)
     report_dense(subject, display)
-    return _saved(subject, build_problem(subject, importance_of(subject), Journal()), policy, out)
+    settings = config.search
+    builder = CandidateEvaluator(
+        subject.model,
+        subject.graph,
+        subject.evaluate_on_validation(),
+        subject.calibration(),
+        reconstruct=least_squares(settings.seed) if settings.reconstruct else None,
+        channels_last=True,
+        autocast=settings.autocast,
+    )
+    return _saved(subject, builder, policy, out)
 
 
 def _apply_agent(
@@ -81,16 +92,16 @@ def _apply_agent(
     uniform = decode(np.zeros(problem.space.n), problem.space)
     evaluate = subject.evaluate_on_validation()
     uniform_network = evaluator.build(uniform)
-    return _saved(subject, problem, policy, out) | {
+    return _saved(subject, evaluator, policy, out) | {
         "uniform_accuracy": evaluate(uniform_network),
         "uniform_macs": count_macs(uniform_network, subject.example(2)),
     }
 
 
-def _saved(subject: Subject, problem: SearchProblem, policy: CompressionPolicy, out: Path) -> dict[str, Any]:
+def _saved(subject: Subject, builder: CandidateEvaluator, policy: CompressionPolicy, out: Path) -> dict[str, Any]:
     """Build, save and score the network that ``policy`` leaves."""
     evaluate, example = subject.evaluate_on_validation(), subject.example(2)
-    network = problem.evaluator("", lambda _: None).build(policy)
+    network = builder.build(policy)
     save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
     export_onnx(network, example, out / "model.onnx")
     return {

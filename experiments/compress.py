@@ -19,7 +19,7 @@ from latency.budget import Budget
 from pruning.importance import Criterion, rank_units
 from pruning.policy import CompressionPolicy
 
-from .config import ConfigError, Environment, Method, SearchSettings, Start
+from .config import ONE_SHOT, ConfigError, Environment, Method, SearchSettings, Start
 from .methods import search_with
 from .problem import OnEvaluation, Scoring, SearchProblem, least_squares, probe
 
@@ -66,6 +66,8 @@ def compress(
     criterion: Criterion = "l1",
     importance: Mapping[str, Tensor] | None = None,
     rounding: int | None = None,
+    min_keep_ratio: float = 0.1,
+    protect_first: bool = True,
     protected: Sequence[str] = (),
     reconstruct: bool = False,
     reward: str | RewardFunction | None = None,
@@ -91,10 +93,13 @@ def compress(
         seed: of the search.
         environment: a plan for the whole network at once, or layer by layer (agents only).
         start: plan that the search starts from; ``"uniform"`` saves the probes.
-        criterion: importance by which channels are ranked.
+        criterion: importance by which channels are ranked; ``taylor`` needs labels, so for it pass what
+            `pruning.importance.rank_units` returns as ``importance``.
         importance: scores by group name in place of a criterion, higher is kept.
         rounding: keep multiples of so many units; by default 8 where a group has 128 or more, else 1.
-        protected: groups to leave dense, besides those that the first layer writes.
+        min_keep_ratio: least share of a group that stays; at least one unit always does.
+        protect_first: leave the groups dense that the first layer writes.
+        protected: further groups to leave dense.
         reconstruct: fit the pruned layers' outputs to the dense network's by least squares; needs ``calibration``.
         reward: ``"accuracy"``, ``"accuracy_guaranteed"`` or a function (accuracy, cost, limit) -> float.
         n_images: images that ``evaluate`` scores on: what the probes can tell from noise.
@@ -111,6 +116,12 @@ def compress(
     if reconstruct and not calibration:
         msg = "reconstruct fits layers on training inputs; pass some batches as calibration"
         raise ConfigError(msg)
+    if budget is None and method in ONE_SHOT:
+        msg = f"the method '{method}' needs a budget; without one choose among ppo, ddpg, cem and random"
+        raise ConfigError(msg)
+    if criterion == "taylor" and importance is None:
+        msg = "the criterion 'taylor' needs labelled batches; pass what pruning.importance.rank_units makes of them"
+        raise ConfigError(msg)
     graph = capture(model, example_inputs)
     scores = importance or rank_units(model, graph, criterion)
     parsed = Budget.parse(budget) if isinstance(budget, str | float | int) else budget
@@ -119,6 +130,8 @@ def compress(
         {name: values.detach().cpu().numpy() for name, values in scores.items()},
         parsed,
         rounding=rounding,
+        min_keep_ratio=min_keep_ratio,
+        protect_first=protect_first,
         protected=protected,
     )
     scoring = Scoring(

@@ -182,7 +182,10 @@ def test_padding_changes_nothing_but_the_room(model: SmallNetwork, space: Search
     assert large["decision_mask"].sum() == 3
     action = np.array([0.5, -0.5, 0.2], dtype=np.float32)
     _, reward, _, _, info = padded.step(np.concatenate([action, np.full(6, 0.9, dtype=np.float32)]))
-    assert (reward, info["policy"]) == (tight.step(action)[1], tight.step(action)[4]["policy"])
+    _, same_reward, _, _, same_info = tight.step(action)
+    assert (reward, info["policy"]) == (same_reward, same_info["policy"])
+    with pytest.raises(RuntimeError, match=r"^the episode is over after 1 steps; call reset\(\)$"):
+        tight.step(action)
 
 
 def test_too_little_room_is_refused(model: SmallNetwork, space: SearchSpace) -> None:

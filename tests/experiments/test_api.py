@@ -145,3 +145,31 @@ def test_folder_of_the_user_that_hides_a_package_is_named(tmp_path: Path) -> Non
         f"ImportError: secateur needs its own package 'envs' in {PROJECT}, but Python finds {tmp_path / 'envs'} first; "
         "rename that folder, or start Python from another one"
     )
+
+
+def test_a_plan_that_needs_no_search_needs_a_budget() -> None:
+    with pytest.raises(ConfigError) as caught:
+        secateur.compress(small_net(), images(), evaluate=share_of_channels, budget=None, method="uniform")
+
+    assert str(caught.value) == (
+        "the method 'uniform' needs a budget; without one choose among ppo, ddpg, cem and random"
+    )
+
+
+def test_taylor_needs_labels_that_only_the_user_has() -> None:
+    with pytest.raises(ConfigError) as caught:
+        secateur.compress(small_net(), images(), evaluate=share_of_channels, budget=0.5, criterion="taylor")
+
+    assert str(caught.value) == (
+        "the criterion 'taylor' needs labelled batches; pass what pruning.importance.rank_units makes of them"
+    )
+
+
+def test_the_first_layer_may_be_pruned_if_asked_for() -> None:
+    def compressed(protect_first: bool) -> dict[str, float]:
+        found = secateur.compress(
+            small_net(), images(), evaluate=share_of_channels, budget=0.5, method="uniform", protect_first=protect_first
+        )
+        return found.policy.keep_ratios()
+
+    assert set(compressed(protect_first=False)) > set(compressed(protect_first=True))
