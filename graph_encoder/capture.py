@@ -62,7 +62,7 @@ def _capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> NetworkGraph:
         return graph
     traced = symbolic_trace(model)
     if traced is not None:
-        rewritten = _with_rewrites(traced, metas, model)
+        rewritten = _with_rewrites(traced, metas, model, outputs)
         if rewritten is not None:
             return rewritten
     return _freeze_what_does_not_hold(model, graph, metas, outputs)
@@ -74,17 +74,22 @@ def _run(model: nn.Module, forward: Callable[..., Any], metas: Sequence[Tensor])
     return run.record
 
 
-def _with_rewrites(traced: fx.GraphModule, metas: list[Tensor], model: nn.Module) -> NetworkGraph | None:
-    """The graph of the symbolic trace, whose held numbers can be rewritten; None if it does not hold either."""
-    run = LabelPass(traced)
+def _with_rewrites(
+    traced: fx.GraphModule, metas: list[Tensor], model: nn.Module, outputs: list[tuple[int, ...]]
+) -> NetworkGraph | None:
+    """The graph of the symbolic trace, whose held numbers can be rewritten; None if it does not run as the model."""
+    # The trace holds the model's own tensors in another order; names come from the model, or tied ones get two.
+    run = LabelPass(model)
     nodes = SymbolicRun(traced, run)
     try:
         run.run(nodes.run, metas)
     except TraceError:
         return None
+    if run.record.output_shapes != outputs:
+        return None
     run.record.held = nodes.held_numbers()
     graph = assemble(run.record, model)
-    return _freeze_what_does_not_hold(model, graph, metas, run.record.output_shapes)
+    return _freeze_what_does_not_hold(model, graph, metas, outputs)
 
 
 def _freeze_what_does_not_hold(

@@ -111,17 +111,15 @@ def holds_smaller_widths(
     for index, group in enumerate(graph.groups):
         if group.is_prunable and (only is None or index in only):
             kept[index] = torch.arange(group.size) >= -(-group.size // 3)
-    needs_rewrite = bool(graph.rewritten_groups & kept.keys())
-    forward = rewrite(model, graph, kept) if needs_rewrite else model
     removed = removed_positions(graph, kept)
     try:
+        forward = rewrite(model, graph, kept) if graph.rewritten_groups & kept.keys() else model
         with _resized(forward, removed):
-            run = LabelPass(forward, with_labels=False)
+            # Names come from the model, whose modules a rewritten copy shares.
+            run = LabelPass(model, with_labels=False)
             run.run(forward, metas)
     except TraceError as error:
-        where = str(error).partition("'")[2].partition("'")[0]
-        message = str(error).partition("cannot be captured: ")[2].partition(". The forward pass")[0]
-        return Failure("" if where == "the network itself" else where, message)
+        return _failure(str(error))
     found = run.record.output_shapes
     if found != list(expected):
         return Failure("", f"with fewer channels its outputs have shapes {found} instead of {list(expected)}")
@@ -132,6 +130,14 @@ def holds_smaller_widths(
             message = f"with fewer channels it costs {macs.get(term.owner)} MACs instead of {term.value(counts)}"
             return Failure(term.owner.partition("#")[0], message)
     return None
+
+
+def _failure(error: str) -> Failure:
+    place, is_placed, rest = error.partition(" cannot be captured: ")
+    if not is_placed:
+        return Failure("", error)
+    where = place.strip("'")
+    return Failure("" if where == "the network itself" else where, rest.partition(". The forward pass")[0])
 
 
 @contextmanager

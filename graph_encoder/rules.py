@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .labels import compact, tighten, varying_dims
 from .shapes import tensors_in
@@ -297,6 +297,10 @@ def _group_norm(run: LabelPass, call: Call) -> Result:
     read = run.record.classes.along(labels, 1)
     if n_groups == 1:
         run.freeze(read, "shares statistics over all channels")
+    module = run.running_module()
+    # Whole groups go, so that their number has to shrink as well: only a layer that notes it can be told.
+    if not (isinstance(module, nn.GroupNorm) and module.num_groups == n_groups and module.weight is not None):
+        run.freeze(read, f"is normalised in {n_groups} groups, a number that no nn.GroupNorm with a weight holds,")
     run.record.classes.merge_along(read.reshape(n_groups, -1), 1)
     for tensor in (call.get(2, "weight"), call.get(3, "bias")):
         if (name := run.name_of(tensor)) is not None:
@@ -409,6 +413,21 @@ def _constant_pad(run: LabelPass, call: Call) -> Result:
         shape[dim] = widened.shape[dim]
         labels = widened.expand(shape)
     return [labels], call.sources
+
+
+# -------------------------------------------------------------------- constants
+
+
+@_rule("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+def _constant_like(run: LabelPass, call: Call) -> Result:
+    """A constant that takes its width from an activation: its channel goes when that activation's channel goes."""
+    if not run.with_labels:
+        return [None], call.sources
+    labels, out = run.labels_or_constant(call.args[0]), call.outputs[0]
+    # For a shape that is given this is a guess, which the trial at smaller widths refutes where it is wrong.
+    if tuple(out.shape) == tuple(labels.shape):
+        return [labels], call.sources
+    return [run.constant(out)], call.sources
 
 
 # -------------------------------------------------------------------- data movement

@@ -16,6 +16,13 @@ from .network import HeldNumber, NetworkGraph, TraceError
 from .trace import Held, LabelPass
 
 _VIEWS = ("view", "reshape", "expand")
+_FORWARD_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 
 def symbolic_trace(model: nn.Module) -> fx.GraphModule | None:
@@ -25,15 +32,29 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule | None:
         None if the forward pass cannot be traced, or does different things in training and in evaluation: a trace
         freezes one of them.
     """
+    traced, training = _trace(model, training=False), _trace(model, training=True)
+    if traced is None or training is None:
+        return None
+    return traced if str(training.graph) == str(traced.graph) else None
+
+
+def _trace(model: nn.Module, *, training: bool) -> fx.GraphModule | None:
+    own = set(model.__dict__)
     try:
         with evaluation_mode(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if training:
+                model.train()
             traced = fx.symbolic_trace(model)
-            model.train()
-            training = fx.symbolic_trace(model)
     except Exception:  # a Python forward can fail on proxies in any way; the caller falls back
         return None
-    return traced if str(training.graph) == str(traced.graph) else None
+    finally:
+        # The tracer leaves the tensors that forward makes on the model.
+        made = model.__dict__.keys() - own
+        for name in made:
+            del model.__dict__[name]
+    # A tensor that forward makes anew at every call (a draw of noise) would be the same for ever.
+    return None if made else traced
 
 
 class SymbolicRun(fx.Interpreter):
@@ -93,15 +114,19 @@ def _numbers(node: fx.Node, holder: str, labels: Tensor, position: int, n_output
 def rewrite(model: nn.Module, graph: NetworkGraph, kept: Mapping[int, Tensor]) -> fx.GraphModule:
     """The symbolic trace of ``model`` with its held numbers set to what is left.
 
+    Modules, parameters, buffers, training mode and forward hooks are the model's own, also where ``forward`` does not
+    use them, so that state-dict names are the same.
+
     Args:
-        model: the captured module; the trace shares its tensors.
+        model: the captured module; the trace shares its modules and tensors.
         graph: its graph.
         kept: boolean of shape ``(size,)`` by group index.
 
     Raises:
         TraceError: if the module can no longer be traced as it was when it was captured.
     """
-    traced = symbolic_trace(model)
+    # That it is the same in training and in evaluation was seen at capture.
+    traced = _trace(model, training=False)
     if traced is None:
         msg = "the network could be traced when it was captured and cannot be traced now; pass the network as captured"
         raise TraceError(msg)
@@ -112,7 +137,21 @@ def rewrite(model: nn.Module, graph: NetworkGraph, kept: Mapping[int, Tensor]) -
             raise TraceError(msg)
         _set_number(nodes[held.node], held, held.value(kept))
     traced.recompile()
+    _give_everything(model, traced)
     return traced
+
+
+def _give_everything(model: nn.Module, traced: fx.GraphModule) -> None:
+    """Put all that ``model`` holds into ``traced``, which has only what its graph uses, in modules of no class."""
+    # The graph finds a plain tensor attribute of the model among the buffers; the state dict of the model has none.
+    plain = {name: tensor for name, tensor in traced._buffers.items() if name not in model._buffers}
+    traced._modules = model._modules
+    traced._parameters = model._parameters
+    traced._buffers = {**model._buffers, **plain}
+    traced._non_persistent_buffers_set = {*model._non_persistent_buffers_set, *plain}
+    traced.training = model.training
+    for hooks in _FORWARD_HOOKS:
+        setattr(traced, hooks, getattr(model, hooks))
 
 
 def _set_number(node: fx.Node, held: HeldNumber, value: int) -> None:
@@ -127,10 +166,22 @@ def _set_number(node: fx.Node, held: HeldNumber, value: int) -> None:
         sizes[index] = value
         _set_argument(node, 1, "split_size_or_sections", sizes)
     else:
-        nested = len(node.args) == 2 and isinstance(node.args[1], tuple | list)
-        sizes = list(node.args[1]) if nested else list(node.args[1:])  # type: ignore[arg-type]
-        if sizes[index] != -1:
-            sizes[index] = value
+        _set_size(node, index, value)
+
+
+def _set_size(node: fx.Node, dim: int, value: int) -> None:
+    name = next((name for name in ("shape", "size") if name in node.kwargs), None)
+    nested = name is not None or (len(node.args) == 2 and isinstance(node.args[1], tuple | list | fx.Node))
+    given = node.kwargs[name] if name is not None else node.args[1] if nested else node.args[1:]
+    # A whole shape that is computed (``x.view(y.shape)``) holds no number.
+    if not isinstance(given, tuple | list):
+        return
+    sizes = list(given)
+    if sizes[dim] != -1:
+        sizes[dim] = value
+    if name is not None:
+        node.kwargs = {**node.kwargs, name: tuple(sizes)}
+    else:
         node.args = (node.args[0], tuple(sizes)) if nested else (node.args[0], *sizes)
 
 

@@ -97,8 +97,9 @@ class LabelPass(TorchDispatchMode):
         self._names: dict[int, str] = {}
         self._fixed: dict[str, str] = {}
         self._module_names: dict[int, str] = {}
+        self._modules = dict(model.named_modules())
         bound: dict[str, str] = {}
-        for name, module in model.named_modules():
+        for name, module in self._modules.items():
             self._module_names[id(module)] = name
             if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
                 bound[name] = type(module).__name__
@@ -134,11 +135,10 @@ class LabelPass(TorchDispatchMode):
         try:
             with torch.inference_mode(), self._module_stack(), self:
                 output = forward(*inputs)
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        except Exception as error:  # a Python forward can fail in any way: an assert on a width, a missing key
             where = next((name for name in reversed(self._stack) if name), "the network itself")
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
             msg = (
-                f"'{where}' cannot be captured: {first_line}. The forward pass may not read the values of its "
+                f"'{where}' cannot be captured: {_first_line(error)}. The forward pass may not read the values of its "
                 f"activations (`.item()`, `if x.sum() > 0`) and must accept inputs of the shapes "
                 f"{[tuple(t.shape) for t in inputs]}; move what depends on values out of the network"
             )
@@ -167,7 +167,9 @@ class LabelPass(TorchDispatchMode):
             after.remove()
 
     def _finish(self, output: Any) -> None:
-        outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+        leaves = tree_flatten(output)[0]
+        _check_outputs(output, leaves)
+        outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.record.output_shapes = [tuple(leaf.shape) for leaf in outputs]
         for leaf in outputs:
             shadow = self._shadows.get(id(leaf))
@@ -272,6 +274,10 @@ class LabelPass(TorchDispatchMode):
     def here(self) -> str:
         """Qualified name of the module that runs."""
         return self._stack[-1] if self._stack else ""
+
+    def running_module(self) -> nn.Module | None:
+        """The module that runs, None if it has no name in the network."""
+        return self._modules.get(self.here())
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Keep ``labels`` dense and say where."""
@@ -407,6 +413,30 @@ class LabelPass(TorchDispatchMode):
             if self.is_labelled(leaf):
                 self.freeze(self.labels_or_constant(leaf), f"is read by the operator '{call.func}', which has no rule,")
         return [None for _ in call.outputs], call.sources
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).splitlines() or [""])[0]
+    if isinstance(error, RuntimeError | TypeError | ValueError) and line:
+        return line
+    # What a KeyError or an assert says makes no sense without its name.
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def _check_outputs(output: Any, leaves: list[Any]) -> None:
+    """Refuse an output whose tensors, or some of them, would not be seen."""
+    advice = (
+        "forward must return tensors, alone or in tuples, lists or dicts, beside which only None, bool, int, float and "
+        "str may stand"
+    )
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor | bool | int | float | str | None):
+            kind = type(leaf)
+            msg = f"forward returns an object of class '{kind.__module__}.{kind.__qualname__}'; {advice}"
+            raise TraceError(msg)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        msg = f"forward returns no tensor but {output!r}; {advice}"
+        raise TraceError(msg)
 
 
 def _is_composite(func: Any) -> bool:

@@ -1,0 +1,222 @@
+"""What capture says of forwards that fail, or lie, at other widths than their own."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from graph_encoder.capture import capture
+from graph_encoder.network import TraceError
+from graph_encoder.symbolic import symbolic_trace
+from pruning.proof import prove
+
+from .networks import EXAMPLE, seeded
+
+
+class Asserting(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.conv = nn.Conv2d(3, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        assert x.shape[1] == self.width, "the width changed"
+        return x
+
+
+class AssertingNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Asserting(8)
+        self.mix = nn.Conv2d(8, 6, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.mix(self.block(x)).mean((2, 3)))
+        return out
+
+
+def test_assert_on_a_width_keeps_its_group_dense_and_names_the_module() -> None:
+    graph = capture(AssertingNet(), EXAMPLE)
+
+    assert [group.name for group in graph.prunable] == ["mix"]
+    reason = graph.group("block.conv").reason
+    assert reason == "forward of 'block' holds a channel count: AssertionError: the width changed"
+
+
+def test_any_exception_of_forward_becomes_a_trace_error_that_names_it() -> None:
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            table: dict[str, Tensor] = {"a": x}
+            return table["b"]
+
+    with pytest.raises(TraceError, match=r"^'0' cannot be captured: KeyError: 'b'\. The forward pass may not read"):
+        capture(nn.Sequential(Looks()), EXAMPLE)
+
+
+class KeywordView(nn.Module):
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.fc = nn.Linear(216, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).relu()
+        if self.spelling == "shape":
+            y = torch.reshape(y, shape=(-1, 216))
+        elif self.spelling == "input":
+            y = torch.reshape(input=y, shape=(-1, 216))
+        else:
+            y = y.view(size=(-1, 216))
+        out: Tensor = self.fc(y)
+        return out
+
+
+@pytest.mark.parametrize("spelling", ["shape", "input", "size"])
+def test_size_given_by_keyword_is_rewritten(spelling: str) -> None:
+    model = seeded(lambda: KeywordView(spelling))
+    graph = capture(model, EXAMPLE)
+
+    proofs = prove(model, graph, EXAMPLE, generator=torch.Generator().manual_seed(0))
+
+    assert [group.name for group in graph.prunable] == ["conv"]
+    assert len(graph.rewrites) == 1
+    assert all(proof.holds for proof in proofs)
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+
+
+class Returns(nn.Module):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> object:
+        y = self.head(x)
+        kinds = {"object": Answer(y), "beside": (y, Answer(y)), "nothing": None, "fine": {"y": [y, None, 3, "a", 0.5]}}
+        return kinds[self.what]
+
+
+ADVICE = (
+    r"; forward must return tensors, alone or in tuples, lists or dicts, beside which only None, bool, int, float and "
+    r"str may stand$"
+)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("object", r"^forward returns an object of class 'tests\.graph_encoder\.test_trials\.Answer'"),
+        ("beside", r"^forward returns an object of class 'tests\.graph_encoder\.test_trials\.Answer'"),
+        ("nothing", r"^forward returns no tensor but None"),
+    ],
+)
+def test_output_whose_tensors_cannot_be_seen_is_refused(what: str, message: str) -> None:
+    with pytest.raises(TraceError, match=message + ADVICE):
+        capture(Returns(what), torch.randn(2, 8))
+
+
+def test_plain_values_beside_the_tensors_of_an_output_are_accepted() -> None:
+    graph = capture(Returns("fine"), torch.randn(2, 8))
+
+    assert graph.group("head").reason == "is an output of the network"
+
+
+class FunctionalGroupNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 24, 1)
+        self.weight = nn.Parameter(torch.ones(24))
+        self.bias = nn.Parameter(torch.zeros(24))
+        self.mix = nn.Conv2d(24, 6, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.group_norm(self.conv(x), 4, self.weight, self.bias)
+        out: Tensor = self.head(self.mix(y).mean((2, 3)))
+        return out
+
+
+class UnscaledGroupNorm(FunctionalGroupNorm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(4, 24, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.mix(self.norm(self.conv(x))).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize(("network", "where"), [(FunctionalGroupNorm, "the network"), (UnscaledGroupNorm, "norm")])
+def test_constant_number_of_norm_groups_keeps_what_it_divides_dense(network: type[nn.Module], where: str) -> None:
+    graph = capture(network(), EXAMPLE)
+
+    assert [group.name for group in graph.prunable] == ["mix"]
+    assert graph.group("conv").reason == (
+        f"is normalised in 4 groups, a number that no nn.GroupNorm with a weight holds, in '{where}'"
+    )
+
+
+class Constants(nn.Module):
+    """Concatenates, or adds, a constant that takes its width from an activation."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.wide = nn.Conv2d(8, 16, 1)
+        self.out = nn.Conv2d(16, 6, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        if self.how == "zeros_like":
+            more = torch.zeros_like(x)
+        elif self.how == "full_like":
+            more = torch.full_like(x, 0.5)
+        elif self.how == "ones_like":
+            more = torch.ones_like(x).sigmoid()
+        else:
+            more = x.new_zeros(x.shape[0], 8 if self.how == "held" else x.shape[1], x.shape[2], x.shape[3])
+        both = torch.cat([x, more], 1)
+        out: Tensor = self.head(self.out(both + self.wide(x)).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("how", ["zeros_like", "full_like", "ones_like", "new_zeros"])
+def test_constant_as_wide_as_an_activation_shrinks_with_it(how: str) -> None:
+    model = seeded(lambda: Constants(how))
+    graph = capture(model, EXAMPLE)
+
+    proofs = prove(model, graph, EXAMPLE, generator=torch.Generator().manual_seed(1))
+
+    assert [(group.name, group.size) for group in graph.prunable] == [("stem", 8), ("out", 6)]
+    (rows,) = [m.indices for m in graph.group("stem").members if m.tensor == "wide.weight" and m.dim == 0]
+    assert rows.tolist() == [[unit, unit + 8] for unit in range(8)]
+    assert [proof for proof in proofs if not proof.holds] == []
+
+
+def test_constant_of_a_held_width_keeps_the_activation_beside_it_dense() -> None:
+    graph = capture(Constants("held"), EXAMPLE)
+
+    assert [group.name for group in graph.prunable] == ["out"]
+
+
+def test_symbolic_trace_leaves_nothing_on_the_model_and_refuses_tensors_made_in_forward() -> None:
+    class Noise(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand(3, 1, 1)
+
+    model = Noise()
+    before = set(model.__dict__)
+
+    assert symbolic_trace(model) is None
+    assert set(model.__dict__) == before
