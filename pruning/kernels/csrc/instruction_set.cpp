@@ -1,0 +1,25 @@
+// Compiled once for each instruction set, with `SECATEUR_NAME` its name.
+#include "conv2d.h"
+#include "fake_quantize.h"
+#include "gradient.h"
+#include "linear.h"
+
+namespace {
+
+void offsets(const SecateurShape& shape, int64_t count, const int32_t* columns, int32_t* out) {
+  const Planes planes(shape);
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(planes.offset(shape, columns[i]));
+}
+
+int64_t input_floats(const SecateurShape& shape) { return Planes(shape).floats(shape); }
+
+}  // namespace
+
+#define SECATEUR_JOIN(a, b) a##b
+#define SECATEUR_TABLE(name) SECATEUR_JOIN(secateur_table_, name)
+#define SECATEUR_TEXT(name) #name
+#define SECATEUR_STRING(name) SECATEUR_TEXT(name)
+
+extern const InstructionSet SECATEUR_TABLE(SECATEUR_NAME);
+const InstructionSet SECATEUR_TABLE(SECATEUR_NAME) = {SECATEUR_STRING(SECATEUR_NAME), input_floats, offsets, conv2d,
+                                                      values_grad, linear_rows, mask_fake_quantize};

@@ -1,0 +1,115 @@
+// Where the activations lie while a layer runs, and how they get there.
+//
+// A strip of output rows reads its input from planes in which row, column and kernel position only add up: the output
+// pixel (i, j) lies at `i * pitch + j`, and a kernel position is one constant offset from it, so that a run of vectors
+// over consecutive pixels needs no look at where a row ends. Padding is zeros in the planes; right padding is the left
+// padding of the next row. A stride of s has s planes a channel, one for each remainder. What is computed for the
+// columns between `out_width` and `pitch` is not stored.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#include "simd.h"
+
+namespace {
+
+// Packed input of one strip stays in the second-level cache beside the weights.
+constexpr int64_t STRIP_FLOATS = 80 * 1024;
+
+struct Planes {
+  bool in_place;  // the input is read where it lies
+  int64_t phases_h, phases_w, pitch, strip_rows, plane, channel_stride;
+
+  explicit Planes(const SecateurShape& s) {
+    in_place = s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 && s.padding_h == 0 &&
+               s.padding_w == 0 && s.height * s.width >= LANES;
+    const int64_t reach_h = (s.kernel_h - 1) * s.dilation_h, reach_w = (s.kernel_w - 1) * s.dilation_w;
+    phases_h = smaller(s.stride_h, reach_h + 1);
+    phases_w = smaller(s.stride_w, reach_w + 1);
+    pitch = s.stride_w == 1 ? larger(s.out_width, s.width + s.padding_w) : s.out_width + reach_w / s.stride_w;
+    strip_rows = s.out_height;
+    if (!in_place) {
+      const int64_t row = s.in_channels * phases_h * phases_w * pitch;
+      const int64_t strips = smaller(s.out_height, divide_up(s.out_height * row, STRIP_FLOATS));
+      strip_rows = divide_up(s.out_height, larger(strips, 1));
+    }
+    const int64_t tail = s.stride_w == 1 ? s.padding_w : 0;
+    plane = in_place ? s.height * s.width : (strip_rows + reach_h / s.stride_h) * pitch + tail;
+    channel_stride = in_place ? plane : divide_up(phases_h * phases_w * plane, LANES) * LANES;
+    // Channels a multiple of 4 KiB apart would all fall into the same few sets of the first-level cache.
+    if (!in_place && channel_stride % 1024 == 0) channel_stride += LANES;
+  }
+
+  int64_t offset(const SecateurShape& s, int64_t column) const {
+    const int64_t kw = column % s.kernel_w * s.dilation_w;
+    const int64_t kh = column / s.kernel_w % s.kernel_h * s.dilation_h;
+    const int64_t channel = column / (s.kernel_w * s.kernel_h);
+    const int64_t phase = kh % s.stride_h * phases_w + kw % s.stride_w;
+    return channel * channel_stride + phase * plane + kh / s.stride_h * pitch + kw / s.stride_w;
+  }
+
+  int64_t strips(const SecateurShape& s) const { return divide_up(s.out_height, strip_rows); }
+  // The last vector of a tile reads on beyond the last pixel.
+  int64_t floats(const SecateurShape& s) const { return s.in_channels * channel_stride + 8 * LANES + s.padding_w; }
+};
+
+// Aligned memory of one thread; it grows and is kept for the next layer.
+struct Workspace {
+  float* data = nullptr;
+  int64_t size = 0;
+
+  ~Workspace() { free(data); }
+
+  float* reserve(int64_t floats) {
+    if (floats <= size) return data;
+    free(data);
+    size = divide_up(floats, 1024) * 1024;
+    data = static_cast<float*>(aligned_alloc(64, size * sizeof(float)));
+    if (data) memset(data, 0, size * sizeof(float));
+    else size = 0;
+    return data;
+  }
+};
+
+inline void fill_zero(float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
+}
+
+// One row of a plane: every `stride`-th value of an input row, from `first` (negative in the padding) on.
+inline void pack_row(const float* from, int64_t width, int64_t first, int64_t stride, float* to, int64_t count) {
+  const int64_t begin = smaller(count, first < 0 ? divide_up(-first, stride) : 0);
+  const int64_t end = larger(begin, smaller(count, divide_up(width - first, stride)));
+  fill_zero(to, begin);
+  const float* source = from + first + begin * stride;
+  if (stride == 1) copy_row(source, to + begin, end - begin);
+  else if (stride == 2)
+    for (int64_t i = 0; i < end - begin; ++i) to[begin + i] = source[2 * i];
+  else
+    for (int64_t i = 0; i < end - begin; ++i) to[begin + i] = source[stride * i];
+  fill_zero(to + end, count - end);
+}
+
+// The planes of one image for the strip that starts at output row `first_row`.
+inline void pack(const SecateurShape& s, const Planes& planes, const float* x, int64_t first_row, float* packed) {
+  const int64_t rows = planes.strip_rows + (s.kernel_h - 1) * s.dilation_h / s.stride_h;
+  for (int64_t channel = 0; channel < s.in_channels; ++channel) {
+    float* to = packed + channel * planes.channel_stride;
+    for (int64_t phase_h = 0; phase_h < planes.phases_h; ++phase_h) {
+      for (int64_t phase_w = 0; phase_w < planes.phases_w; ++phase_w) {
+        for (int64_t i = 0; i < rows; ++i, to += planes.pitch) {
+          const int64_t row = (first_row + i) * s.stride_h + phase_h - s.padding_h;
+          if (row < 0 || row >= s.height) fill_zero(to, planes.pitch);
+          else
+            pack_row(x + (channel * s.height + row) * s.width, s.width, phase_w - s.padding_w, s.stride_w, to,
+                     planes.pitch);
+        }
+        const int64_t tail = planes.plane - rows * planes.pitch;
+        fill_zero(to, tail);
+        to += tail;
+      }
+    }
+  }
+}
+
+}  // namespace
