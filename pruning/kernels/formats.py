@@ -29,7 +29,7 @@ PATTERNS = 1 << ROWS
 # larger than 1x1 reads the rows around the tile too.
 _CHUNK_CHANNELS, _CHUNK_CHANNELS_1X1 = 32, 64
 # Columns of a chunk, blocks: enough for keeping sums in memory to cost little, few enough for small rounding errors.
-_CHUNK_COLUMNS = 256
+_CHUNK_COLUMNS = 128
 # A loop over fewer columns costs more, in one mispredicted branch, than the loads it saves.
 _LEAST_COLUMNS = 4
 _BITS = torch.tensor([[pattern >> row & 1 for row in range(ROWS)] for pattern in range(PATTERNS)], dtype=torch.bool)

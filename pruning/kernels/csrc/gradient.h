@@ -99,6 +99,7 @@ inline bool run_gradient_part(const Gradient& g, int64_t part) {
   float* rows = gradient.reserve(group_rows * row_floats);
   float* buffer = g.planes.in_place ? nullptr : packed.reserve(g.planes.floats(s));
   if (!rows || (!buffer && !g.planes.in_place)) return false;
+  const RowCut cut(s.out_width, 0, 1, g.planes.pitch);
   const int64_t strips = g.planes.strips(s);
   for (int64_t unit = 0; unit < s.batch * strips; ++unit) {
     const int64_t image = unit / strips, first_row = unit % strips * g.planes.strip_rows;
@@ -111,8 +112,7 @@ inline bool run_gradient_part(const Gradient& g, int64_t part) {
         const int64_t channel = image * s.out_channels + group * group_rows + row;
         const float* from = g.grad_out + (channel * s.out_height + first_row) * s.out_width;
         for (int64_t i = 0; i < strip_rows; ++i)
-          pack_row(from + i * s.out_width, s.out_width, 0, 1, rows + row * row_floats + i * g.planes.pitch,
-                   g.planes.pitch);
+          cut.pack(from + i * s.out_width, rows + row * row_floats + i * g.planes.pitch);
       }
       for (int64_t chunk = 0; chunk < w.chunks; ++chunk)
         (w.block == 1 ? add_pattern_group : add_block_group)(g, chunk * w.groups + group, buffer ? buffer : input,

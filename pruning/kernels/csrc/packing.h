@@ -76,37 +76,43 @@ inline void fill_zero(float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
 }
 
-// One row of a plane: every `stride`-th value of an input row, from `first` (negative in the padding) on.
-inline void pack_row(const float* from, int64_t width, int64_t first, int64_t stride, float* to, int64_t count) {
-  const int64_t begin = smaller(count, first < 0 ? divide_up(-first, stride) : 0);
-  const int64_t end = larger(begin, smaller(count, divide_up(width - first, stride)));
-  fill_zero(to, begin);
-  const float* source = from + first + begin * stride;
-  if (stride == 1) copy_row(source, to + begin, end - begin);
-  else if (stride == 2)
-    for (int64_t i = 0; i < end - begin; ++i) to[begin + i] = source[2 * i];
-  else
-    for (int64_t i = 0; i < end - begin; ++i) to[begin + i] = source[stride * i];
-  fill_zero(to + end, count - end);
-}
+// Which values of an input row go into a row of a plane, and where: every `stride`-th one, between zeros.
+struct RowCut {
+  int64_t begin, end, first, stride, count;
+
+  // Divisions are slow: one cut serves all the rows of a phase.
+  RowCut(int64_t width, int64_t start, int64_t stride, int64_t count) : stride(stride), count(count) {
+    begin = smaller(count, start < 0 ? divide_up(-start, stride) : 0);
+    end = larger(begin, smaller(count, start < width ? divide_up(width - start, stride) : 0));
+    first = start + begin * stride;
+  }
+
+  void pack(const float* from, float* to) const {
+    fill_zero(to, begin);
+    if (stride == 1) copy_row(from + first, to + begin, end - begin);
+    else if (stride == 2)
+      for (int64_t i = begin; i < end; ++i) to[i] = from[first + 2 * (i - begin)];
+    else
+      for (int64_t i = begin; i < end; ++i) to[i] = from[first + stride * (i - begin)];
+    fill_zero(to + end, count - end);
+  }
+};
 
 // The planes of one image for the strip that starts at output row `first_row`.
 inline void pack(const SecateurShape& s, const Planes& planes, const float* x, int64_t first_row, float* packed) {
   const int64_t rows = planes.strip_rows + (s.kernel_h - 1) * s.dilation_h / s.stride_h;
-  for (int64_t channel = 0; channel < s.in_channels; ++channel) {
-    float* to = packed + channel * planes.channel_stride;
-    for (int64_t phase_h = 0; phase_h < planes.phases_h; ++phase_h) {
-      for (int64_t phase_w = 0; phase_w < planes.phases_w; ++phase_w) {
+  const int64_t tail = planes.plane - rows * planes.pitch;
+  for (int64_t phase_w = 0; phase_w < planes.phases_w; ++phase_w) {
+    const RowCut cut(s.width, phase_w - s.padding_w, s.stride_w, planes.pitch);
+    for (int64_t channel = 0; channel < s.in_channels; ++channel) {
+      for (int64_t phase_h = 0; phase_h < planes.phases_h; ++phase_h) {
+        float* to = packed + channel * planes.channel_stride + (phase_h * planes.phases_w + phase_w) * planes.plane;
         for (int64_t i = 0; i < rows; ++i, to += planes.pitch) {
           const int64_t row = (first_row + i) * s.stride_h + phase_h - s.padding_h;
           if (row < 0 || row >= s.height) fill_zero(to, planes.pitch);
-          else
-            pack_row(x + (channel * s.height + row) * s.width, s.width, phase_w - s.padding_w, s.stride_w, to,
-                     planes.pitch);
+          else cut.pack(x + (channel * s.height + row) * s.width, to);
         }
-        const int64_t tail = planes.plane - rows * planes.pitch;
         fill_zero(to, tail);
-        to += tail;
       }
     }
   }

@@ -102,7 +102,7 @@ inline Vector error_function(Vector v) {
   return a > 0.927734375f ? far : near;
 }
 
-inline Vector activate(Vector v, int64_t activation) {
+inline __attribute__((always_inline)) Vector activate(Vector v, int64_t activation) {
   switch (activation) {
     case RELU: return 0.0f > v ? splat(0.0f) : v;
     case RELU6: return clamp(v, splat(0.0f), splat(6.0f));
@@ -138,17 +138,26 @@ inline void copy_row(const float* from, float* to, int64_t count) {
   if (i < count) store_some(to + i, load_some(from + i, count - i), count - i);
 }
 
-// `to[i] = activate(from[i] + residual[i])` for `count` values; `residual` may be null and `to` may be `from`.
-inline void finish_row(const float* from, const float* residual, float* to, int64_t count, int64_t activation) {
+template <int64_t ACTIVATION>
+void finish_row_as(const float* from, const float* residual, float* to, int64_t count) {
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) {
-    const Vector v = residual ? load(from + i) + load(residual + i) : load(from + i);
-    store(to + i, activate(v, activation));
+    Vector v = load(from + i);
+    if (residual) v += load(residual + i);
+    store(to + i, activate(v, ACTIVATION));
   }
   if (i == count) return;
   Vector v = load_some(from + i, count - i);
   if (residual) v += load_some(residual + i, count - i);
-  store_some(to + i, activate(v, activation), count - i);
+  store_some(to + i, activate(v, ACTIVATION), count - i);
+}
+
+// `to[i] = activate(from[i] + residual[i])` for `count` values; `residual` may be null and `to` may be `from`.
+inline void finish_row(const float* from, const float* residual, float* to, int64_t count, int64_t activation) {
+  constexpr void (*BY_ACTIVATION[])(const float*, const float*, float*, int64_t) = {
+      finish_row_as<NONE>, finish_row_as<RELU>, finish_row_as<RELU6>,
+      finish_row_as<SILU>, finish_row_as<GELU>, finish_row_as<HARDSWISH>};
+  BY_ACTIVATION[activation](from, residual, to, count);
 }
 
 }  // namespace
