@@ -30,10 +30,9 @@ def conv2d_size(
             f"got {list(kernel_size)}, {list(stride)}, {list(dilation)} and {list(padding)}"
         )
         raise ValueError(msg)
-    height, width = (
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
-    )
+    batch, _, height, width = x.shape
+    height = (height + 2 * padding[0] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
+    width = (width + 2 * padding[1] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
     if height < 1 or width < 1:
         msg = (
             f"secateur::{op}: expected an input no smaller than the kernel, got height and width "
@@ -41,7 +40,7 @@ def conv2d_size(
             f"dilation {list(dilation)}"
         )
         raise ValueError(msg)
-    return x.shape[0], out_channels, height, width
+    return batch, out_channels, height, width
 
 
 def linear_size(op: str, x: Tensor, out_features: int) -> tuple[int, ...]:

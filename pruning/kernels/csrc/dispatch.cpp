@@ -94,3 +94,6 @@ SECATEUR_EXPORT int secateur_mask_fake_quantize(int64_t rows, int64_t row_size, 
   return chosen->mask_fake_quantize(rows, row_size, weight, mask, scale, lowest, highest, out, is_inside,
                                     threads_of(threads));
 }
+
+// Runs `rounds` rounds of twelve vector multiply-adds each, at the processor's peak.
+SECATEUR_EXPORT float secateur_multiply_add(int64_t rounds) { return chosen->multiply_add(rounds); }

@@ -6,9 +6,25 @@
 
 namespace {
 
+constexpr int MULTIPLY_ADDS = 12 * LANES;
+
 void offsets(const SecateurShape& shape, int64_t count, const int32_t* columns, int32_t* out) {
   const Planes planes(shape);
   for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(planes.offset(shape, columns[i]));
+}
+
+// What a share of peak is a share of: `rounds * MULTIPLY_ADDS` multiply-adds that wait for nothing but each other.
+float multiply_add(int64_t rounds) {
+  constexpr int SUMS = MULTIPLY_ADDS / LANES;
+  Vector sums[SUMS] = {}, factor = splat(0.999f), term = splat(0.001f);
+  for (int64_t round = 0; round < rounds; ++round) {
+    SECATEUR_KEEP(factor);
+    SECATEUR_UNROLL
+    for (int s = 0; s < SUMS; ++s) sums[s] = sums[s] * factor + term;
+  }
+  Vector total{};
+  for (int s = 0; s < SUMS; ++s) total += sums[s];
+  return total[0];
 }
 
 int64_t input_floats(const SecateurShape& shape) { return Planes(shape).floats(shape); }
@@ -22,4 +38,4 @@ int64_t input_floats(const SecateurShape& shape) { return Planes(shape).floats(s
 
 extern const InstructionSet SECATEUR_TABLE(SECATEUR_NAME);
 const InstructionSet SECATEUR_TABLE(SECATEUR_NAME) = {SECATEUR_STRING(SECATEUR_NAME), input_floats, offsets, conv2d,
-                                                      values_grad, linear_rows, mask_fake_quantize};
+                                                      values_grad, linear_rows, mask_fake_quantize, multiply_add};

@@ -67,4 +67,5 @@ struct InstructionSet {
   int (*mask_fake_quantize)(int64_t rows, int64_t row_size, const float* weight, const uint8_t* mask,
                             const float* scale, float lowest, float highest, float* out, uint8_t* is_inside,
                             const Threads&);
+  float (*multiply_add)(int64_t rounds);
 };

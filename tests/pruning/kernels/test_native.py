@@ -59,4 +59,4 @@ def test_an_instruction_set_that_is_not_there_is_named() -> None:
 
 @compiled
 def test_torch_lends_its_threads() -> None:
-    assert native._torch_parallel_for().value
+    assert native._torch_parallel_for()

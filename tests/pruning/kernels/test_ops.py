@@ -83,7 +83,9 @@ def conv2d_arguments(block: int, requires_grad: bool) -> tuple[object, ...]:
     return x, *pattern, bias, residual, 8, [3, 3], [2, 2], [1, 1], [1, 1], block, "silu"
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of opcheck itself
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # of opcheck itself
 @pytest.mark.parametrize("block", [1, 8])
 def test_operators_keep_the_rules_of_torch(block: int) -> None:
     arguments = conv2d_arguments(block, True)

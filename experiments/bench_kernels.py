@@ -1,0 +1,243 @@
+"""How fast the sparse kernels are, layer by layer, beside the best dense runtime for the same layer.
+
+Run as ``python -m experiments.bench_kernels``. All sides of a layer are called in turn in one process, so that what
+slows the machine down slows them all; a ratio is one of medians, and its quartiles are those of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from latency.measure import cpu_name
+from pruning.kernels.formats import SparseWeight, pack
+from pruning.kernels.functional import sparse_conv2d
+from pruning.kernels.native import Library, library
+from pruning.kernels.prepared import PreparedConv2d
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution of a network at batch 1; ``count`` of them are alike."""
+
+    in_channels: int
+    out_channels: int
+    size: int
+    kernel: int = 3
+    stride: int = 1
+    count: int = 1
+
+    @property
+    def flops(self) -> int:
+        """Of the dense layer, without its bias."""
+        return 2 * self.in_channels * self.out_channels * (self.kernel * -(-self.size // self.stride)) ** 2
+
+    def __str__(self) -> str:
+        side = f"{self.size}x{self.size}"
+        return f"{self.in_channels} to {self.out_channels}, {self.kernel}x{self.kernel}/{self.stride}, {side}"
+
+
+RESNET18 = (
+    Layer(64, 64, 56, count=4),
+    Layer(64, 128, 56, stride=2),
+    Layer(64, 128, 56, 1, 2),
+    Layer(128, 128, 28, count=3),
+    Layer(128, 256, 28, stride=2),
+    Layer(128, 256, 28, 1, 2),
+    Layer(256, 256, 14, count=3),
+    Layer(256, 512, 14, stride=2),
+    Layer(256, 512, 14, 1, 2),
+    Layer(512, 512, 7, count=3),
+)
+"""Convolutions at 224 pixels, without the stem."""
+
+MOBILENET = (
+    *(Layer(*sizes, 1) for sizes in ((32, 64, 112), (64, 128, 56), (128, 128, 56), (128, 256, 28), (256, 256, 28))),
+    Layer(256, 512, 14, 1),
+    Layer(512, 512, 14, 1, count=5),
+    Layer(512, 1024, 7, 1),
+    Layer(1024, 1024, 7, 1),
+    Layer(16, 96, 112, 1),
+    Layer(96, 24, 56, 1),
+    Layer(24, 144, 56, 1, count=2),
+    Layer(144, 32, 28, 1),
+    Layer(32, 192, 28, 1, count=3),
+    Layer(192, 32, 28, 1, count=2),
+    Layer(64, 384, 14, 1, count=4),
+    Layer(384, 64, 14, 1, count=3),
+    Layer(96, 576, 14, 1, count=3),
+    Layer(576, 96, 14, 1, count=2),
+    Layer(160, 960, 7, 1, count=3),
+    Layer(960, 160, 7, 1, count=2),
+    Layer(320, 1280, 7, 1),
+)
+"""1x1 convolutions of versions 1 (first nine rows) and 2 at 224 pixels."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a layer is made sparse: the largest of the wanted blocks that divides its channels."""
+
+    block: int
+    density: float
+
+    def weight(self, layer: Layer, generator: torch.Generator) -> SparseWeight:
+        """Random weights of this scheme."""
+        block = next(block for block in (self.block, 8, 4, 1) if block <= self.block and not layer.out_channels % block)
+        shape = (layer.out_channels // block, 1, layer.in_channels, layer.kernel, layer.kernel)
+        mask = (torch.rand(shape, generator=generator) < self.density).expand(-1, block, -1, -1, -1).flatten(0, 1)
+        return pack(torch.randn(mask.shape, generator=generator) * mask, block, mask)
+
+    def __str__(self) -> str:
+        name = "unstructured" if self.block == 1 else f"block {self.block}"
+        return f"{name}, {1 - self.density:.0%}"
+
+
+SCHEMES = {
+    "resnet18": (Scheme(16, 0.3), Scheme(16, 0.1), Scheme(1, 0.2), Scheme(1, 0.1)),
+    "mobilenet": (Scheme(16, 0.3), Scheme(16, 0.2), Scheme(16, 0.1), Scheme(1, 0.1)),
+}
+LAYERS = {"resnet18": RESNET18, "mobilenet": MOBILENET}
+
+
+def dense_sides(layer: Layer, x: Tensor, threads: int, with_compile: bool) -> dict[str, Callable[[], object]]:
+    """The same dense layer in every runtime."""
+    padding = layer.kernel // 2
+    conv = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel, layer.stride, padding).eval()
+    last = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel, layer.stride, padding).eval()
+    last = last.to(memory_format=torch.channels_last)
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    session, feed = onnx_session(conv, x, threads), {"x": x.numpy()}
+    sides: dict[str, Callable[[], object]] = {
+        "eager": lambda: conv(x),
+        "eager, channels last": lambda: last(x_last),
+        "ONNX Runtime": lambda: session.run(None, feed),
+    }
+    if with_compile:
+        torch.compiler.reset()
+        compiled = torch.compile(last)
+        sides["torch.compile"] = lambda: compiled(x_last)
+    return sides
+
+
+def onnx_session(conv: nn.Conv2d, x: Tensor, threads: int) -> onnxruntime.InferenceSession:
+    """ONNX Runtime on one convolution."""
+    assert conv.bias is not None
+    tensors = {"weight": conv.weight, "bias": conv.bias}
+    size, stride, pads = list(conv.kernel_size), list(conv.stride), [conv.kernel_size[0] // 2] * 4
+    node = helper.make_node("Conv", ["x", *tensors], ["y"], kernel_shape=size, strides=stride, pads=pads)
+    graph = helper.make_graph(
+        [node],
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(tensor.detach().numpy(), name) for name, tensor in tensors.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # Its idle threads would spin on the cores that the next side is timed on.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def sparse_sides(
+    native: Library, layer: Layer, scheme: Scheme, x: Tensor, generator: torch.Generator
+) -> dict[str, Callable[[], object]]:
+    """The sparse layer as a PyTorch operator, and as the native call that a plan of a network makes."""
+    weight, bias = scheme.weight(layer, generator), torch.randn(layer.out_channels, generator=generator)
+    stride, padding = (layer.stride, layer.stride), (layer.kernel // 2, layer.kernel // 2)
+    prepared = PreparedConv2d(native, weight, bias, x, stride=stride, padding=padding)
+    out = torch.empty(prepared.out_size)
+    return {
+        f"{scheme}: operator": lambda: sparse_conv2d(x, weight, bias, stride=stride, padding=padding),
+        f"{scheme}: native": lambda: prepared.run(x, out),
+    }
+
+
+def time_in_turn(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each call, by side, shape ``(rounds,)``; each round starts one side later."""
+    names = list(sides)
+    seconds = {name: np.empty(rounds) for name in names}
+    for round_index in range(-3, rounds):
+        for turn in range(len(names)):
+            name = names[(round_index + turn) % len(names)]
+            start = time.perf_counter()
+            sides[name]()
+            if round_index >= 0:
+                seconds[name][round_index] = time.perf_counter() - start
+    return seconds
+
+
+def bench(network: str, rounds: int, threads: int, with_compile: bool) -> str:
+    """The table of one network as Markdown."""
+    native = library()
+    if native is None:
+        msg = "the sparse kernels are not compiled; run: python setup.py build_ext --inplace"
+        raise SystemExit(msg)
+    generator = torch.Generator().manual_seed(0)
+    ratios: dict[str, list[tuple[float, int]]] = {}
+    lines = [
+        "| layer | count | best dense | us | GFLOP/s | scheme | us | ratio (quartiles) | ideal | share of peak |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for layer in LAYERS[network]:
+        x = torch.randn(1, layer.in_channels, layer.size, layer.size, generator=generator)
+        dense, sparse = dense_sides(layer, x, threads, with_compile), {}
+        for scheme in SCHEMES[network]:
+            sparse.update(sparse_sides(native, layer, scheme, x, generator))
+        with torch.inference_mode():
+            seconds = time_in_turn(dense | sparse, rounds)
+        peak = native.peak_flops() * threads
+        best = min(dense, key=lambda name: float(np.median(seconds[name])))
+        base = float(np.median(seconds[best]))
+        left = f"| {layer} | {layer.count} | {best} | {base * 1e6:.0f} | {layer.flops / base / 1e9:.0f}"
+        for name in sparse:
+            median = float(np.median(seconds[name]))
+            low, high = np.percentile(seconds[best] / seconds[name], [25, 75])
+            density = next(scheme.density for scheme in SCHEMES[network] if name.startswith(f"{scheme}:"))
+            share = layer.flops * density / median / peak
+            lines.append(
+                f"{left} | {name} | {median * 1e6:.0f} | {base / median:.2f} ({low:.2f} to {high:.2f}) | "
+                f"{1 / density:.1f} | {share:.0%} |"
+            )
+            ratios.setdefault(name, []).append((base / median, layer.count))
+    lines += ["", "| geometric mean over layers | ratio |", "|---|---|"]
+    lines += [f"| {name} | {geometric_mean(pairs):.2f} |" for name, pairs in ratios.items()]
+    return "\n".join(lines)
+
+
+def geometric_mean(pairs: list[tuple[float, int]]) -> float:
+    """Of ratios, each as often as its layer occurs."""
+    return math.exp(sum(count * math.log(ratio) for ratio, count in pairs) / sum(count for _, count in pairs))
+
+
+def main() -> None:
+    """Measure and write the tables to the standard output."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="*", choices=sorted(LAYERS), default=sorted(LAYERS))
+    parser.add_argument("--rounds", type=int, default=40, help="timed calls of each side")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="torch.compile among the dense sides")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for network in options.networks:
+        native = library()
+        name = native.instruction_set if native else "not compiled"
+        versions = f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}, kernels: {name}"
+        sys.stdout.write(f"## {network}\n\n{cpu_name()}, {options.threads} thread(s), {versions}\n\n")
+        sys.stdout.write(bench(network, options.rounds, options.threads, options.compile) + "\n\n")
+
+
+if __name__ == "__main__":
+    main()
