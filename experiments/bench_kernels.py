@@ -1,7 +1,8 @@
 """How fast the sparse kernels are, layer by layer, beside the best dense runtime for the same layer.
 
 Run as ``python -m experiments.bench_kernels``. All sides of a layer are called in turn in one process, so that what
-slows the machine down slows them all; a ratio is one of medians, and its quartiles are those of the rounds.
+slows the machine down slows them all; a ratio is one of medians, and its quartiles are those of the rounds. Caches
+are warm.
 """
 
 from __future__ import annotations
@@ -166,12 +167,16 @@ def sparse_sides(
 
 
 def time_in_turn(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each call, by side, shape ``(rounds,)``; each round starts one side later."""
+    """Seconds of each call, by side, shape ``(rounds,)``; each round starts one side later.
+
+    An untimed call goes before each timed one, or a side would pay for the caches that the one before it filled.
+    """
     names = list(sides)
     seconds = {name: np.empty(rounds) for name in names}
     for round_index in range(-3, rounds):
         for turn in range(len(names)):
             name = names[(round_index + turn) % len(names)]
+            sides[name]()
             start = time.perf_counter()
             sides[name]()
             if round_index >= 0:

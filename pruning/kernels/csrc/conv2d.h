@@ -111,17 +111,14 @@ inline void finish_tiles(const Convolution& c, const Strip& strip, int64_t first
       const int64_t from = larger(start, row * pitch), to = smaller(end, row * pitch + row_width);
       if (from >= to) continue;
       const int64_t pixel = row * row_width + from - row * pitch;
-      for (int64_t channel = first_channel; channel < last_channel; ++channel) {
-        float* target = strip.out + channel * pixels + pixel;
-        if (strip.is_home) {
-          finish_row(target, nullptr, target, to - from, c.epilogue.activation);
-          continue;
-        }
-        const float* sums = strip.scratch + (channel - first_channel) * count * strip.cut.width() +
-                            (tile - first) * strip.cut.width() + from - start;
-        const float* residual = strip.residual ? strip.residual + channel * pixels + pixel : nullptr;
-        finish_row(sums, residual, target, to - from, c.epilogue.activation);
+      float* target = strip.out + first_channel * pixels + pixel;
+      Rows rows{target, nullptr, target, last_channel - first_channel, pixels, pixels, to - from};
+      if (!strip.is_home) {
+        rows.from = strip.scratch + (tile - first) * strip.cut.width() + from - start;
+        rows.from_stride = count * strip.cut.width();
+        rows.residual = strip.residual ? strip.residual + first_channel * pixels + pixel : nullptr;
       }
+      finish_rows(rows, c.epilogue.activation);
     }
   }
 }

@@ -91,7 +91,7 @@ inline void run_linear_group(const Linear& linear, int64_t group) {
     }
     const int64_t at = image * linear.out_features + feature;
     const float* residual = linear.epilogue.residual ? linear.epilogue.residual + at : nullptr;
-    finish_row(sums, residual, linear.out + at, rows, linear.epilogue.activation);
+    finish_rows({sums, residual, linear.out + at, 1, rows, rows, rows}, linear.epilogue.activation);
   }
 }
 

@@ -138,8 +138,10 @@ inline void copy_row(const float* from, float* to, int64_t count) {
   if (i < count) store_some(to + i, load_some(from + i, count - i), count - i);
 }
 
+// `to[i] = activate(from[i] + residual[i])` for `count` values; `residual` may be null and `to` may be `from`.
 template <int64_t ACTIVATION>
-void finish_row_as(const float* from, const float* residual, float* to, int64_t count) {
+inline __attribute__((always_inline)) void finish_row(const float* from, const float* residual, float* to,
+                                                      int64_t count) {
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) {
     Vector v = load(from + i);
@@ -152,12 +154,26 @@ void finish_row_as(const float* from, const float* residual, float* to, int64_t 
   store_some(to + i, activate(v, ACTIVATION), count - i);
 }
 
-// `to[i] = activate(from[i] + residual[i])` for `count` values; `residual` may be null and `to` may be `from`.
-inline void finish_row(const float* from, const float* residual, float* to, int64_t count, int64_t activation) {
-  constexpr void (*BY_ACTIVATION[])(const float*, const float*, float*, int64_t) = {
-      finish_row_as<NONE>, finish_row_as<RELU>, finish_row_as<RELU6>,
-      finish_row_as<SILU>, finish_row_as<GELU>, finish_row_as<HARDSWISH>};
-  BY_ACTIVATION[activation](from, residual, to, count);
+// The same run of values in each of `rows` rows, so that the choice of the activation is made once for all of them.
+struct Rows {
+  const float* from;
+  const float* residual;
+  float* to;
+  int64_t rows, from_stride, stride, count;
+};
+
+template <int64_t ACTIVATION>
+void finish_rows_as(const Rows& r) {
+  for (int64_t row = 0; row < r.rows; ++row)
+    finish_row<ACTIVATION>(r.from + row * r.from_stride, r.residual ? r.residual + row * r.stride : nullptr,
+                           r.to + row * r.stride, r.count);
+}
+
+inline void finish_rows(const Rows& rows, int64_t activation) {
+  constexpr void (*BY_ACTIVATION[])(const Rows&) = {finish_rows_as<NONE>, finish_rows_as<RELU>, finish_rows_as<RELU6>,
+                                                    finish_rows_as<SILU>, finish_rows_as<GELU>,
+                                                    finish_rows_as<HARDSWISH>};
+  BY_ACTIVATION[activation](rows);
 }
 
 }  // namespace
