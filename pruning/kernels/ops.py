@@ -48,7 +48,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("secateur::sparse_conv2d", "CPU")
 def _conv2d(
     x: Tensor,
     values: Tensor,
@@ -97,7 +96,6 @@ def _run_conv2d(
     return out
 
 
-@torch.library.impl("secateur::sparse_conv2d_input_grad", "CPU")
 def _conv2d_input_grad(
     grad: Tensor,
     values: Tensor,
@@ -149,7 +147,6 @@ def _spread(
     return grad.contiguous(), [max(0, left_over) for left_over in rest]
 
 
-@torch.library.impl("secateur::sparse_conv2d_values_grad", "CPU")
 def _conv2d_values_grad(
     grad: Tensor,
     x: Tensor,
@@ -182,7 +179,6 @@ def _conv2d_values_grad(
     return out
 
 
-@torch.library.impl("secateur::sparse_linear", "CPU")
 def _linear(
     x: Tensor,
     values: Tensor,
@@ -217,7 +213,6 @@ def _linear(
     return out.reshape(out_features, -1).t().contiguous().reshape(out_size)
 
 
-@torch.library.impl("secateur::mask_fake_quantize", "CPU")
 def _mask_fake_quantize(
     weight: Tensor, mask: Tensor, scale: Tensor, lowest: int, highest: int
 ) -> tuple[Tensor, Tensor]:
@@ -290,13 +285,14 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-_FAKES: dict[str, Callable[..., Any]] = {
-    "sparse_conv2d": _conv2d_fake,
-    "sparse_conv2d_input_grad": _conv2d_input_grad_fake,
-    "sparse_conv2d_values_grad": _conv2d_values_grad_fake,
-    "sparse_linear": _linear_fake,
-    "mask_fake_quantize": _mask_fake_quantize_fake,
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "sparse_conv2d": (_conv2d, _conv2d_fake),
+    "sparse_conv2d_input_grad": (_conv2d_input_grad, _conv2d_input_grad_fake),
+    "sparse_conv2d_values_grad": (_conv2d_values_grad, _conv2d_values_grad_fake),
+    "sparse_linear": (_linear, _linear_fake),
+    "mask_fake_quantize": (_mask_fake_quantize, _mask_fake_quantize_fake),
 }
-for _name, _fake in _FAKES.items():
+for _name, (_real, _fake) in _IMPLEMENTATIONS.items():
+    torch.library.impl(f"secateur::{_name}", "CPU", _real)
     torch.library.register_fake(f"secateur::{_name}", _fake)
 register_gradients()
