@@ -2,6 +2,8 @@
 # make check     format, lint, types, import order and the fast tests
 # make test      check and the slow tests: what CI runs
 # make coverage  docs/coverage.md: every classification model of torchvision, with Torch-Pruning beside it
+# make kernels   compiles the sparse kernels in place (needs g++ or clang++; the install does it too where it can)
+# make bench-kernels  docs/benchmarks/kernels.md: sparse layers against the best dense runtime
 # make results   the tables of docs/results.md; skips what is finished (options: python -m experiments.results --help)
 
 SHELL := /bin/bash
@@ -13,7 +15,7 @@ CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
 # One thread a test process: with several, they would fight over the same cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: install search check test coverage results clean
+.PHONY: install search check test coverage kernels bench-kernels results clean
 
 install: $(INSTALLED)
 
@@ -44,6 +46,12 @@ test: check
 coverage: $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[coverage-benchmark]"
 	$(BIN)/python -m experiments.coverage
+
+kernels: $(INSTALLED)
+	$(BIN)/python setup.py build_ext --inplace
+
+bench-kernels: kernels
+	$(BIN)/python -m experiments.bench_kernels
 
 results: $(INSTALLED)
 	$(BIN)/python -m experiments.results

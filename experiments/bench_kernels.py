@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -21,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from latency.measure import cpu_name
+from pruning.files import write_atomic
 from pruning.kernels.formats import SparseWeight, pack
 from pruning.kernels.functional import sparse_conv2d
 from pruning.kernels.native import Library, library
@@ -108,6 +110,12 @@ SCHEMES = {
     "resnet18": (Scheme(16, 0.3), Scheme(16, 0.1), Scheme(1, 0.2), Scheme(1, 0.1)),
     "mobilenet": (Scheme(16, 0.3), Scheme(16, 0.2), Scheme(16, 0.1), Scheme(1, 0.1)),
 }
+EXPLANATION = (
+    "All sides of a layer are called in turn in one process. A ratio is the median time of the best dense side over that "
+    "of the sparse side, with the quartiles over the rounds; the ratio of the fastest calls stands beside it. Ideal is "
+    "1 / density. The share of peak counts the non-zero weights only; peak is a loop of multiply-adds. *Operator* is the "
+    "PyTorch operator, *native* the call that a plan of a whole network makes, into memory that is already there."
+)
 LAYERS = {"resnet18": RESNET18, "mobilenet": MOBILENET}
 
 
@@ -186,12 +194,8 @@ def time_in_turn(sides: dict[str, Callable[[], object]], rounds: int) -> dict[st
     return seconds
 
 
-def bench(network: str, rounds: int, threads: int, with_compile: bool) -> str:
+def bench(native: Library, network: str, rounds: int, threads: int, with_compile: bool) -> str:
     """The table of one network as Markdown."""
-    native = library()
-    if native is None:
-        msg = "the sparse kernels are not compiled; run: python setup.py build_ext --inplace"
-        raise SystemExit(msg)
     generator = torch.Generator().manual_seed(0)
     ratios: dict[str, list[tuple[float, float, int]]] = {}
     lines = [
@@ -236,20 +240,27 @@ def geometric_mean(ratios: Sequence[float], counts: Sequence[int]) -> float:
 
 
 def main() -> None:
-    """Measure and write the tables to the standard output."""
+    """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="*", choices=sorted(LAYERS), default=sorted(LAYERS))
     parser.add_argument("--rounds", type=int, default=40, help="timed calls of each side")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile among the dense sides")
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/kernels.md"), help="page to write")
     options = parser.parse_args()
+    native = library()
+    if native is None:
+        msg = "the sparse kernels are not compiled; run: python setup.py build_ext --inplace"
+        raise SystemExit(msg)
     torch.set_num_threads(options.threads)
+    versions = f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}, kernels: {native.instruction_set}"
+    sections = ["# Sparse kernels, layer by layer", f"{cpu_name()}, {options.threads} thread(s), {versions}."]
+    sections += [EXPLANATION, f"Command: `python -m experiments.bench_kernels {' '.join(sys.argv[1:])}`."]
     for network in options.networks:
-        native = library()
-        name = native.instruction_set if native else "not compiled"
-        versions = f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}, kernels: {name}"
-        sys.stdout.write(f"## {network}\n\n{cpu_name()}, {options.threads} thread(s), {versions}\n\n")
-        sys.stdout.write(bench(network, options.rounds, options.threads, options.compile) + "\n\n")
+        table = bench(native, network, options.rounds, options.threads, options.compile)
+        sections += [f"## {network}", table]
+    options.page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(options.page, ("\n\n".join(sections) + "\n").encode())
 
 
 if __name__ == "__main__":

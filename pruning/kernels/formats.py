@@ -25,9 +25,9 @@ BLOCKS = (1, 4, 8, 16)
 ROWS = 4
 PATTERNS = 1 << ROWS
 
-# Input channels of a chunk, unstructured: what one tile of pixels reads of them fits the first-level cache. A kernel
-# larger than 1x1 reads the rows around the tile too.
-_CHUNK_CHANNELS, _CHUNK_CHANNELS_1X1 = 32, 64
+# Input channels of a chunk, unstructured. A kernel larger than 1x1 reads the rows around a tile of pixels too, and more
+# than this would not fit the first-level cache; a 1x1 kernel has too few columns for small chunks to pay.
+_CHUNK_CHANNELS, _CHUNK_CHANNELS_1X1 = 32, 256
 # Columns of a chunk, blocks: enough for keeping sums in memory to cost little, few enough for small rounding errors.
 _CHUNK_COLUMNS = 128
 # A loop over fewer columns costs more, in one mispredicted branch, than the loads it saves.

@@ -11,6 +11,7 @@ from pruning.kernels import native
 from .layers import available_sets, compiled
 
 
+@compiled
 def test_a_missing_library_is_said_once_and_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "LIBRARY_NAME", "missing.so")
     missing = Path(native.__file__).with_name("missing.so")
