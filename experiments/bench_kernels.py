@@ -111,10 +111,11 @@ SCHEMES = {
     "mobilenet": (Scheme(16, 0.3), Scheme(16, 0.2), Scheme(16, 0.1), Scheme(1, 0.1)),
 }
 EXPLANATION = (
-    "All sides of a layer are called in turn in one process. A ratio is the median time of the best dense side over that "
-    "of the sparse side, with the quartiles over the rounds; the ratio of the fastest calls stands beside it. Ideal is "
-    "1 / density. The share of peak counts the non-zero weights only; peak is a loop of multiply-adds. *Operator* is the "
-    "PyTorch operator, *native* the call that a plan of a whole network makes, into memory that is already there."
+    "All sides of a layer are called in turn in one process. A ratio is the median time of the best dense side over "
+    "that of the sparse side, with the quartiles over the rounds; the ratio of the fastest calls stands beside it. "
+    "Ideal is 1 / density. The share of peak counts the non-zero weights only; peak is a loop of multiply-adds. "
+    "*Operator* is the PyTorch operator, *native* the call that a plan of a whole network makes, into memory that is "
+    "already there."
 )
 LAYERS = {"resnet18": RESNET18, "mobilenet": MOBILENET}
 

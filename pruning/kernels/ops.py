@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.grad import conv2d_input
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from . import reference
 from .checks import check_epilogue, check_fake_quantize, check_grad, check_values, conv2d_size, linear_size
-from .formats import unpack
+from .formats import positions_of, unpack
 from .gradients import register_gradients
 from .native import Epilogue, Library, Shape, library, pointer
 from .patterns import Pattern, pattern_of
@@ -166,11 +166,8 @@ def _conv2d_values_grad(
     native = library()
     if native is None:
         window = (list(stride), list(padding), list(dilation))
-        with torch.enable_grad():
-            leaf = values.detach().requires_grad_()
-            weight = unpack(leaf, columns, counts, pattern.shape, block)
-            out = torch.nn.functional.conv2d(x.detach(), weight, None, *window)
-            return torch.autograd.grad(out, leaf, grad)[0]
+        dense: Tensor = conv2d_weight(x, list(pattern.shape), grad, *window)
+        return dense.reshape(-1)[positions_of(columns, counts, block, dense[0].numel())]
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
     if out.numel() and grad.numel():
         shape = Shape(*x.shape, *grad.shape[1:], *kernel_size, *stride, *padding, *dilation)
