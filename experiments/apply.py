@@ -48,7 +48,11 @@ def apply_saved(
         RunError: if ``out`` exists.
     """
     refuse_existing(out)
-    source = MethodFolder(source).agent_file if source.is_dir() else source
+    if source.is_dir():
+        if not MethodFolder(source).agent_file.exists():
+            msg = f"'{source}' holds no trained agent; only ppo and ddpg train one, in RUN/methods/ppo or .../ddpg"
+            raise ConfigError(msg)
+        source = MethodFolder(source).agent_file
     device = set_up_device(config.device, config.threads)
     if source.suffix == ".pt":
         if config.budget is None:

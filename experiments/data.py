@@ -215,7 +215,7 @@ class ImageData:
         beside = Path(source).parent
         there = [str(beside / path.name) for path in beside.iterdir()] if beside.is_dir() else []
         nearest = difflib.get_close_matches(source, [*_BUILT_IN, *there], n=1)
-        hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+        hint = f"; did you mean '{nearest[0]}'?" if nearest else "; there is no such folder or file."
         msg = (
             f"unknown data source '{source}'{hint} Allowed: {', '.join(_BUILT_IN)}, the path of an image folder or of "
             f"a .tar or .zip of one, or package.module:function"

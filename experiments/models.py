@@ -59,7 +59,7 @@ def build_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
         return _BUILT_IN[name](num_classes=num_classes, in_channels=in_channels)
     if name not in model_names():
         nearest = difflib.get_close_matches(name, model_names(), n=3)
-        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ";"
+        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else "."
         msg = (
             f"unknown model '{name}'{hint} Allowed: {', '.join(_BUILT_IN)}, a classification model of torchvision, or "
             f"package.module:function"

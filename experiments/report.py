@@ -49,10 +49,12 @@ def verdict(outcome: RunOutcome) -> str:
         scored = [(value, row.method) for row in rows if (value := score(row, outcome)) is not None]
         if not scored:
             continue
-        best, method = max(scored)
-        text = f"{stage} {method} is best with {percent(best)} on the {split}"
+        best = max(value for value, _ in scored)
+        winners = [name for value, name in scored if value == best]
+        verb = "is best" if len(winners) == 1 else "are best, all alike,"
+        text = f"{stage} {' and '.join(winners)} {verb} with {percent(best)} on the {split}"
         uniform = next((value for value, name in scored if name == "uniform"), None)
-        if uniform is not None and method != "uniform":
+        if uniform is not None and "uniform" not in winners:
             text += f", {100 * (best - uniform):+.2f} points from uniform"
         dense = score(outcome.row(DENSE), outcome)
         if dense is not None:

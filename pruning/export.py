@@ -66,7 +66,7 @@ class Manifest:
 
 
 def save_compressed(
-    model: nn.Module, policy: CompressionPolicy, folder: Path, *, constructor: str, example_inputs: Inputs
+    model: nn.Module, policy: CompressionPolicy, folder: Path | str, *, constructor: str, example_inputs: Inputs
 ) -> None:
     """Save a compressed network as weights (safetensors), policy and manifest (JSON).
 
@@ -80,6 +80,7 @@ def save_compressed(
     Raises:
         FileWriteError: if a file cannot be written.
     """
+    folder = Path(folder)
     weights = safetensors.torch.save(_unique_tensors(model))
     manifest = Manifest(
         constructor=constructor,
@@ -94,7 +95,7 @@ def save_compressed(
     write_atomic(folder / _MANIFEST, (json.dumps(asdict(manifest), indent=2) + "\n").encode())
 
 
-def load_compressed(folder: Path, constructor: Callable[[], nn.Module]) -> nn.Module:
+def load_compressed(folder: Path | str, constructor: Callable[[], nn.Module]) -> nn.Module:
     """Build the dense network, apply the saved policy, and load the saved weights.
 
     Args:
@@ -108,6 +109,7 @@ def load_compressed(folder: Path, constructor: Callable[[], nn.Module]) -> nn.Mo
         ExportError: if a file is missing or damaged, or the constructor builds another network.
         PolicyError: if the policy names groups that the network does not have.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     policy = CompressionPolicy.load(folder / _POLICY)
     path = folder / _WEIGHTS
@@ -135,13 +137,13 @@ def load_compressed(folder: Path, constructor: Callable[[], nn.Module]) -> nn.Mo
     return model
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path | str) -> Manifest:
     """Read what `save_compressed` noted about a network.
 
     Raises:
         ExportError: if it is missing, damaged, or of a newer format.
     """
-    path = folder / _MANIFEST
+    path = Path(folder) / _MANIFEST
     try:
         content = json.loads(_read(path))
         version = content["format_version"]

@@ -131,9 +131,9 @@ class CompressionPolicy:
             kept[name], sizes[name] = tuple(entry["kept"]), entry["size"]
         return CompressionPolicy(kept, sizes)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the policy to ``path``, all of it or nothing."""
-        write_atomic(path, self.to_json().encode())
+        write_atomic(Path(path), self.to_json().encode())
 
     @staticmethod
     def load(path: Path) -> CompressionPolicy:
