@@ -6,13 +6,14 @@ import os
 import random
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from pruning.files import load_checked
 
 SCHEMA = 1
 KEPT = 2
@@ -69,12 +70,7 @@ def read_state(path: Path) -> dict[str, Any]:
         CheckpointError: if the file is missing, damaged, of another schema, or holds anything but plain values.
     """
     try:
-        # torch.load does not look at the checksums of its archives: a flipped bit would become a weight.
-        with zipfile.ZipFile(path) as archive:
-            if (record := archive.testzip()) is not None:
-                msg = f"the checksum of '{record}' is wrong"
-                raise CheckpointError(msg)
-        state = _decode(torch.load(path, map_location="cpu", weights_only=True))
+        state = _decode(load_checked(path))
     except Exception as error:  # torch reports damage by many types, and each of them means the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         msg = f"'{path}' cannot be read as an agent's state: {reason}"

@@ -201,7 +201,7 @@ def _paired_by_image(cells: Cells, names: Sequence[str], method: str, other: str
     if len(mean) < 2 or not mean.any():
         return "-"
     half = 1.96 * mean.std(ddof=1) / math.sqrt(len(mean))
-    return f"{100 * mean.mean():+.2f} [{100 * (mean.mean() - half):+.2f}, {100 * (mean.mean() + half):+.2f}]"
+    return _in_points(float(mean.mean()), half)
 
 
 def _transfer_table(cells: Cells) -> list[str]:
@@ -251,6 +251,10 @@ def interval(differences: Sequence[float]) -> str:
     if len(differences) == 1:
         return f"{100 * mean:+.2f}"
     half = _STUDENT[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
+    return _in_points(mean, half)
+
+
+def _in_points(mean: float, half: float) -> str:
     return f"{100 * mean:+.2f} [{100 * (mean - half):+.2f}, {100 * (mean + half):+.2f}]"
 
 

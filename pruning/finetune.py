@@ -4,7 +4,6 @@ import io
 import logging
 import math
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from graph_encoder.modes import evaluation_mode
 
-from .files import write_atomic
+from .files import load_checked, write_atomic
 
 _log = logging.getLogger(__name__)
 
@@ -287,7 +286,7 @@ def _restore(
     failures: list[str] = []
     for path in existing:
         try:
-            content = _read(path, _device(model))
+            content = load_checked(path, _device(model))
         except Exception as error:  # a damaged archive fails in the unzipper, the unpickler or the tensor reader
             failures.append(f"'{path}' cannot be read ({str(error).splitlines()[0]})")
             continue
@@ -301,16 +300,6 @@ def _restore(
         msg = f"no checkpoint to go on from: {'; '.join(failures)}; delete them to train from the start"
         raise CheckpointError(msg)
     return _Progress()
-
-
-def _read(path: Path, device: torch.device) -> dict[str, Any]:
-    # torch.load does not look at the checksums of its archives: a flipped bit would become a weight.
-    with zipfile.ZipFile(path) as archive:
-        if (record := archive.testzip()) is not None:
-            msg = f"the checksum of '{record}' is wrong"
-            raise CheckpointError(msg)
-    content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    return content
 
 
 def _check_same_run(path: Path, content: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -1,22 +1,31 @@
 """Ending a run at a chosen step, as a signal would."""
 
 import signal
+from collections.abc import Callable
 
 from experiments.interrupt import StopFlag
 
 
-class StopAfter(StopFlag):
+class StopWhen(StopFlag):
+    """Behaves as if a signal came in once ``condition`` holds."""
+
+    def __init__(self, condition: Callable[[], bool]) -> None:
+        super().__init__()
+        self.condition = condition
+
+    def check(self) -> None:
+        if self.condition():
+            self.signal_name = signal.Signals(signal.SIGTERM).name
+        super().check()
+
+
+class StopAfter(StopWhen):
     """Behaves as if a signal came in after so many looks."""
 
     def __init__(self, looks: int) -> None:
-        super().__init__()
+        super().__init__(self._is_over)
         self.left = looks
 
-    def check(self) -> None:
+    def _is_over(self) -> bool:
         self.left -= 1
-        if self.left < 0:
-            self.set(signal.SIGTERM)
-        super().check()
-
-    def set(self, signal_number: int, _frame: object = None) -> None:
-        self.signal_name = signal.Signals(signal_number).name
+        return self.left < 0

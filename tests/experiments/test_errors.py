@@ -22,7 +22,7 @@ from experiments.progress import RunDisplay
 from experiments.search import start_run
 from secateur import TraceError
 
-from .stopping import StopAfter
+from .stopping import StopWhen
 from .tiny import network
 
 # ruff: noqa: E501 - a message reads better in one piece
@@ -282,9 +282,11 @@ def test_damaged_checkpoint_is_told_and_the_one_before_is_used(
     command: Command, tiny_config: Callable[..., RunConfig], tmp_path: Path, damage: str
 ) -> None:
     options = {"search__methods": ["ppo"], "search__evaluations": 40, "ppo__rollout": 4, "ppo__checkpoint_every": 4}
+    checkpoints = tmp_path / "run" / "methods" / "ppo" / "checkpoints"
+    stop = StopWhen(lambda: len(list(checkpoints.glob("*.pt"))) == 2)
     with pytest.raises(Interrupted), RunDisplay(quiet=True) as display:
-        start_run(tiny_config(**options), tmp_path / "run", ["secateur"], display, StopAfter(60))
-    *_, newest = sorted((tmp_path / "run" / "methods" / "ppo" / "checkpoints").glob("*.pt"))
+        start_run(tiny_config(**options), tmp_path / "run", ["secateur"], display, stop)
+    _, newest = sorted(checkpoints.glob("*.pt"))
     content = newest.read_bytes()
     newest.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"x" * len(content))
 
