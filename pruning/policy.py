@@ -1,4 +1,4 @@
-"""The decision, as a plain value: which units of which channel group stay."""
+"""The decision, as a plain value: which units of which channel group stay, and what happens inside each layer."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from torch import Tensor
 from graph_encoder.network import NetworkGraph
 
 from .files import write_atomic
+from .layer_policy import LAYER_SCHEMA, LayerPolicy, PolicyError
+
+__all__ = ["POLICY_SCHEMA", "CompressionPolicy", "LayerPolicy", "PolicyError"]
 
 POLICY_VERSION = 1
 POLICY_SCHEMA: dict[str, Any] = {
@@ -45,26 +48,29 @@ POLICY_SCHEMA: dict[str, Any] = {
                 },
             },
         },
+        "layers": {
+            "description": "by weighted layer, sizes after the channels are removed; layers left out stay as they are",
+            "type": "object",
+            "additionalProperties": LAYER_SCHEMA,
+        },
     },
 }
 """JSON Schema of a policy file."""
 
 
-class PolicyError(ValueError):
-    """A policy that is not one, or that does not fit the network."""
-
-
 @dataclass(frozen=True)
 class CompressionPolicy:
-    """Units kept in each channel group.
+    """Units kept in each channel group, and sparsity and bits of each layer.
 
     Attributes:
         kept: ascending unit indices by group name; groups left out stay dense.
         sizes: units of the same groups in the dense network.
+        layers: sparsity and bits by qualified layer name; layers left out stay as they are.
     """
 
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
+    layers: Mapping[str, LayerPolicy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, kept in self.kept.items():
@@ -82,7 +88,10 @@ class CompressionPolicy:
     @property
     def digest(self) -> str:
         """Hash of the decision, equal for equal policies on any machine."""
-        plain = json.dumps({name: list(self.kept[name]) for name in sorted(self.kept)}, separators=(",", ":"))
+        decision: dict[str, Any] = {name: list(self.kept[name]) for name in sorted(self.kept)}
+        if layers := {name: self.layers[name].to_plain() for name in sorted(self.layers)}:
+            decision = {"groups": decision, "layers": layers}
+        plain = json.dumps(decision, separators=(",", ":"))
         return hashlib.sha256(plain.encode()).hexdigest()[:32]
 
     def keep_ratios(self) -> dict[str, float]:
@@ -92,7 +101,10 @@ class CompressionPolicy:
     def to_json(self) -> str:
         """The policy as JSON text that `POLICY_SCHEMA` describes."""
         groups = {name: {"size": self.sizes[name], "kept": list(kept)} for name, kept in self.kept.items()}
-        return json.dumps({"format": "secateur-policy", "version": POLICY_VERSION, "groups": groups}, indent=1)
+        plain: dict[str, Any] = {"format": "secateur-policy", "version": POLICY_VERSION, "groups": groups}
+        if self.layers:
+            plain["layers"] = {name: layer.to_plain() for name, layer in self.layers.items()}
+        return json.dumps(plain, indent=1)
 
     @staticmethod
     def from_json(text: str, where: str = "the policy") -> CompressionPolicy:
@@ -116,20 +128,26 @@ class CompressionPolicy:
         if data.get("version") != POLICY_VERSION:
             msg = f"{where} has version {data.get('version')!r}; this release reads version {POLICY_VERSION}"
             raise PolicyError(msg)
-        unknown = sorted(data.keys() - {"format", "version", "groups"})
-        if unknown or not isinstance(data.get("groups"), dict):
-            found = f"the unknown entry '{unknown[0]}'" if unknown else "no object 'groups'"
-            msg = f"{where} has {found}; a policy has exactly 'format', 'version' and 'groups'"
+        unknown = sorted(data.keys() - {"format", "version", "groups", "layers"})
+        sections = {"groups": data.get("groups"), "layers": data.get("layers", {})}
+        missing = [key for key, section in sections.items() if not isinstance(section, dict)]
+        if unknown or missing:
+            found = f"the unknown entry '{unknown[0]}'" if unknown else f"no object '{missing[0]}'"
+            msg = f"{where} has {found}; a policy has 'format', 'version', 'groups' and maybe 'layers', nothing else"
             raise PolicyError(msg)
         kept, sizes = {}, {}
-        for name, entry in data["groups"].items():
+        for name, entry in sections["groups"].items():
             if not isinstance(entry, dict) or entry.keys() != {"size", "kept"} or not _are_ints(entry):
                 msg = (
                     f"group '{name}' of {where} must be an object with an integer 'size' and a list of integers 'kept'"
                 )
                 raise PolicyError(msg)
             kept[name], sizes[name] = tuple(entry["kept"]), entry["size"]
-        return CompressionPolicy(kept, sizes)
+        layers = {
+            name: LayerPolicy.from_plain(entry, f"layer '{name}' of {where}")
+            for name, entry in sections["layers"].items()
+        }
+        return CompressionPolicy(kept, sizes, layers)
 
     def save(self, path: Path | str) -> None:
         """Write the policy to ``path``, all of it or nothing."""
@@ -176,6 +194,8 @@ class CompressionPolicy:
                 found.append(f"group '{name}' has {group.size} units, the policy was made for {self.sizes[name]}")
             elif not group.is_prunable and len(kept) < group.size:
                 found.append(f"group '{name}' has to stay dense ({group.reason})")
+        weighted = {operator.weight.rpartition(".")[0] for operator in graph.operators if operator.weight}
+        found += [f"the network has no weighted layer '{name}'" for name in self.layers if name not in weighted]
         return found
 
 

@@ -1,11 +1,19 @@
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from pruning.policy import CompressionPolicy, PolicyError
+from graph_encoder.capture import capture
+from pruning.policy import CompressionPolicy, LayerPolicy, PolicyError
 
 POLICY = CompressionPolicy({"a": (0, 2), "b.0": (1,)}, {"a": 4, "b.0": 2})
+
+
+LAYERS = {"a": LayerPolicy("block16", 0.3), "b.0": LayerPolicy("2:4", weight_bits=8, act_bits=8)}
 
 
 def test_policy_survives_its_file(tmp_path: Path) -> None:
@@ -13,6 +21,50 @@ def test_policy_survives_its_file(tmp_path: Path) -> None:
 
     assert CompressionPolicy.load(tmp_path / "policy.json") == POLICY
     assert POLICY.keep_ratios() == {"a": 0.5, "b.0": 0.5}
+
+
+def test_layers_survive_the_file_and_count_in_the_digest(tmp_path: Path) -> None:
+    policy = replace(POLICY, layers=LAYERS)
+    policy.save(tmp_path / "policy.json")
+
+    assert CompressionPolicy.load(tmp_path / "policy.json") == policy
+    assert len({POLICY.digest, policy.digest, replace(POLICY, layers={"a": LAYERS["a"]}).digest}) == 3
+
+
+def test_density_of_n_of_m_is_n_over_m() -> None:
+    assert LayerPolicy("1:4").density == LayerPolicy("1:4", 0.25).density == 0.25
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"sparsity": "unstructured", "density": 0.0}, "density is 0.0; it must lie above 0 and at most at 1"),
+        ({"density": 0.5}, "density is 0.5 for a dense layer; name a sparsity, such as 'unstructured'"),
+        ({"sparsity": "2:4", "density": 0.3}, "density is 0.3 for sparsity '2:4'; leave it out, it is 0.5"),
+        ({"sparsity": "5:4"}, "sparsity is '5:4'; at most 4 of 4 inputs can keep their weight"),
+        (
+            {"sparsity": "block3"},
+            "sparsity is 'block3'; it must be one of dense, unstructured, block4, block8, block16, or 'N:M' such as "
+            "'2:4'",
+        ),
+        ({"quantizer": "log"}, "quantizer is 'log'; it must be one of linear, kmeans"),
+        (
+            {"quantizer": "kmeans", "weight_bits": 16},
+            "quantizer 'kmeans' shares at most 256 values, and weight_bits is 16; pass 8 or less",
+        ),
+    ],
+)
+def test_bad_layer_is_refused_in_words(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        LayerPolicy(**entry)
+    assert str(caught.value) == message
+
+
+def test_layer_that_the_network_does_not_have_is_named() -> None:
+    graph = capture(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(2, 4))
+    policy = CompressionPolicy(layers={"0": LayerPolicy(weight_bits=8), "1": LayerPolicy(weight_bits=8)})
+
+    assert policy.misfits(graph) == ["the network has no weighted layer '1'"]
 
 
 def test_digest_depends_on_the_decision_and_not_on_its_order() -> None:
@@ -27,11 +79,28 @@ def test_digest_depends_on_the_decision_and_not_on_its_order() -> None:
     [
         ({"format": "x"}, "'p.json' is not a compression policy: 'format' must be 'secateur-policy'"),
         ({"version": 2}, "'p.json' has version 2; this release reads version 1"),
-        ({"extra": 1}, "'p.json' has the unknown entry 'extra'; a policy has exactly 'format', 'version' and 'groups'"),
-        ({"groups": []}, "'p.json' has no object 'groups'; a policy has exactly 'format', 'version' and 'groups'"),
+        (
+            {"extra": 1},
+            "'p.json' has the unknown entry 'extra'; a policy has "
+            "'format', 'version', 'groups' and maybe 'layers', nothing else",
+        ),
+        (
+            {"groups": []},
+            "'p.json' has no object 'groups'; a policy has "
+            "'format', 'version', 'groups' and maybe 'layers', nothing else",
+        ),
         (
             {"groups": {"a": {"size": 4, "kept": [1.5]}}},
             "group 'a' of 'p.json' must be an object with an integer 'size' and a list of integers 'kept'",
+        ),
+        (
+            {"layers": {"c": {"weight_bits": 9}}},
+            "layer 'c' of 'p.json': weight_bits is 9; it must be one of 1, 2, 3, 4, 5, 6, 7, 8, 16, 32",
+        ),
+        (
+            {"layers": {"c": {"bits": 8}}},
+            "layer 'c' of 'p.json' must be an object with no other entries than sparsity, density, weight_bits, "
+            "act_bits, quantizer",
         ),
         (
             {"groups": {"a": {"size": 4, "kept": [3, 1]}}},
