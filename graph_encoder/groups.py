@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .labels import IntArray
+from .labels import IntArray, LabelClasses
 from .network import ChannelGroup, HeldNumber, LinearDim, Member, NetworkGraph, Term
 from .trace import Axis, Held, Record
 
@@ -22,9 +20,9 @@ def assemble(record: Record, model: nn.Module) -> NetworkGraph:
     for grid in record.grids:
         record.classes.make_rectangular(grid)
     _bind_loose_parameters(record)
-    axes = [_RootedAxis(axis, record.classes.find(axis.labels.reshape(-1).numpy())) for axis in record.axes.values()]
-    places = _Places(record, _units_by_signature(record, axes))
-    groups = _build_groups(record, axes, places)
+    roots = _Roots(record.classes)
+    places = _Places(roots, _units_by_signature(record, roots), record.classes.size)
+    groups = _build_groups(record, places)
     return NetworkGraph(
         operators=tuple(record.operators),
         edges=tuple(dict.fromkeys(record.edges)),
@@ -36,10 +34,27 @@ def assemble(record: Record, model: nn.Module) -> NetworkGraph:
     )
 
 
-@dataclass(frozen=True)
-class _RootedAxis:
-    axis: Axis
-    roots: IntArray
+LabelKey = tuple[int, torch.Size, tuple[int, ...]]
+
+
+class _Roots:
+    """Class representatives of labels, found once for the many dimensions that hold the same labels."""
+
+    def __init__(self, classes: LabelClasses) -> None:
+        self._classes = classes
+        self._known: dict[LabelKey, IntArray] = {}
+
+    @staticmethod
+    def key(labels: Tensor) -> LabelKey:
+        """Equal for the same elements of the same memory; the record keeps all of them alive."""
+        return labels.data_ptr(), labels.shape, labels.stride()
+
+    def of(self, labels: Tensor) -> IntArray:
+        """The representatives, flattened."""
+        key = self.key(labels)
+        if key not in self._known:
+            self._known[key] = self._classes.find(labels.reshape(-1).numpy())
+        return self._known[key]
 
 
 def _bind_loose_parameters(record: Record) -> None:
@@ -62,29 +77,41 @@ def _depends_only_on(roots: Tensor, dim: int) -> bool:
     return bool((rows == rows[:, :1]).all())
 
 
-def _units_by_signature(record: Record, axes: Sequence[_RootedAxis]) -> list[IntArray]:
+def _units_by_signature(record: Record, roots: _Roots) -> list[IntArray]:
     """Classes that touch the same tensors equally often, in the order in which they are first produced.
 
-    A signature is a sum of pseudo-random 64-bit numbers, one for each pair of tensor dimension and count, so that all
-    classes are compared at once.
+    A signature is a sum of pseudo-random 64-bit numbers, one for each pair of label array and count, so that all
+    classes are compared at once. Dimensions that hold the same array hold each class equally often: it is summed once.
     """
-    n = record.classes.size
-    signature = np.zeros(n, dtype=np.uint64)
+    n, axes = record.classes.size, list(record.axes.values())
     first = np.full(n, len(axes), dtype=np.int64)
-    counted = [d for multiply in record.multiplies for d in multiply.dims if isinstance(d, Tensor)]
-    others = [record.classes.find(labels.reshape(-1).numpy()) for labels in counted]
-    for index, labels in enumerate([axis.roots for axis in axes] + others):
-        roots, counts = np.unique(labels[labels > 0], return_counts=True)
-        signature[roots] += _mix(np.uint64(index + 1) * np.uint64(1 << 32) + counts.astype(np.uint64))
-        if index < len(axes) and axes[index].axis.role == "out":
-            first[roots] = np.minimum(first[roots], index)
+    arrays: dict[LabelKey, Tensor] = {}
+    for index, axis in enumerate(axes):
+        key = roots.key(axis.labels)
+        if axis.role == "out" and key not in arrays:
+            produced = roots.of(axis.labels)
+            produced = produced[produced > 0]
+            first[produced] = np.minimum(first[produced], index)
+        arrays.setdefault(key, axis.labels)
+    for multiply in record.multiplies:
+        arrays.update((roots.key(labels), labels) for labels in multiply.dims if isinstance(labels, Tensor))
+    signature = np.zeros(n, dtype=np.uint64)
+    for index, labels in enumerate(arrays.values()):
+        found = roots.of(labels)
+        found = found[found > 0]
+        # Labels of one array were mostly given out together, so counting from the lowest needs little room.
+        lowest = int(found.min(initial=n))
+        counts = np.bincount(found - lowest)
+        touched = np.flatnonzero(counts)
+        numbers = _mix(np.uint64(index + 1) * np.uint64(1 << 32) + counts[touched].astype(np.uint64))
+        signature[touched + lowest] += numbers
     frozen = np.array([*record.classes.frozen_reasons()], dtype=np.int64)
     signature[frozen] ^= np.uint64(1)
     produced = np.flatnonzero(first < len(axes))
     _, inverse = np.unique(signature[produced], return_inverse=True)
     order = np.argsort(inverse, kind="stable")
     units = np.split(produced[order], np.flatnonzero(np.diff(inverse[order])) + 1) if len(produced) else []
-    return sorted(units, key=lambda roots: (int(first[roots[0]]), int(roots[0])))
+    return sorted(units, key=lambda unit: (int(first[unit[0]]), int(unit[0])))
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -97,59 +124,63 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class _Places:
     """Group and unit of every class, and the sizes that follow from them."""
 
-    def __init__(self, record: Record, units: list[IntArray]) -> None:
+    def __init__(self, roots: _Roots, units: list[IntArray], n_labels: int) -> None:
         self.units = units
-        self._classes = record.classes
+        self._roots = roots
         # One entry more than labels, so that the labels of constants, 0 and -1, find the place of no group.
-        self._group = np.full(record.classes.size + 1, -1, dtype=np.int64)
-        self._unit = np.full(record.classes.size + 1, -1, dtype=np.int64)
-        for index, roots in enumerate(units):
-            self._group[roots] = index
-            self._unit[roots] = np.arange(len(roots))
+        self._group = np.full(n_labels + 1, -1, dtype=np.int64)
+        self._unit = np.full(n_labels + 1, -1, dtype=np.int64)
+        for index, classes in enumerate(units):
+            self._group[classes] = index
+            self._unit[classes] = np.arange(len(classes))
+        self._by_group: dict[LabelKey, list[tuple[int, Tensor]]] = {}
 
-    def of_roots(self, roots: IntArray) -> tuple[IntArray, IntArray]:
-        """Group and unit by position, -1 where there is none."""
-        return self._group[roots], self._unit[roots]
-
-    def of_labels(self, labels: Tensor) -> tuple[IntArray, IntArray]:
-        """Group and unit by position of flattened labels."""
-        return self.of_roots(self._classes.find(labels.reshape(-1).numpy()))
+    def by_group(self, labels: Tensor) -> list[tuple[int, Tensor]]:
+        """Groups whose units occur among ``labels``, each with its positions: int64 of shape ``(units, k)``."""
+        key = self._roots.key(labels)
+        if key not in self._by_group:
+            roots = self._roots.of(labels)
+            group_at, unit_at = self._group[roots], self._unit[roots]
+            # Sorted by group, then by unit; equal units keep their order.
+            order = np.lexsort((unit_at, group_at))
+            order = order[np.searchsorted(group_at[order], 0) :]
+            cuts = np.flatnonzero(np.diff(group_at[order])) + 1
+            self._by_group[key] = [
+                (index, torch.from_numpy(positions.reshape(len(self.units[index]), -1)))
+                for positions in (np.split(order, cuts) if len(order) else [])
+                for index in [int(group_at[positions[0]])]
+            ]
+        return self._by_group[key]
 
     def linear_dim(self, labels: Tensor | int) -> LinearDim:
         """How many of ``labels`` are left, as a function of what is removed."""
         if isinstance(labels, int):
             return LinearDim(labels)
-        groups, counts = np.unique(self.of_labels(labels)[0], return_counts=True)
-        pairs = zip(groups.tolist(), counts.tolist(), strict=True)
-        # All units of a group occur equally often wherever one does: that is what made them a group.
-        return LinearDim(labels.numel(), tuple((g, count // len(self.units[g])) for g, count in pairs if g >= 0))
+        return LinearDim(
+            labels.numel(), tuple((index, positions.shape[1]) for index, positions in self.by_group(labels))
+        )
 
     def held(self, held: Held) -> HeldNumber | None:
         """The number as a count of units, or None if the dimension it stands for never shrinks."""
         rows = held.labels.flatten(1) if held.labels.dim() > 1 else held.labels[:, None]
-        roots = self._classes.find(rows.reshape(-1).numpy()).reshape(rows.shape)
+        roots = self._roots.of(rows).reshape(rows.shape)
         # A dimension whose positions hold several classes does not shrink: another one does.
         if (roots != roots[:, :1]).any():
             return None
-        group, unit = self.of_roots(roots[:, 0])
+        group, unit = self._group[roots[:, 0]], self._unit[roots[:, 0]]
         if held.argument[0] != "split" and (group < 0).all():
             return None
         return HeldNumber(held.node, held.argument, torch.from_numpy(group), torch.from_numpy(unit))
 
 
-def _build_groups(record: Record, axes: Sequence[_RootedAxis], places: _Places) -> list[ChannelGroup]:
+def _build_groups(record: Record, places: _Places) -> list[ChannelGroup]:
     members: dict[int, list[Member]] = defaultdict(list)
     producers: dict[int, list[str]] = defaultdict(list)
     consumers: dict[int, list[str]] = defaultdict(list)
-    for rooted in axes:
-        axis = rooted.axis
-        group_at, unit_at = places.of_roots(rooted.roots)
+    for axis in record.axes.values():
         users = record.readers.get((axis.tensor, axis.dim), [])
-        for index in np.unique(group_at[group_at >= 0]).tolist():
-            positions = np.flatnonzero(group_at == index)
-            order = np.argsort(unit_at[positions], kind="stable")
-            indices = positions[order].reshape(len(places.units[index]), -1)
-            members[index].append(Member(axis.tensor, axis.dim, axis.role, torch.from_numpy(indices)))
+        for index, indices in places.by_group(axis.labels):
+            members[index].append(Member(axis.tensor, axis.dim, axis.role, indices))
             if axis.role != "elementwise":
                 (producers if axis.role == "out" else consumers)[index].extend(users)
     reasons = record.classes.frozen_reasons()
