@@ -1,10 +1,10 @@
-"""From an action to a plan: keep ratios, rounding and the budget. All clamping and rounding is done here only."""
+"""From an action to a plan: keep ratios, densities and bits, rounding and the budget, all of it here only."""
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from graph_encoder.network import ChannelGroup, NetworkGraph
 from latency.budget import Budget, BudgetError
 from latency.cost import CostKind, CostModel
+from latency.decision import LayerDecision, layer_policies, layers_of
+from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
 
 WIDE = 128
@@ -29,29 +31,34 @@ Ratios = NDArray[np.float64]
 class SearchSpace:
     """Every plan that may be chosen for one network under one budget; build it with `SearchSpace.build`.
 
+    A plan is a vector of counts, one for each decision: the units that a channel group keeps, or the level of a
+    choice inside a layer (percents of its weights, bits). A keep ratio is a count over that of the untouched network.
+
     Attributes:
         graph: the captured network.
-        groups: the decisions, in network order: prunable groups that are not protected.
+        groups: the first decisions, in network order: prunable groups that are not protected.
+        layers: the decisions after them: choices inside layers.
         importance: scores of shape ``(size,)`` by group name, higher is kept longer.
-        cost: cost of a plan, over ``groups``.
+        cost: cost of a plan, over ``groups`` and ``layers``.
         budget: what was asked for, or None.
         limit: most that a plan may cost, or None without a budget.
-        minimum: fewest units of each group that may stay, shape ``(n,)``.
-        step: rounding of each group; it keeps a multiple of this, or everything.
+        ladders: counts that each decision may take, ascending; the last is the untouched network's.
         prior: keep-ratio offsets of the start plan, shape ``(n,)``: the plan of an action of zeros.
         span: how far an action of 1 moves a keep ratio.
+        sparsity: pattern of the zeros where a density is below one.
     """
 
     graph: NetworkGraph
     groups: tuple[ChannelGroup, ...]
+    layers: tuple[LayerDecision, ...]
     importance: Mapping[str, NDArray[np.floating]]
     cost: CostModel
     budget: Budget | None
     limit: int | None
-    minimum: Counts
-    step: Counts
+    ladders: tuple[Counts, ...]
     prior: Ratios
     span: float = 0.5
+    sparsity: str = "unstructured"
 
     @classmethod
     def build(
@@ -62,6 +69,9 @@ class SearchSpace:
         *,
         kind: CostKind = "macs",
         prior: ArrayLike | None = None,
+        channels: bool = True,
+        layers: Sequence[LayerDecision] = (),
+        sparsity: str = "unstructured",
         rounding: int | Mapping[str, int] | None = None,
         min_keep_ratio: float = 0.1,
         protect_first: bool = True,
@@ -78,6 +88,10 @@ class SearchSpace:
             budget: most that a plan may cost; None to let the reward weigh cost against accuracy.
             kind: what is counted where there is no budget to say it.
             prior: keep-ratio offsets of the start plan, shape ``(n,)``; uniform if not given.
+            channels: decide the channel groups; else they stay dense.
+            layers: choices inside layers to decide beside them.
+            sparsity: pattern of the zeros where a density is below one; a block of output channels has to divide
+                what is left of the group that the layer writes, so rounding becomes a multiple of it.
             rounding: units a group keeps are a multiple of this, for all groups or by name; by default 8 where a
                 group has 128 units or more, else 1.
             min_keep_ratio: least share of a group that stays; at least one unit always does.
@@ -90,22 +104,31 @@ class SearchSpace:
             ValueError: if no group is left to decide, or an argument is out of range.
         """
         _check_options(graph, protected, min_keep_ratio, span)
-        groups = _decisions(graph, protect_first, protected)
-        sizes = np.array([group.size for group in groups], dtype=np.int64)
-        step = np.array([_rounding_of(group, rounding) for group in groups], dtype=np.int64)
-        least = np.maximum(1, np.ceil(min_keep_ratio * sizes - 1e-9)).astype(np.int64)
-        cost = CostModel(graph, budget.kind if budget else kind, [group.name for group in groups])
+        _check_layers(graph, layers)
+        groups = _decisions(graph, protect_first, protected) if channels else ()
+        if not groups and not layers:
+            msg = "there is nothing to decide: neither channels nor a choice inside a layer; pass one of them"
+            raise ValueError(msg)
+        block = LayerPolicy(sparsity).block
+        in_blocks = {decision.layer for decision in layers if decision.choice == "density"}
+        ladders = [
+            _ladder(group, rounding, min_keep_ratio, block if in_blocks & set(group.producers) else 1)
+            for group in groups
+        ]
+        ladders += [np.array(decision.levels, dtype=np.int64) for decision in layers]
+        cost = CostModel(graph, budget.kind if budget else kind, [group.name for group in groups], layers)
         space = cls(
             graph=graph,
             groups=groups,
+            layers=tuple(layers),
             importance={group.name: _as_scores(importance[group.name]) for group in groups},
             cost=cost,
             budget=budget,
             limit=budget.limit(cost.dense) if budget else None,
-            minimum=np.minimum(-(-least // step) * step, sizes),
-            step=step,
-            prior=np.zeros(len(groups)),
+            ladders=tuple(ladders),
+            prior=np.zeros(len(ladders)),
             span=span,
+            sparsity=sparsity,
         )
         space._check_reachable()
         return space if prior is None else space.with_prior(prior)
@@ -117,7 +140,7 @@ class SearchSpace:
     @property
     def n(self) -> int:
         """Number of decisions."""
-        return len(self.groups)
+        return len(self.ladders)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -126,12 +149,17 @@ class SearchSpace:
 
     @property
     def sizes(self) -> Counts:
-        """Units of each group in the dense network, shape ``(n,)``."""
+        """Counts of the untouched network, shape ``(n,)``."""
         return self.cost.sizes
 
     @cached_property
+    def minimum(self) -> Counts:
+        """Least count of each decision, shape ``(n,)``."""
+        return np.array([ladder[0] for ladder in self.ladders], dtype=np.int64)
+
+    @cached_property
     def min_keep_ratio(self) -> Ratios:
-        """Least keep ratio of each group, shape ``(n,)``."""
+        """Least keep ratio of each decision, shape ``(n,)``."""
         return self.minimum / self.sizes
 
     @cached_property
@@ -141,7 +169,7 @@ class SearchSpace:
 
     @cached_property
     def lowest_cost(self) -> int:
-        """Cost with every group at its least."""
+        """Cost with every decision at its least."""
         return self.cost(self.minimum)
 
     @cached_property
@@ -149,24 +177,19 @@ class SearchSpace:
         """The start plan: what an action of zeros stands for."""
         return counts_of(np.zeros(self.n), self)
 
-    def rungs(self, index: int) -> Counts:
-        """Unit counts that group ``index`` may keep, ascending."""
-        size, step, least = int(self.sizes[index]), int(self.step[index]), int(self.minimum[index])
-        return np.union1d(np.arange(least, size + 1, step), [size])
-
     def next_rung(self, index: int, count: int) -> int:
-        """The next larger count of group ``index``; ``count`` itself at the top."""
-        step = int(self.step[index])
-        return min((count // step + 1) * step, int(self.sizes[index]))
+        """The next larger count of decision ``index``; ``count`` itself at the top."""
+        ladder = self.ladders[index]
+        return int(ladder[min(int(np.searchsorted(ladder, count, side="right")), len(ladder) - 1)])
 
     def policy(self, counts: Counts) -> CompressionPolicy:
-        """The plan that keeps the ``counts[i]`` most important units of group ``i``."""
-        cut = {
-            group.name: count for group, count in zip(self.groups, counts.tolist(), strict=True) if count < group.size
-        }
+        """The plan that keeps the ``counts[i]`` most important units of group ``i`` and treats the layers so."""
+        levels = dict(zip(self.names, counts.tolist(), strict=True))
+        cut = {group.name: levels[group.name] for group in self.groups if levels[group.name] < group.size}
         return CompressionPolicy(
             kept={name: tuple(np.sort(self.ranking[name][:count]).tolist()) for name, count in cut.items()},
             sizes={name: self.graph.group(name).size for name in cut},
+            layers=layer_policies(self.layers, levels, self.sparsity),
         )
 
     def _checked(self, values: ArrayLike, what: str) -> Ratios:
@@ -176,7 +199,7 @@ class SearchSpace:
             raise ValueError(msg)
         if not np.isfinite(array).all():
             bad = int(np.flatnonzero(~np.isfinite(array))[0])
-            msg = f"{what} holds {array[bad]} for group '{self.names[bad]}'; every value must be finite"
+            msg = f"{what} holds {array[bad]} for decision '{self.names[bad]}'; every value must be finite"
             raise ValueError(msg)
         return array
 
@@ -186,8 +209,9 @@ class SearchSpace:
         kind, dense = self.cost.kind, self.cost.dense
         msg = (
             f"a budget of {self.limit:,} {kind} ({self.limit / dense:.1%} of the dense {dense:,}) cannot be met: with "
-            f"every group at its least the network still costs {self.lowest_cost:,} ({self.lowest_cost / dense:.1%}). "
-            f"Pass at least {self.lowest_cost:,} {kind}, or lower min_keep_ratio, the rounding or the protection"
+            f"every decision at its least the network still costs {self.lowest_cost:,} "
+            f"({self.lowest_cost / dense:.1%}). Pass at least {self.lowest_cost:,} {kind}, or lower min_keep_ratio, the "
+            "rounding or the protection"
         )
         raise BudgetError(msg)
 
@@ -198,7 +222,7 @@ def decode(action: ArrayLike, space: SearchSpace) -> CompressionPolicy:
 
 
 def counts_of(action: ArrayLike, space: SearchSpace, base: Ratios | None = None) -> Counts:
-    """Units that each group keeps, shape ``(n,)``.
+    """Count of each decision, shape ``(n,)``.
 
     With a budget, the keep ratios are ``clip(base + span * action + shift, least, 1)``, where one ``shift`` for all
     groups is found so that the budget is met (`project`). Without one, an action of -1 keeps the least, 1 keeps
@@ -232,15 +256,17 @@ def project(base: Ratios, space: SearchSpace) -> Counts:
     assert space.limit is not None
     shift = _largest_shift(base, space.limit, space)
     wanted = np.clip(base + shift, space.min_keep_ratio, 1) * space.sizes
-    floored = np.floor(wanted / space.step).astype(np.int64) * space.step
-    floored = np.where(wanted >= space.sizes, space.sizes, np.maximum(floored, space.minimum))
-    return fill(floored, wanted, space)
+    # A float error below its lowest rung must not take a decision to the last one, at -1.
+    pairs = zip(space.ladders, wanted, strict=True)
+    floored = [ladder[max(int(np.searchsorted(ladder, w, side="right")) - 1, 0)] for ladder, w in pairs]
+    return fill(np.array(floored, dtype=np.int64), wanted, space)
 
 
 def nearest(ratios: Ratios, space: SearchSpace) -> Counts:
     """The allowed counts nearest to the keep ratios, shape ``(n,)``; the budget is not looked at."""
     wanted = np.clip(ratios, space.min_keep_ratio, 1) * space.sizes
-    return np.array([_nearest_rung(space.rungs(i), float(w)) for i, w in enumerate(wanted)], dtype=np.int64)
+    pairs = zip(space.ladders, wanted, strict=True)
+    return np.array([ladder[np.argmin(np.abs(ladder - w))] for ladder, w in pairs], dtype=np.int64)
 
 
 def fill(counts: Counts, wanted: Ratios, space: SearchSpace) -> Counts:
@@ -266,7 +292,7 @@ def fill(counts: Counts, wanted: Ratios, space: SearchSpace) -> Counts:
         _, index, above = heapq.heappop(queue)
         units = above - filled[index]
         # Cost never falls when another group grows, so a step that does not fit now never will: it is dropped.
-        if meter.cost + meter.increase(index, units) <= space.limit:
+        if meter.with_more(index, units) <= space.limit:
             meter.keep_more(index, units)
             filled[index] = above
             offer(index)
@@ -293,10 +319,6 @@ def _as_scores(importance: ArrayLike | Tensor) -> NDArray[np.float64]:
     return np.asarray(importance, dtype=np.float64)
 
 
-def _nearest_rung(rungs: Counts, wanted: float) -> int:
-    return int(rungs[np.argmin(np.abs(rungs - wanted))])
-
-
 def _decisions(graph: NetworkGraph, protect_first: bool, protected: Collection[str]) -> tuple[ChannelGroup, ...]:
     first = next((operator.name for operator in graph.operators if operator.weight), "")
     left_dense = set(protected)
@@ -313,13 +335,28 @@ def _decisions(graph: NetworkGraph, protect_first: bool, protected: Collection[s
     return groups
 
 
-def _rounding_of(group: ChannelGroup, rounding: int | Mapping[str, int] | None) -> int:
+def _ladder(group: ChannelGroup, rounding: int | Mapping[str, int] | None, min_keep_ratio: float, block: int) -> Counts:
+    """Unit counts that a group may keep: multiples of its rounding and of ``block`` from its least, and everything."""
     default = WIDE_ROUNDING if group.size >= WIDE else 1
     step = rounding.get(group.name, default) if isinstance(rounding, Mapping) else (rounding or default)
     if step < 1:
         msg = f"rounding of group '{group.name}' is {step}; it must be at least 1 unit"
         raise ValueError(msg)
-    return min(step, group.size)
+    step = min(math.lcm(step, block), group.size)
+    least = max(1, math.ceil(min_keep_ratio * group.size - 1e-9))
+    return np.union1d(np.arange(-(-least // step) * step, group.size, step), [group.size]).astype(np.int64)
+
+
+def _check_layers(graph: NetworkGraph, layers: Sequence[LayerDecision]) -> None:
+    known = layers_of(graph)
+    for decision in layers:
+        if decision.layer not in known:
+            msg = f"'{decision.layer}' is no weighted layer of this network; layers are {list(known)}"
+            raise ValueError(msg)
+    names = [decision.name for decision in layers]
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        msg = f"'{repeated[0]}' is decided twice; name each choice of a layer once"
+        raise ValueError(msg)
 
 
 def _check_options(graph: NetworkGraph, protected: Collection[str], min_keep_ratio: float, span: float) -> None:

@@ -308,9 +308,10 @@ class CandidateEvaluator:
             purpose=purpose,
             digest=digest,
             kept=kept,
+            layers={name: layer.to_plain() for name, layer in policy.layers.items()},
             fidelity=fidelity,
             accuracy=accuracy,
-            cost=predict_cost(self.graph, kept, self.kind),
+            cost=predict_cost(self.graph, policy, self.kind),
             seconds=time.perf_counter() - start,
             evaluations_used=self.evaluations_used + (0.0 if purpose == "dense" else fidelity),
         )

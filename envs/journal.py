@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class JournalEntry:
         cost: of the plan, in the budget's unit.
         seconds: wall time of building and scoring.
         evaluations_used: evaluations counted so far, this one included.
+        layers: sparsity and bits by layer name, as in a policy file; layers not named are untouched.
     """
 
     index: int
@@ -47,6 +48,7 @@ class JournalEntry:
     cost: int
     seconds: float
     evaluations_used: float
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def charge(self) -> float:
@@ -134,13 +136,15 @@ class Journal:
 
 
 def _parse(line: bytes, path: Path, number: int) -> JournalEntry:
-    names = {field.name for field in fields(JournalEntry)}
+    names = {one.name for one in fields(JournalEntry)}
+    # Journals from before choices inside layers have no such field.
+    needed = names - {"layers"}
     try:
         values = json.loads(line)
     except ValueError as error:
         msg = f"line {number} of the journal '{path}' is not JSON: {error}; the file was changed by something else"
         raise JournalError(msg) from error
-    if not isinstance(values, dict) or set(values) != names:
+    if not isinstance(values, dict) or not needed <= set(values) <= names:
         found = sorted(values) if isinstance(values, dict) else type(values).__name__
         msg = f"line {number} of the journal '{path}' holds {found}, but an evaluation has the fields {sorted(names)}"
         raise JournalError(msg)

@@ -73,7 +73,7 @@ class LayerwiseEnv(CompressionEnv):
             ratio = space.start[index] / space.sizes[index] + space.span * score
         else:
             ratio = space.prior[index] + (1 + least_ratio) / 2 + score * (1 - least_ratio) / 2
-        rungs = space.rungs(index)
+        rungs = space.ladders[index]
         low, high = self.wall(index)
         inside = rungs[(rungs >= low) & (rungs <= high)]
         return int(inside[np.argmin(np.abs(inside - ratio * space.sizes[index]))])
@@ -84,12 +84,11 @@ class LayerwiseEnv(CompressionEnv):
         counts = others.copy()
         counts[index] = least
         meter = space.cost.meter(counts)
-        room = (space.limit or 0) - meter.cost
-        rungs = space.rungs(index)
+        rungs = space.ladders[index]
         fitting, above = 0, len(rungs)
         while above - fitting > 1:
             middle = (fitting + above) // 2
-            if meter.increase(index, int(rungs[middle]) - least) <= room:
+            if meter.with_more(index, int(rungs[middle]) - least) <= (space.limit or 0):
                 fitting = middle
             else:
                 above = middle

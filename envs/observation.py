@@ -17,6 +17,7 @@ from graph_encoder.features import (
     GLOBAL_FEATURES,
     NODE_FEATURES,
     SENSITIVITY_KEEP_RATIOS,
+    LayerNode,
     column,
     edges,
     kinds,
@@ -51,9 +52,9 @@ class Progress:
     """Where an episode stands.
 
     Attributes:
-        counts: units that each group keeps as the plan stands, shape ``(n,)``.
-        decided: whether each group's count is final, shape ``(n,)``.
-        decisions: indices of the groups that the next action decides.
+        counts: count of each decision as the plan stands, shape ``(n,)``.
+        decided: whether each count is final, shape ``(n,)``.
+        decisions: indices of the decisions that the next action takes.
         dense_accuracy: in ``[0, 1]``.
         last_accuracy: of the plan as last scored in this episode, 0 before.
         progress: share of the episode's steps that are done.
@@ -99,11 +100,14 @@ class Observer:
         """
         self.space = space
         self.n_operators = len(space.graph.operators)
-        self._static = static_node_features(
-            space.graph, model, space.groups, space.importance, space.min_keep_ratio.tolist()
-        )
-        self._kinds = kinds(space.graph, space.groups)
-        self._edges, self._edge_types = edges(space.graph, space.groups)
+        graph, groups, least = space.graph, space.groups, space.min_keep_ratio.tolist()
+        layers = [
+            LayerNode(decision.layer, decision.choice, ratio)
+            for decision, ratio in zip(space.layers, least[len(groups) :], strict=True)
+        ]
+        self._static = static_node_features(graph, model, groups, space.importance, least[: len(groups)], layers)
+        self._kinds = kinds(graph, groups, layers)
+        self._edges, self._edge_types = edges(graph, groups, layers)
         needed = Sizes(len(self._kinds), len(self._edge_types), space.n)
         self.sizes = sizes or needed
         _check_room(self.sizes, needed)
@@ -155,10 +159,10 @@ class Observer:
 
     def _nodes(self, progress: Progress, show_measured: bool) -> NDArray[np.float32]:
         nodes = self._static.copy()
-        groups = nodes[self.n_operators :]
-        groups[:, column("keep_ratio")] = progress.counts / self.space.sizes
-        groups[:, column("is_decided")] = progress.decided
-        groups[progress.decisions, column("is_current")] = 1
+        decisions = nodes[self.n_operators :]
+        decisions[:, column("keep_ratio")] = progress.counts / self.space.sizes
+        decisions[:, column("is_decided")] = progress.decided
+        decisions[progress.decisions, column("is_current")] = 1
         kept = self._cost_by_operator(progress.counts) / np.maximum(self._dense_by_operator, 1)
         nodes[: self.n_operators, column("cost_kept")] = kept
         if show_measured:
@@ -183,6 +187,8 @@ class Observer:
         values = {
             "has_budget": float(space.limit is not None),
             "budget_is_params": float(space.cost.kind == "params"),
+            "budget_is_bytes": float(space.cost.kind == "bytes"),
+            "budget_is_bops": float(space.cost.kind == "bops"),
             "budget_share": limit / dense,
             "cost_share": cost / dense,
             "remaining": (limit - spent) / free,

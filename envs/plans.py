@@ -19,23 +19,31 @@ def global_magnitude(space: SearchSpace) -> Ratios:
     """Keep ratios left by one threshold on the importance of all units, each over the mean of its group.
 
     The division makes layers comparable: raw norms grow with the fan-in and with whatever scale a batch norm takes
-    back. The threshold is the lowest at which the budget is met, the groups' least being kept.
+    back. The threshold is the lowest at which the budget is met, the groups' least being kept. Magnitude says nothing
+    of choices inside layers: they have the ratio that all weights have on average.
 
     Returns:
         Keep ratios of shape ``(n,)``.
 
     Raises:
-        ValueError: if the space has no budget.
+        ValueError: if the space has no budget, or no channel group.
     """
     if space.limit is None:
         msg = "global magnitude needs a budget to place its threshold; build the search space with one"
         raise ValueError(msg)
-    scores = [np.sort(space.importance[name] / max(space.importance[name].mean(), 1e-12)) for name in space.names]
+    if not space.groups:
+        msg = "global magnitude ranks channels, and no channel group is decided here; choose another method"
+        raise ValueError(msg)
+    n_groups = len(space.groups)
+    importance = [space.importance[group.name] for group in space.groups]
+    scores = [np.sort(values / max(values.mean(), 1e-12)) for values in importance]
     thresholds = np.unique(np.concatenate(scores))
 
     def ratios(threshold: float) -> Ratios:
         kept = np.array([len(s) - np.searchsorted(s, threshold) for s in scores])
-        return np.asarray(np.maximum(kept, space.minimum) / space.sizes, dtype=np.float64)
+        of_groups = np.maximum(kept, space.minimum[:n_groups]) / space.sizes[:n_groups]
+        of_layers = np.maximum(of_groups.mean(), space.min_keep_ratio[n_groups:])
+        return np.asarray(np.append(of_groups, of_layers), dtype=np.float64)
 
     low, high = 0, len(thresholds)
     while low < high:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -70,13 +71,15 @@ _MEASURED = tuple(
 NODE_FEATURES = _SHAPE + _COST + _WEIGHTS + _GROUP + _PROGRESS + _MEASURED
 """Features of a node, in the order of the columns."""
 
-EDGE_TYPES = ("forward", "backward", "produces", "produced_by", "consumed_by", "consumes")
+EDGE_TYPES = ("forward", "backward", "produces", "produced_by", "consumed_by", "consumes", "decided_by", "decides")
 """Data flow between operators and its reverse; operator to the group it writes and back; group to the operator that
-reads it and back."""
+reads it and back; operator to a choice inside it and back."""
 
 GLOBAL_FEATURES = (
     "has_budget",  # 1 if the cost is bounded
-    "budget_is_params",  # 1 if the cost counts parameters, 0 for multiply-adds
+    "budget_is_params",  # 1 if the cost counts parameters; all of these are 0 for multiply-adds
+    "budget_is_bytes",  # 1 if it counts bytes
+    "budget_is_bops",  # 1 if it counts bit operations
     "budget_share",  # most allowed cost over the dense cost, 1 without a budget
     "cost_share",  # cost of the plan as it stands over the dense cost
     "remaining",  # share of what may be spent that is not yet spent by final decisions
@@ -94,6 +97,21 @@ KIND_INDEX = {kind: index for index, kind in enumerate(KINDS)}
 EDGE_TYPE_INDEX = {name: index for index, name in enumerate(EDGE_TYPES)}
 
 
+@dataclass(frozen=True)
+class LayerNode:
+    """The decision node of a choice inside a layer.
+
+    Attributes:
+        layer: qualified name of the layer.
+        kind: one of the last of `KINDS`.
+        least: least keep ratio, of weights or of bits.
+    """
+
+    layer: str
+    kind: str
+    least: float
+
+
 def column(name: str) -> int:
     """Column of the node feature called ``name``; `KeyError` if there is none."""
     return _COLUMN[name]
@@ -105,23 +123,28 @@ def static_node_features(
     decisions: Sequence[ChannelGroup],
     importance: Mapping[str, NDArray[np.floating]],
     min_keep_ratio: Sequence[float],
+    layers: Sequence[LayerNode] = (),
 ) -> NDArray[np.float32]:
     """Features that do not change during an episode, shape ``(operators + decisions, len(NODE_FEATURES))``.
 
-    Rows are the operators in their order, then one for each decision; the columns that change or are measured are 0.
+    Rows are the operators in their order, then the channel groups that are decided, then the choices inside layers,
+    which have the features of their layer's operator; the columns that change or are measured are 0.
 
     Args:
         graph: captured network.
         model: the network it was captured from; read only.
         decisions: groups that the agent decides.
         importance: scores of shape ``(size,)`` by group name, higher is more important.
-        min_keep_ratio: least keep ratio of each decision.
+        min_keep_ratio: least keep ratio of each of these groups.
+        layers: choices inside layers.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     position = {operator.name: index for index, operator in enumerate(graph.operators)}
     rows = [_operator_row(graph, operator, index, tensors) for index, operator in enumerate(graph.operators)]
     for group, least in zip(decisions, min_keep_ratio, strict=True):
         rows.append(_group_row(graph, group, position, importance[group.name], least))
+    for node in layers:
+        rows.append({**rows[_operators_of(graph, node.layer)[0]], "min_keep_ratio": node.least})
     table = np.zeros((len(rows), len(NODE_FEATURES)), dtype=np.float32)
     for index, row in enumerate(rows):
         for name, value in row.items():
@@ -137,7 +160,9 @@ def sensitivity_features(lost: NDArray[np.float64], floor: float) -> NDArray[np.
     return (1 - np.log(np.clip(lost, floor, 1)) / math.log(floor)).astype(np.float32)
 
 
-def edges(graph: NetworkGraph, decisions: Sequence[ChannelGroup]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def edges(
+    graph: NetworkGraph, decisions: Sequence[ChannelGroup], layers: Sequence[LayerNode] = ()
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Typed edges over operators and decision nodes: node indices ``(2, E)`` and edge types ``(E,)``."""
     position = {operator.name: index for index, operator in enumerate(graph.operators)}
     triples: list[tuple[int, int, str]] = []
@@ -148,14 +173,24 @@ def edges(graph: NetworkGraph, decisions: Sequence[ChannelGroup]) -> tuple[NDArr
             triples += [(position[name], node, "produces"), (node, position[name], "produced_by")]
         for name in group.consumers:
             triples += [(node, position[name], "consumed_by"), (position[name], node, "consumes")]
+    for node, choice in enumerate(layers, start=len(graph.operators) + len(decisions)):
+        for operator in _operators_of(graph, choice.layer):
+            triples += [(operator, node, "decided_by"), (node, operator, "decides")]
     index = np.array([(source, target) for source, target, _ in triples], dtype=np.int64).reshape(-1, 2).T
     return index, np.array([EDGE_TYPE_INDEX[kind] for _, _, kind in triples], dtype=np.int64)
 
 
-def kinds(graph: NetworkGraph, decisions: Sequence[ChannelGroup]) -> NDArray[np.int64]:
+def kinds(
+    graph: NetworkGraph, decisions: Sequence[ChannelGroup], layers: Sequence[LayerNode] = ()
+) -> NDArray[np.int64]:
     """Kind of every node as an index into `KINDS`, operators first."""
-    names = [operator.kind for operator in graph.operators] + ["group"] * len(decisions)
+    names = [operator.kind for operator in graph.operators] + ["group"] * len(decisions) + [n.kind for n in layers]
     return np.array([KIND_INDEX[name] for name in names], dtype=np.int64)
+
+
+def _operators_of(graph: NetworkGraph, layer: str) -> list[int]:
+    """Positions of the operators that ``layer`` runs: several where it is called several times."""
+    return [i for i, operator in enumerate(graph.operators) if operator.weight.rpartition(".")[0] == layer]
 
 
 def _operator_row(

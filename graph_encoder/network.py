@@ -22,8 +22,13 @@ KINDS = (
     "concat",
     "output",
     "group",
+    "density",
+    "weight_bits",
+    "act_bits",
+    "bits",
 )
-"""Kinds of node in the graph; ``group`` is the decision node that an observation adds for each channel group."""
+"""Kinds of node in the graph; those from ``group`` on are the decision nodes that an observation adds: one for each
+channel group, one for each choice inside a layer."""
 
 
 class TraceError(RuntimeError):

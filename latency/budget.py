@@ -10,8 +10,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .cost import FLOPS_PER_MAC, CostKind
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
-_PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(%|[kmg])?\s*(macs|flops|params)?\s*", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_PATTERN = re.compile(
+    r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(%|[kmgt])?\s*(macs|flops|params|bytes|b|bops)?\s*", re.IGNORECASE
+)
+_KINDS: dict[str, CostKind] = {
+    "": "macs",
+    "macs": "macs",
+    "flops": "macs",
+    "params": "params",
+    "bytes": "bytes",
+    "b": "bytes",
+    "bops": "bops",
+}
 
 
 class BudgetError(ValueError):
@@ -24,11 +35,11 @@ class Budget(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: CostKind = "macs"
-    """What is counted: multiply-adds for a batch of one, or parameters."""
+    """What is counted: multiply-adds for a batch of one, parameters, bytes or bit operations."""
     share: float | None = Field(default=None, gt=0, le=1)
     """Fraction of the dense network's cost, above 0 and at most 1."""
     absolute: int | None = Field(default=None, gt=0)
-    """Multiply-adds or parameters."""
+    """Of what is counted."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -43,7 +54,8 @@ class Budget(BaseModel):
 
         A percentage or a bare number up to 1 is a share of the dense network's cost: ``"50%"``, ``0.5``,
         ``"30% params"``. A number with a unit is absolute: ``"62.7M macs"``, ``"125M flops"`` (two flops are one
-        multiply-add), ``"400k params"``. Without a unit, multiply-adds are meant.
+        multiply-add), ``"400k params"``, ``"1.5 MB"`` (a megabyte is 10**6 bytes), ``"20G bops"``. Without a unit,
+        multiply-adds are meant.
 
         Raises:
             BudgetError: if the text is none of these, or a share is not above 0 and at most 1.
@@ -52,11 +64,11 @@ class Budget(BaseModel):
         if match is None:
             msg = (
                 f"budget '{text}' cannot be read; write a share of the dense network's cost such as '50%' or "
-                "'30% params', or a number such as '62.7M macs', '125M flops' or '400k params'"
+                "'30% params', or a number such as '62.7M macs', '125M flops', '400k params', '1.5 MB' or '20G bops'"
             )
             raise BudgetError(msg)
         number, scale, unit = float(match[1]), (match[2] or "").lower(), (match[3] or "").lower()
-        kind: CostKind = "params" if unit == "params" else "macs"
+        kind = _KINDS[unit]
         if scale == "%" or (not scale and number <= 1):
             share = number / 100 if scale == "%" else number
             if not 0 < share <= 1:
@@ -69,8 +81,8 @@ class Budget(BaseModel):
         count = number * _UNITS[scale] / (FLOPS_PER_MAC if unit == "flops" else 1)
         if not unit:
             msg = (
-                f"budget '{text}' is above 1 and has no unit; write '{text} macs', '{text} flops', '{text} params' or "
-                "a share such as '50%'"
+                f"budget '{text}' is above 1 and has no unit; write '{text} macs', '{text} flops', '{text} params', "
+                f"'{text} bytes', '{text} bops' or a share such as '50%'"
             )
             raise BudgetError(msg)
         return cls(kind=kind, absolute=math.floor(count))

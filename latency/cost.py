@@ -1,8 +1,9 @@
-"""Counted cost: exact multiply-adds and parameters of a network, before and after units are removed."""
+"""Counted cost: multiply-adds, parameters, bytes and bit operations of a network, before and after compression."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,10 +12,17 @@ from torch import Tensor, nn
 
 from graph_encoder.capture import trace_operators
 from graph_encoder.network import LinearDim, NetworkGraph, Term
+from pruning.layer_policy import FULL_BITS
+from pruning.policy import CompressionPolicy
 
-CostKind = Literal["macs", "params"]
+from .decision import FULL_DENSITY, LayerChoice, LayerDecision, layer_of
+
+CostKind = Literal["macs", "params", "bytes", "bops"]
+"""Multiply-adds with a non-zero weight, for a batch of one; parameters that are not zero; bytes of those at their bits;
+bit operations: multiply-adds times bits of the weight times bits of the value read (Galen, section 4.1)."""
 
 FLOPS_PER_MAC = 2
+BITS_PER_BYTE = 8
 
 
 def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> int:
@@ -44,32 +52,43 @@ def size_bytes(model: nn.Module) -> int:
 
 
 class CostModel:
-    """Cost of a network as an exact function of how many units each of its channel groups keeps.
+    """Cost of a network as an exact function of what each of its decisions leaves.
 
-    The cost is ``sum over terms of factor * prod over dims of (full - sum over groups of k * removed units)``, with
-    the terms of the captured graph. It never falls when a group keeps more.
+    The cost is ``sum over terms of factor * prod over dims of (full - sum over decisions of k * removed)``, with the
+    terms of the captured graph and one more dimension for each density or bit-width that a term is multiplied by.
+    It never falls when a decision leaves more.
 
     Attributes:
-        kind: ``"macs"`` (batch of one) or ``"params"``.
-        groups: names of the groups that a vector of counts stands for, in its order.
-        sizes: int64 of shape ``(groups,)``, units of each group in the dense network.
-        dense: cost with every unit kept.
+        kind: what is counted.
+        groups: names of the decisions that a vector of counts stands for: channel groups, then layer decisions.
+        sizes: int64 of shape ``(decisions,)``: units of each group, level of each untouched layer.
+        dense: cost with everything kept.
     """
 
-    def __init__(self, graph: NetworkGraph, kind: CostKind = "macs", groups: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        graph: NetworkGraph,
+        kind: CostKind = "macs",
+        groups: Sequence[str] | None = None,
+        layers: Sequence[LayerDecision] = (),
+    ) -> None:
         """Read the terms of ``graph``.
 
         Args:
             graph: captured network.
             kind: what is counted.
             groups: names of the groups that may lose units; the prunable ones if not given.
+            layers: decisions inside layers.
         """
         names = tuple(group.name for group in graph.prunable) if groups is None else tuple(groups)
         self.kind = kind
-        self.groups = names
-        self.sizes = np.array([graph.group(name).size for name in names], dtype=np.int64)
+        self.groups = (*names, *(decision.name for decision in layers))
+        sizes = [graph.group(name).size for name in names] + [decision.size for decision in layers]
+        self.sizes = np.array(sizes, dtype=np.int64)
         self._column = {graph.group_index[name]: column for column, name in enumerate(names)}
-        self._read(graph.mac_terms if kind == "macs" else graph.param_terms)
+        self._column |= {len(graph.groups) + place: len(names) + place for place in range(len(layers))}
+        self._scale = _scale(kind)
+        self._read(list(_terms(graph, kind, layers)))
         self.dense = self(self.sizes)
 
     def _read(self, terms: Sequence[Term]) -> None:
@@ -104,11 +123,11 @@ class CostModel:
         return self._full - removed.astype(np.int64)
 
     def __call__(self, kept: NDArray[np.integer]) -> int:
-        """Exact cost when group ``i`` keeps ``kept[i]`` units."""
-        return int(self.per_term(np.asarray(kept, dtype=np.int64)).sum())
+        """Cost when decision ``i`` leaves ``kept[i]``, rounded up."""
+        return -(-int(self._per_term(np.asarray(kept, dtype=np.int64)).sum()) // self._scale)
 
-    def per_term(self, kept: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Exact cost of every term, shape ``(terms,)``, in the order of `owners`."""
+    def _per_term(self, kept: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Exact cost of every term, shape ``(terms,)``, in the order of `owners` and in parts of ``1 / scale``."""
         product: NDArray[np.int64] = self._factors * self.dimensions(kept)[self._rows].prod(axis=1)
         return product
 
@@ -116,39 +135,51 @@ class CostModel:
         """The same formula for fractions of units: ``(batch, groups)`` keep ratios to ``(batch,)`` costs."""
         removed = ((1 - ratios) * self.sizes) @ self._per_unit.T
         result: NDArray[np.float64] = (self._full - removed)[:, self._rows].prod(axis=2) @ self._factors.astype(float)
-        return result
+        return result / self._scale
 
-    def by_owner(self, kept: NDArray[np.int64]) -> Mapping[str, int]:
-        """Exact cost of every operator (or parameter tensor), by name."""
-        totals = dict.fromkeys(self.owners, 0)
-        for owner, value in zip(self.owners, self.per_term(kept), strict=True):
-            totals[owner] += int(value)
+    def by_owner(self, kept: NDArray[np.int64]) -> Mapping[str, float]:
+        """Cost of every operator (or parameter tensor), by name."""
+        totals = dict.fromkeys(self.owners, 0.0)
+        for owner, value in zip(self.owners, self._per_term(kept), strict=True):
+            totals[owner] += int(value) / self._scale
         return totals
 
     def meter(self, kept: NDArray[np.int64]) -> CostMeter:
-        """A running cost that starts from ``kept`` and takes one group's change at a time."""
-        return CostMeter(self.dimensions(kept).tolist(), self(kept), self._touched)
+        """A running cost that starts from ``kept`` and takes one decision's change at a time."""
+        return CostMeter(self.dimensions(kept).tolist(), int(self._per_term(kept).sum()), self._touched, self._scale)
 
 
 class CostMeter:
-    """Cost of a plan that changes one group at a time, in plain integers: only the terms that change are computed.
-
-    Attributes:
-        cost: cost of the plan as it stands.
-    """
+    """Cost of a plan that changes one decision at a time, in integers: only the terms that change are computed."""
 
     def __init__(
-        self, dimensions: list[int], cost: int, touched: Sequence[list[tuple[int, list[tuple[int, int]]]]]
+        self, dimensions: list[int], parts: int, touched: Sequence[list[tuple[int, list[tuple[int, int]]]]], scale: int
     ) -> None:
-        """Start from the dimensions and the cost of a plan; use `CostModel.meter`."""
-        self.cost = cost
+        """Start from the dimensions and the cost of a plan, in parts of ``1 / scale``; use `CostModel.meter`."""
         self._dimensions = dimensions
+        self._parts = parts
         self._touched = touched
+        self._scale = scale
 
-    def increase(self, group: int, units: int) -> int:
-        """How much the cost grows when group ``group`` keeps ``units`` more."""
+    @property
+    def cost(self) -> int:
+        """Cost of the plan as it stands, rounded up."""
+        return -(-self._parts // self._scale)
+
+    def with_more(self, decision: int, units: int) -> int:
+        """What the plan would cost if ``decision`` left ``units`` more, rounded up."""
+        return -(-(self._parts + self._growth(decision, units)) // self._scale)
+
+    def keep_more(self, decision: int, units: int) -> None:
+        """Let ``decision`` leave ``units`` more than it does."""
+        self._parts += self._growth(decision, units)
+        changed = {row: channels for _, dims in self._touched[decision] for row, channels in dims}
+        for row, channels in changed.items():
+            self._dimensions[row] += channels * units
+
+    def _growth(self, decision: int, units: int) -> int:
         growth = 0
-        for factor, dims in self._touched[group]:
+        for factor, dims in self._touched[decision]:
             before = after = factor
             for row, channels in dims:
                 size = self._dimensions[row]
@@ -157,20 +188,48 @@ class CostMeter:
             growth += after - before
         return growth
 
-    def keep_more(self, group: int, units: int) -> None:
-        """Let group ``group`` keep ``units`` more than it does."""
-        self.cost += self.increase(group, units)
-        changed = {row: channels for _, dims in self._touched[group] for row, channels in dims}
-        for row, channels in changed.items():
-            self._dimensions[row] += channels * units
 
-
-def predict_cost(graph: NetworkGraph, kept: Mapping[str, int], kind: CostKind = "macs") -> int:
-    """Exact cost of ``graph`` when each group named in ``kept`` keeps so many units and all others stay dense.
+def predict_cost(graph: NetworkGraph, policy: CompressionPolicy, kind: CostKind = "macs") -> int:
+    """Cost of ``graph`` under ``policy``; densities are rounded up to whole percents.
 
     Raises:
         KeyError: if a group is not one of the graph's.
     """
     index = graph.group_index
-    removed = {index[name]: graph.group(name).size - count for name, count in kept.items()}
-    return sum(term.value(removed) for term in (graph.mac_terms if kind == "macs" else graph.param_terms))
+    removed = {index[name]: policy.sizes[name] - len(kept) for name, kept in policy.kept.items()}
+    decisions: list[LayerDecision] = []
+    for name, layer in policy.layers.items():
+        chosen: dict[LayerChoice, int] = {
+            "density": math.ceil(layer.density * FULL_DENSITY - 1e-9),
+            "weight_bits": layer.weight_bits,
+            "act_bits": layer.act_bits,
+        }
+        for choice, level in chosen.items():
+            full = FULL_DENSITY if choice == "density" else FULL_BITS
+            removed[len(graph.groups) + len(decisions)] = full - level
+            decisions.append(LayerDecision(name, choice, tuple(dict.fromkeys((level, full)))))
+    return -(-sum(term.value(removed) for term in _terms(graph, kind, decisions)) // _scale(kind))
+
+
+def _scale(kind: CostKind) -> int:
+    return FULL_DENSITY * (BITS_PER_BYTE if kind == "bytes" else 1)
+
+
+def _terms(graph: NetworkGraph, kind: CostKind, layers: Sequence[LayerDecision]) -> Iterator[Term]:
+    """Terms of the cost in parts of ``1 / _scale(kind)``; decision ``i`` of ``layers`` has index ``groups + i``."""
+    choices: dict[str, dict[str, LinearDim]] = {}
+    for place, decision in enumerate(layers):
+        names = ("weight_bits", "act_bits") if decision.choice == "bits" else (decision.choice,)
+        dim = LinearDim(decision.size, ((len(graph.groups) + place, 1),))
+        choices.setdefault(decision.layer, {}).update(dict.fromkeys(names, dim))
+    counts_params = kind in ("params", "bytes")
+    weighted = [operator for operator in graph.operators if operator.weight]
+    layer_by_owner = {o.weight if counts_params else o.name: layer_of(o.weight) for o in weighted}
+    for term in graph.param_terms if counts_params else graph.mac_terms:
+        own = choices.get(layer_by_owner.get(term.owner, ""), {})
+        dims = [own.get("density", LinearDim(FULL_DENSITY))]
+        if kind in ("bytes", "bops"):
+            dims.append(own.get("weight_bits", LinearDim(FULL_BITS)))
+        if kind == "bops":
+            dims.append(own.get("act_bits", LinearDim(FULL_BITS)))
+        yield Term(term.owner, term.factor, (*term.dims, *dims))

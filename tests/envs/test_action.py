@@ -52,7 +52,7 @@ def test_every_plan_meets_the_budget_and_leaves_no_room_for_another_step(
     assert (counts >= 1).all()
     assert (counts >= np.minimum(np.ceil(least * space.sizes - 1e-9), space.sizes)).all()
     for index, count in enumerate(counts.tolist()):
-        rungs = space.rungs(index)
+        rungs = space.ladders[index]
         assert count in rungs
         for above in rungs[rungs > count][:1]:
             longer = counts.copy()
@@ -109,10 +109,10 @@ def test_the_most_important_units_stay(space: SearchSpace) -> None:
 
 def test_default_rounding_is_eight_channels_in_wide_groups_only() -> None:
     space = make_space(SmallNetwork(width=64), Budget(share=0.5))
-    by_size = {int(size): int(step) for size, step in zip(space.sizes, space.step, strict=True)}
-    assert by_size == {128: 8, 192: 8}
-    assert set(make_space(SmallNetwork(width=64), Budget(share=0.5), rounding=1).step.tolist()) == {1}
-    assert set(make_space(SmallNetwork(width=32), Budget(share=0.5)).step.tolist()) == {1}
+    assert {int(ladder[-1]): set(np.diff(ladder).tolist()) for ladder in space.ladders} == {128: {8}, 192: {8}}
+    for width, rounding in ((64, 1), (32, None)):
+        ladders = make_space(SmallNetwork(width=width), Budget(share=0.5), rounding=rounding).ladders
+        assert all((np.diff(ladder) == 1).all() for ladder in ladders)
 
 
 def test_the_first_layer_is_protected_unless_asked(model: SmallNetwork) -> None:
@@ -126,9 +126,9 @@ def test_a_budget_that_cannot_be_met_is_refused_with_the_lowest_cost(model: Smal
     dense = make_space(model).cost.dense
     limit = int(0.01 * dense)
     message = (
-        f"a budget of {limit:,} macs ({limit / dense:.1%} of the dense {dense:,}) cannot be met: with every group at "
-        f"its least the network still costs {lowest:,} ({lowest / dense:.1%}). Pass at least {lowest:,} macs, or lower "
-        "min_keep_ratio, the rounding or the protection"
+        f"a budget of {limit:,} macs ({limit / dense:.1%} of the dense {dense:,}) cannot be met: with every decision "
+        f"at its least the network still costs {lowest:,} ({lowest / dense:.1%}). Pass at least {lowest:,} macs, or "
+        "lower min_keep_ratio, the rounding or the protection"
     )
     with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
         make_space(model, Budget(share=0.01))
@@ -143,7 +143,7 @@ def test_a_budget_above_the_dense_cost_is_refused(model: SmallNetwork) -> None:
 
 
 def test_nan_in_an_action_is_named(space: SearchSpace) -> None:
-    with pytest.raises(ValueError, match=r"^action holds nan for group 'down'; every value must be finite$"):
+    with pytest.raises(ValueError, match=r"^action holds nan for decision 'down'; every value must be finite$"):
         counts_of([0.0, float("nan"), 0.0], space)
 
 

@@ -56,7 +56,7 @@ def test_impossible_budget_names_the_reachable_minimum(command: Command, tiny_ya
 
     assert done.code == 1
     assert re.search(
-        r"^error: a budget of [\d,]+ macs \(1\.0% of the dense [\d,]+\) cannot be met: with every group at its least the "
+        r"^error: a budget of [\d,]+ macs \(1\.0% of the dense [\d,]+\) cannot be met: with every decision at its least the "
         r"network still costs [\d,]+ \([\d.]+%\)\. Pass at least [\d,]+ macs, or lower min_keep_ratio, the rounding or "
         r"the protection$",
         done.err,

@@ -17,6 +17,10 @@ from latency.budget import Budget, BudgetError
         ("400k params", Budget(kind="params", absolute=400_000)),
         ("  1.5G MACs ", Budget(absolute=1_500_000_000)),
         ("1000 macs", Budget(absolute=1000)),
+        ("1.5 MB", Budget(kind="bytes", absolute=1_500_000)),
+        ("25% bytes", Budget(kind="bytes", share=0.25)),
+        ("800 b", Budget(kind="bytes", absolute=800)),
+        ("2T bops", Budget(kind="bops", absolute=2 * 10**12)),
     ],
 )
 def test_parse(text: str | float, expected: Budget) -> None:
@@ -29,7 +33,7 @@ def test_parse(text: str | float, expected: Budget) -> None:
         (
             "half",
             "budget 'half' cannot be read; write a share of the dense network's cost such as '50%' or '30% params', "
-            "or a number such as '62.7M macs', '125M flops' or '400k params'",
+            "or a number such as '62.7M macs', '125M flops', '400k params', '1.5 MB' or '20G bops'",
         ),
         (
             "150%",
@@ -38,8 +42,8 @@ def test_parse(text: str | float, expected: Budget) -> None:
         ("0", "budget '0' is a share of 0 of the dense network's cost; it must lie above 0 and at most 1 (100%)"),
         (
             "62.7M",
-            "budget '62.7M' is above 1 and has no unit; write '62.7M macs', '62.7M flops', '62.7M params' or a share "
-            "such as '50%'",
+            "budget '62.7M' is above 1 and has no unit; write '62.7M macs', '62.7M flops', '62.7M params', "
+            "'62.7M bytes', '62.7M bops' or a share such as '50%'",
         ),
     ],
 )

@@ -6,7 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graph_encoder.capture import capture
 from graph_encoder.network import LinearDim, NetworkGraph, Term
-from latency.cost import CostModel, count_macs, count_params, flops_of, predict_cost, size_bytes
+from latency.cost import CostKind, CostModel, count_macs, count_params, flops_of, predict_cost, size_bytes
+from latency.decision import LayerDecision
+from pruning.policy import CompressionPolicy, LayerPolicy
 
 
 def small_network(inner: int = 12, last: int = 16) -> nn.Module:
@@ -52,7 +54,11 @@ def test_cost_predicted_for_fewer_channels_is_that_of_the_narrower_network(kind:
     cost = CostModel(graph, kind, names)  # type: ignore[arg-type]
 
     assert cost(np.array([5, 9])) == expected
-    assert predict_cost(graph, dict(zip(names, (5, 9), strict=True)), kind) == expected  # type: ignore[arg-type]
+    policy = CompressionPolicy(
+        {name: tuple(range(count)) for name, count in zip(names, (5, 9), strict=True)},
+        dict(zip(names, (12, 16), strict=True)),
+    )
+    assert predict_cost(graph, policy, kind) == expected  # type: ignore[arg-type]
 
 
 def two_group_graph() -> NetworkGraph:
@@ -80,10 +86,60 @@ def test_fractional_cost_agrees_with_the_exact_one_at_whole_units() -> None:
     np.testing.assert_allclose(cost.of_ratios(ratios), [cost(np.array([4, 3])), cost.dense])
 
 
+def quantized_graph() -> tuple[NetworkGraph, list[LayerDecision]]:
+    """`small_network` with a density for its second convolution, bits for it and for its last layer."""
+    graph = capture(small_network(), torch.randn(2, 3, 8, 8))
+    layers = [
+        LayerDecision("3", "density", (25, 50, 100)),
+        LayerDecision("3", "weight_bits", (4, 8, 32)),
+        LayerDecision("3", "act_bits", (8, 32)),
+        LayerDecision("8", "bits", (8, 32)),
+    ]
+    return graph, layers
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # Convolutions on an 8x8 image: 64 * 216 and 16 * 12 * 16 untouched, 16 * 864 a quarter dense; 80 at the end.
+        ("macs", 64 * 216 + 16 * 864 // 4 + 16 * 192 + 80),
+        ("params", 216 + 16 + 864 // 4 + 12 + 192 + 16 + 80 + 5),
+        ("bytes", 4 * (216 + 16 + 12 + 192 + 16 + 5) + 864 // 4 // 2 + 80),
+        ("bops", 32 * 32 * (64 * 216 + 16 * 192) + 16 * 864 // 4 * 4 * 8 + 80 * 8 * 8),
+    ],
+)
+def test_choices_inside_layers_count_as_by_hand(kind: CostKind, expected: int) -> None:
+    graph, layers = quantized_graph()
+    cost = CostModel(graph, kind, (), layers)
+    policy = CompressionPolicy(
+        layers={"3": LayerPolicy("unstructured", 0.25, 4, 8), "8": LayerPolicy("dense", 1, 8, 8)}
+    )
+
+    assert cost.groups == ("3:density", "3:weight_bits", "3:act_bits", "8:bits")
+    assert cost(np.array([25, 4, 8, 8])) == expected
+    assert predict_cost(graph, policy, kind) == expected
+
+
+@pytest.mark.parametrize("kind", ["macs", "params", "bytes", "bops"])
+def test_meter_and_fractions_agree_with_the_cost_of_mixed_decisions(kind: CostKind) -> None:
+    graph, layers = quantized_graph()
+    names = [group.name for group in graph.prunable]
+    cost = CostModel(graph, kind, names, layers)
+    before = np.array([*(cost.sizes[: len(names)] // 2), 25, 4, 8, 8])
+    after = before.copy()
+    after[[0, -1]] += [2, 24]
+    meter = cost.meter(before)
+
+    meter.keep_more(0, 2)
+
+    assert meter.with_more(len(before) - 1, 24) == cost(after)
+    np.testing.assert_allclose(cost.of_ratios(after[None] / cost.sizes), [cost(after)], atol=1)
+
+
 def test_meter_counts_each_step_as_the_difference_of_two_costs() -> None:
     cost = CostModel(two_group_graph())
     meter = cost.meter(np.array([4, 3]))
-    assert meter.increase(1, 2) == cost(np.array([4, 5])) - cost(np.array([4, 3]))
+    assert meter.with_more(1, 2) == cost(np.array([4, 5]))
     meter.keep_more(1, 2)
     meter.keep_more(0, 1)
     assert meter.cost == cost(np.array([5, 5]))
