@@ -210,8 +210,8 @@ class SearchSpace:
         msg = (
             f"a budget of {self.limit:,} {kind} ({self.limit / dense:.1%} of the dense {dense:,}) cannot be met: with "
             f"every decision at its least the network still costs {self.lowest_cost:,} "
-            f"({self.lowest_cost / dense:.1%}). Pass at least {self.lowest_cost:,} {kind}, or lower min_keep_ratio, the "
-            "rounding or the protection"
+            f"({self.lowest_cost / dense:.1%}). Pass at least {self.lowest_cost:,} {kind}, or lower min_keep_ratio, "
+            "the rounding or the protection"
         )
         raise BudgetError(msg)
 

@@ -1,0 +1,155 @@
+"""Plans that follow from measured sensitivities alone, as if what the decisions lose added up."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from .action import Counts, Ratios, SearchSpace, nearest
+from .evaluator import Sensitivity
+
+KNAPSACK_LEVELS = 12
+"""Counts a decision that the integer program chooses among; finer steps are left to `envs.action.fill`."""
+
+
+def losses(space: SearchSpace, sensitivity: Sensitivity, floor: float) -> list[NDArray[np.float64]]:
+    """Accuracy that each decision is taken to lose at each rung of its ladder, alone.
+
+    Straight lines through the measured points and through no loss when everything is kept, made to fall nowhere as
+    more is taken. A measured loss below ``floor`` counts as that, so that noise sells nothing for free.
+
+    Args:
+        space: the decisions.
+        sensitivity: of the same decisions.
+        floor: smallest loss that counts, see `envs.plans.noise_floor`.
+
+    Returns:
+        For each decision an array as long as its ladder, never rising.
+    """
+    probed = [nearest(np.full(space.n, ratio), space) for ratio in sensitivity.keep_ratios]
+    found = []
+    for index, ladder in enumerate(space.ladders):
+        points = {int(ladder[-1]): 0.0}
+        for column, counts in enumerate(probed):
+            if counts[index] < ladder[-1]:
+                points[int(counts[index])] = max(float(sensitivity.lost[index, column]), floor)
+        counts_at = np.array(sorted(points))
+        lost_at = np.maximum.accumulate(np.array([points[count] for count in counts_at])[::-1])[::-1]
+        below = ladder[ladder < counts_at[0]]
+        # Below the lowest probe the line through it and the origin of no loss goes on.
+        slope = lost_at[0] / max(float(ladder[-1] - counts_at[0]), 1.0)
+        lost = np.interp(ladder, counts_at, lost_at)
+        lost[: len(below)] += slope * (counts_at[0] - below)
+        found.append(lost)
+    return found
+
+
+def greedy(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
+    """Take the step that loses least for what it saves, again and again, until the budget is met.
+
+    Args:
+        space: the decisions, with a budget.
+        lost: as `losses` gives them.
+
+    Returns:
+        Keep ratios of shape ``(n,)``.
+
+    Raises:
+        ValueError: if the space has no budget.
+    """
+    limit = _limit(space, "greedy allocation")
+    rungs = [len(ladder) - 1 for ladder in space.ladders]
+    meter = space.cost.meter(space.sizes)
+    while meter.cost > limit:
+        best, step = np.inf, (-1, 0)
+        for index, ladder in enumerate(space.ladders):
+            if not (rung := rungs[index]):
+                continue
+            units = int(ladder[rung - 1] - ladder[rung])
+            saved = meter.cost - meter.with_more(index, units)
+            price = (lost[index][rung - 1] - lost[index][rung]) / max(saved, 1e-9)
+            if price < best:
+                best, step = price, (index, units)
+        meter.keep_more(*step)
+        rungs[step[0]] -= 1
+    counts = np.array([ladder[rung] for ladder, rung in zip(space.ladders, rungs, strict=True)])
+    return np.asarray(counts / space.sizes, dtype=np.float64)
+
+
+def knapsack(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
+    """The least sum of losses that meets the budget, by an integer program over one choice of each decision.
+
+    The program adds up what each decision saves alone. Two that share a layer save less together, so that the sum
+    asked for is raised until the plan meets the budget by its true cost.
+
+    Args:
+        space: the decisions, with a budget.
+        lost: as `losses` gives them.
+
+    Returns:
+        Keep ratios of shape ``(n,)``.
+
+    Raises:
+        ValueError: if the space has no budget.
+    """
+    limit = _limit(space, "the knapsack")
+    ladders = [_thinned(ladder) for ladder in space.ladders]
+    saved, price = [], []
+    for index, ladder in enumerate(ladders):
+        meter = space.cost.meter(space.sizes)
+        saved.append(np.array([space.cost.dense - meter.with_more(index, int(c - ladder[-1])) for c in ladder]))
+        price.append(np.interp(ladder, space.ladders[index], lost[index]))
+    low, high = float(space.cost.dense - limit), float(sum(s[0] for s in saved))
+    counts = np.array([ladder[0] for ladder in ladders], dtype=np.int64)
+    # The truth lies between the savings added up and all of them: halve the interval until it is no wider than 1 %.
+    asked = low
+    while True:
+        tried = _choose(ladders, saved, price, min(asked, high))
+        if space.cost(tried) <= limit:
+            counts, high = tried, asked
+        else:
+            low = asked
+        if high - low <= 0.01 * space.cost.dense:
+            return np.asarray(counts / space.sizes, dtype=np.float64)
+        asked = (low + high) / 2
+
+
+def _choose(
+    ladders: list[Counts], saved: list[NDArray[np.int64]], price: list[NDArray[np.float64]], at_least: float
+) -> Counts:
+    """One count of each ladder: the cheapest that save ``at_least`` in all."""
+    sizes = [len(ladder) for ladder in ladders]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    one_each = np.zeros((len(sizes), starts[-1]))
+    for row, (start, size) in enumerate(zip(starts, sizes, strict=False)):
+        one_each[row, start : start + size] = 1
+    scale = max(at_least, 1.0)
+    solution = milp(
+        np.concatenate(price),
+        integrality=np.ones(starts[-1]),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            # The last digit of the largest sum would be lost in the solver's tolerance.
+            LinearConstraint(np.concatenate(saved)[None] / scale, at_least / scale - 1e-9, np.inf),
+        ],
+        options={"mip_rel_gap": 1e-4},
+    )
+    assert solution.x is not None, solution.message
+    picks = [int(np.argmax(solution.x[start : start + size])) for start, size in zip(starts, sizes, strict=False)]
+    return np.array([ladder[pick] for ladder, pick in zip(ladders, picks, strict=True)], dtype=np.int64)
+
+
+def _thinned(ladder: Counts) -> Counts:
+    if len(ladder) <= KNAPSACK_LEVELS:
+        return ladder
+    picked = np.unique(np.linspace(0, len(ladder) - 1, KNAPSACK_LEVELS).round().astype(np.int64))
+    return np.asarray(ladder[picked], dtype=np.int64)
+
+
+def _limit(space: SearchSpace, what: str) -> int:
+    if space.limit is None:
+        msg = f"{what} needs a budget to stop at; build the search space with one"
+        raise ValueError(msg)
+    return space.limit
