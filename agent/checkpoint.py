@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import warnings
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pruning.files import load_checked
+from pruning.files import CheckpointError, load_checked, write_atomic
 
 SCHEMA = 1
 KEPT = 2
@@ -23,10 +22,6 @@ _ARRAY, _TUPLE = "__ndarray__", "__tuple__"
 _NAME = re.compile(r"step-(\d{9})\.pt")
 
 Notify = Callable[[str], None]
-
-
-class CheckpointError(RuntimeError):
-    """A file of an agent cannot be written, read, or used here; the message says which and why."""
 
 
 class CheckpointWarning(UserWarning):
@@ -46,21 +41,10 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         state: numbers, strings, None, tensors, arrays, nested in dicts, lists and tuples.
 
     Raises:
-        CheckpointError: if the disk refuses.
+        FileWriteError: if the disk refuses.
     """
-    temporary = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(_encode({"schema": SCHEMA, **state}), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        msg = f"cannot write '{path}': {error}; free some space or choose another folder, then resume"
-        raise CheckpointError(msg) from error
+    encoded = _encode({"schema": SCHEMA, **state})
+    write_atomic(path, lambda file: torch.save(encoded, file))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -86,7 +70,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     """Write the checkpoint of ``step`` and remove all but the newest two.
 
     Raises:
-        CheckpointError: if the disk refuses.
+        FileWriteError: if the disk refuses.
     """
     write_state(folder / f"step-{step:09d}.pt", state)
     for old in _checkpoints(folder)[KEPT:]:
@@ -168,14 +152,3 @@ def _decode(value: Any) -> Any:
     if isinstance(value, list):
         return [_decode(item) for item in value]
     return value
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` outlive a power cut, where the system can."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

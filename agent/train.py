@@ -17,8 +17,9 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.vec_env import VecEnv
 
+from pruning.files import CheckpointError
+
 from .checkpoint import (
-    CheckpointError,
     Notify,
     load_checkpoint,
     random_states,
@@ -108,7 +109,8 @@ def train_agent(
         device: of the agent's networks.
 
     Raises:
-        CheckpointError: if a checkpoint or ``start_from`` cannot be read or written, or is of another search.
+        CheckpointError: if a checkpoint or ``start_from`` cannot be read, or is of another search.
+        FileWriteError: if a checkpoint cannot be written.
         ValueError: if ``config`` is of another algorithm, or the spaces are not those of a search.
     """
     config = config or default_config(algorithm)

@@ -12,7 +12,9 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.policies import BasePolicy
 
-from .checkpoint import CheckpointError, read_state, write_state
+from pruning.files import CheckpointError
+
+from .checkpoint import read_state, write_state
 from .config import AgentConfig, Algorithm, DDPGConfig, PPOConfig
 from .ddpg import GraphDDPGPolicy
 from .policies import GraphActorCriticPolicy
@@ -42,7 +44,7 @@ def save_agent(path: Path, config: AgentConfig, policy: BasePolicy) -> None:
     """Write a trained agent: its hyper-parameters and weights.
 
     Raises:
-        CheckpointError: if the disk refuses.
+        FileWriteError: if the disk refuses.
     """
     algorithm = "ddpg" if isinstance(config, DDPGConfig) else "ppo"
     write_state(path, {"algorithm": algorithm, "config": config.model_dump(), "policy": dict(policy.state_dict())})

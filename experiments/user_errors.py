@@ -1,13 +1,12 @@
 """Errors that a user can mend; anything else is a fault of ours and keeps its traceback."""
 
-from agent.checkpoint import CheckpointError as AgentCheckpointError
 from envs.evaluator import EvaluateError, ReplayError
 from envs.journal import JournalError
 from graph_encoder.network import TraceError
 from latency.budget import BudgetError
 from pruning.export import ExportError
-from pruning.files import FileWriteError
-from pruning.finetune import CheckpointError, FinetuneError
+from pruning.files import CheckpointError, FileWriteError
+from pruning.finetune import FinetuneError
 from pruning.policy import PolicyError
 
 from .config import ConfigError
@@ -19,7 +18,6 @@ from .subject import NearChanceError
 from .user_function import UserFunctionError
 
 USER_ERRORS = (
-    AgentCheckpointError,
     BudgetError,
     CheckpointError,
     ConfigError,

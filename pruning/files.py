@@ -1,11 +1,13 @@
 """Files that a reader finds old or new, never half written, and archives read with their checksums."""
 
+import contextlib
 import errno
 import os
 import secrets
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -14,7 +16,11 @@ class FileWriteError(OSError):
     """A file could not be written; what stood there before is untouched."""
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+class CheckpointError(RuntimeError):
+    """A checkpoint or an agent's file that cannot be read, or cannot be used here; the message says which and why."""
+
+
+def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Replace ``path`` by a file that holds ``content``, in one step.
 
     The bytes go to a temporary file in the same folder (a rename across file systems is a copy), reach the disk,
@@ -22,7 +28,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
     Args:
         path: file to write or replace.
-        content: all of its bytes.
+        content: all of its bytes, or a function that writes them to the open file, which saves a copy in memory:
+            ``lambda file: torch.save(state, file)``.
 
     Raises:
         FileWriteError: if the disk is full, the folder cannot be written, or any other system error; no partial
@@ -33,19 +40,41 @@ def write_atomic(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as file:
-                file.write(content)
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    content(file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = f"no space left on the disk for {len(content):,} bytes; free some and run the same command again"
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch.save hides the system's refusal behind a RuntimeError about positions in its archive.
+        refusal = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(refusal, OSError):
+            raise
+        reason = refusal.strerror or str(refusal)
+        if refusal.errno in (errno.ENOSPC, errno.EDQUOT):
+            size = f" for {len(content):,} bytes" if isinstance(content, bytes) else ""
+            reason = f"no space left on the disk{size}; free some and run the same command again"
         msg = f"cannot write '{path}': {reason} (an older file of that name is untouched)"
-        raise FileWriteError(error.errno, msg) from error
+        raise FileWriteError(refusal.errno, msg) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` outlive a power cut, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    # The file is whole under its name by now; a file system that cannot synchronise folders loses nothing else.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def load_checked(path: Path, device: torch.device | str = "cpu") -> Any:

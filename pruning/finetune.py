@@ -1,6 +1,5 @@
 """Training: from scratch and after pruning, with the same loop, so that a comparison compares networks only."""
 
-import io
 import logging
 import math
 import time
@@ -17,17 +16,13 @@ from torch.nn import functional as F
 
 from graph_encoder.modes import evaluation_mode
 
-from .files import load_checked, write_atomic
+from .files import CheckpointError, load_checked, write_atomic
 
 _log = logging.getLogger(__name__)
 
 
 class FinetuneError(RuntimeError):
     """Training that cannot go on; the message says at which step and what to change."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be continued from."""
 
 
 class TrainData(Protocol):
@@ -271,11 +266,9 @@ def _save(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
     if checkpoint.exists():
         checkpoint.replace(_previous(checkpoint))
-    write_atomic(checkpoint, buffer.getvalue())
+    write_atomic(checkpoint, lambda file: torch.save(content, file))
 
 
 def _restore(

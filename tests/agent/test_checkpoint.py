@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from agent import checkpoint
 from agent.checkpoint import (
-    CheckpointError,
     CheckpointWarning,
     load_checkpoint,
     random_states,
@@ -21,6 +19,8 @@ from agent.checkpoint import (
     set_random_states,
     write_state,
 )
+from pruning import files
+from pruning.files import CheckpointError, FileWriteError
 
 
 class Bomb:
@@ -155,12 +155,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
 
     with pytest.raises(
-        CheckpointError,
-        match=r"^cannot write '.*step-000000002\.pt': \[Errno 28\] No space left on device; free some space or choose "
-        r"another folder, then resume$",
+        FileWriteError,
+        match=r"^\[Errno 28\] cannot write '.*step-000000002\.pt': no space left on the disk; free some and run the "
+        r"same command again \(an older file of that name is untouched\)$",
     ):
         save_checkpoint(tmp_path, 2, {"step": 2})
 

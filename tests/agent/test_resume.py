@@ -18,9 +18,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agent.checkpoint import CheckpointError
 from agent.config import AgentConfig, Algorithm, DDPGConfig, PPOConfig
 from agent.train import TrainResult, train_agent
+from pruning.files import CheckpointError
 from tests.agent.synthetic import LayerwiseTargetEnv, TargetEnv
 
 N_EVALUATIONS = 31

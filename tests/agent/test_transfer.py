@@ -8,10 +8,11 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from agent.checkpoint import CheckpointError, write_state
+from agent.checkpoint import write_state
 from agent.config import AgentConfig, DDPGConfig, PPOConfig
 from agent.train import train_agent
 from agent.transfer import act, build_policy, load_agent, save_agent
+from pruning.files import CheckpointError
 from tests.agent.synthetic import TargetEnv
 
 SMALL: dict[str, Any] = {"hidden": 8, "n_layers": 1, "n_frequencies": 0}

@@ -1,8 +1,11 @@
 import errno
 import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from pruning.files import FileWriteError, write_atomic
 
@@ -35,3 +38,36 @@ def test_full_disk_leaves_the_older_file_and_nothing_half_written(
     )
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.bin"]
+
+
+def test_state_that_the_system_refuses_halfway_leaves_the_older_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    write_atomic(path, lambda file: torch.save({"weights": torch.zeros(4)}, file))
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(FileWriteError) as caught:
+            write_atomic(path, lambda file: torch.save({"weights": torch.zeros(100_000)}, file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+    assert str(caught.value) == (
+        f"[Errno {errno.EFBIG}] cannot write '{path}': File too large (an older file of that name is untouched)"
+    )
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_error_of_what_is_written_is_not_taken_for_the_disks(tmp_path: Path) -> None:
+    def write(_: object) -> None:
+        msg = "no such layer"
+        raise RuntimeError(msg)
+
+    with pytest.raises(RuntimeError, match=r"^no such layer$"):
+        write_atomic(tmp_path / "state.pt", write)
+
+    assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pruning.finetune import CheckpointError, FinetuneError, finetune
+from pruning.files import CheckpointError
+from pruning.finetune import FinetuneError, finetune
 
 
 class Blobs:
