@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
+import weakref
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 logger = logging.getLogger(__name__)
 
 Purpose = Literal["candidate", "probe", "finalist", "dense"]
 
+JOURNAL_VERSION = 1
+"""Version that the first line of a journal tied to one search gives."""
+
 
 class JournalError(RuntimeError):
-    """The journal cannot be read or written; the message names the file, the line and the reason."""
+    """The journal cannot be read or written, or is another search's; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +65,53 @@ class JournalEntry:
 class Journal:
     """An append-only list of `JournalEntry`, in a file or in memory.
 
-    Opening a file whose last line was cut short by a kill drops that line, says so in the log and in `recovered`.
+    Reading changes nothing on disk. The first entry appended claims the file for this process until `close`, so that
+    two processes cannot mix their entries: the second one is refused and does not disturb the first. The workers of a
+    vectorised environment therefore take a journal each.
+
+    A journal may be tied to one search, which its first line then describes. Opening it for another search is refused;
+    opening it without saying for which is not.
+
+    A last line that was cut short by a kill is left out. The log and `recovered` say so, and the first entry appended
+    removes it from the file.
 
     Attributes:
         path: the file, or None for a journal in memory.
+        search: what the journal is tied to, by name; empty if to nothing.
         recovered: what was dropped when the file was opened, empty if nothing.
     """
 
-    def __init__(self, path: Path | str | None = None) -> None:
+    def __init__(self, path: Path | str | None = None, *, search: Mapping[str, str] | None = None) -> None:
         """Open or create the journal at ``path``.
 
+        Args:
+            path: the file; none keeps the journal in memory.
+            search: what the results of the evaluations depend on, by name, to tie the journal to; none opens any
+                journal, and ties a new one to nothing.
+
         Raises:
-            JournalError: if a line other than the last is not an entry.
+            JournalError: if a line other than the last is not an entry, or the journal is not tied to ``search``.
         """
         self.path = Path(path) if path is not None else None
+        self.search = dict(search or {})
         self.recovered = ""
         self._entries: list[JournalEntry] = []
+        self._claim: _Claim | None = None
+        self._length = self._cut = 0
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 self._read(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, in another process for instance, has to claim the file for itself.
+        return self.__dict__ | {"_claim": None}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -95,57 +128,150 @@ class Journal:
         """Write ``entry`` and wait until it is on disk.
 
         Raises:
-            JournalError: if the disk is full or the file cannot be written; the entry is then not in the journal.
+            JournalError: if another process writes the file or has written it since it was read, if the disk is full,
+                or if the file cannot be written; the entry is then not in the journal.
         """
         if self.path is not None:
-            self._write(self.path, entry)
+            try:
+                self._secure(self.path)
+                self._write(self.path, entry)
+            except OSError as error:
+                msg = (
+                    f"evaluation {entry.index} could not be written to '{self.path}': {error.strerror}. "
+                    "Everything before it is safe: make room and resume the run"
+                )
+                raise JournalError(msg) from error
         self._entries.append(entry)
 
-    @staticmethod
-    def _write(path: Path, entry: JournalEntry) -> None:
-        line = json.dumps(asdict(entry), allow_nan=False) + "\n"
-        length = path.stat().st_size if path.exists() else 0
+    def close(self) -> None:
+        """Let other processes write the file; the next entry appended claims it anew."""
+        self._claim = None
+
+    def _secure(self, path: Path) -> None:
+        """Make sure that nobody else writes the file, and that it holds what was read and written here."""
+        if self._claim is None or self._claim.process != os.getpid():
+            self._claim = _claimed(path)
+        expected = self._length + self._cut
+        found = path.stat().st_size if path.exists() else 0
+        if found != expected:
+            msg = (
+                f"the journal '{path}' holds {found:,} bytes, but {expected:,} were read and written here: something "
+                "else has changed it; start again to go on from what it holds now"
+            )
+            raise JournalError(msg)
+        if self._cut:
+            os.truncate(path, self._length)
+            self._cut = 0
+
+    def _write(self, path: Path, entry: JournalEntry) -> None:
+        lines = [asdict(entry)]
+        if self.search and self._length == 0:
+            lines.insert(0, {"journal": JOURNAL_VERSION, "search": self.search})
+        content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
         try:
             with path.open("ab") as file:
-                file.write(line.encode())
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
+        except OSError:
             # Part of the line may have been written; the next entry must not be glued to it.
             if path.exists():
-                os.truncate(path, length)
-            msg = (
-                f"evaluation {entry.index} could not be written to '{path}': {error.strerror}. "
-                "Everything before it is safe: make room and resume the run"
-            )
-            raise JournalError(msg) from error
+                os.truncate(path, self._length)
+            raise
+        self._length += len(content)
 
     def _read(self, path: Path) -> None:
-        content = path.read_bytes()
-        whole, _, rest = content.rpartition(b"\n")
-        lines = whole.split(b"\n") if whole else []
-        for number, line in enumerate(lines, start=1):
-            self._entries.append(_parse(line, path, number))
+        whole, newline, rest = path.read_bytes().rpartition(b"\n")
+        self._length, self._cut = len(whole + newline), len(rest)
+        values = [_parse(line, path, number) for number, line in enumerate(whole.split(b"\n"), start=1) if newline]
+        tied_to = _search(values[0]) if values else None
+        first = 0 if tied_to is None else 1
+        self._entries = [_entry(each, path, number) for number, each in enumerate(values[first:], start=first + 1)]
         if rest:
-            os.truncate(path, len(content) - len(rest))
             self.recovered = (
                 f"the last line of '{path}' was cut short ({len(rest)} bytes) and was dropped: at most one evaluation "
                 f"is lost, {len(self)} remain"
             )
             logger.warning("%s", self.recovered)
+        if values and self.search:
+            _check_same_search(path, tied_to or {}, self.search, len(self))
+        self.search = tied_to or self.search
 
 
-def _parse(line: bytes, path: Path, number: int) -> JournalEntry:
-    names = {one.name for one in fields(JournalEntry)}
-    # Journals from before choices inside layers have no such field.
-    needed = names - {"layers"}
+class _Claim:
+    """The right of this process to write a file, held until the object is forgotten or the process ends, however."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        """Lock the open file; `JournalError` if another process holds it."""
+        self.process = os.getpid()
+        weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            msg = (
+                f"another process writes the journal '{path}'; wait for it or stop it, or give each process a journal "
+                "of its own"
+            )
+            raise JournalError(msg) from None
+        except OSError as error:
+            # Some network file systems know no locks; `Journal` still notices lines that are not its own.
+            logger.warning("'%s' cannot be locked (%s): see to it that one process writes it", path, error.strerror)
+
+
+_claims: weakref.WeakValueDictionary[tuple[int, int, int], _Claim] = weakref.WeakValueDictionary()
+"""By process, device and file, as the system would refuse a process its own lock, and a fork inherits this table."""
+
+
+def _claimed(path: Path) -> _Claim:
+    """The claim of this process on the file at ``path``, which is made if missing."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    file = os.fstat(descriptor)
+    key = (os.getpid(), file.st_dev, file.st_ino)
+    claim = _claims.get(key)
+    if claim is None:
+        _claims[key] = claim = _Claim(path, descriptor)
+    else:
+        os.close(descriptor)
+    return claim
+
+
+def _parse(line: bytes, path: Path, number: int) -> Any:
     try:
-        values = json.loads(line)
+        return json.loads(line)
     except ValueError as error:
         msg = f"line {number} of the journal '{path}' is not JSON: {error}; the file was changed by something else"
         raise JournalError(msg) from error
-    if not isinstance(values, dict) or not needed <= set(values) <= names:
+
+
+def _search(first: Any) -> dict[str, str] | None:
+    """What a journal with that first line is tied to; None if the line is an entry."""
+    tied = isinstance(first, dict) and first.get("journal") == JOURNAL_VERSION and isinstance(first.get("search"), dict)
+    return dict(first["search"]) if tied else None
+
+
+def _entry(values: Any, path: Path, number: int) -> JournalEntry:
+    names = {one.name for one in fields(JournalEntry)}
+    # Journals from before choices inside layers have no such field.
+    if not isinstance(values, dict) or not names - {"layers"} <= set(values) <= names:
         found = sorted(values) if isinstance(values, dict) else type(values).__name__
         msg = f"line {number} of the journal '{path}' holds {found}, but an evaluation has the fields {sorted(names)}"
         raise JournalError(msg)
     return JournalEntry(**values)
+
+
+def _check_same_search(path: Path, before: Mapping[str, str], now: Mapping[str, str], n_entries: int) -> None:
+    if not before:
+        msg = (
+            f"the journal '{path}' holds {n_entries} evaluations and does not say of what network and arguments, so "
+            "they cannot be used here; pass another file"
+        )
+        raise JournalError(msg)
+    names = dict.fromkeys([*now, *before])
+    changed = [
+        f"{name} {before.get(name, 'unknown')}, now {now.get(name, 'unknown')}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        msg = f"the journal '{path}' is of another search: {'; '.join(changed)}; pass the same again, or another file"
+        raise JournalError(msg)
