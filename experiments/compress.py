@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from torch import Tensor, nn
 
@@ -19,9 +21,10 @@ from latency.budget import Budget
 from pruning.importance import Criterion, rank_units
 from pruning.policy import CompressionPolicy
 
-from .config import ONE_SHOT, ConfigError, Environment, Method, SearchSettings, Start
+from .config import METHODS, ONE_SHOT, ConfigError, Environment, Method, SearchSettings, Start, validated
+from .identity import search_identity
 from .methods import search_with
-from .problem import OnEvaluation, Scoring, SearchProblem, least_squares, probe
+from .problem import PROBES, OnEvaluation, Scoring, SearchProblem, least_squares, probe
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Compressed:
         cost: of ``model``, in the budget's kind.
         dense_cost: of the dense network.
         evaluations: evaluations counted, sensitivity probes included.
-        history: every evaluation, in order.
+        history: every evaluation recorded of this method and seed and of the probes that it used, in order.
     """
 
     model: nn.Module
@@ -104,15 +107,25 @@ def compress(
         reward: ``"accuracy"``, ``"accuracy_guaranteed"`` or a function (accuracy, cost, limit) -> float.
         n_images: images that ``evaluate`` scores on: what the probes can tell from noise.
         journal: file in which every evaluation is recorded; a second call with the same file and arguments goes on
-            where the first one stopped.
+            where the first one stopped. The file keeps methods and seeds apart and lets ``evaluations`` grow; for
+            another network, other weights, calibration or arguments it is refused. Whether ``evaluate`` is still the
+            same function on the same images cannot be seen from here.
         on_evaluation: told of each evaluation.
 
     Raises:
         TraceError: if the network cannot be captured.
         BudgetError: if the budget cannot be met, with the lowest reachable cost.
         EvaluateError: if ``evaluate`` returns something that is no accuracy.
-        ConfigError: if the probes leave no evaluation to search with, or ``reconstruct`` has nothing to fit on.
+        ConfigError: if an argument is none of those allowed, the probes leave no evaluation to search with, or
+            ``reconstruct`` has nothing to fit on.
+        JournalError: if the journal is of another search, or another process writes it.
     """
+    _check_choice("method", method, METHODS)
+    _check_choice("environment", environment, get_args(Environment))
+    _check_choice("start", start, get_args(Start))
+    _check_choice("criterion", criterion, get_args(Criterion))
+    asked = {"evaluations": evaluations, "seed": seed, "environment": environment, "start": start}
+    settings = validated(SearchSettings, asked, "compress")
     if reconstruct and not calibration:
         msg = "reconstruct fits layers on training inputs; pass some batches as calibration"
         raise ConfigError(msg)
@@ -141,29 +154,64 @@ def compress(
         reward=resolve_reward(reward, space.limit),
         reconstruct=least_squares(seed) if reconstruct else None,
     )
-    told = on_evaluation or _ignore
-    problem = SearchProblem(model, graph, space, scoring, Journal(journal), seed)
-    if start == "sensitivity" or method == "sensitivity":
-        problem = probe(problem, 1.0, told, as_start=start == "sensitivity", notify=_warn)
-    settings = SearchSettings(evaluations=evaluations, seed=seed, environment=environment, start=start)
-    found = search_with(method, problem, settings, on_evaluation=told)
+    identity = None
+    if journal is not None:
+        identity = search_identity(
+            model,
+            graph,
+            calibration,
+            importance or criterion,
+            budget=f"{space.limit} {space.cost.kind}",
+            environment=environment,
+            start=start,
+            rounding=rounding,
+            min_keep_ratio=min_keep_ratio,
+            protect_first=protect_first,
+            protected=sorted(protected),
+            reconstruct=reconstruct,
+            reward=getattr(reward, "__qualname__", reward),
+            n_images=n_images,
+        )
+    with Journal(journal, search=identity) as opened:
+        problem = SearchProblem(model, graph, space, scoring, opened, seed)
+        return _search(problem, method, settings, on_evaluation or _ignore)
+
+
+def _search(
+    problem: SearchProblem, method: Method, settings: SearchSettings, on_evaluation: OnEvaluation
+) -> Compressed:
+    if "sensitivity" in (settings.start, method):
+        as_start = settings.start == "sensitivity"
+        problem = probe(problem, 1.0, on_evaluation, as_start=as_start, notify=_warn)
+    found = search_with(method, problem, settings, on_evaluation=on_evaluation)
     policy = problem.policy(found.kept)
     builder = problem.evaluator("", _ignore)
+    dense_accuracy = builder.dense_accuracy()
+    searchers = {builder.searcher, method} | ({PROBES} if problem.sensitivity else set())
     return Compressed(
         model=builder.build(policy),
         policy=policy,
-        graph=graph,
+        graph=problem.graph,
         accuracy=found.search_accuracy,
-        dense_accuracy=builder.dense_accuracy(),
+        dense_accuracy=dense_accuracy,
         cost=found.cost,
-        dense_cost=space.cost.dense,
+        dense_cost=problem.space.cost.dense,
         evaluations=found.evaluations,
-        history=tuple(problem.journal.entries()),
+        history=tuple(entry for entry in problem.journal.entries(seed=problem.seed) if entry.searcher in searchers),
     )
 
 
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value in allowed:
+        return
+    close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+    hint = f"; did you mean '{close[0]}'?" if close else "."
+    msg = f"unknown {name} '{value}'{hint} Allowed: {', '.join(allowed)}"
+    raise ConfigError(msg)
+
+
 def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=3)
+    warnings.warn(message, UserWarning, stacklevel=5)
 
 
 def _ignore(_evaluation: Evaluation) -> None:

@@ -4,13 +4,16 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import secateur
+from envs.journal import JournalError
 from experiments.config import ConfigError
+from pruning.importance import rank_units
 from secateur import Budget, BudgetError
 
 from .tiny import network
@@ -89,6 +92,119 @@ def test_journal_lets_a_second_call_go_on(tmp_path: Path) -> None:
 
     assert first.policy == second.policy
     assert len(calls) == n_first
+    assert second.history == first.history
+
+
+def search_into(journal: Path, model: nn.Module | None = None, **changes: Any) -> secateur.Compressed:
+    options = {"budget": "50%", "method": "random", "evaluations": 9, "evaluate": share_of_channels} | changes
+    return secateur.compress(model or small_net(), images(), journal=journal, **options)
+
+
+def test_more_evaluations_go_on_from_those_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    first = search_into(path, budget=None, evaluations=8)
+    calls: list[nn.Module] = []
+
+    more = search_into(path, budget=None, evaluations=30, evaluate=lambda model: calls.append(model) or 0.5)
+
+    assert len(calls) == more.evaluations - first.evaluations > 0
+
+
+def test_one_journal_keeps_methods_and_seeds_apart(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+
+    random, other_seed, cem = search_into(path), search_into(path, seed=1), search_into(path, method="cem")
+
+    for found, method, seed in ((random, "random", 0), (other_seed, "random", 1), (cem, "cem", 0)):
+        assert {(entry.searcher, entry.seed) for entry in found.history} == {
+            ("probes", seed),
+            (method, seed),
+            ("", seed),
+        }
+        assert found.history == search_into(path, method=method, seed=seed).history
+
+
+def test_journal_of_another_network_with_the_same_layers_is_refused(tmp_path: Path) -> None:
+    search_into(tmp_path / "journal.jsonl")
+    other = small_net()
+    with torch.no_grad():
+        next(other.parameters())[0, 0, 0, 0] += 1e-6
+
+    with pytest.raises(JournalError) as caught:
+        search_into(tmp_path / "journal.jsonl", other, evaluate=lambda _: pytest.fail("scored a candidate"))
+
+    assert re.fullmatch(
+        rf"the journal '{re.escape(str(tmp_path))}/journal\.jsonl' is of another search: weights [0-9a-f]{{16}}, now "
+        r"[0-9a-f]{16}; pass the same again, or another file",
+        str(caught.value),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"budget": "40%"}, r"budget \d+ macs, now \d+ macs"),
+        ({"budget": "50% params"}, r"budget \d+ macs, now \d+ params"),
+        ({"calibration": [images(4)]}, r"calibration [0-9a-f]{16}, now [0-9a-f]{16}"),
+        ({"criterion": "l2"}, "importance l1, now l2"),
+        ({"start": "uniform", "rounding": 2}, "start sensitivity, now uniform; rounding None, now 2"),
+        ({"n_images": 500}, "n_images 1000, now 500"),
+    ],
+)
+def test_journal_of_other_arguments_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    search_into(tmp_path / "journal.jsonl")
+
+    with pytest.raises(JournalError, match=f" is of another search: {told}; pass the same again, or another file$"):
+        search_into(tmp_path / "journal.jsonl", **changes)
+
+
+def test_journal_knows_importance_by_the_order_of_the_units(tmp_path: Path) -> None:
+    model = small_net()
+    scores = rank_units(model, secateur.capture(model, images()))
+    search_into(tmp_path / "journal.jsonl", importance=scores)
+
+    search_into(tmp_path / "journal.jsonl", importance={name: 2 * values for name, values in scores.items()})
+    with pytest.raises(JournalError, match=r"is of another search: importance [0-9a-f]{16}, now [0-9a-f]{16}; pass"):
+        search_into(tmp_path / "journal.jsonl", importance={name: -values for name, values in scores.items()})
+
+
+def test_journal_of_a_run_folder_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    search_into(path)
+    entries = path.read_bytes().splitlines(keepends=True)[1:]
+    path.write_bytes(b"".join(entries))
+
+    with pytest.raises(JournalError) as caught:
+        search_into(path)
+
+    assert str(caught.value) == (
+        f"the journal '{path}' holds {len(entries)} evaluations and does not say of what network and arguments, so "
+        "they cannot be used here; pass another file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"method": "pppo"},
+            "unknown method 'pppo'; did you mean 'ppo'? Allowed: uniform, magnitude, sensitivity, random, cem, ppo, "
+            "ddpg",
+        ),
+        (
+            {"environment": "layers"},
+            "unknown environment 'layers'; did you mean 'layerwise'? Allowed: network, layerwise",
+        ),
+        ({"start": 3}, "unknown start '3'. Allowed: sensitivity, uniform"),
+        ({"criterion": "l3"}, "unknown criterion 'l3'; did you mean 'l2'? Allowed: l1, l2, fpgm, taylor, bn_scale"),
+        ({"evaluations": 0}, "compress: evaluations: input should be greater than or equal to 1; found 0"),
+    ],
+)
+def test_argument_that_is_none_of_those_allowed_is_told(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        search_into(tmp_path / "journal.jsonl", evaluate=lambda _: pytest.fail("scored a candidate"), **changes)
+
+    assert str(caught.value) == message
 
 
 def test_impossible_budget_is_refused_before_any_evaluation() -> None:
