@@ -6,7 +6,6 @@ of its seed and of the rewards: run again on the same journal, it proposes the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -15,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from .search_env import Episode, OnEpisode
+from .search_env import Episode
 
 Plan = NDArray[np.float64]
 """One score a decision, in ``[-1, 1]``, ``(D,)``."""
@@ -29,13 +28,11 @@ class BaselineResult:
         rewards: of every plan, in order.
         best: the plan with the highest reward.
         plan: where the search had arrived, ``(D,)``; for a search that goes nowhere, its best plan.
-        is_finished: whether the evaluations are spent; else ``should_stop`` ended the search.
     """
 
     rewards: tuple[float, ...]
     best: Episode
     plan: Plan
-    is_finished: bool
 
 
 class Scorer:
@@ -45,22 +42,16 @@ class Scorer:
         episodes: plans scored so far.
     """
 
-    def __init__(
-        self, env: gym.Env[Any, Any], most_plans: int, should_stop: Callable[[], bool], on_episode: OnEpisode
-    ) -> None:
+    def __init__(self, env: gym.Env[Any, Any], most_plans: int) -> None:
         self.episodes: list[Episode] = []
         self.is_spent = False
-        self.was_stopped = False
         self._env = env
         self._most_plans = most_plans
-        self._should_stop = should_stop
-        self._on_episode = on_episode
 
     @property
     def goes_on(self) -> bool:
         """Whether another plan may be scored."""
-        self.was_stopped = self.was_stopped or self._should_stop()
-        return not (self.is_spent or self.was_stopped or len(self.episodes) >= self._most_plans)
+        return not (self.is_spent or len(self.episodes) >= self._most_plans)
 
     def score(self, plans: NDArray[np.float64]) -> NDArray[np.float64]:
         """Rewards of the plans ``(k, D)``, ``(k,)``; of fewer if the search ends within."""
@@ -80,11 +71,10 @@ class Scorer:
         self.is_spent = bool(info["budget_spent"])
         evaluations = float(info["evaluation"].evaluations_used)
         self.episodes.append(Episode(action[None], float(reward), evaluations, info))
-        self._on_episode(self.episodes[-1])
         return float(reward)
 
 
-Baseline = Literal["start", "random", "cem"]
+Baseline = Literal["random", "cem"]
 
 
 def run_baseline(
@@ -93,50 +83,43 @@ def run_baseline(
     *,
     n_evaluations: int,
     seed: int,
-    should_stop: Callable[[], bool] | None = None,
-    on_episode: OnEpisode | None = None,
 ) -> BaselineResult:
     """Search until the environment's evaluations are spent.
 
     Args:
-        baseline: "start" scores the start plan, "random" is `random_search`, "cem" is `cross_entropy`.
+        baseline: "random" is `random_search`, "cem" is `cross_entropy`.
         env: one step an episode, one score a decision in ``[-1, 1]``, zeros the start plan; ``info["budget_spent"]``
             and ``info["evaluation"].evaluations_used`` as for agents.
         n_evaluations: evaluations granted; a search that proposes known plans over and over, which are free, ends
             after four times as many plans.
         seed: of the search.
-        should_stop: asked before every plan.
-        on_episode: told of every plan scored.
 
     Raises:
-        ValueError: if an episode is longer than one step, or nothing was scored.
+        ValueError: if an episode is longer than one step, or no evaluation is granted.
     """
     space = cast("spaces.Box", env.action_space)
     n_decisions = int(np.prod(space.shape))
-    scorer = Scorer(env, 4 * n_evaluations, should_stop or (lambda: False), on_episode or (lambda _: None))
+    if n_evaluations < 1:
+        msg = f"{n_evaluations} evaluations are granted; a search takes at least 1"
+        raise ValueError(msg)
+    scorer = Scorer(env, 4 * n_evaluations)
     env.reset(seed=seed)
     generator = np.random.default_rng(seed)
     plan: Plan | None = None
     if baseline == "cem":
         plan = cross_entropy(scorer, n_decisions, generator)
     else:
-        scorer.score(np.zeros((1, n_decisions)))
-    if baseline == "random":
         random_search(scorer, n_decisions, generator)
-    if not scorer.episodes:
-        msg = "the search was stopped before its first plan was scored; there is no result"
-        raise ValueError(msg)
     best = max(scorer.episodes, key=lambda episode: episode.reward)
     return BaselineResult(
         rewards=tuple(episode.reward for episode in scorer.episodes),
         best=best,
         plan=best.actions[0].astype(np.float64) if plan is None else plan,
-        is_finished=not scorer.was_stopped,
     )
 
 
 def random_search(scorer: Scorer, n_decisions: int, generator: np.random.Generator, *, std: float = 0.3) -> None:
-    """Score Gaussian plans around the start plan.
+    """Score the start plan, and then Gaussian plans around it.
 
     Args:
         scorer: ends the search.
@@ -144,6 +127,7 @@ def random_search(scorer: Scorer, n_decisions: int, generator: np.random.Generat
         generator: of the plans.
         std: spread around the start plan, on the scale of actions.
     """
+    scorer.score(np.zeros((1, n_decisions)))
     while scorer.goes_on:
         scorer.score(np.clip(std * generator.standard_normal((1, n_decisions)), -1, 1))
 

@@ -80,10 +80,10 @@ class GraphDDPGPolicy(TD3Policy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         *,
-        encoder: dict[str, Any] | None = None,
-        plan_hidden: int = 32,
-        plan_layers: int = 1,
-        n_critics: int = 2,
+        encoder: dict[str, Any],
+        plan_hidden: int,
+        plan_layers: int,
+        n_critics: int,
     ) -> None:
         """Build the networks.
 
@@ -96,7 +96,7 @@ class GraphDDPGPolicy(TD3Policy):
             plan_layers: see `PlanValue`.
             n_critics: critics, each trained on its own batches' loss.
         """
-        self._encoder = encoder or {}
+        self._encoder = encoder
         self._critic: dict[str, Any] = {"plan_hidden": plan_hidden, "plan_layers": plan_layers, "n_critics": n_critics}
         super().__init__(
             observation_space, action_space, lr_schedule, n_critics=n_critics, optimizer_kwargs={"fused": True}
@@ -151,16 +151,16 @@ class GraphDDPG(DDPG):
         std: float,
         std_end: float,
         actor_learning_rate: float,
-        policy_delay: int = 2,
-        candidates: int = 1,
-        episode_length: int = 1,
+        policy_delay: int,
+        candidates: int,
+        episode_length: int,
         **options: Any,
     ) -> None:
         super().__init__(
             policy,
             env,
             replay_buffer_class=StandardisedReplayBuffer,
-            replay_buffer_kwargs={"gamma": options.get("gamma", 1.0)},
+            replay_buffer_kwargs={"gamma": options["gamma"]},
             **options,
         )
         self.std_start, self.std_end = std, std_end

@@ -127,8 +127,8 @@ class GraphActorCriticPolicy(ActorCriticPolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         *,
-        encoder: dict[str, Any] | None = None,
-        std: float = 0.3,
+        encoder: dict[str, Any],
+        std: float,
         use_sde: bool = False,
     ) -> None:
         """Build the networks.

@@ -29,7 +29,7 @@ class GraphPPO(PPO):
 
     policy: GraphActorCriticPolicy
 
-    def __init__(self, policy: Any, env: VecEnv, *, std_end: float, episode_length: int = 1, **options: Any) -> None:
+    def __init__(self, policy: Any, env: VecEnv, *, std_end: float, episode_length: int, **options: Any) -> None:
         super().__init__(policy, env, **options)
         self.std_end = std_end
         self.episode_length = episode_length

@@ -30,7 +30,7 @@ class StandardisedReplayBuffer(DictReplayBuffer):
         options: of `stable_baselines3.common.buffers.DictReplayBuffer`.
     """
 
-    def __init__(self, *arguments: Any, gamma: float = 1.0, **options: Any) -> None:
+    def __init__(self, *arguments: Any, gamma: float, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.gamma = gamma
 

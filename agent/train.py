@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from .policies import GraphActorCriticPolicy
 from .ppo import GraphPPO
 from .replay import affordable_size
 from .schedule import largest_divisor, rollout_size
-from .search_env import Episode, Ledger, OnEpisode, StandardisedRewards, Stateful, vectorised
+from .search_env import Episode, Ledger, StandardisedRewards, Stateful, vectorised
 from .tensorboard import tensorboard_logger
 from .transfer import load_weights, policy_options
 
@@ -52,7 +52,6 @@ class TrainResult:
         best: the episode with the highest return; its ``info`` is empty if it was found before a resume.
         evaluations: counted by the environment.
         n_steps: steps of the environments.
-        is_finished: whether the evaluations are spent; else ``should_stop`` ended the run.
     """
 
     config: AgentConfig
@@ -61,7 +60,6 @@ class TrainResult:
     best: Episode
     evaluations: float
     n_steps: int
-    is_finished: bool
 
 
 def train_agent(
@@ -76,8 +74,6 @@ def train_agent(
     checkpoints: Path | None = None,
     companions: Mapping[str, Stateful] | None = None,
     start_from: Path | None = None,
-    should_stop: Callable[[], bool] | None = None,
-    on_episode: OnEpisode | None = None,
     notify: Notify = warn,
     device: str = "cpu",
 ) -> TrainResult:
@@ -103,8 +99,6 @@ def train_agent(
         checkpoints: folder for checkpoints.
         companions: what else a checkpoint must hold to go with it, by name, such as the evaluator.
         start_from: file of a trained agent (`save_agent`) of the same configuration to start from.
-        should_stop: asked after every step; True ends the run, to be continued from the last checkpoint.
-        on_episode: told of every episode that ends.
         notify: told of damaged checkpoints and adjusted settings.
         device: of the agent's networks.
 
@@ -118,7 +112,7 @@ def train_agent(
         msg = f"config is a {type(config).__name__}, but the algorithm is '{algorithm}'; pass its own configuration"
         raise ValueError(msg)
     plan = SearchPlan(config, n_evaluations, seed, episode_length, device)
-    search = Search(plan, env, companions or {}, on_episode)
+    search = Search(plan, env, companions or {})
     if start_from is not None:
         load_weights(search.agent.policy, read_state(start_from)["policy"], start_from)
     is_resumed = checkpoints is not None and search.resume(checkpoints, notify)
@@ -128,10 +122,10 @@ def train_agent(
     if not is_resumed:
         logger.record("hparams", HParam(plan.hyperparameters(), {"plan/best_reward": 0.0}))
     try:
-        is_finished = search.run(checkpoints, should_stop)
+        search.run(checkpoints)
     finally:
         logger.close()
-    return search.result(is_finished)
+    return search.result()
 
 
 @dataclass(frozen=True)
@@ -242,36 +236,26 @@ class SearchPlan:
 class Search:
     """An agent, its environment, and the books between them."""
 
-    def __init__(
-        self,
-        plan: SearchPlan,
-        env: gym.Env[Any, Any] | VecEnv,
-        companions: Mapping[str, Stateful],
-        on_episode: OnEpisode | None,
-    ) -> None:
+    def __init__(self, plan: SearchPlan, env: gym.Env[Any, Any] | VecEnv, companions: Mapping[str, Stateful]) -> None:
         self.plan = plan
         self.companions = companions
         self.new_episodes: list[Episode] = []
-        self._on_episode = on_episode
-        self.ledger = Ledger(vectorised(env), self._hear)
+        self.ledger = Ledger(vectorised(env), self.new_episodes.append)
         self.rewards = StandardisedRewards(self.ledger)
         # DDPG's buffer standardises by itself, over all it holds.
         self.agent = plan.build(self.rewards if plan.algorithm == "ppo" else self.ledger)
 
-    def run(self, checkpoints: Path | None, should_stop: Callable[[], bool] | None) -> bool:
-        """Train until the evaluations are spent (True) or ``should_stop`` says so (False)."""
-        hooks = SearchHooks(self, checkpoints, should_stop or (lambda: False))
+    def run(self, checkpoints: Path | None) -> None:
+        """Train until the evaluations are spent."""
         steps = self.plan.most_steps() - self.agent.num_timesteps
         is_fresh = self.agent.num_timesteps == 0
         if steps > 0 and not self.ledger.is_spent:
+            hooks = SearchHooks(self, checkpoints)
             self.agent.learn(steps, callback=hooks, log_interval=None, reset_num_timesteps=is_fresh)  # type: ignore[arg-type]
-        return not hooks.was_stopped
 
-    def result(self, is_finished: bool) -> TrainResult:
-        """What the search came to so far."""
-        if self.ledger.best is None:
-            msg = "the search was stopped before its first plan was scored; there is no result"
-            raise RuntimeError(msg)
+    def result(self) -> TrainResult:
+        """What the search came to."""
+        assert self.ledger.best is not None
         self.agent.policy.set_training_mode(False)
         return TrainResult(
             config=self.plan.config,
@@ -280,7 +264,6 @@ class Search:
             best=self.ledger.best,
             evaluations=self.ledger.evaluations,
             n_steps=self.agent.num_timesteps,
-            is_finished=is_finished,
         )
 
     def remaining(self) -> float:
@@ -341,25 +324,18 @@ class Search:
                 )
                 raise CheckpointError(msg)
 
-    def _hear(self, episode: Episode) -> None:
-        self.new_episodes.append(episode)
-        if self._on_episode is not None:
-            self._on_episode(episode)
-
 
 class SearchHooks(BaseCallback):
-    """Checkpoints and noise before each rollout; logging and stopping after each step.
+    """Checkpoints and noise before each rollout; logging and the end of the search after each step.
 
     Only the start of a rollout is a place from which a run continues bit by bit: within one, the noise is partly used
     and the rollout buffer partly filled.
     """
 
-    def __init__(self, search: Search, checkpoints: Path | None, should_stop: Callable[[], bool]) -> None:
+    def __init__(self, search: Search, checkpoints: Path | None) -> None:
         super().__init__()
-        self.was_stopped = False
         self._search = search
         self._checkpoints = checkpoints
-        self._should_stop = should_stop
         self._saved_at = search.ledger.evaluations
 
     def _on_rollout_start(self) -> None:
@@ -375,8 +351,7 @@ class SearchHooks(BaseCallback):
         if self._search.new_episodes:
             self._log(self._search.new_episodes)
             self._search.new_episodes.clear()
-        self.was_stopped = self._should_stop()
-        return not (self.was_stopped or self._search.ledger.is_spent)
+        return not self._search.ledger.is_spent
 
     def _save(self) -> None:
         self._saved_at = self._search.ledger.evaluations

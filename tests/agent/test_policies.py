@@ -37,13 +37,21 @@ def shake(policy: torch.nn.Module) -> None:
 def ppo_policy(n_decisions: int, padding: int = 0, n_actions: int | None = None) -> GraphActorCriticPolicy:
     torch.manual_seed(0)
     space = chain_space(n_decisions, padding, n_actions)
-    return GraphActorCriticPolicy(space, box(n_actions or n_decisions + padding), lambda _: 1e-3, encoder=ENCODER)
+    actions = box(n_actions or n_decisions + padding)
+    return GraphActorCriticPolicy(space, actions, lambda _: 1e-3, encoder=ENCODER, std=0.3)
 
 
-def ddpg_policy(n_decisions: int, padding: int = 0) -> GraphDDPGPolicy:
+def ddpg_policy(n_decisions: int, padding: int = 0, *, plan_layers: int = 1, n_critics: int = 2) -> GraphDDPGPolicy:
     torch.manual_seed(0)
-    space = chain_space(n_decisions, padding)
-    return GraphDDPGPolicy(space, box(n_decisions + padding), lambda _: 1e-3, encoder=ENCODER)
+    return GraphDDPGPolicy(
+        chain_space(n_decisions, padding),
+        box(n_decisions + padding),
+        lambda _: 1e-3,
+        encoder=ENCODER,
+        plan_hidden=32,
+        plan_layers=plan_layers,
+        n_critics=n_critics,
+    )
 
 
 @pytest.mark.parametrize("policy", [ppo_policy(5), ddpg_policy(5)], ids=["ppo", "ddpg"])
@@ -164,10 +172,7 @@ def test_training_the_actor_reaches_its_encoder() -> None:
 
 @pytest.mark.parametrize(("plan_layers", "hears"), [(0, False), (2, True)])
 def test_the_critic_hears_what_was_decided_next_door(plan_layers: int, hears: bool) -> None:
-    torch.manual_seed(0)
-    policy = GraphDDPGPolicy(
-        chain_space(4), box(4), lambda _: 1e-3, encoder=ENCODER, n_critics=1, plan_layers=plan_layers
-    )
+    policy = ddpg_policy(4, plan_layers=plan_layers, n_critics=1)
     shake(policy)
     one, other = torch.tensor([0.5, -0.5, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.5, -0.5])
     plans = torch.stack([0 * one, one, other, one + other])  # all of mean 0, so only messages can make them interact

@@ -153,18 +153,6 @@ def test_a_search_killed_many_times_continues(
     assert_same(tmp_path / "killed", result, whole(algorithm))
 
 
-def test_a_search_that_is_asked_to_stop_continues(whole: Callable[[Algorithm], Whole], tmp_path: Path) -> None:
-    env = MortalEnv()
-
-    stopped = train("ppo", env, tmp_path / "stopped", should_stop=lambda: env.evaluations == 17)
-    result = train("ppo", MortalEnv(), tmp_path / "stopped")
-
-    assert not stopped.is_finished
-    assert len(stopped.rewards) == 17
-    assert result.is_finished
-    assert_same(tmp_path / "stopped", result, whole("ppo"))
-
-
 def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(
     whole: Callable[[Algorithm], Whole], tmp_path: Path
 ) -> None:
@@ -193,12 +181,15 @@ def test_companions_are_saved_with_the_agent(tmp_path: Path) -> None:
 
     before, after = Counter(), Counter()
 
-    def note(_: Any) -> None:
-        before.count += 1
+    class CountingEnv(MortalEnv):
+        def step(self, action: np.ndarray) -> Any:
+            stepped = super().step(action)
+            before.count += 1
+            return stepped
 
     with pytest.raises(Killed):
-        train("ppo", MortalEnv(17), tmp_path, companions={"counter": before}, on_episode=note)
-    train("ppo", MortalEnv(), tmp_path, companions={"counter": after}, should_stop=lambda: True)
+        train("ppo", CountingEnv(17), tmp_path, companions={"counter": before})
+    train("ppo", MortalEnv(), tmp_path, companions={"counter": after})
 
     assert before.count == 17
     assert after.count == 12  # two rollouts of six: where the checkpoint was taken
