@@ -1,4 +1,4 @@
-"""policy -> compressed model: channels are removed physically, from a copy."""
+"""policy -> compressed model: channels are removed physically, from a copy, and weights inside its layers zeroed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from graph_encoder.resize import removed_positions, resize_attributes, slice_ten
 from graph_encoder.symbolic import rewrite
 
 from .policy import CompressionPolicy
+from .sparsity import zero_weights
 
 
 def apply_policy(model: nn.Module, graph: NetworkGraph, policy: CompressionPolicy) -> nn.Module:
-    """A copy of ``model`` without the units that ``policy`` drops.
+    """A copy of ``model`` without the units that ``policy`` drops, and with zeros inside the layers it makes sparse.
 
     The copy is the user's own module with smaller tensors. Where ``forward`` itself holds a channel count that has to
     change (a pad of channels, a view), it is the module's symbolic trace with that number rewritten.
@@ -25,13 +26,13 @@ def apply_policy(model: nn.Module, graph: NetworkGraph, policy: CompressionPolic
     Args:
         model: the captured network; neither it nor its tensors are touched or shared.
         graph: its graph.
-        policy: the units that stay.
+        policy: the units that stay, and the sparsity of layers at the sizes that are left.
 
     Returns:
         The smaller network, in the training mode of ``model``; state-dict names are unchanged.
 
     Raises:
-        PolicyError: if the policy does not fit the graph.
+        PolicyError: if the policy does not fit the graph, or a pattern does not fit its layer.
     """
     masks = policy.masks(graph)
     removed = removed_positions(graph, masks)
@@ -41,6 +42,7 @@ def apply_policy(model: nn.Module, graph: NetworkGraph, policy: CompressionPolic
     if graph.rewritten_groups & masks.keys():
         copied = rewrite(copied, graph, masks)
     _replace_tensors(copied, removed)
+    zero_weights(copied, policy.layers)
     return copied
 
 
@@ -72,7 +74,8 @@ def mask_policy(model: nn.Module, graph: NetworkGraph, policy: CompressionPolicy
     """A copy of ``model`` at full width in which the dropped units are zeros wherever a tensor holds them.
 
     Zeroing what produces a unit is not enough: a sigmoid of zero is a half. Every slice that reads it is zeroed too,
-    so that the copy computes what the smaller network computes. For proofs, not for use.
+    so that the copy computes what the smaller network computes. For proofs, not for use: sparsity inside the layers,
+    which is chosen among the weights that are left, is not looked at.
 
     Args:
         model: the captured network; untouched.
