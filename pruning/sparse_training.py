@@ -1,0 +1,272 @@
+"""Training that keeps zeros, in whatever loop calls a PyTorch optimizer: `pruning.finetune` or a user's own.
+
+The pattern rides in buffers that the layers have while it is held, so every checkpoint of the network's state dict has
+it, and a resumed training goes on with it. It costs a byte a weight of the sparse layers and one pass over their
+gradients a step: where the gradient of a zero is zero, momentum and weight decay leave it zero.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from graph_encoder.modes import evaluation_mode
+
+from .density import DensitySchedule, at_density
+from .finetune import CheckpointError
+from .layer_policy import LayerPolicy, PolicyError
+from .sparsity import layer_masks, sparse_weight
+
+_DROPPED, _PROGRESS = "_secateur_dropped", "_secateur_progress"
+
+
+@contextmanager
+def hold_zeros(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+    """Keep the weights that are zero now at zero, whatever trains the network meanwhile.
+
+    Use it around `finetune` for what `apply_policy` made: ``with hold_zeros(model, policy.layers): finetune(model,
+    ...)``. A checkpoint from within is continued from within; the zeros are then those of the checkpoint.
+
+    Args:
+        model: the network; on return it has the buffers and hooks that it had before.
+        layers: qualified names of convolutions and linear layers.
+
+    Raises:
+        PolicyError: if a layer is missing or cannot be sparse.
+    """
+    held = _Held(model, layers, "zeros as they are")
+    held.drop({name: weight == 0 for name, weight in held.weights.items()}, None)
+    with held.attached(lambda _step: {}):
+        yield
+
+
+@contextmanager
+def prune_along(model: nn.Module, layers: Mapping[str, LayerPolicy], schedule: DensitySchedule) -> Iterator[None]:
+    """Zero weights as ``schedule`` says while the network trains, and keep them at zero.
+
+    The first cut is made on entering, the others after optimizer steps. A cut looks at the weights as they are; those
+    that go lose their momentum too. A step is one of the optimizer that holds the first layer's weight.
+
+    Args:
+        model: the network; on return it has the buffers and hooks that it had before.
+        layers: pattern and final density by qualified name.
+        schedule: how dense a layer is after how many steps; N:M starts with all of M.
+
+    Raises:
+        PolicyError: if a pattern does not fit its layer.
+        CheckpointError: after the first step, if the state dict loaded within is of other layers or another schedule.
+    """
+    final = {name: layer for name, layer in layers.items() if layer.is_sparse}
+    layer_masks(model, final)
+    held = _Held(model, final, (sorted(final.items()), schedule))
+
+    def cut(step: int) -> dict[str, Tensor]:
+        now = {name: schedule.density(final[name].density, step) for name in held.weights}
+        changed = {
+            name: at_density(final[name], density)
+            for name, density in now.items()
+            if step == 0 or density != schedule.density(final[name].density, step - 1)
+        }
+        return {name: ~mask for name, mask in layer_masks(model, changed).items()}
+
+    held.drop(cut(0), None)
+    with held.attached(cut):
+        yield
+
+
+@contextmanager
+def l1_penalty(model: nn.Module, layers: Iterable[str], strength: float) -> Iterator[None]:
+    """Train with ``strength * sum of |weight|`` in the loss, through its gradient at every backward pass.
+
+    Han et al. (2015, section 3.1) prune after training with L1 and retrain with L2, which is the ``weight_decay`` of
+    `finetune`. For L1 alone pass ``weight_decay=0`` there.
+
+    Args:
+        model: the network.
+        layers: names of the layers whose weights are penalised.
+        strength: at least 0.
+    """
+
+    def add(weight: Tensor) -> None:
+        assert weight.grad is not None
+        weight.grad.add_(weight.detach().sign(), alpha=strength)
+
+    weights = {id(weight): weight for weight in (sparse_weight(model, name)[0] for name in layers)}
+    with ExitStack() as stack:
+        for weight in weights.values():
+            stack.callback(weight.register_post_accumulate_grad_hook(add).remove)
+        yield
+
+
+@contextmanager
+def corrected_dropout(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Iterator[None]:
+    """Lower the dropout behind each sparse layer for a while: ``D_r = D_o * sqrt(C_r / C_o)``.
+
+    ``C_o`` are the connections of the layers that the dropout reads, ``C_r`` those that are not zero on entering: a
+    layer with fewer connections overfits less. Only dropout modules are seen, not ``functional.dropout``.
+
+    Args:
+        model: the network; the rates it had are put back at the end.
+        example_inputs: what ``model`` takes, to see which layers each dropout reads.
+
+    Source: Han et al. 2015, section 3.2, equation 2.
+    """
+    modules = dict(model.named_modules())
+    before = {}
+    for name, layers in dropout_sources(model, example_inputs).items():
+        weights = [sparse_weight(model, layer)[0] for layer in layers]
+        left = sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
+        before[name] = modules[name].p
+        modules[name].p *= left**0.5
+    try:
+        yield
+    finally:
+        for name, rate in before.items():
+            modules[name].p = rate
+
+
+def dropout_sources(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> dict[str, tuple[str, ...]]:
+    """The convolutions and linear layers whose outputs each dropout module reads, with none of them in between.
+
+    Args:
+        model: the network; modes and hooks are as before afterwards.
+        example_inputs: what ``model`` takes.
+
+    Returns:
+        Layer names by name of the dropout module; dropouts that read no such layer are left out.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    # A copy of the inputs that asks for gradients, so that frozen layers leave nodes in the graph too.
+    inputs = tuple(x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in inputs)
+    writer: dict[Any, str] = {}
+    found: dict[str, tuple[str, ...]] = {}
+
+    def note_layer(name: str, output: Tensor) -> None:
+        writer[output.grad_fn] = name
+
+    def note_dropout(name: str, x: Tensor) -> None:
+        frontier, seen, layers = [x.grad_fn], set(), []
+        while frontier:
+            node = frontier.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node in writer:
+                layers.append(writer[node])
+            else:
+                frontier.extend(parent for parent, _ in node.next_functions)
+        if layers:
+            found[name] = (*found.get(name, ()), *sorted(layers))
+
+    with ExitStack() as stack, evaluation_mode(model), torch.enable_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, _DropoutNd):
+                hook = module.register_forward_pre_hook(lambda _m, args, name=name: note_dropout(name, args[0]))
+                stack.callback(hook.remove)
+            elif _can_be_sparse(model, name):
+                hook = module.register_forward_hook(lambda _m, _a, output, name=name: note_layer(name, output))
+                stack.callback(hook.remove)
+        model(*inputs)
+    return found
+
+
+def _can_be_sparse(model: nn.Module, name: str) -> bool:
+    try:
+        sparse_weight(model, name)
+    except PolicyError:
+        return False
+    return True
+
+
+class _Held:
+    """Weights of which some stay zero, while it is attached.
+
+    Attributes:
+        weights: by layer name; a weight that several layers share is there once.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[str], plan: object) -> None:
+        self.weights: dict[str, nn.Parameter] = {}
+        for name in layers:
+            weight = sparse_weight(model, name)[0]
+            if not any(weight is other for other in self.weights.values()):
+                self.weights[name] = weight
+        self._model = model
+        self._digest = int.from_bytes(hashlib.sha256(repr(plan).encode()).digest()[:7])
+        self._dropped = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in self.weights.items()}
+        self._progress = torch.tensor([0, self._digest])
+
+    @contextmanager
+    def attached(self, cut: Callable[[int], Mapping[str, Tensor]]) -> Iterator[None]:
+        """Buffers and hooks, for as long as it lasts; ``cut`` says what goes after so many steps."""
+
+        def after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+            if not self._is_stepped_by(optimizer):
+                return
+            step = self._count_step()
+            # The optimizer may remember steps from before the zeros.
+            known = {name: self._buffer(name) for name in self.weights} if step == 1 else {}
+            self.drop({**known, **cut(step)}, optimizer)
+
+        with ExitStack() as stack:
+            stack.callback(register_optimizer_step_post_hook(after_step).remove)
+            self._attach_buffer(stack, self._model, _PROGRESS, self._progress)
+            for name, weight in self.weights.items():
+                layer = self._model.get_submodule(name)
+                self._attach_buffer(stack, layer, _DROPPED, self._dropped[name])
+                if weight.requires_grad:
+                    silence = functools.partial(_silence, layer)
+                    stack.callback(weight.register_post_accumulate_grad_hook(silence).remove)
+            yield
+
+    @staticmethod
+    def _attach_buffer(stack: ExitStack, module: nn.Module, name: str, buffer: Tensor) -> None:
+        module.register_buffer(name, buffer)
+        stack.callback(module._buffers.pop, name)
+
+    def drop(self, dropped: Mapping[str, Tensor], optimizer: Optimizer | None) -> None:
+        """Zero weights, and what an optimizer remembers of them, from now on."""
+        for name, mask in dropped.items():
+            weight = self.weights[name]
+            self._buffer(name).copy_(mask)
+            remembered = optimizer.state[weight].values() if optimizer and weight in optimizer.state else ()
+            with torch.no_grad():
+                for tensor in (weight, *remembered):
+                    if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
+                        tensor.masked_fill_(mask, 0)
+
+    def _buffer(self, name: str) -> Tensor:
+        # The layer's own once attached: moving a network to another device makes new buffers.
+        buffer = self._model.get_submodule(name)._buffers.get(_DROPPED)
+        return self._dropped[name] if buffer is None else buffer
+
+    def _is_stepped_by(self, optimizer: Optimizer) -> bool:
+        first = next(iter(self.weights.values()), None)
+        return any(parameter is first for group in optimizer.param_groups for parameter in group["params"])
+
+    def _count_step(self) -> int:
+        """Note one more step: how many there were by now."""
+        progress = self._model.get_buffer(_PROGRESS)
+        progress[0] += 1
+        step, digest = progress.tolist()
+        if digest != self._digest:
+            msg = (
+                "the checkpoint is of a training with other sparse layers or another schedule; "
+                "use the same ones, or delete it"
+            )
+            raise CheckpointError(msg)
+        return int(step)
+
+
+def _silence(layer: nn.Module, weight: Tensor) -> None:
+    assert weight.grad is not None
+    weight.grad.masked_fill_(layer.get_buffer(_DROPPED), 0)
