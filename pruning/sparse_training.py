@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from graph_encoder.modes import evaluation_mode
 
 from .density import DensitySchedule, at_density
-from .finetune import CheckpointError
+from .files import CheckpointError
 from .layer_policy import LayerPolicy, PolicyError
 from .sparsity import layer_masks, sparse_weight
 

@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def test_pattern_tightens_as_the_schedule_says_and_never_opens_again() -> None:
         assert int(zeros["0"].sum()) == 4 * blocks
         n = next(n for n in (2, 3, 4) if n / 4 >= SCHEDULE.density(0.5, step) - 1e-6)
         assert int(zeros["4"].sum()) == 2 * 3 * (4 - n)
-    for earlier, later in zip(seen, seen[1:], strict=False):
+    for earlier, later in itertools.pairwise(seen):
         assert all(bool((earlier[name] <= later[name]).all()) for name in LAYERS)
     assert int(seen[-1]["0"].sum()) == 4 * 14 and int(seen[-1]["4"].sum()) == 12
 
