@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from graph_encoder.network import NetworkGraph
+from graph_encoder.network import NetworkGraph, Operator
 from pruning.layer_policy import BITS, FULL_BITS, LayerPolicy
 
 LayerChoice = Literal["density", "weight_bits", "act_bits", "bits"]
@@ -14,6 +14,9 @@ LayerChoice = Literal["density", "weight_bits", "act_bits", "bits"]
 
 FULL_DENSITY = 100
 """Densities are whole percents."""
+DENSITIES = (5, 10, 15, 20, 25, 30, 35, 40, 50, 60, 70, 80, FULL_DENSITY)
+EIGHT_BITS = 8
+_DECIDABLE = ("conv", "depthwise_conv", "linear")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,58 @@ def layer_of(weight: str) -> str:
 def layers_of(graph: NetworkGraph) -> tuple[str, ...]:
     """Layers of ``graph`` that hold a weight, in the order in which they first run."""
     return tuple(dict.fromkeys(layer_of(operator.weight) for operator in graph.operators if operator.weight))
+
+
+def layer_decisions(
+    graph: NetworkGraph,
+    choices: Collection[LayerChoice],
+    *,
+    sparsity: str = "unstructured",
+    densities: Sequence[int] = DENSITIES,
+    bits: Sequence[int] = (8, FULL_BITS),
+    protect_first: bool = True,
+) -> tuple[LayerDecision, ...]:
+    """The choices that the layers of a network offer, layer by layer in the network's order.
+
+    The last layer stays dense, as does the first unless asked for, and a layer whose channels the pattern does not
+    divide. Neither the first nor the last layer is offered fewer than 8 bits (Wang et al. 2019, HAQ, section 4).
+
+    Args:
+        graph: captured network.
+        choices: which to offer.
+        sparsity: pattern of the zeros, as in `pruning.layer_policy.LayerPolicy`.
+        densities: percents of the weights that may stay, ascending, up to `FULL_DENSITY`; N:M has its own instead.
+        bits: bit-widths, ascending, up to `FULL_BITS`.
+        protect_first: leave the first layer dense.
+
+    Raises:
+        PolicyError: if there is no such pattern.
+        ValueError: if the levels do not ascend or do not end where they have to.
+    """
+    pattern = LayerPolicy(sparsity)
+    if pattern.n_of_m:
+        n, m = pattern.n_of_m
+        densities = sorted({-(-FULL_DENSITY * n // m), FULL_DENSITY})
+    operators = {layer_of(o.weight): o for o in reversed(graph.operators) if o.kind in _DECIDABLE}
+    layers = [name for name in layers_of(graph) if name in operators]
+    found = []
+    for layer in layers:
+        is_last, is_end = layer == layers[-1], layer in (layers[0], layers[-1])
+        stays_dense = is_last or (protect_first and layer == layers[0]) or not _divides(pattern, operators[layer])
+        at_end = [level for level in bits if level >= EIGHT_BITS]
+        for choice in choices:
+            if choice != "density":
+                found.append(LayerDecision(layer, choice, tuple(at_end if is_end else bits)))
+            elif not stays_dense:
+                found.append(LayerDecision(layer, choice, tuple(densities)))
+    return tuple(decision for decision in found if len(decision.levels) > 1)
+
+
+def _divides(pattern: LayerPolicy, operator: Operator) -> bool:
+    """Whether blocks and the M of N:M lie within the channels of a convolution group, as a policy demands."""
+    n_of_m = pattern.n_of_m or (1, 1)
+    rows, columns = operator.out_channels // operator.groups, operator.in_channels // operator.groups
+    return operator.kind != "depthwise_conv" and rows % pattern.block == 0 and columns % n_of_m[1] == 0
 
 
 def layer_policies(

@@ -1,0 +1,146 @@
+"""The environments on spaces in which densities and bits are decided beside channels."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from envs.action import SearchSpace, counts_of
+from envs.layerwise_env import LayerwiseEnv
+from envs.network_env import NetworkEnv
+from envs.plans import global_magnitude
+from graph_encoder.capture import capture
+from graph_encoder.features import NODE_FEATURES
+from graph_encoder.network import KINDS
+from latency.budget import Budget
+from latency.cost import CostKind, predict_cost
+from latency.decision import LayerDecision, layer_decisions
+
+from .conftest import SmallNetwork, images, l1_importance, make_evaluator
+
+MODEL = SmallNetwork(width=16).eval()
+GRAPH = capture(MODEL, images())
+IMPORTANCE = l1_importance(MODEL, GRAPH)
+
+
+def mixed_space(kind: CostKind, share: float, sparsity: str = "unstructured", **options: object) -> SearchSpace:
+    layers = layer_decisions(GRAPH, ["density", "weight_bits", "act_bits"], sparsity=sparsity, bits=(2, 4, 8, 32))
+    budget = Budget(kind=kind, share=share)
+    return SearchSpace.build(GRAPH, IMPORTANCE, budget, layers=layers, sparsity=sparsity, **options)  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kind=st.sampled_from(["macs", "params", "bytes", "bops"]),
+    share=st.floats(0.15, 0.9),
+    sparsity=st.sampled_from(["unstructured", "block8", "2:4"]),
+)
+def test_every_mixed_plan_meets_the_budget_exactly_as_its_policy_costs(
+    seed: int, kind: CostKind, share: float, sparsity: str
+) -> None:
+    space = mixed_space(kind, share, sparsity)
+    counts = counts_of(np.random.default_rng(seed).uniform(-1, 1, space.n), space)
+
+    assert predict_cost(GRAPH, space.policy(counts), kind) == space.cost(counts) <= (space.limit or 0)
+    for index, ladder in enumerate(space.ladders):
+        assert counts[index] in ladder
+        if counts[index] < ladder[-1]:
+            more = counts.copy()
+            more[index] = space.next_rung(index, int(counts[index]))
+            assert space.cost(more) > (space.limit or 0)
+
+
+def test_blocks_divide_what_is_left_of_every_group_that_a_sparse_layer_writes() -> None:
+    space = mixed_space("macs", 0.3, "block8")
+    sparse = {decision.layer for decision in space.layers if decision.choice == "density"}
+    for seed in range(20):
+        counts = counts_of(np.random.default_rng(seed).uniform(-1, 1, space.n), space)
+        for group, count in zip(space.groups, counts.tolist(), strict=False):
+            assert count % 8 == 0 or not sparse & set(group.producers)
+        # Building it is the proof: a pattern that does not fit is refused there.
+        make_evaluator(MODEL, space).build(space.policy(counts))
+
+
+def test_zeros_of_the_candidate_are_those_of_the_plan() -> None:
+    space = mixed_space("macs", 0.3, channels=False)
+    counts = space.sizes.copy()
+    counts[space.names.index("inner:density")] = 25
+    candidate = make_evaluator(MODEL, space).build(space.policy(counts))
+
+    left = {name: float((w != 0).float().mean()) for name, w in candidate.named_parameters() if w.dim() > 1}
+
+    assert left["inner.weight"] == pytest.approx(0.25, abs=1e-3)
+    assert left["down.weight"] == 1
+
+
+@pytest.mark.parametrize("environment", [NetworkEnv, LayerwiseEnv])
+def test_environments_pass_the_checks_with_mixed_decisions(environment: type[NetworkEnv | LayerwiseEnv]) -> None:
+    layers = layer_decisions(GRAPH, ["density"])
+    space = SearchSpace.build(GRAPH, IMPORTANCE, Budget(share=0.4), layers=layers)
+    env = environment(space, make_evaluator(MODEL, space))
+    check_env(env, skip_render_check=True)
+
+    obs, _ = env.reset(seed=0)
+    n_groups, kinds = len(space.groups), obs["kinds"][obs["node_mask"] == 1].astype(int)
+    assert [KINDS[kind] for kind in kinds[len(GRAPH.operators) :]] == ["group"] * n_groups + ["density"] * len(layers)
+    rows = obs["nodes"][len(GRAPH.operators) + n_groups :]
+    np.testing.assert_allclose(
+        rows[: len(layers), NODE_FEATURES.index("keep_ratio")],
+        (space.start / space.sizes)[n_groups:],
+        atol=1e-6,
+    )
+
+
+def test_one_agent_action_a_decision_and_plans_differ_in_density() -> None:
+    layers = layer_decisions(GRAPH, ["density"])
+    space = SearchSpace.build(GRAPH, IMPORTANCE, Budget(share=0.4), layers=layers)
+    env = NetworkEnv(space, make_evaluator(MODEL, space, evaluate=lambda _: 0.5))
+    assert env.action_space.shape == (len(space.groups) + len(layers),)
+    action = np.zeros(space.n, dtype=np.float32)
+    action[-1], action[-2] = 1, -1
+
+    env.reset(seed=0)
+    *_, info = env.step(action)
+
+    assert info["evaluation"].cost <= (space.limit or 0)
+    ratios = dict(zip(space.names, info["kept_ratios"], strict=True))
+    assert ratios[layers[-1].name] > ratios[layers[-2].name]
+
+
+def test_magnitude_leaves_choices_inside_layers_at_the_average() -> None:
+    space = mixed_space("macs", 0.4)
+    ratios = global_magnitude(space)
+    n_groups = len(space.groups)
+    assert len(set(ratios[:n_groups])) > 1
+    np.testing.assert_allclose(ratios[n_groups:], np.maximum(ratios[:n_groups].mean(), space.min_keep_ratio[n_groups:]))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (
+            [LayerDecision("nose", "bits", (8, 32))],
+            "'nose' is no weighted layer of this network; layers are ['conv1', ",
+        ),
+        (
+            [LayerDecision("down", "bits", (8, 32))] * 2,
+            "'down:bits' is decided twice; name each choice of a layer once",
+        ),
+        ([], "there is nothing to decide: neither channels nor a choice inside a layer; pass one of them"),
+    ],
+)
+def test_choices_that_do_not_fit_are_refused(layers: list[LayerDecision], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        SearchSpace.build(GRAPH, IMPORTANCE, Budget(share=0.5), channels=False, layers=layers)
+
+
+def test_model_is_untouched_by_sparse_candidates() -> None:
+    space = mixed_space("macs", 0.3)
+    before = {name: tensor.clone() for name, tensor in MODEL.state_dict().items()}
+    make_evaluator(MODEL, space).score(space.policy(space.start))
+    assert all(torch.equal(before[name], tensor) for name, tensor in MODEL.state_dict().items())
