@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-import copy
-import platform
-import time
-from collections.abc import Callable, Iterator, Mapping
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import onnxruntime
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-PYTORCH = "pytorch eager, channels last"
-ONNXRUNTIME = "onnxruntime"
+from .runtimes import ONNXRUNTIME, PYTORCH, Artifact, LatencyError, Runtime, find_runtime
+from .worker import Stopwatch, Timer, allowed_cpus, interleave
+from .worker import cpu_name as cpu_name  # read from here by the other rooms
+
+DISTURBED = 0.02
+"""A call is disturbed if it waited for a processor longer than this share of its time."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One network as one runtime takes it.
+
+    Attributes:
+        model: name of the network.
+        runtime: name of the runtime.
+        artifact: a module or an ONNX file, whatever its bits.
+    """
+
+    model: str
+    runtime: str
+    artifact: Artifact
 
 
 @dataclass(frozen=True)
@@ -26,11 +45,13 @@ class LatencyEntry:
 
     Attributes:
         model: name of the network.
-        runtime: `PYTORCH` or `ONNXRUNTIME`.
+        runtime: name of the runtime.
         median_ms: median time of a call.
         lower_quartile_ms: a quarter of the calls were faster.
         upper_quartile_ms: a quarter of the calls were slower.
         n_runs: timed calls.
+        disturbed: share of the calls that had to wait for a processor.
+        times_ms: time of every call, in the order of the rounds.
     """
 
     model: str
@@ -39,6 +60,46 @@ class LatencyEntry:
     lower_quartile_ms: float
     upper_quartile_ms: float
     n_runs: int
+    disturbed: float
+    times_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Whether a network is faster than a baseline, from the ratios of their times in each round.
+
+    Attributes:
+        ratio: median of time over the baseline's time; below 1 is faster.
+        low: lower end of the interval that holds the true median with the confidence asked for.
+        high: its upper end.
+        n_runs: rounds.
+        resolution: smallest difference that is worth telling, as a share of the baseline's time.
+        repeats_needed: rounds after which the interval would end on this side of 1, or, where the ratio is nearer to
+            1 than ``resolution``, would leave no larger difference.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    n_runs: int
+    resolution: float
+    repeats_needed: int
+
+    @property
+    def verdict(self) -> Literal["faster", "slower", "equal", "undecided"]:
+        """Where the interval lies: below 1, above 1, around 1 within the resolution, or around 1 and wider."""
+        if self.high < 1 or self.low > 1:
+            return "faster" if self.high < 1 else "slower"
+        return "equal" if self.low > 1 - self.resolution and self.high < 1 + self.resolution else "undecided"
+
+    def __str__(self) -> str:
+        text = f"{self.verdict}: {self.ratio:.3f} of the baseline's time ({self.low:.3f} to {self.high:.3f})"
+        if self.verdict != "undecided":
+            return text
+        return (
+            f"{text}; the machine is too noisy to tell them apart in {self.n_runs} rounds, about "
+            f"{self.repeats_needed} would be needed"
+        )
 
 
 @dataclass(frozen=True)
@@ -50,16 +111,16 @@ class LatencyReport:
         batch_size: images a call.
         threads: threads of each runtime.
         cpu: name of the processor.
-        torch_version: version of PyTorch.
-        onnxruntime_version: version of ONNX Runtime.
+        cpus: numbers of the processors that the process was allowed to use; empty where the system does not say.
+        versions: version of each runtime.
     """
 
     entries: tuple[LatencyEntry, ...]
     batch_size: int
     threads: int
     cpu: str
-    torch_version: str
-    onnxruntime_version: str
+    cpus: tuple[int, ...]
+    versions: Mapping[str, str]
 
     def entry(self, model: str, runtime: str = PYTORCH) -> LatencyEntry:
         """The times of one network on one runtime; `KeyError` if it was not measured."""
@@ -72,6 +133,10 @@ class LatencyReport:
     def speedup(self, model: str, baseline: str, runtime: str = PYTORCH) -> float:
         """How many times faster ``model`` is than ``baseline`` on the same runtime, by medians."""
         return self.entry(baseline, runtime).median_ms / self.entry(model, runtime).median_ms
+
+    def compare(self, model: str, baseline: str, runtime: str = PYTORCH) -> Comparison:
+        """Whether ``model`` is faster than ``baseline`` on the same runtime; see `compare`."""
+        return compare(self.entry(model, runtime).times_ms, self.entry(baseline, runtime).times_ms)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
@@ -87,11 +152,7 @@ def measure_latency(
     n_warmup: int = 10,
     threads: int | None = None,
 ) -> LatencyReport:
-    """Time every network on the CPU, one call of each in turn, ``n_runs`` rounds.
-
-    Taking turns makes the networks share whatever else the machine does, so that their ratios can be trusted where
-    the times themselves drift. The report holds medians and quartiles, not means: one context switch moves a mean
-    by more than a pruned layer does. Modes, memory formats and the thread count are left as they were.
+    """Time networks in PyTorch, and ONNX files in ONNX Runtime, in one interleaved run; see `measure`.
 
     Args:
         models: networks to time with PyTorch, by name; run in eval mode and channels-last.
@@ -100,40 +161,121 @@ def measure_latency(
         n_runs: timed calls of each, at least 5.
         n_warmup: calls made first and thrown away.
         threads: threads of each runtime; PyTorch's present number if not given.
+    """
+    variants = [Variant(name, PYTORCH, model) for name, model in models.items()]
+    variants += [Variant(name, ONNXRUNTIME, source) for name, source in (onnx or {}).items()]
+    return measure(variants, x, n_runs=n_runs, n_warmup=n_warmup, threads=threads)
+
+
+def measure(
+    variants: Sequence[Variant],
+    inputs: Tensor | tuple[Tensor, ...],
+    *,
+    n_runs: int = 50,
+    n_warmup: int = 10,
+    threads: int | None = None,
+    cpus: Sequence[int] | None = None,
+    stopwatch: Stopwatch | None = None,
+) -> LatencyReport:
+    """Time every variant, one call of each in turn, ``n_runs`` rounds.
+
+    Taking turns makes the networks share whatever else the machine does, so that their ratios can be trusted where
+    the times themselves drift. The report holds medians and quartiles, not means: one context switch moves a mean
+    by more than a pruned layer does. With one thread, the time that a call waited for a processor, which Linux
+    counts, is taken off; where it does not count, nothing is. Modes, memory formats, thread count and affinity are
+    left as they were.
+
+    Args:
+        variants: networks and runtimes.
+        inputs: inputs of every network, batch first, on the CPU.
+        n_runs: timed calls of each, at least 5.
+        n_warmup: calls made first and thrown away.
+        threads: threads of each runtime; PyTorch's present number if not given.
+        cpus: numbers of the processors to stay on; those allowed now if not given. PyTorch's threads that are
+            running already stay where they are.
+        stopwatch: what times a call.
 
     Raises:
-        ValueError: if ``n_runs < 5``, ``x`` is not on the CPU, or there is nothing to time.
+        ValueError: if ``n_runs < 5``, an input is not on the CPU, or there is nothing to time.
+        LatencyError: if a runtime is unknown or not installed, or does not take its artifact.
     """
-    if n_runs < 5:
-        msg = f"n_runs is {n_runs}; quartiles need at least 5 timed calls"
-        raise ValueError(msg)
-    if x.device.type != "cpu":
-        msg = f"x lies on '{x.device}'; latency is measured on the CPU, so pass x.cpu()"
-        raise ValueError(msg)
-    if not models and not onnx:
-        msg = "there is nothing to time: both models and onnx are empty"
-        raise ValueError(msg)
+    values = inputs if isinstance(inputs, tuple) else (inputs,)
+    _check(variants, values, n_runs)
+    stopwatch = stopwatch or Stopwatch()
     threads = threads or torch.get_num_threads()
-    with _torch_threads(threads), torch.inference_mode():
-        calls = {(name, PYTORCH): _eager_call(model, x) for name, model in models.items()}
-        calls |= {(name, ONNXRUNTIME): _onnx_call(source, x, threads) for name, source in (onnx or {}).items()}
-        times = _interleave(list(calls.values()), n_runs, n_warmup)
-    entries = tuple(_summarise(*key, calls_ms) for key, calls_ms in zip(calls, times, strict=True))
-    return LatencyReport(entries, len(x), threads, cpu_name(), torch.__version__, onnxruntime.__version__)
+    runtimes = {name: find_runtime(name) for name in dict.fromkeys(variant.runtime for variant in variants)}
+    with _affinity(cpus), torch_threads(threads), torch.inference_mode():
+        timers = [_timer(runtimes[v.runtime], v.artifact, values, threads, stopwatch) for v in variants]
+        elapsed, waited = interleave(timers, n_runs, n_warmup)
+        allowed = tuple(allowed_cpus())
+    entries = tuple(
+        summarise(variant.model, variant.runtime, own, waits, threads)
+        for variant, own, waits in zip(variants, elapsed, waited, strict=True)
+    )
+    versions = {name: runtime.version() for name, runtime in runtimes.items()}
+    return LatencyReport(entries, len(values[0]), threads, cpu_name(), allowed, versions)
 
 
-def cpu_name() -> str:
-    """Name of the processor as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def summarise(
+    model: str, runtime: str, elapsed_ns: Sequence[int], waited_ns: Sequence[int], threads: int
+) -> LatencyEntry:
+    """Median and quartiles of the calls of one network, from what `latency.worker.interleave` returns."""
+    elapsed, waited = np.array(elapsed_ns, dtype=float), np.array(waited_ns, dtype=float)
+    disturbed = float((waited > DISTURBED * elapsed).mean())
+    # With several threads one may wait while the others work: what was lost is not the wait of one of them.
+    times_ms = (elapsed - waited if threads == 1 else elapsed) / 1e6
+    lower, median, upper = (float(q) for q in np.percentile(times_ms, [25, 50, 75]))
+    return LatencyEntry(model, runtime, median, lower, upper, len(times_ms), disturbed, tuple(times_ms.tolist()))
+
+
+def compare(times: ArrayLike, baseline: ArrayLike, *, confidence: float = 0.95, resolution: float = 0.01) -> Comparison:
+    """Tell two networks apart by the ratios of their times in the same rounds.
+
+    The interval of the median ratio lies between two order statistics (the sign test inverted: Conover, "Practical
+    Nonparametric Statistics", section 3.2), so that it holds whatever the distribution of the ratios. Its width
+    shrinks with the square root of the rounds, which gives the rounds that would be needed.
+
+    Args:
+        times: times of shape ``(rounds,)``, one for each round, at least 6 (fewer hold no interval at 95 %).
+        baseline: times of the baseline in the same rounds.
+        confidence: probability that the interval holds the median, in (0, 1).
+        resolution: smallest difference that is worth telling, as a share of the baseline's time.
+
+    Raises:
+        ValueError: if there are not as many times as baseline times, or too few for the confidence.
+    """
+    mine, other = np.asarray(times, dtype=float), np.asarray(baseline, dtype=float)
+    if mine.shape != other.shape or mine.ndim != 1:
+        msg = f"times have shape {mine.shape} and the baseline's {other.shape}; both must be of the same rounds"
+        raise ValueError(msg)
+    ratios = np.sort(mine / other)
+    n = len(ratios)
+    rank = _lower_rank(n, confidence)
+    if rank == 0:
+        least = math.ceil(1 - math.log2(1 - confidence))
+        msg = f"{n} rounds hold no interval of confidence {confidence:g}; measure at least {least}"
+        raise ValueError(msg)
+    ratio, low, high = float(np.median(ratios)), float(ratios[rank - 1]), float(ratios[n - rank])
+    # The side of the interval that has to end before 1, on the scale on which a ratio and its inverse are alike.
+    half_width = math.log(high / ratio) if ratio < 1 else math.log(ratio / low)
+    distance = max(abs(math.log(ratio)), resolution)
+    needed = max(math.ceil(1 - math.log2(1 - confidence)), math.ceil(n * (half_width / distance) ** 2))
+    return Comparison(ratio, low, high, n, resolution, needed)
+
+
+def _lower_rank(n: int, confidence: float) -> int:
+    """Rank (1 is the smallest of ``n``) below which the median lies with probability ``(1 - confidence) / 2``."""
+    # In whole numbers: a power of a half to the thousandth is no float any more.
+    allowed, rank, below = Fraction(1 - confidence) / 2 * 2**n, 0, 1
+    while below <= allowed:
+        rank += 1
+        below += math.comb(n, rank)
+    return rank
 
 
 @contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
+def torch_threads(threads: int) -> Iterator[None]:
+    """PyTorch's number of threads, for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -142,42 +284,37 @@ def _torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _eager_call(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    """A call of a channels-last copy of ``model``, so that the caller's network keeps its mode and layout."""
-    timed = copy.deepcopy(model).eval()
-    if x.dim() == 4:
-        timed = timed.to(memory_format=torch.channels_last)
-        x = x.contiguous(memory_format=torch.channels_last)
-    return lambda: timed(x)
+@contextmanager
+def _affinity(cpus: Sequence[int] | None) -> Iterator[None]:
+    if cpus is None:
+        yield
+        return
+    before = allowed_cpus()
+    unknown = sorted(set(cpus) - set(before))
+    if unknown or not cpus:
+        msg = f"cpus {list(cpus)} cannot be used: this process may run on {before or 'processors that cannot be told'}"
+        raise LatencyError(msg)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
-def _onnx_call(source: bytes | Path, x: Tensor, threads: int) -> Callable[[], object]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Its idle threads would spin on the cores that the next runtime in the round is timed on.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    content = source if isinstance(source, bytes) else str(source)
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
-    return lambda: session.run(None, feed)
+def _timer(
+    runtime: Runtime, artifact: Artifact, values: tuple[Tensor, ...], threads: int, stopwatch: Stopwatch
+) -> Timer:
+    return runtime.timer(runtime.load(artifact, values, threads), stopwatch)
 
 
-def _interleave(calls: list[Callable[[], object]], n_runs: int, n_warmup: int) -> np.ndarray:
-    """Milliseconds of shape ``(calls, n_runs)``; each round starts one call later, so that none is always first."""
-    for call in calls:
-        for _ in range(n_warmup):
-            call()
-    times = np.empty((len(calls), n_runs))
-    for run in range(n_runs):
-        for turn in range(len(calls)):
-            index = (run + turn) % len(calls)
-            start = time.perf_counter_ns()
-            calls[index]()
-            times[index, run] = (time.perf_counter_ns() - start) / 1e6
-    return times
-
-
-def _summarise(model: str, runtime: str, times_ms: np.ndarray) -> LatencyEntry:
-    lower, median, upper = (float(q) for q in np.percentile(times_ms, [25, 50, 75]))
-    return LatencyEntry(model, runtime, median, lower, upper, len(times_ms))
+def _check(variants: Sequence[Variant], values: tuple[Tensor, ...], n_runs: int) -> None:
+    if n_runs < 5:
+        msg = f"n_runs is {n_runs}; quartiles need at least 5 timed calls"
+        raise ValueError(msg)
+    for x in values:
+        if x.device.type != "cpu":
+            msg = f"x lies on '{x.device}'; inputs are handed over on the CPU, so pass x.cpu()"
+            raise ValueError(msg)
+    if not variants:
+        msg = "there is nothing to time: no network was given"
+        raise ValueError(msg)
