@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from .search_env import Episode
+from .search_env import MOST_KNOWN, Episode, tell_exhausted
 
 Plan = NDArray[np.float64]
 """One score a decision, in ``[-1, 1]``, ``(D,)``."""
@@ -36,22 +36,30 @@ class BaselineResult:
 
 
 class Scorer:
-    """Scores plans with the environment until it has no evaluation left.
+    """Scores plans with the environment until it has no evaluation left, or no plan has been new for long.
 
     Attributes:
         episodes: plans scored so far.
+        is_spent: whether the environment has no evaluation left.
+        known_in_a_row: plans since the last that counted as an evaluation.
     """
 
     def __init__(self, env: gym.Env[Any, Any], most_plans: int) -> None:
         self.episodes: list[Episode] = []
         self.is_spent = False
+        self.known_in_a_row = 0
         self._env = env
         self._most_plans = most_plans
 
     @property
+    def evaluations(self) -> float:
+        """Evaluations counted so far."""
+        return self.episodes[-1].evaluations if self.episodes else 0.0
+
+    @property
     def goes_on(self) -> bool:
         """Whether another plan may be scored."""
-        return not (self.is_spent or len(self.episodes) >= self._most_plans)
+        return not (self.is_spent or self.known_in_a_row >= MOST_KNOWN or len(self.episodes) >= self._most_plans)
 
     def score(self, plans: NDArray[np.float64]) -> NDArray[np.float64]:
         """Rewards of the plans ``(k, D)``, ``(k,)``; of fewer if the search ends within."""
@@ -70,6 +78,7 @@ class Scorer:
             raise ValueError(msg)
         self.is_spent = bool(info["budget_spent"])
         evaluations = float(info["evaluation"].evaluations_used)
+        self.known_in_a_row = 0 if evaluations > self.evaluations else self.known_in_a_row + 1
         self.episodes.append(Episode(action[None], float(reward), evaluations, info))
         return float(reward)
 
@@ -91,7 +100,7 @@ def run_baseline(
         env: one step an episode, one score a decision in ``[-1, 1]``, zeros the start plan; ``info["budget_spent"]``
             and ``info["evaluation"].evaluations_used`` as for agents.
         n_evaluations: evaluations granted; a search that proposes known plans over and over, which are free, ends
-            after four times as many plans.
+            after `MOST_KNOWN` of them in a row, or four times as many plans as evaluations were granted.
         seed: of the search.
 
     Raises:
@@ -110,6 +119,8 @@ def run_baseline(
         plan = cross_entropy(scorer, n_decisions, generator)
     else:
         random_search(scorer, n_decisions, generator)
+    if scorer.known_in_a_row >= MOST_KNOWN:
+        tell_exhausted(scorer.evaluations, n_evaluations)
     best = max(scorer.episodes, key=lambda episode: episode.reward)
     return BaselineResult(
         rewards=tuple(episode.reward for episode in scorer.episodes),

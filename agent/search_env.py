@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+logger = logging.getLogger(__name__)
+
+MOST_KNOWN = 100
+"""Known plans in a row after which a search ends, for agents and the searches they are compared with alike.
+
+Where one plan in ten is still new, so long a row has a chance of 3 in 100,000: what ends is a search whose few plans
+are all scored, or one that has settled.
+"""
 
 
 class Stateful(Protocol):
@@ -53,6 +63,7 @@ class Ledger(VecEnvWrapper):
         rewards: return of every finished episode.
         best: the episode with the highest return, None before the first.
         is_spent: whether an environment has no evaluation left.
+        known_in_a_row: plans since the last that counted as an evaluation.
     """
 
     def __init__(self, venv: VecEnv, on_episode: OnEpisode) -> None:
@@ -60,6 +71,7 @@ class Ledger(VecEnvWrapper):
         self.rewards: list[float] = []
         self.best: Episode | None = None
         self.is_spent = False
+        self.known_in_a_row = 0
         self._on_episode = on_episode
         self._evaluations = [0.0] * venv.num_envs
         self._running: list[list[NDArray[np.float32]]] = [[] for _ in range(venv.num_envs)]
@@ -70,6 +82,11 @@ class Ledger(VecEnvWrapper):
     def evaluations(self) -> float:
         """Evaluations counted so far; of several environments, their sum."""
         return math.fsum(self._evaluations)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the search ends: no evaluation is left, or no plan has been new for long."""
+        return self.is_spent or self.known_in_a_row >= MOST_KNOWN
 
     def reset(self) -> VecEnvObs:
         """Start every environment's next episode."""
@@ -91,7 +108,8 @@ class Ledger(VecEnvWrapper):
         return observations, rewards, dones, infos
 
     def _enter(self, index: int, info: dict[str, Any]) -> None:
-        self._evaluations[index] = float(info["evaluation"].evaluations_used)
+        before, self._evaluations[index] = self._evaluations[index], float(info["evaluation"].evaluations_used)
+        self.known_in_a_row = 0 if self._evaluations[index] > before else self.known_in_a_row + 1
         self.is_spent = self.is_spent or bool(info["budget_spent"])
         episode = Episode(np.stack(self._running[index]), self._returns[index], self.evaluations, info)
         self._running[index], self._returns[index] = [], 0.0
@@ -112,6 +130,7 @@ class Ledger(VecEnvWrapper):
             "running": [[np.array(action) for action in actions] for actions in self._running],
             "returns": list(self._returns),
             "is_spent": self.is_spent,
+            "known_in_a_row": self.known_in_a_row,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -125,6 +144,8 @@ class Ledger(VecEnvWrapper):
         self._running = [list(actions) for actions in state["running"]]
         self._returns = list(state["returns"])
         self.is_spent = state["is_spent"]
+        # Version 0.1.0 did not count them.
+        self.known_in_a_row = state.get("known_in_a_row", 0)
 
 
 class StandardisedRewards(VecEnvWrapper):
@@ -166,6 +187,16 @@ class StandardisedRewards(VecEnvWrapper):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Return to `state_dict`."""
         self.centre, self.scale = state["centre"], state["scale"]
+
+
+def tell_exhausted(evaluations: float, n_evaluations: int) -> None:
+    """Log that a search ended before its evaluations were spent."""
+    logger.warning(
+        "the search ends after %g of %d evaluations: the last %d plans it proposed were all known",
+        evaluations,
+        n_evaluations,
+        MOST_KNOWN,
+    )
 
 
 def spread_or_one(returns: ArrayLike) -> float:

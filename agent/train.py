@@ -34,7 +34,7 @@ from .policies import GraphActorCriticPolicy
 from .ppo import GraphPPO
 from .replay import affordable_size
 from .schedule import largest_divisor, rollout_size
-from .search_env import Episode, Ledger, StandardisedRewards, Stateful, vectorised
+from .search_env import Episode, Ledger, StandardisedRewards, Stateful, tell_exhausted, vectorised
 from .tensorboard import tensorboard_logger
 from .transfer import load_weights, policy_options
 
@@ -80,9 +80,9 @@ def train_agent(
     """Train until the environment's evaluations are spent.
 
     The environment counts: ``info["evaluation"].evaluations_used`` and ``info["budget_spent"]`` at the end of every
-    episode. Plans that it knows already are free, but a search that proposes little else ends after four episodes
-    for every evaluation granted. The first plan is that of an action of zeros, the last one of the trained policy
-    (unless ``start_from`` or free plans shift them).
+    episode. Plans that it knows already are free, but a search that proposes little else ends: after `MOST_KNOWN` of
+    them in a row, or four episodes for every evaluation granted. The first plan is that of an action of zeros, the last
+    one of the trained policy (unless ``start_from`` or free plans shift them).
 
     If ``checkpoints`` holds any, the run continues from the newest: on a CPU with the same number of threads the
     result is that of a run never interrupted, bit by bit.
@@ -246,12 +246,14 @@ class Search:
         self.agent = plan.build(self.rewards if plan.algorithm == "ppo" else self.ledger)
 
     def run(self, checkpoints: Path | None) -> None:
-        """Train until the evaluations are spent."""
+        """Train until the evaluations are spent, or no new plan comes."""
         steps = self.plan.most_steps() - self.agent.num_timesteps
         is_fresh = self.agent.num_timesteps == 0
-        if steps > 0 and not self.ledger.is_spent:
+        if steps > 0 and not self.ledger.is_over:
             hooks = SearchHooks(self, checkpoints)
             self.agent.learn(steps, callback=hooks, log_interval=None, reset_num_timesteps=is_fresh)  # type: ignore[arg-type]
+        if self.ledger.is_over and not self.ledger.is_spent:
+            tell_exhausted(self.ledger.evaluations, self.plan.n_evaluations)
 
     def result(self) -> TrainResult:
         """What the search came to."""
@@ -351,7 +353,7 @@ class SearchHooks(BaseCallback):
         if self._search.new_episodes:
             self._log(self._search.new_episodes)
             self._search.new_episodes.clear()
-        return not self._search.ledger.is_spent
+        return not self._search.ledger.is_over
 
     def _save(self) -> None:
         self._saved_at = self._search.ledger.evaluations

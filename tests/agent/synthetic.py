@@ -146,6 +146,38 @@ class TargetEnv(PlanEnv):
         return -float(np.mean((action - self.target) ** 2))
 
 
+class FewPlansEnv(TargetEnv):
+    """`TargetEnv` whose plans say up or down for each decision, so that there are but few; a known one is free."""
+
+    def __init__(self, n_decisions: int = 2, *, lives: int = 10**9, **options: Any) -> None:
+        super().__init__(n_decisions, **options)
+        self.known: list[list[bool]] = []
+        self.lives = lives
+
+    def accuracy(self, action: np.ndarray) -> float:
+        return super().accuracy(np.where(action > 0, 0.5, -0.5))
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        if self.lives == 0:
+            raise KeyboardInterrupt
+        self.lives -= 1
+        stepped = super().step(action)
+        plan = [bool(score > 0) for score in action]
+        if plan in self.known:
+            self.evaluations -= 1
+        else:
+            self.known.append(plan)
+        stepped[-1]["evaluation"].evaluations_used = self.evaluations
+        return stepped
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"known": [list(plan) for plan in self.known]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.known = [list(plan) for plan in state["known"]]
+
+
 class LayerwiseTargetEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     """`TargetEnv`, one decision a step: 0 until the last one, then the reward of the whole plan."""
 

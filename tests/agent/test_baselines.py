@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from agent.baselines import Baseline, run_baseline
-from tests.agent.synthetic import LayerwiseTargetEnv, TargetEnv
+from tests.agent.synthetic import FewPlansEnv, LayerwiseTargetEnv, TargetEnv
 
 
 @pytest.mark.parametrize("baseline", ["random", "cem"])
@@ -50,6 +50,22 @@ def test_random_search_is_the_best_of_what_it_drew() -> None:
 
     assert env.accuracy(result.plan) == pytest.approx(max(env.values), abs=1e-6)
     assert 0.25 < np.std(env.proposed[1:]) < 0.35
+
+
+@pytest.mark.parametrize("baseline", ["random", "cem"])
+def test_a_baseline_ends_a_hundred_plans_after_the_last_new_one(
+    baseline: Baseline, caplog: pytest.LogCaptureFixture
+) -> None:
+    env = FewPlansEnv(2, budget=300)
+
+    result = run_baseline(baseline, env, n_evaluations=300, seed=0)
+
+    plans = [tuple(plan > 0) for plan in env.proposed]
+    assert len(result.rewards) == len(plans) == 100 + max(plans.index(plan) + 1 for plan in plans)
+    assert env.evaluations == len(set(plans)) == 4
+    assert caplog.messages == [
+        "the search ends after 4 of 300 evaluations: the last 100 plans it proposed were all known"
+    ]
 
 
 def test_a_layerwise_environment_is_refused() -> None:

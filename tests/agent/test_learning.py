@@ -16,7 +16,7 @@ from agent.replay import StandardisedReplayBuffer, affordable_size
 from agent.search_env import vectorised
 from agent.train import SearchPlan, TrainResult, train_agent
 from agent.transfer import act
-from tests.agent.synthetic import LayerwiseTargetEnv, TargetEnv, chain_observation, chain_space
+from tests.agent.synthetic import FewPlansEnv, LayerwiseTargetEnv, TargetEnv, chain_observation, chain_space
 
 SMALL: dict[str, Any] = {"hidden": 16, "n_layers": 1, "n_frequencies": 3}
 CONFIGS: dict[Algorithm, AgentConfig] = {
@@ -189,6 +189,22 @@ def test_a_search_among_known_plans_ends() -> None:
     result = search("ppo", 10, FreeEnv(2))
 
     assert 40 <= result.n_steps < 50
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
+def test_a_search_ends_a_hundred_plans_after_the_last_new_one(
+    algorithm: Algorithm, caplog: pytest.LogCaptureFixture
+) -> None:
+    env = FewPlansEnv(2, budget=300)
+
+    result = search(algorithm, 300, env)
+
+    plans = [tuple(plan > 0) for plan in env.proposed]
+    assert result.n_steps == len(plans) == 100 + max(plans.index(plan) + 1 for plan in plans)
+    assert result.evaluations == len(set(plans)) == 4
+    assert caplog.messages == [
+        "the search ends after 4 of 300 evaluations: the last 100 plans it proposed were all known"
+    ]
 
 
 def test_a_configuration_of_the_other_algorithm_is_refused() -> None:

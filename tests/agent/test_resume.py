@@ -18,10 +18,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from agent.checkpoint import read_state, write_state
 from agent.config import AgentConfig, Algorithm, DDPGConfig, PPOConfig
 from agent.train import TrainResult, train_agent
 from pruning.files import CheckpointError
-from tests.agent.synthetic import LayerwiseTargetEnv, TargetEnv
+from tests.agent.synthetic import FewPlansEnv, LayerwiseTargetEnv, TargetEnv
 
 N_EVALUATIONS = 31
 SMALL: dict[str, Any] = {"hidden": 8, "n_layers": 1, "n_frequencies": 2, "checkpoint_every": 5}
@@ -29,6 +30,7 @@ CONFIGS: dict[Algorithm, AgentConfig] = {
     "ppo": PPOConfig(rollout=6, updates=3, **SMALL),
     "ddpg": DDPGConfig(rollout=4, updates=1, learning_starts=6, batch_size=8, candidates=3, **SMALL),
 }
+FREQUENT = {name: config.model_copy(update={"checkpoint_every": 1}) for name, config in CONFIGS.items()}
 
 
 class Killed(RuntimeError):
@@ -67,7 +69,7 @@ def train(algorithm: Algorithm, env: Any, folder: Path, **options: Any) -> Train
         env,
         n_evaluations=options.pop("n_evaluations", N_EVALUATIONS),
         seed=options.pop("seed", 0),
-        config=CONFIGS[algorithm],
+        config=options.pop("config", CONFIGS[algorithm]),
         episode_length=3 if isinstance(env, LayerwiseTargetEnv) else 1,
         checkpoints=folder / "checkpoints",
         logdir=folder / "tensorboard",
@@ -151,6 +153,33 @@ def test_a_search_killed_many_times_continues(
     result = train(algorithm, MortalEnv(), tmp_path / "killed")
 
     assert_same(tmp_path / "killed", result, whole(algorithm))
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("ddpg", marks=pytest.mark.slow)])
+def test_a_search_killed_among_known_plans_ends_where_it_would_have(algorithm: Algorithm, tmp_path: Path) -> None:
+    def search(folder: str, lives: int = 10**9) -> TrainResult:
+        env = FewPlansEnv(2, budget=300, lives=lives)
+        return train(algorithm, env, tmp_path / folder, n_evaluations=300, config=FREQUENT[algorithm])
+
+    whole = search("whole")
+    with pytest.raises(KeyboardInterrupt):
+        search("killed", lives=60)
+
+    assert any((tmp_path / "killed" / "checkpoints").iterdir())
+    assert search("killed").n_steps == whole.n_steps
+
+
+def test_a_checkpoint_of_a_version_that_did_not_count_known_plans_continues(
+    whole: Callable[[Algorithm], Whole], tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        train("ppo", MortalEnv(20), tmp_path)
+    for path in (tmp_path / "checkpoints").iterdir():
+        state = read_state(path)
+        del state["ledger"]["known_in_a_row"]
+        write_state(path, state)
+
+    assert_same(tmp_path, train("ppo", MortalEnv(), tmp_path), whole("ppo"))
 
 
 def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(
