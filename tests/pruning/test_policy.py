@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from graph_encoder.capture import capture
-from pruning.policy import CompressionPolicy, LayerPolicy, PolicyError
+from pruning.policy import POLICY_SCHEMA, POLICY_VERSION, CompressionPolicy, LayerPolicy, PolicyError
 
 POLICY = CompressionPolicy({"a": (0, 2), "b.0": (1,)}, {"a": 4, "b.0": 2})
 
@@ -122,3 +123,109 @@ def test_text_that_is_not_json_names_the_line() -> None:
         PolicyError, match=r"^the policy is not JSON \(line 1: Expecting value\); a policy is written by"
     ):
         CompressionPolicy.from_json("nonsense")
+
+
+TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "boolean": bool,
+    "integer": int,
+    "number": (int, float),
+}
+TOLD_ONLY = {"$schema", "title", "description"}
+
+
+def faults(value: Any, schema: Mapping[str, Any], where: str = "policy") -> Iterator[str]:
+    """What of ``value`` a JSON Schema forbids, as the specification reads (draft 2020-12, validation vocabulary)."""
+    for keyword, allowed in schema.items():
+        match keyword:
+            case "type":
+                wanted = TYPES[allowed]
+                if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+                    yield f"{where}: not of type {allowed}"
+            case "const":
+                if value != allowed:
+                    yield f"{where}: not {allowed!r}"
+            case "enum":
+                if value not in allowed:
+                    yield f"{where}: none of {allowed}"
+            case "minimum" | "exclusiveMinimum" | "maximum" | "exclusiveMaximum":
+                if isinstance(value, int | float) and not _within(value, keyword, allowed):
+                    yield f"{where}: {keyword} {allowed}"
+            case "minItems":
+                if isinstance(value, list) and len(value) < allowed:
+                    yield f"{where}: fewer than {allowed} items"
+            case "uniqueItems":
+                if allowed and isinstance(value, list) and any(each in value[:i] for i, each in enumerate(value)):
+                    yield f"{where}: repeats"
+            case "items":
+                for index, each in enumerate(value if isinstance(value, list) else []):
+                    yield from faults(each, allowed, f"{where}[{index}]")
+            case "required":
+                missing = [name for name in allowed if isinstance(value, dict) and name not in value]
+                yield from (f"{where}: no {name}" for name in missing)
+            case "properties":
+                for name in allowed if isinstance(value, dict) else ():
+                    if name in value:
+                        yield from faults(value[name], allowed[name], f"{where}.{name}")
+            case "additionalProperties":
+                for name in value if isinstance(value, dict) else ():
+                    if name not in schema.get("properties", {}) and allowed is False:
+                        yield f"{where}: unknown {name}"
+                    elif name not in schema.get("properties", {}) and allowed is not True:
+                        yield from faults(value[name], allowed, f"{where}.{name}")
+            case _:
+                assert keyword in TOLD_ONLY, f"the schema uses '{keyword}', which this validator does not know"
+
+
+def _within(value: float, keyword: str, bound: float) -> bool:
+    inside = {
+        "minimum": value >= bound,
+        "exclusiveMinimum": value > bound,
+        "maximum": value <= bound,
+        "exclusiveMaximum": value < bound,
+    }
+    return inside[keyword]
+
+
+@pytest.mark.parametrize("policy", [POLICY, CompressionPolicy(), CompressionPolicy({"a": (0,)}, {"a": 1})])
+def test_a_written_policy_is_what_the_schema_describes(policy: CompressionPolicy) -> None:
+    assert list(faults(json.loads(policy.to_json()), POLICY_SCHEMA)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"format": "other"}, "policy.format: not 'secateur-policy'"),
+        ({"version": 99}, f"policy.version: not {POLICY_VERSION}"),
+        ({"extra": 1}, "policy: unknown extra"),
+        ({"groups": []}, "policy.groups: not of type object"),
+        ({"groups": {"a": [0]}}, "policy.groups.a: not of type object"),
+        ({"groups": {"a": {"kept": [0]}}}, "policy.groups.a: no size"),
+        ({"groups": {"a": {"size": 4}}}, "policy.groups.a: no kept"),
+        ({"groups": {"a": {"size": 4, "kept": [0], "bytes": 4}}}, "policy.groups.a: unknown bytes"),
+        ({"groups": {"a": {"size": "4", "kept": [0]}}}, "policy.groups.a.size: not of type integer"),
+        ({"groups": {"a": {"size": 4, "kept": []}}}, "policy.groups.a.kept: fewer than 1 items"),
+        ({"groups": {"a": {"size": 4, "kept": [1, 1]}}}, "policy.groups.a.kept: repeats"),
+        ({"groups": {"a": {"size": 4, "kept": [-1, 2]}}}, "policy.groups.a.kept[0]: minimum 0"),
+        ({"groups": {"a": {"size": 4, "kept": [0.5]}}}, "policy.groups.a.kept[0]: not of type integer"),
+        ({"groups": {"a": {"size": 4, "kept": [True]}}}, "policy.groups.a.kept[0]: not of type integer"),
+    ],
+)
+def test_what_the_schema_forbids_the_reader_refuses(change: dict[str, Any], fault: str) -> None:
+    broken = {**json.loads(POLICY.to_json()), **change}
+
+    assert list(faults(broken, POLICY_SCHEMA)) == [fault]
+    with pytest.raises(PolicyError):
+        CompressionPolicy.from_json(json.dumps(broken))
+
+
+@pytest.mark.parametrize("name", ["format", "version", "groups"])
+def test_an_entry_that_the_schema_requires_the_reader_requires(name: str) -> None:
+    broken = json.loads(POLICY.to_json())
+    del broken[name]
+
+    assert list(faults(broken, POLICY_SCHEMA)) == [f"policy: no {name}"]
+    with pytest.raises(PolicyError):
+        CompressionPolicy.from_json(json.dumps(broken))
