@@ -89,7 +89,8 @@ class Observer:
         Args:
             space: the decisions.
             model: the dense network; its weights are read once.
-            sensitivity: measured sensitivity of the same groups, if there is any.
+            sensitivity: measured sensitivity of the same groups, if there is any. Of `SENSITIVITY_KEEP_RATIOS` those
+                that were measured are shown; the columns of the others, and their presence flags, stay 0.
             noise_floor: smallest loss of accuracy that counts, in ``(0, 1)``.
             sizes: room to leave, so that networks of different size share one observation space; what this network
                 needs if not given.

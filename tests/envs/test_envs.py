@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 
 import envs  # noqa: F401 - registers the environments
 from envs.action import SearchSpace, counts_of
-from envs.evaluator import CandidateEvaluator, EvaluationBudgetSpent
+from envs.evaluator import CandidateEvaluator, EvaluationBudgetSpent, Sensitivity
 from envs.layerwise_env import LayerwiseEnv
 from envs.network_env import NetworkEnv
 from envs.observation import Sizes
@@ -205,6 +205,22 @@ def test_measured_features_are_shown_and_can_be_dropped(model: SmallNetwork, spa
     assert (group_column(space, shown, "sensitivity_30%") > group_column(space, shown, "sensitivity_60%")).all()
     assert not group_column(space, hidden, "has_sensitivity_30%").any()
     assert not group_column(space, hidden, "sensitivity_30%").any()
+
+
+@pytest.mark.parametrize("measured", [(0.3,), (0.6,), (0.3, 0.6)])
+def test_each_keep_ratio_that_was_measured_is_shown_and_no_other(
+    measured: tuple[float, ...], model: SmallNetwork, space: SearchSpace
+) -> None:
+    lost = np.linspace(0.1, 0.5, space.n)[:, None] * np.array([1 / ratio for ratio in measured]) * 0.3
+    sensitivity = Sensitivity(space.names, measured, 0.9, lost, 1.0)
+
+    shown, _ = NetworkEnv(space, make_evaluator(model, space), sensitivity=sensitivity, noise_floor=0.01).reset(seed=0)
+
+    for ratio in (0.3, 0.6):
+        # 1 - log(lost) / log(floor), by hand: 0 where 1 % is lost, 1 where everything is.
+        expected = 1 + np.log10(sensitivity.at(ratio)) / 2 if ratio in measured else np.zeros(space.n)
+        np.testing.assert_allclose(group_column(space, shown, f"sensitivity_{ratio:.0%}"), expected, rtol=1e-5)
+        assert (group_column(space, shown, f"has_sensitivity_{ratio:.0%}") == (ratio in measured)).all()
 
 
 def test_the_reward_of_a_user_is_used(model: SmallNetwork, space: SearchSpace) -> None:
