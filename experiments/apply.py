@@ -22,7 +22,7 @@ from .methods import ranked_plans
 from .problem import least_squares
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
-from .search import Watch, build_problem, importance_of
+from .search import Watch, build_problem, check_budget, importance_of
 from .subject import Subject, prepare_subject, report_dense
 
 
@@ -53,20 +53,24 @@ def apply_saved(
             msg = f"'{source}' holds no trained agent; only ppo and ddpg train one, in RUN/methods/ppo or .../ddpg"
             raise ConfigError(msg)
         source = MethodFolder(source).agent_file
+    if not source.exists():
+        msg = (
+            f"there is no policy and no agent '{source}'; a run keeps them in RUN/methods/NAME/policy.json and agent.pt"
+        )
+        raise ConfigError(msg)
     device = set_up_device(config.device, config.threads)
     if source.suffix == ".pt":
         if config.budget is None:
             msg = "an agent plans for a budget; pass --budget"
             raise ConfigError(msg)
-        subject = prepare_subject(config, device, display, stop)
+        subject = prepare_subject(config, device, display, stop, check=lambda graph: check_budget(config, graph))
         report_dense(subject, display)
         return _apply_agent(source, subject, out, evaluations, display, stop)
     if evaluations:
         msg = "--evaluations refines the plan of an agent; a policy is applied as it is"
         raise ConfigError(msg)
     policy = CompressionPolicy.load(source)
-    subject = prepare_subject(config, device, display, stop)
-    policy.masks(subject.graph)
+    subject = prepare_subject(config, device, display, stop, check=policy.masks)
     report_dense(subject, display)
     settings = config.search
     builder = CandidateEvaluator(

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from graph_encoder.modes import evaluation_mode
 
-from .image_folder import read_image_folder
+from .image_folder import first_image, read_image_folder
 from .images import DataError, ImageSplit, MissingSplitError, choose, read_list
 from .sources import read_bundled, read_cifar, read_function
 from .user_function import is_reference
@@ -134,6 +134,19 @@ class ImageData:
     def train(self) -> ImageSplit:
         """Images for training, fine-tuning and batch-norm statistics."""
         return self._read(self.recipe.train)
+
+    @cached_property
+    def sample(self) -> ImageSplit:
+        """One training image and the names of all classes: what a network must fit.
+
+        A folder's other images are not decoded for it, which can take minutes. (An archive is read whole in any case.)
+        """
+        recipe, split = self.recipe, self.recipe.train
+        if recipe.source not in _BUILT_IN and (root := Path(recipe.source)).is_dir():
+            return self._checked(
+                first_image(root, split.folder, split.list_file, size=recipe.size, grayscale=recipe.grayscale)
+            )
+        return self.train.take(torch.tensor([0]))
 
     @cached_property
     def validation(self) -> ImageSplit:

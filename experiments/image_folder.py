@@ -44,11 +44,21 @@ def read_image_folder(
 
     def read() -> ImageSplit:
         files = image_files(root, folder)
-        if names is not None and list_file is not None:
-            check_listed(names, files, list_file)
-        return _decode(root, folder, files, names or tuple(files), size, grayscale)
+        return _decode(root, folder, files, _listed(files, list_file), size, grayscale)
 
     return cached_split((_fingerprint(root, folder), folder, names, size, grayscale), read)
+
+
+def first_image(
+    root: Path, folder: str, list_file: Path | None = None, *, size: int | None = None, grayscale: bool = False
+) -> ImageSplit:
+    """The first image of a split and the classes of all of it, without decoding the others.
+
+    The arguments and errors are those of `read_image_folder`.
+    """
+    files = image_files(root, folder)
+    names = _listed(files, list_file)
+    return _decode(root, folder, files, names[:1], size, grayscale)
 
 
 def write_split_lists(root: Path, folder: str, out: Path) -> tuple[Path, Path]:
@@ -105,6 +115,15 @@ def image_files(root: Path, folder: str) -> dict[str, ImageFile]:
         )
         raise DataError(msg)
     return dict(sorted(files.items()))
+
+
+def _listed(files: dict[str, ImageFile], list_file: Path | None) -> tuple[str, ...]:
+    """Names of the images to take: those in the list, all without one."""
+    if list_file is None:
+        return tuple(files)
+    names = read_list(list_file)
+    check_listed(names, files, list_file)
+    return names
 
 
 def _folder_files(root: Path, folder: str) -> dict[str, ImageFile]:

@@ -5,7 +5,7 @@ import functools
 import inspect
 import logging
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,30 @@ def _from_function(reference: str, offered: Mapping[str, int]) -> nn.Module:
         msg = f"'{reference}' returned {type(model).__name__}; it must return a torch.nn.Module"
         raise ModelError(msg)
     return model
+
+
+def check_outputs(model: nn.Module, images: Tensor, classes: Sequence[str]) -> None:
+    """Check that ``model`` gives a score for each class.
+
+    Args:
+        model: in evaluation mode.
+        images: a batch as it reads them, ``(N, C, H, W)``.
+        classes: of the data.
+
+    Raises:
+        ModelError: if it returns something else, or fewer scores than there are classes.
+    """
+    with torch.inference_mode():
+        scores = model(images)
+    if isinstance(scores, Tensor) and scores.ndim == 2 and scores.shape[1] >= len(classes):
+        return
+    found = f"outputs {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+    msg = (
+        f"the network returns {found} for {len(images)} images, the data has {len(classes)} classes "
+        f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}); a tensor (images, classes) is needed, so "
+        "build the network for these classes, or name the data that it was trained on"
+    )
+    raise ModelError(msg)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

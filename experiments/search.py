@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +14,12 @@ from envs.action import SearchSpace
 from envs.evaluator import Evaluation
 from envs.journal import Journal, JournalError
 from envs.reward import RewardFunction, resolve_reward
-from graph_encoder.network import TraceError
+from graph_encoder.network import NetworkGraph
+from latency.budget import BudgetError
 from pruning.files import FileWriteError, write_atomic
 from pruning.importance import rank_units
 
-from .config import ONE_SHOT, Method, RunConfig
+from .config import ONE_SHOT, ConfigError, Method, RunConfig
 from .finish import finish_run
 from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
@@ -50,7 +51,9 @@ def start_run(config: RunConfig, root: Path, command: Sequence[str], display: Ru
     display.say(f"run folder: {root}")
     try:
         return resume_run(root, display, stop)
-    except (ValueError, TraceError):
+    except (Interrupted, FileWriteError):
+        raise
+    except Exception:
         # Refused input: a folder without any evaluation would only be in the way of the next try.
         if not folder.journal_file.exists():
             shutil.rmtree(root)
@@ -125,18 +128,10 @@ def build_problem(subject: Subject, importance: dict[str, torch.Tensor], journal
 
     Raises:
         BudgetError: if the budget cannot be met.
+        ConfigError: if there is nothing to decide.
     """
-    settings, budget = subject.config.search, subject.config.budget
-    space = SearchSpace.build(
-        subject.graph,
-        {name: scores.numpy() for name, scores in importance.items()},
-        budget,
-        rounding=settings.rounding,
-        min_keep_ratio=settings.min_keep_ratio,
-        protect_first=settings.protect_first,
-        protected=settings.protected,
-        span=settings.span,
-    )
+    settings = subject.config.search
+    space = search_space(subject.config, subject.graph, importance)
     share = settings.probe_share
     scoring = Scoring(
         evaluate=subject.evaluate_on_search_images(),
@@ -151,12 +146,44 @@ def build_problem(subject: Subject, importance: dict[str, torch.Tensor], journal
     return SearchProblem(subject.model, subject.graph, space, scoring, journal, settings.seed)
 
 
+def search_space(config: RunConfig, graph: NetworkGraph, importance: Mapping[str, torch.Tensor]) -> SearchSpace:
+    """What a run may decide.
+
+    Raises:
+        BudgetError: if the budget cannot be met.
+        ConfigError: if there is nothing to decide, or a protected group is not there.
+    """
+    settings = config.search
+    try:
+        return SearchSpace.build(
+            graph,
+            {name: scores.numpy() for name, scores in importance.items()},
+            config.budget,
+            rounding=settings.rounding,
+            min_keep_ratio=settings.min_keep_ratio,
+            protect_first=settings.protect_first,
+            protected=settings.protected,
+            span=settings.span,
+        )
+    except BudgetError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_budget(config: RunConfig, graph: NetworkGraph) -> None:
+    """Raise what `search_space` would, before anything is known of the weights."""
+    search_space(config, graph, {group.name: torch.zeros(group.size) for group in graph.prunable})
+
+
 def _subject(
     folder: RunFolder, config: RunConfig, device: torch.device, display: RunDisplay, stop: StopFlag
 ) -> Subject:
     """Network and images; the dense weights are kept in the run, so that it needs no other file to continue."""
     saved = folder.dense_file if folder.dense_file.exists() else None
-    subject = prepare_subject(config, device, display, stop, weights=saved)
+    subject = prepare_subject(
+        config, device, display, stop, weights=saved, check=lambda graph: check_budget(config, graph)
+    )
     if saved is None:
         report_dense(subject, display)
         state = {name: tensor.cpu().contiguous() for name, tensor in subject.model.state_dict().items()}

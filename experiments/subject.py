@@ -16,7 +16,7 @@ from graph_encoder.network import NetworkGraph
 from .config import RunConfig
 from .data import ImageData, TrainBatches, calibration_batches, make_evaluate, make_judge, normalise
 from .interrupt import StopFlag
-from .models import build_model, load_weights
+from .models import build_model, check_outputs, load_weights
 from .outcome import percent
 from .progress import RunDisplay
 from .training import trained_weights
@@ -109,9 +109,15 @@ class Subject:
 
 
 def prepare_subject(
-    config: RunConfig, device: torch.device, display: RunDisplay, stop: StopFlag, weights: Path | None = None
+    config: RunConfig,
+    device: torch.device,
+    display: RunDisplay,
+    stop: StopFlag,
+    weights: Path | None = None,
+    *,
+    check: Callable[[NetworkGraph], object],
 ) -> Subject:
-    """Load images and network, train it if it has no weights, capture it.
+    """Load images and network, capture it, train it if it has no weights.
 
     Args:
         config: what to load.
@@ -119,18 +125,27 @@ def prepare_subject(
         display: told what happens.
         stop: checked after each epoch of training.
         weights: read in place of the configuration's, as a resumed run does.
+        check: raises if what is to be done does not fit the captured network; called before anything takes long.
     """
     data = ImageData(config.data)
-    n_classes, n_channels = len(data.classes), data.train.images.shape[1]
+    sample = data.sample
     # The layers draw their first weights from torch's global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.search.seed)
-        model = build_model(config.model.name, n_classes, n_channels).to(device)
-    weights = weights or config.model.weights or trained_weights(config, data, model, device, display, stop)
-    load_weights(model, weights)
-    model.eval()
-    example = normalise(data.train.images[:2].to(device), config.data)
-    return Subject(config, data, model, capture(model, example), device)
+        model = build_model(config.model.name, len(sample.classes), sample.images.shape[1]).to(device).eval()
+    weights = weights or config.model.weights
+    if weights:
+        load_weights(model, weights)
+    # The names and sizes of the groups are the same for any weights: no reason to train before they are known.
+    example = normalise(sample.images.expand(2, -1, -1, -1).to(device), config.data)
+    graph = capture(model, example)
+    check_outputs(model, example, sample.classes)
+    check(graph)
+    if not weights:
+        _ = data.validation  # missing validation images end a run too, and before the training rather than after it
+        load_weights(model, trained_weights(config, data, model, device, display, stop))
+        model.eval()
+    return Subject(config, data, model, graph, device)
 
 
 def report_dense(subject: Subject, display: RunDisplay) -> float:

@@ -452,3 +452,13 @@ def test_name_without_a_number_is_neither_even_nor_odd(root: Path, tmp_path: Pat
     assert failure(lambda: write_split_lists(root, "test", tmp_path)) == (
         f"'test/cat/tom.png' in '{root}' has no number in its name, so it is neither even nor odd"
     )
+
+
+def test_sample_tells_size_and_classes_without_decoding_the_rest(root: Path) -> None:
+    (root / "train" / "zebra").mkdir()
+    (root / "train" / "zebra" / "9.png").write_bytes(b"no image")
+
+    sample = ImageData(DataRecipe(source=str(root))).sample
+
+    assert len(sample) == 1
+    assert sample.classes == ("cat", "dog", "zebra")

@@ -47,6 +47,10 @@ def branching(num_classes: int) -> nn.Module:
     return Branching()
 
 
+def two_classes(in_channels: int) -> nn.Module:
+    return network(2, in_channels)
+
+
 def accuracy(_model: nn.Module) -> float:
     return 0.5
 
@@ -68,6 +72,44 @@ def test_run_that_was_refused_leaves_no_folder(command: Command, tiny_yaml: Path
     command("search", tiny_yaml, "--budget", "1%", "--out", tmp_path / "run")
 
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "budget=1%",
+            "error: a budget of 818 macs (1.0% of the dense 81,828) cannot be met: with every group at its least",
+        ),
+        ("budget=9M macs", "error: the budget of 9,000,000 macs is above what the dense network costs, 81,828"),
+        ("search.protected=[stem]", "error: protected names no channel group of this network: ['stem']"),
+        (
+            "data.validation.folder=val",
+            "error: no validation data: 'tests.experiments.tiny:images' returned no split 'val'",
+        ),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_the_network_is_trained(
+    command: Command, tiny_yaml: Path, tmp_path: Path, option: str, message: str
+) -> None:
+    untrained = ["--set", "train.epochs=7"]
+    done = command("search", tiny_yaml, *untrained, "--set", option, "--out", tmp_path / "run")
+
+    assert done.code == 1
+    run_folder, error = done.err.splitlines()
+    assert run_folder.startswith("run folder: ")
+    assert error.startswith(message)
+
+
+def test_network_with_too_few_outputs_is_told(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
+    model = "tests.experiments.test_errors:two_classes"
+    done = command("search", tiny_yaml, "--model", model, "--out", tmp_path / "run")
+
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == (
+        "error: the network returns outputs (2, 2) for 2 images, the data has 3 classes (0, 1, 2); a tensor (images, "
+        "classes) is needed, so build the network for these classes, or name the data that it was trained on"
+    )
 
 
 def test_mistyped_option_names_the_nearest(command: Command) -> None:
@@ -305,11 +347,13 @@ def test_policy_that_does_not_fit_is_named_and_nothing_is_written(
 ) -> None:
     secateur.CompressionPolicy({"3": (0, 1), "99": (0,)}, {"3": 12, "99": 4}).save(tmp_path / "policy.json")
 
-    done = command("apply", tmp_path / "policy.json", tiny_yaml, "--out", tmp_path / "out")
+    untrained = ["--set", "train.epochs=7"]
+    done = command("apply", tmp_path / "policy.json", tiny_yaml, *untrained, "--out", tmp_path / "out")
 
-    assert done.code == 1
-    assert done.err.splitlines()[-1] == (
+    # Nothing else: the network was not trained for a policy that does not fit.
+    assert (done.code, done.err) == (
+        1,
         "error: the policy does not fit the network: group '3' has 16 units, the policy was made for 12; the network has "
-        "no channel group '99'"
+        "no channel group '99'\n",
     )
     assert not (tmp_path / "out").exists()
