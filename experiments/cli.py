@@ -278,7 +278,7 @@ def _run(as_json: bool, work: Callable[[RunDisplay, StopFlag], RunOutcome]) -> N
     from .outcome import HEADINGS, plain_lines, result_table, table_cells
     from .progress import RunDisplay
 
-    with stop_on_signals() as stop, RunDisplay(quiet=as_json) as display:
+    with RunDisplay(quiet=as_json) as display, stop_on_signals(_announcer(display)) as stop:
         outcome = work(display, stop)
     console = Console()
     if as_json:
@@ -291,13 +291,24 @@ def _run(as_json: bool, work: Callable[[RunDisplay, StopFlag], RunOutcome]) -> N
 
 def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]]) -> None:
     """Carry out one step and print what it returns."""
-    from .interrupt import stop_on_signals
+    from .interrupt import Interrupted, stop_on_signals
     from .progress import RunDisplay
 
-    with stop_on_signals() as stop, RunDisplay(quiet=as_json) as display:
-        facts = work(display, stop)
+    with RunDisplay(quiet=as_json) as display, stop_on_signals(_announcer(display)) as stop:
+        try:
+            facts = work(display, stop)
+        except Interrupted as stopped:
+            msg = (
+                f"stopped by {stopped}; no result is written, and the same command continues a training that was begun"
+            )
+            raise Interrupted(msg) from None
     lines = [f"{name.replace('_', ' ')}: {value}" for name, value in facts.items()]
     print(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
+
+
+def _announcer(display: RunDisplay) -> Callable[[str], None]:
+    """What tells that a signal came in: the display, and standard error where the display is quiet."""
+    return (lambda text: print(text, file=sys.stderr)) if display.console.quiet else display.say
 
 
 if __name__ == "__main__":

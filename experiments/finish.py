@@ -70,7 +70,7 @@ def finish_run(
     """Carry a run whose searches are done to its results and its report."""
     if not folder.results_file.exists():
         finalists = _finalists(folder, subject, problem, searches, display, stop)
-        _save_products(folder, subject, finalists, display)
+        _save_products(folder, subject, finalists, display, stop)
         rows = [_row(subject, problem, finalist) for finalist in finalists]
         rows = _with_latencies(folder, rows, finalists, subject, display)
         rows, n_test = _with_test_accuracy(folder, rows, finalists, subject, display)
@@ -157,7 +157,9 @@ def _tuned(
     return tuned
 
 
-def _save_products(folder: RunFolder, subject: Subject, finalists: Sequence[Finalist], display: RunDisplay) -> None:
+def _save_products(
+    folder: RunFolder, subject: Subject, finalists: Sequence[Finalist], display: RunDisplay, stop: StopFlag
+) -> None:
     """Write every network of the table as files that others can read; ONNX is made where the exporter can."""
     constructor, example = subject.config.model.name, subject.example(2)
     with display.stage("saving networks", len(finalists), "network") as stage:
@@ -170,6 +172,7 @@ def _save_products(folder: RunFolder, subject: Subject, finalists: Sequence[Fina
                     finalist.product, finalist.policy, target, constructor=constructor, example_inputs=example
                 )
             stage.advance()
+            stop.check()
 
 
 def _export_onnx(finalist: Finalist, example: Tensor, path: Path, display: RunDisplay) -> None:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN = {signal.SIGINT: "press Ctrl-C again", signal.SIGTERM: "send it again"}
+
+Announce = Callable[[str], object]
 
 
 class Interrupted(RuntimeError):
@@ -30,12 +37,47 @@ class StopFlag:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
-    """A `StopFlag` tied to SIGINT and SIGTERM; the handlers before it are put back at the end."""
+def stop_on_signals(announce: Announce = lambda _: None) -> Iterator[StopFlag]:
+    """A `StopFlag` tied to SIGINT and SIGTERM; the handlers before it are put back at the end.
+
+    Args:
+        announce: told at once that a signal came in and what will happen, from another thread.
+    """
     flag = StopFlag()
-    before = {number: signal.signal(number, flag.set) for number in (signal.SIGINT, signal.SIGTERM)}
+    with _announced(announce):
+        before = {number: signal.signal(number, flag.set) for number in SIGNALS}
+        try:
+            yield flag
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _announced(announce: Announce) -> Iterator[None]:
+    # Python runs a handler only between two steps of the main thread, and there writing is not safe: the signal may
+    # have come in the middle of another write. The wakeup descriptor is written to at once, and a thread waits for it.
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    listener = threading.Thread(target=_listen, args=(reader, announce), daemon=True)
+    listener.start()
     try:
-        yield flag
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        writer.close()
+        listener.join()
+        reader.close()
+
+
+def _listen(reader: socket.socket, announce: Announce) -> None:
+    """Announce the first of `SIGNALS`; the end of the descriptor ends the thread."""
+    while received := reader.recv(1):
+        if received[0] in SIGNALS:
+            number = signal.Signals(received[0])
+            announce(
+                f"{number.name} received: stopping after the running step (an evaluation, an epoch); "
+                f"{_AGAIN[number]} to stop at once"
+            )
+            return

@@ -95,6 +95,9 @@ def _execute(
     except Interrupted as stopped:
         msg = f"stopped by {stopped}; everything so far is saved: {todo}"
         raise Interrupted(msg) from None
+    except KeyboardInterrupt:
+        msg = f"stopped at once; everything before the step that ran is saved: {todo}"
+        raise Interrupted(msg) from None
     except (FileWriteError, JournalError) as error:
         error.add_note(f"everything before is saved: {todo}")
         raise

@@ -1,5 +1,6 @@
 import io
 import signal
+import threading
 
 import pytest
 from rich.console import Console
@@ -65,6 +66,32 @@ def test_signal_waits_for_the_next_safe_point(number: signal.Signals) -> None:
 
         with pytest.raises(Interrupted, match=number.name):
             stop.check()
+
+
+@pytest.mark.parametrize(
+    ("number", "again"), [(signal.SIGINT, "press Ctrl-C again"), (signal.SIGTERM, "send it again")]
+)
+def test_signal_is_announced_while_the_step_still_runs(number: signal.Signals, again: str) -> None:
+    told: list[str] = []
+    heard = threading.Event()
+
+    def announce(text: str) -> None:
+        told.append(text)
+        heard.set()
+
+    with stop_on_signals(announce):
+        signal.raise_signal(number)
+        assert heard.wait(10)
+
+    assert told == [
+        f"{number.name} received: stopping after the running step (an evaluation, an epoch); {again} to stop at once"
+    ]
+
+
+def test_second_interrupt_is_not_waited_for() -> None:
+    with stop_on_signals(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_handlers_are_put_back() -> None:
