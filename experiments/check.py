@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from envs.action import SearchSpace
 from graph_encoder.capture import capture
-from graph_encoder.network import NetworkGraph
+from graph_encoder.network import ChannelGroup, NetworkGraph
 from latency.cost import CostKind
 from pruning.proof import Proof, prove
 
@@ -22,6 +23,8 @@ from .config import ConfigError
 from .models import build_model, load_weights
 from .outcome import amount
 from .user_function import is_reference
+
+COST_KINDS: tuple[CostKind, ...] = get_args(CostKind)
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class CheckReport:
     Attributes:
         graph: its capture.
         proof: one result for all groups at once, then one a group that is offered.
-        lowest: lowest reachable cost by kind, with the first layer protected, None if nothing can be removed.
+        lowest: lowest reachable cost by kind, with what is protected by default, None if nothing can be removed.
+        decided: names of the groups that a search decides by default.
     """
 
     graph: NetworkGraph
     proof: tuple[Proof, ...]
-    lowest: dict[str, int | None]
+    lowest: dict[CostKind, int | None]
+    decided: frozenset[str]
 
     @property
     def passed(self) -> bool:
@@ -47,17 +52,18 @@ class CheckReport:
         """The report as a person reads it."""
         graph = self.graph
         kinds = Counter(operator.kind for operator in graph.operators)
+        decided = [group for group in graph.prunable if group.name in self.decided]
+        spared = [group for group in graph.prunable if group.name not in self.decided]
         dense = [group for group in graph.groups if not group.is_prunable]
         failed = [result for result in self.proof if not result.holds]
         return [
             f"operators       {len(graph.operators)}: {', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}",
             f"multiply-adds   {amount(graph.macs)}",
             f"parameters      {amount(graph.params)}",
-            *(self._range(kind) for kind in ("macs", "params")),
-            f"groups offered  {len(graph.prunable)} with {sum(g.size for g in graph.prunable):,} units",
-            *(
-                f"  {g.name}: {g.size} units, written by {_names(g.producers)}, read by {_names(g.consumers)}"
-                for g in graph.prunable
+            *(self._range(kind) for kind in COST_KINDS),
+            *_offered("groups decided", decided, "by a search"),
+            *_offered(
+                "groups spared", spared, "by default: the first layer's (decided with search.protect_first=false)"
             ),
             f"groups dense    {len(dense)}",
             *(f"  {group.name}: {group.size} units: {group.reason}" for group in dense),
@@ -75,7 +81,14 @@ class CheckReport:
             "params": graph.params,
             "lowest": self.lowest,
             "groups": [
-                {"name": g.name, "size": g.size, "reason": g.reason, "producers": g.producers, "consumers": g.consumers}
+                {
+                    "name": g.name,
+                    "size": g.size,
+                    "decided": g.name in self.decided,
+                    "reason": g.reason,
+                    "producers": g.producers,
+                    "consumers": g.consumers,
+                }
                 for g in graph.groups
             ],
             "skipped": dict(graph.skipped),
@@ -85,7 +98,7 @@ class CheckReport:
             "passed": self.passed,
         }
 
-    def _range(self, kind: str) -> str:
+    def _range(self, kind: CostKind) -> str:
         lowest, dense = self.lowest[kind], getattr(self.graph, kind)
         label = f"{kind} from".ljust(16)
         if lowest is None:
@@ -132,17 +145,28 @@ def check_network(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...],
     """
     graph = capture(model, example_inputs)
     proof = prove(model, graph, example_inputs, generator=torch.Generator().manual_seed(seed))
-    return CheckReport(
-        graph, tuple(proof), {"macs": _lowest_cost(graph, "macs"), "params": _lowest_cost(graph, "params")}
-    )
+    spaces = {kind: _default_space(graph, kind) for kind in COST_KINDS}
+    decided = frozenset(name for space in spaces.values() if space for name in space.names)
+    lowest = {kind: space.lowest_cost if space else None for kind, space in spaces.items()}
+    return CheckReport(graph, tuple(proof), lowest, decided)
 
 
-def _lowest_cost(graph: NetworkGraph, kind: CostKind) -> int | None:
+def _default_space(graph: NetworkGraph, kind: CostKind) -> SearchSpace | None:
+    """What a search decides by default, None if that is nothing."""
     importance = {group.name: np.zeros(group.size) for group in graph.prunable}
     try:
-        return SearchSpace.build(graph, importance, None, kind=kind).lowest_cost
+        return SearchSpace.build(graph, importance, None, kind=kind)
     except ValueError:
         return None
+
+
+def _offered(label: str, groups: Sequence[ChannelGroup], whom: str) -> list[str]:
+    """Groups that may be pruned, a line each below a heading."""
+    heading = f"{label.ljust(16)}{len(groups)} {whom}, with {sum(group.size for group in groups):,} units"
+    lines = (
+        f"  {g.name}: {g.size} units, written by {_names(g.producers)}, read by {_names(g.consumers)}" for g in groups
+    )
+    return [heading, *lines]
 
 
 def _failure(result: Proof) -> str:

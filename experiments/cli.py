@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +43,7 @@ Rounding = Annotated[int | None, typer.Option(help="Keep multiples of so many ch
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of search, data order and training.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 for one a core.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 for OMP_NUM_THREADS if it is set, else one a core.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Any other key of the configuration: --set search.finalists=5.")
@@ -100,7 +101,8 @@ def search(
     resolved = _configuration(config, options, settings)
     stem = Path(config).stem if config else resolved.model.name.rpartition(":")[2]
     root = out or numbered_folder(Path("runs"), stem)
-    _run(as_json, lambda display, stop: start_run(resolved, root, ["secateur", *sys.argv[1:]], display, stop))
+    command = ["secateur", *sys.argv[1:]]
+    _run(as_json, lambda display, stop: start_run(resolved, root, command, display, stop), resolved)
 
 
 @app.command()
@@ -153,7 +155,7 @@ def apply(
         "threads": threads,
     }
     resolved = _configuration(config, options, settings)
-    _tell(as_json, lambda display, stop: apply_saved(source, resolved, out, evaluations, display, stop))
+    _tell(as_json, lambda display, stop: apply_saved(source, resolved, out, evaluations, display, stop), resolved)
 
 
 @app.command()
@@ -181,7 +183,7 @@ def finetune(
         "threads": threads,
     }
     resolved = _configuration(config, options, settings)
-    _tell(as_json, lambda display, stop: finetune_saved(source, model, resolved, out, display, stop))
+    _tell(as_json, lambda display, stop: finetune_saved(source, model, resolved, out, display, stop), resolved)
 
 
 @app.command()
@@ -211,7 +213,7 @@ def train(
         "threads": threads,
     }
     resolved = _configuration(config, options, settings)
-    _tell(as_json, lambda display, stop: train_named(resolved, out, display, stop))
+    _tell(as_json, lambda display, stop: train_named(resolved, out, display, stop), resolved)
 
 
 @app.command()
@@ -270,15 +272,19 @@ def _configuration(config: str | None, options: dict[str, Any], settings: list[s
     return load_config(config_file(config) if config else None, options | others)
 
 
-def _run(as_json: bool, work: Callable[[RunDisplay, StopFlag], RunOutcome]) -> None:
-    """Carry out a run and print its outcome."""
+def _run(as_json: bool, work: Callable[[RunDisplay, StopFlag], RunOutcome], config: RunConfig | None = None) -> None:
+    """Carry out a run and print its outcome; ``config`` is that of a run which starts."""
     from rich.console import Console
 
     from .interrupt import stop_on_signals
     from .outcome import HEADINGS, plain_lines, result_table, table_cells
     from .progress import RunDisplay
 
-    with RunDisplay(quiet=as_json) as display, stop_on_signals(_announcer(display)) as stop:
+    with (
+        RunDisplay(quiet=as_json) as display,
+        stop_on_signals(_announcer(display)) as stop,
+        _digits_told(config, display),
+    ):
         outcome = work(display, stop)
     console = Console()
     if as_json:
@@ -289,12 +295,16 @@ def _run(as_json: bool, work: Callable[[RunDisplay, StopFlag], RunOutcome]) -> N
         print("\n".join(plain_lines([["method", *HEADINGS], *table_cells(outcome)])))
 
 
-def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]]) -> None:
+def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]], config: RunConfig) -> None:
     """Carry out one step and print what it returns."""
     from .interrupt import Interrupted, stop_on_signals
     from .progress import RunDisplay
 
-    with RunDisplay(quiet=as_json) as display, stop_on_signals(_announcer(display)) as stop:
+    with (
+        RunDisplay(quiet=as_json) as display,
+        stop_on_signals(_announcer(display)) as stop,
+        _digits_told(config, display),
+    ):
         try:
             facts = work(display, stop)
         except Interrupted as stopped:
@@ -304,6 +314,27 @@ def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]])
             raise Interrupted(msg) from None
     lines = [f"{name.replace('_', ' ')}: {value}" for name, value in facts.items()]
     print(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
+
+
+@contextmanager
+def _digits_told(config: RunConfig | None, display: RunDisplay) -> Iterator[None]:
+    """Say that the images are the bundled digits where nobody chose any, also beside an error that this may explain."""
+    from graph_encoder.network import TraceError
+
+    from .models import ModelError, UnknownModelError
+    from .subject import NearChanceError
+
+    if config is None or config.data.is_chosen:
+        yield
+        return
+    digits = "the bundled digits (gray, 28x28 pixels, 10 classes)"
+    display.say(f"no --data given: taking {digits}")
+    try:
+        yield
+    except (ModelError, NearChanceError, TraceError) as error:
+        if not isinstance(error, UnknownModelError):
+            error.add_note(f"no --data was given, so the images were {digits}; is this a network for them?")
+        raise
 
 
 def _announcer(display: RunDisplay) -> Callable[[str], None]:

@@ -169,7 +169,7 @@ class RunConfig(_Section):
     device: str = "cpu"
     """Where networks run: cpu, cuda, cuda:1, mps."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads; 0 takes as many as there are cores."""
+    """CPU threads; 0 takes OMP_NUM_THREADS where it is set, else as many as there are cores. A run keeps its number."""
 
     @field_validator("budget", mode="before")
     @classmethod

@@ -92,6 +92,11 @@ class DataRecipe(BaseModel):
     std: tuple[float, ...] = ()
     """Standard deviation of each channel, of values in 0 to 1."""
 
+    @property
+    def is_chosen(self) -> bool:
+        """Whether somebody named the source; without one the images are the bundled digits, which few people mean."""
+        return "source" in self.model_fields_set
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in_the_sources_values(cls, given: Any) -> Any:

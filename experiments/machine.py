@@ -47,7 +47,7 @@ class Machine(BaseModel):
 
 
 def set_up_device(device: str, threads: int) -> torch.device:
-    """The torch device called ``device``, with ``threads`` CPU threads in force (0: one per core).
+    """The torch device called ``device``, with ``threads`` CPU threads in force (0: `default_threads`).
 
     Raises:
         DeviceError: if torch does not know the device or cannot use it here.
@@ -61,8 +61,14 @@ def set_up_device(device: str, threads: int) -> torch.device:
         reason = str(error).splitlines()[0]
         msg = f"device '{device}' cannot be used here ({reason}); available: {', '.join(available)}"
         raise DeviceError(msg) from error
-    torch.set_num_threads(threads or usable_cores())
+    torch.set_num_threads(threads or default_threads())
     return found
+
+
+def default_threads() -> int:
+    """CPU threads where nobody chose a number: ``$OMP_NUM_THREADS``, which others obey too, else one a usable core."""
+    outermost = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(outermost) if outermost.isdigit() and int(outermost) > 0 else usable_cores()
 
 
 def usable_cores() -> int:

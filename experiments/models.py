@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import inspect
 import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from pruning.export import describe_misfit
 
 from .resnet import CifarResNet, resnet18_cifar
-from .user_function import is_reference, load_function
+from .user_function import call_function, is_reference
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +32,10 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 class ModelError(ValueError):
     """A network that cannot be built, or weights that do not fit it."""
+
+
+class UnknownModelError(ModelError):
+    """A name that no network has."""
 
 
 def model_names() -> list[str]:
@@ -52,6 +55,7 @@ def build_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     Raises:
         ModelError: if the name is unknown (with the nearest ones), the network does not read that many channels, or
             the function returns something else.
+        UserFunctionError: if the function cannot be called so, or raises.
     """
     if is_reference(name):
         return _from_function(name, {"num_classes": num_classes, "in_channels": in_channels})
@@ -64,7 +68,7 @@ def build_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
             f"unknown model '{name}'{hint} Allowed: {', '.join(_BUILT_IN)}, a classification model of torchvision, or "
             f"package.module:function"
         )
-        raise ModelError(msg)
+        raise UnknownModelError(msg)
     if in_channels != 3:
         msg = (
             f"torchvision's '{name}' reads images of 3 channels, the data has {in_channels}; use one of "
@@ -76,10 +80,7 @@ def build_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
 
 
 def _from_function(reference: str, offered: Mapping[str, int]) -> nn.Module:
-    function = load_function(reference)
-    parameters = inspect.signature(function).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    model = function(**{key: value for key, value in offered.items() if takes_any or key in parameters})
+    model = call_function(reference, offered)
     if not isinstance(model, nn.Module):
         msg = f"'{reference}' returned {type(model).__name__}; it must return a torch.nn.Module"
         raise ModelError(msg)

@@ -75,9 +75,7 @@ class Stage:
         seconds = time.perf_counter() - self._started
         note = f", {self._note}" if self._note else ""
         self._display.remove_bar(self._task)
-        self._display.say(
-            f"{self._title}: {self._done:g} {plural(self._kind, self._done)} in {duration(seconds)}{note}"
-        )
+        self._display.say(f"{self._title}: {count(self._done, self._kind)} in {duration(seconds)}{note}")
 
 
 class RunDisplay:
@@ -161,6 +159,6 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def plural(noun: str, count: float) -> str:
-    """``noun`` as it follows ``count``."""
-    return noun if count == 1 else f"{noun}s"
+def count(number: float, noun: str) -> str:
+    """A number of things: ``1 epoch``, ``2.5 evaluations``."""
+    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"

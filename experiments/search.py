@@ -26,7 +26,7 @@ from .machine import describe_machine, set_up_device
 from .methods import MethodSearch, search_with
 from .outcome import RunOutcome, percent
 from .problem import Scoring, SearchProblem, least_squares, probe
-from .progress import RunDisplay, Stage
+from .progress import RunDisplay, Stage, count
 from .run import RunFolder
 from .scalars import EvaluationScalars
 from .subject import Subject, prepare_subject, report_dense
@@ -48,7 +48,7 @@ def start_run(config: RunConfig, root: Path, command: Sequence[str], display: Ru
         Interrupted: if a signal came in; `resume_run` continues.
     """
     folder = create_run(config, root, command)
-    display.say(f"run folder: {root}")
+    display.say(f"run folder: {root} ({config.device}, {count(folder.machine.threads, 'thread')})")
     try:
         return resume_run(root, display, stop)
     except (Interrupted, FileWriteError):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .images import DataError, ImageSplit, MissingSplitError, cache_folder, cached_split
-from .user_function import load_function
+from .user_function import call, call_function
 
 _FOLDERS = ("train", "validation", "test")
 
@@ -90,7 +90,7 @@ def read_function(reference: str, folder: str) -> ImageSplit:
     Raises:
         DataError: if the split is missing or has other types or shapes.
     """
-    splits = load_function(reference)()
+    splits = call_function(reference, {})
     if not isinstance(splits, Mapping):
         msg = f"'{reference}' returned {type(splits).__name__}, not a mapping of split names to (images, labels)"
         raise DataError(msg)
@@ -113,7 +113,7 @@ def read_function(reference: str, folder: str) -> ImageSplit:
 
 
 def _pair(value: Any | Callable[[], Any], what: str) -> tuple[Tensor, Tensor]:
-    pair = value() if callable(value) else value
+    pair = call(what, value, {}) if callable(value) else value
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         msg = f"{what} is {type(pair).__name__}; it must be a pair (images, labels)"
         raise DataError(msg)

@@ -2,9 +2,12 @@
 
 import difflib
 import importlib
+import inspect
 import re
 import sys
-from collections.abc import Callable
+import sysconfig
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 class UserFunctionError(ValueError):
-    """A ``package.module:function`` that does not lead to a function."""
+    """A ``package.module:function`` that does not lead to a function, or a function that fails."""
 
 
 def is_reference(text: str) -> bool:
@@ -44,7 +47,7 @@ def load_function(reference: str) -> Callable[..., Any]:
         )
         raise UserFunctionError(msg) from error
     except Exception as error:
-        msg = f"importing '{module_name}' of '{reference}' failed with {type(error).__name__}: {error}"
+        msg = f"importing '{module_name}' of '{reference}' failed{_place(error)} with {type(error).__name__}: {error}"
         raise UserFunctionError(msg) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -54,3 +57,60 @@ def load_function(reference: str) -> Callable[..., Any]:
         msg = f"module '{module_name}' ({module.__file__}) has no function '{function_name}'{hint}"
         raise UserFunctionError(msg)
     return function  # type: ignore[no-any-return]
+
+
+def call_function(reference: str, offered: Mapping[str, Any]) -> Any:
+    """Call the function that ``reference`` names with those of the ``offered`` arguments that it has parameters for.
+
+    Raises:
+        UserFunctionError: if it cannot be loaded, needs other arguments, or raises; the message names the line.
+    """
+    function = load_function(reference)
+    passed = _accepted(function, offered)
+    try:
+        inspect.signature(function).bind(**passed)
+    except TypeError as error:
+        msg = (
+            f"'{reference}' cannot be called: {error}. Secateur passes {_arguments(offered)}, each if there is a "
+            f"parameter of that name; give the others a default, or name a function that sets them"
+        )
+        raise UserFunctionError(msg) from error
+    return call(f"'{reference}', called with {_arguments(passed)},", function, passed)
+
+
+def call(what: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """What a user's function returns.
+
+    Raises:
+        UserFunctionError: if it raises; the message starts with ``what`` and names the line.
+    """
+    try:
+        return function(**arguments)
+    except Exception as error:
+        msg = f"{what} failed{_place(error)} with {type(error).__name__}: {error}"
+        raise UserFunctionError(msg) from error
+
+
+def _accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(offered)
+    by_name = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
+    return {name: value for name, value in offered.items() if name in by_name}
+
+
+def _arguments(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in arguments.items()) or "no arguments"
+
+
+def _place(error: Exception) -> str:
+    """Where in the user's own code it happened: the innermost frame that is neither a library's nor this module's."""
+    libraries = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__
+        and not frame.filename.startswith("<")
+        and not any(Path(frame.filename).is_relative_to(folder) for folder in libraries)
+    ]
+    return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""

@@ -173,16 +173,28 @@ def test_check_tells_groups_reachable_cost_and_proof(command: Command) -> None:
     assert any(line.startswith("  14: 3 units: ") for line in lines)
 
 
+def test_check_tells_what_a_search_decides_from_what_it_spares(command: Command) -> None:
+    done = command("check", "tests.experiments.tiny:network", "--shape", "1,8,8", "--classes", "3")
+
+    lines = done.out.splitlines()
+    decided = lines.index("groups decided  3 by a search, with 44 units")
+    spared = lines.index(
+        "groups spared   1 by default: the first layer's (decided with search.protect_first=false), with 6 units"
+    )
+    assert [line.split(":")[0] for line in lines[decided + 1 : spared]] == ["  3", "  6", "  9"]
+    assert lines[spared + 1].startswith("  0: 6 units, ")
+
+
 def test_check_as_json_names_every_group(command: Command) -> None:
     done = command("check", "tests.experiments.tiny:network", "--shape", "1,8,8", "--classes", "3", "--json")
 
     told = json.loads(done.out)
-    assert [(group["name"], group["size"]) for group in told["groups"]] == [
-        ("0", 6),
-        ("3", 16),
-        ("6", 16),
-        ("9", 12),
-        ("14", 3),
+    assert [(group["name"], group["size"], group["decided"]) for group in told["groups"]] == [
+        ("0", 6, False),
+        ("3", 16, True),
+        ("6", 16, True),
+        ("9", 12, True),
+        ("14", 3, False),
     ]
     assert told["passed"] is True
 

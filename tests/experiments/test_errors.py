@@ -1,6 +1,7 @@
 """What a user reads when something is wrong: whole messages."""
 
 import errno
+import inspect
 import math
 import os
 import re
@@ -49,6 +50,22 @@ def branching(num_classes: int) -> nn.Module:
 
 def two_classes(in_channels: int) -> nn.Module:
     return network(2, in_channels)
+
+
+def for_colour() -> nn.Module:
+    return network(10, 3)
+
+
+def of_width(num_classes: int, width: int) -> nn.Module:
+    return network(num_classes, width)
+
+
+def mistaken(num_classes: int) -> nn.Module:
+    return nn.Linear(4, num_classes, width=3)  # type: ignore[call-arg]
+
+
+def no_images() -> None:
+    raise FileNotFoundError("no images today")  # noqa: EM101
 
 
 def accuracy(_model: nn.Module) -> float:
@@ -110,6 +127,54 @@ def test_network_with_too_few_outputs_is_told(command: Command, tiny_yaml: Path,
         "error: the network returns outputs (2, 2) for 2 images, the data has 3 classes (0, 1, 2); a tensor (images, "
         "classes) is needed, so build the network for these classes, or name the data that it was trained on"
     )
+
+
+def test_images_that_nobody_chose_are_told_and_blamed(command: Command, tmp_path: Path) -> None:
+    arguments = ["--model", "tests.experiments.test_errors:for_colour", "--out", tmp_path / "run"]
+    done = command("search", *arguments)
+    first, *_, error, note = done.err.splitlines()
+
+    assert done.code == 1
+    assert first == "no --data given: taking the bundled digits (gray, 28x28 pixels, 10 classes)"
+    assert error.startswith("error: '0' cannot be captured: ")
+    assert note == (
+        "no --data was given, so the images were the bundled digits (gray, 28x28 pixels, 10 classes); is this a network "
+        "for them?"
+    )
+
+
+def test_constructor_that_wants_other_arguments_is_told_what_it_gets(command: Command) -> None:
+    done = command("check", "tests.experiments.test_errors:of_width", "--shape", "1,8,8", "--classes", "3")
+
+    assert (done.code, done.err) == (
+        1,
+        "error: 'tests.experiments.test_errors:of_width' cannot be called: missing a required argument: 'width'. Secateur "
+        "passes num_classes=3, in_channels=1, each if there is a parameter of that name; give the others a default, or "
+        "name a function that sets them\n",
+    )
+
+
+def test_constructor_that_fails_is_told_with_its_line(command: Command) -> None:
+    done = command("check", "tests.experiments.test_errors:mistaken", "--shape", "1,8,8", "--classes", "3")
+    line = inspect.getsourcelines(mistaken)[1] + 1
+
+    assert (done.code, done.err) == (
+        1,
+        f"error: 'tests.experiments.test_errors:mistaken', called with num_classes=3, failed at {__file__}:{line} with "
+        "TypeError: Linear.__init__() got an unexpected keyword argument 'width'\n",
+    )
+
+
+def test_data_function_that_fails_is_told_with_its_line(command: Command, tmp_path: Path) -> None:
+    data = "tests.experiments.test_errors:no_images"
+    done = command("search", "--data", data, "--out", tmp_path / "run")
+    line = inspect.getsourcelines(no_images)[1] + 1
+
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == (
+        f"error: '{data}', called with no arguments, failed at {__file__}:{line} with FileNotFoundError: no images today"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_mistyped_option_names_the_nearest(command: Command) -> None:

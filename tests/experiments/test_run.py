@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.config import RunConfig
+from experiments.machine import describe_machine, set_up_device, usable_cores
 from experiments.run import RunError, RunFolder, numbered_folder, refuse_existing
 
 from .outcomes import MACHINE
@@ -90,6 +92,22 @@ def test_numbers_of_runs_go_on_after_the_highest(tmp_path: Path) -> None:
 
     assert numbered_folder(tmp_path, "digits") == tmp_path / "digits-10"
     assert numbered_folder(tmp_path / "missing", "digits") == tmp_path / "missing" / "digits-1"
+
+
+@pytest.mark.parametrize(
+    ("asked", "variable", "threads"), [(3, "2", 3), (0, "2", 2), (0, "2,4", 2), (0, "", usable_cores())]
+)
+def test_threads_are_those_asked_for_else_of_the_environment_else_one_a_core(
+    asked: int, variable: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    before = torch.get_num_threads()
+    try:
+        machine = describe_machine(set_up_device("cpu", asked))
+    finally:
+        torch.set_num_threads(before)
+
+    assert machine.threads == threads
 
 
 def test_machine_differences_are_told_by_name() -> None:
