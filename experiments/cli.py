@@ -277,7 +277,7 @@ def _run(as_json: bool, work: Callable[[RunDisplay, StopFlag], RunOutcome], conf
     from rich.console import Console
 
     from .interrupt import stop_on_signals
-    from .outcome import HEADINGS, plain_lines, result_table, table_cells
+    from .outcome import headings, plain_lines, result_table, speed_notes, table_cells
     from .progress import RunDisplay
 
     with (
@@ -289,10 +289,13 @@ def _run(as_json: bool, work: Callable[[RunDisplay, StopFlag], RunOutcome], conf
     console = Console()
     if as_json:
         print(outcome.model_dump_json(indent=2))
-    elif console.is_terminal:
+        return
+    if console.is_terminal:
         console.print(result_table(outcome))
     else:
-        print("\n".join(plain_lines([["method", *HEADINGS], *table_cells(outcome)])))
+        print("\n".join(plain_lines([headings(outcome), *table_cells(outcome)])))
+    for note in speed_notes(outcome):
+        print(note)
 
 
 def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]], config: RunConfig) -> None:

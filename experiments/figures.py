@@ -115,8 +115,9 @@ def pareto_figure(plans: Sequence[Plan], outcome: RunOutcome) -> str:
     dense_cost = dense.macs if outcome.budget_kind == "macs" else dense.params
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
-        everything, close = figure.subplots(1, 2)
-        for axes in (everything, close):
+        near = near_limit(plans, outcome.cost_limit) if outcome.has_budget else []
+        panels = figure.subplots(1, 2 if near else 1, squeeze=False)[0]
+        for axes in panels:
             for method, own in _by_method(plans).items():
                 cost = [plan.cost / dense_cost for plan in own]
                 colour = COLOURS.get(method, "#475569")
@@ -130,14 +131,19 @@ def pareto_figure(plans: Sequence[Plan], outcome: RunOutcome) -> str:
                 drawstyle="steps-post",
                 label="Pareto front",
             )
-            axes.axvline(outcome.cost_limit / dense_cost, color="#b91c1c", linestyle=":", linewidth=1.4, label="limit")
+            if outcome.has_budget:
+                limit = outcome.cost_limit / dense_cost
+                axes.axvline(limit, color="#b91c1c", linestyle=":", linewidth=1.4, label="limit")
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.set_xlabel(f"share of the dense network's {_long(outcome.budget_kind)}")
-        everything.set_ylabel("accuracy on the search images")
-        everything.set_title("all plans and probes", fontsize=10, loc="left")
-        _zoom_to_limit(close, plans, outcome.cost_limit, dense_cost)
-        everything.legend(*close.get_legend_handles_labels(), fontsize=8, loc="lower right")
+        panels[0].set_ylabel("accuracy on the search images")
+        panels[0].set_title("all plans and probes", fontsize=10, loc="left")
+        if near:
+            _zoom_to_limit(panels[1], near, outcome.cost_limit, dense_cost)
+        legend = panels[0].legend(fontsize=8, loc="lower right", markerscale=1.6)
+        for handle in legend.legend_handles:
+            handle.set_alpha(1.0)
         return _svg(figure, "pareto")
 
 
@@ -196,9 +202,13 @@ def _reward_limits(accuracy: Sequence[float]) -> tuple[float, float]:
     return max(0.0, low - room), min(1.0, high + room)
 
 
-def _zoom_to_limit(axes: Axes, plans: Sequence[Plan], limit: int, dense_cost: int) -> None:
-    near = [plan for plan in plans if 0.97 * limit <= plan.cost <= limit]
-    lowest = min((plan.cost for plan in near), default=round(0.99 * limit))
+def near_limit(plans: Sequence[Plan], limit: int) -> list[Plan]:
+    """The plans that cost at most the limit and at least 97 % of it."""
+    return [plan for plan in plans if 0.97 * limit <= plan.cost <= limit]
+
+
+def _zoom_to_limit(axes: Axes, near: Sequence[Plan], limit: int, dense_cost: int) -> None:
+    lowest = min(plan.cost for plan in near)
     room = 0.08 * max(limit - lowest, limit // 1000)
     axes.set_title("close to the limit", fontsize=10, loc="left")
     axes.set_xlim((lowest - room) / dense_cost, (limit + room) / dense_cost)

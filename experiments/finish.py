@@ -199,6 +199,7 @@ def _row(subject: Subject, problem: SearchProblem, finalist: Finalist) -> Method
     return row.model_copy(
         update={
             "evaluations": search.evaluations,
+            "plans": search.plans,
             "cache_hits": search.cache_hits,
             "seconds": search.seconds,
             "seconds_evaluating": search.seconds_evaluating,
@@ -281,6 +282,7 @@ def _outcome(
         machine=folder.machine,
         probe_evaluations=problem.probe_evaluations,
         probe_seconds=problem.probe_seconds,
+        granted_evaluations=config.search.evaluations,
         n_validation=len(subject.data.validation),
         n_test=n_test,
         rows=tuple(rows),

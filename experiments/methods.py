@@ -35,6 +35,8 @@ class MethodSearch(BaseModel):
     method: Method
     evaluations: float
     """Evaluations counted: candidates, finalists pro rata, and the probes where the method used them."""
+    plans: int = 0
+    """Different plans scored on the search images."""
     cache_hits: int
     """Plans proposed again, which were free."""
     seconds: float
@@ -106,6 +108,7 @@ def search_with(
     return MethodSearch(
         method=method,
         evaluations=probes + evaluator.evaluations_used + weight * sum(s.evaluations_used for s in searchers[1:]),
+        plans=len(best),
         cache_hits=evaluator.cache_hits,
         seconds=probe_seconds + before + time.perf_counter() - started,
         seconds_evaluating=probe_seconds + math.fsum(searcher.seconds for searcher in searchers),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from latency.budget import Budget
 from .machine import Machine
 
 DENSE = "dense"
+NO_BUDGET = "no budget"
 
 
 class _Record(BaseModel):
@@ -28,6 +30,18 @@ class Latency(_Record):
     upper_quartile_ms: float
     n_runs: int
 
+    def differs_from(self, other: Latency) -> bool:
+        """Whether the quartile ranges are apart; where they overlap, a ratio of medians says little."""
+        return self.upper_quartile_ms < other.lower_quartile_ms or other.upper_quartile_ms < self.lower_quartile_ms
+
+    def __str__(self) -> str:
+        # Two digits where the calls scatter by more than a tenth: a third would only show the noise.
+        digits = 3 if self.upper_quartile_ms - self.lower_quartile_ms < 0.1 * self.median_ms else 2
+        median, lower, upper = (
+            significant(ms, digits) for ms in (self.median_ms, self.lower_quartile_ms, self.upper_quartile_ms)
+        )
+        return f"{median} [{lower}-{upper}]"
+
 
 class MethodOutcome(_Record):
     """One row of the table: the dense network, a baseline or an agent."""
@@ -36,6 +50,8 @@ class MethodOutcome(_Record):
     """``dense`` or the method's name."""
     evaluations: float = 0.0
     """Evaluations counted: candidates, finalists pro rata, and the probes where the method used them."""
+    plans: int = 0
+    """Different plans scored."""
     cache_hits: int = 0
     """Plans proposed again, which cost nothing."""
     seconds: float = 0.0
@@ -85,9 +101,26 @@ class RunOutcome(_Record):
     probe_evaluations: float = 0.0
     """Evaluations that the sensitivity probes count as; made once, counted for each method that uses them."""
     probe_seconds: float = 0.0
+    granted_evaluations: int | None = None
+    """Evaluations that each searching method was granted; one that finds nothing new to propose ends with fewer."""
     n_validation: int
     n_test: int
     rows: tuple[MethodOutcome, ...]
+
+    @property
+    def split(self) -> str:
+        """The split that accuracies are shown on: ``test`` if there is one, else ``validation``."""
+        return "test" if self.n_test else "validation"
+
+    @property
+    def images(self) -> str:
+        """That split with its size: ``750 test images``."""
+        return f"{self.n_test or self.n_validation:,} {self.split} images"
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether plans had a limit to keep."""
+        return self.budget != NO_BUDGET
 
     def row(self, method: str) -> MethodOutcome:
         """The row of one method; `KeyError` if it was not run."""
@@ -105,18 +138,21 @@ class RunOutcome(_Record):
 def budget_words(budget: Budget | None) -> str:
     """A budget as a headline says it: ``at most 20% of its MACs``."""
     if budget is None:
-        return "no budget"
+        return NO_BUDGET
     noun = {"macs": "MACs", "params": "parameters"}[budget.kind]
     return (
         f"at most {100 * budget.share:.4g} % of its {noun}" if budget.share else f"at most {budget.absolute:,} {noun}"
     )
 
 
-HEADINGS = ("accuracy", "fine-tuned", "MACs", "params", "bytes", "eager ms", "onnx ms", "evaluations", "seconds")
+def headings(outcome: RunOutcome) -> list[str]:
+    """Headings of the table's columns."""
+    accuracies = [f"{outcome.split} accuracy", f"{outcome.split}, fine-tuned"]
+    return ["method", *accuracies, "MACs", "params", "bytes", "eager ms", "onnx ms", "evaluations", "seconds"]
 
 
 def table_cells(outcome: RunOutcome) -> list[list[str]]:
-    """The table's rows as text: the method, then one cell for each of `HEADINGS`."""
+    """The table's rows as text, one cell for each of `headings`."""
     dense = outcome.row(DENSE)
     return [
         [
@@ -136,14 +172,30 @@ def table_cells(outcome: RunOutcome) -> list[list[str]]:
 
 def result_table(outcome: RunOutcome) -> Table:
     """The table at the end of a run."""
-    split = f"{outcome.n_test:,} test images" if outcome.n_test else f"{outcome.n_validation:,} validation images"
-    table = Table(title=f"{outcome.model} with {outcome.budget}, {outcome.data}; accuracy on {split}")
-    table.add_column("method")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right")
+    table = Table(title=f"{outcome.model} with {outcome.budget}, {outcome.data}; accuracy on {outcome.images}")
+    for place, heading in enumerate(headings(outcome)):
+        table.add_column(heading, justify="right" if place else "left")
     for cells in table_cells(outcome):
         table.add_row(*cells)
     return table
+
+
+def speed_notes(outcome: RunOutcome) -> list[str]:
+    """Where the measured times do not tell a pruned network from the dense one, a sentence a runtime."""
+    notes = []
+    for dense in outcome.row(DENSE).latencies:
+        alike = [
+            row.method
+            for row in outcome.rows
+            for latency in row.latencies
+            if row.method != DENSE and latency.runtime == dense.runtime and not latency.differs_from(dense)
+        ]
+        if alike:
+            notes.append(
+                f"Times on {dense.runtime}: the quartile ranges of {', '.join(alike)} overlap the dense network's. The "
+                "machine was too noisy, or the saving too small, to tell them apart."
+            )
+    return notes
 
 
 def plain_lines(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -175,6 +227,12 @@ def _with_share(count: int, dense: int) -> str:
     return amount(count) if count == dense else f"{amount(count)} ({count / dense:.1%})"
 
 
+def significant(value: float, digits: int) -> str:
+    """A positive number rounded to so many significant digits, without an exponent."""
+    decimals = digits - 1 - math.floor(math.log10(value))
+    return f"{round(value, decimals):.{max(0, decimals)}f}"
+
+
 def _times(row: MethodOutcome, n: int) -> list[str]:
-    times = [f"{t.median_ms:.2f} [{t.lower_quartile_ms:.2f}-{t.upper_quartile_ms:.2f}]" for t in row.latencies]
+    times = [str(latency) for latency in row.latencies]
     return (times + ["-"] * n)[:n]

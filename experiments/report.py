@@ -8,9 +8,9 @@ from pathlib import Path
 from string import Template
 
 from .config import METHODS, ONE_SHOT
-from .figures import COLOURS, Plan, keep_ratio_figure, latency_figure, pareto_figure, reward_figure
-from .outcome import DENSE, HEADINGS, MethodOutcome, RunOutcome, amount, percent, table_cells
-from .progress import duration
+from .figures import COLOURS, Plan, keep_ratio_figure, latency_figure, near_limit, pareto_figure, reward_figure
+from .outcome import DENSE, MethodOutcome, RunOutcome, amount, headings, percent, significant, speed_notes, table_cells
+from .progress import count, duration
 
 Score = Callable[[MethodOutcome, RunOutcome], float | None]
 
@@ -43,7 +43,6 @@ def render_report(outcome: RunOutcome, plans: Sequence[Plan], configuration: str
 def verdict(outcome: RunOutcome) -> str:
     """Who won, in a sentence that holds whoever it is."""
     rows = [row for row in outcome.rows if row.method != DENSE]
-    split = f"{outcome.n_test:,} test images" if outcome.n_test else f"{outcome.n_validation:,} validation images"
     sentences = []
     for stage, score in (("Before fine-tuning", accuracy_before), ("After fine-tuning", accuracy_after)):
         scored = [(value, row.method) for row in rows if (value := score(row, outcome)) is not None]
@@ -52,7 +51,7 @@ def verdict(outcome: RunOutcome) -> str:
         best = max(value for value, _ in scored)
         winners = [name for value, name in scored if value == best]
         verb = "is best" if len(winners) == 1 else "are best, all alike,"
-        text = f"{stage} {' and '.join(winners)} {verb} with {percent(best)} on the {split}"
+        text = f"{stage} {' and '.join(winners)} {verb} with {percent(best)} on the {outcome.images}"
         uniform = next((value for value, name in scored if name == "uniform"), None)
         if uniform is not None and "uniform" not in winners:
             text += f", {100 * (best - uniform):+.2f} points from uniform"
@@ -81,13 +80,18 @@ def _cards(outcome: RunOutcome) -> str:
     best = max(pruned, key=lambda row: score(row, outcome) or 0.0)
     kind = "when fine-tuned" if score is accuracy_after else "before fine-tuning"
     cards = [
-        (percent(accuracy_before(dense, outcome)), "dense accuracy"),
+        (percent(accuracy_before(dense, outcome)), f"dense, on {outcome.images}"),
         (percent(score(best, outcome)), f"{best.method}, best {kind}"),
         (f"{1 - best.macs / dense.macs:.1%}", f"multiply-adds removed ({amount(best.macs)} left)"),
         (f"{1 - best.params / dense.params:.1%}", f"parameters removed ({amount(best.params)} left)"),
     ]
     for before, after in zip(dense.latencies, best.latencies, strict=True):
-        cards.append((f"{before.median_ms / after.median_ms:.2f}x", f"measured speed, {before.runtime}"))
+        if after.differs_from(before):
+            cards.append(
+                (f"{significant(before.median_ms / after.median_ms, 2)}x", f"measured speed, {before.runtime}")
+            )
+        else:
+            cards.append(("unclear", f"measured speed, {before.runtime}: the times overlap with the dense network's"))
     return "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in cards
     )
@@ -106,7 +110,7 @@ def _result_table(outcome: RunOutcome) -> str:
         body.append(
             f'<tr class="{"dense" if method == DENSE else ""}"><td>{_key(method)}{escape(method)}</td>{marked}</tr>'
         )
-    return _html_table(["method", *HEADINGS], body)
+    return _html_table(headings(outcome), body)
 
 
 def _best_method(rows: Sequence[MethodOutcome], score: Score, outcome: RunOutcome) -> str | None:
@@ -122,8 +126,8 @@ def _figure_sections(outcome: RunOutcome, plans: Sequence[Plan]) -> list[str]:
         sections.append(
             _section(
                 "Reward per evaluation",
-                "Dots are candidates, lines the best so far, dashed lines the methods that propose a single plan. All "
-                "searching methods start from the same plan and spend the same number of evaluations.",
+                "Dots are candidates, lines the best so far, dashed lines the methods that propose a single plan. "
+                f"{_comparison(outcome)}",
                 reward_figure([plan for plan in plans if plan.method in METHODS]),
             )
         )
@@ -139,7 +143,8 @@ def _figure_sections(outcome: RunOutcome, plans: Sequence[Plan]) -> list[str]:
         sections.append(
             _section(
                 "Accuracy against cost",
-                "Every plan evaluated, sensitivity probes included. A plan on the front is beaten by none in both.",
+                "Every plan evaluated, sensitivity probes included. A plan on the front is beaten by none in both."
+                f"{_close_note(outcome, plans)}",
                 pareto_figure(plans, outcome),
             )
         )
@@ -148,18 +153,46 @@ def _figure_sections(outcome: RunOutcome, plans: Sequence[Plan]) -> list[str]:
         sections.append(
             _section(
                 "Measured time",
-                f"CPU, {outcome.machine.threads} threads, all networks interleaved in one run. Multiply-adds are not "
-                "time: small layers, memory traffic and the runtime decide how much of the saving arrives.",
+                " ".join(
+                    [
+                        f"CPU, {count(outcome.machine.threads, 'thread')}, all networks interleaved in one run. "
+                        "Multiply-adds are not time: small layers, memory traffic and the runtime decide how much of "
+                        "the saving arrives.",
+                        *speed_notes(outcome),
+                    ]
+                ),
                 latency_figure(timed),
             )
         )
     return sections
 
 
+def _comparison(outcome: RunOutcome) -> str:
+    """On what terms the searching methods are compared: equal numbers of evaluations, if they were equal."""
+    searching = [row for row in outcome.rows if row.method not in (DENSE, *ONE_SHOT)]
+    if len(searching) < 2:
+        return ""
+    most = max(row.evaluations for row in searching)
+    text = "All searching methods start from the same plan"
+    # The finalists count pro rata, so that equal grants may differ by less than one.
+    if all(row.evaluations > most - 1 for row in searching):
+        return f"{text} and spend the same number of evaluations."
+    spent = ", ".join(f"{row.method} {row.evaluations:.4g} ({row.plans} different plans)" for row in searching)
+    granted = f", of {outcome.granted_evaluations} granted" if outcome.granted_evaluations else ""
+    why = "A method that proposes little but known plans ends early."
+    return f"{text}, but did not spend the same number of evaluations{granted}: {spent}. {why}"
+
+
+def _close_note(outcome: RunOutcome, plans: Sequence[Plan]) -> str:
+    if not outcome.has_budget or near_limit(plans, outcome.cost_limit):
+        return ""
+    return " No plan costs nearly as much as the limit allows: one rounding step more would be over it."
+
+
 def _cost_note(outcome: RunOutcome) -> str:
     note = (
-        "An evaluation is one candidate: built, batch norms re-estimated, scored. Finalists count pro rata; repeated "
-        "plans are free."
+        "An evaluation is one candidate: built, batch norms re-estimated, scored. Finalists count pro rata; plans "
+        "proposed again are not scored again and count nothing."
     )
     if outcome.probe_evaluations:
         note += (
@@ -170,14 +203,23 @@ def _cost_note(outcome: RunOutcome) -> str:
 
 
 def _cost_table(outcome: RunOutcome) -> str:
-    heads = ["method", "evaluations", "repeated plans", "wall time", "s an evaluation", "outside evaluating"]
+    heads = [
+        "method",
+        "evaluations",
+        "different plans",
+        "proposed again",
+        "wall time",
+        "s an evaluation",
+        "outside evaluating",
+    ]
     body = []
     for row in outcome.rows:
         if row.method == DENSE:
             continue
         each = f"{row.seconds_evaluating / row.evaluations:.3f}" if row.evaluations else "-"
         share = f"{row.overhead:.1%}" if row.overhead is not None and row.method not in ONE_SHOT else "-"
-        cells = [f"{row.evaluations:.4g}", str(row.cache_hits), duration(row.seconds), each, share]
+        plans = str(row.plans or "-")
+        cells = [f"{row.evaluations:.4g}", plans, str(row.cache_hits), duration(row.seconds), each, share]
         body.append(
             f"<tr><td>{_key(row.method)}{escape(row.method)}</td>{''.join(f'<td>{escape(c)}</td>' for c in cells)}</tr>"
         )

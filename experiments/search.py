@@ -251,6 +251,11 @@ def _search(
             )
     finally:
         scalars.close()
+    if method not in ONE_SHOT and found.evaluations <= settings.evaluations - 1:
+        display.say(
+            f"{method}: ended with {found.evaluations:g} of {settings.evaluations} evaluations, as it proposed little "
+            f"but plans that it knew: {count(found.plans, 'different plan')}, {found.cache_hits} proposed again"
+        )
     problem.policy(found.kept).save(own.policy_file)
     write_atomic(own.search_file, found.model_dump_json(indent=2).encode())
     return found
@@ -264,15 +269,24 @@ class Watch:
     ) -> None:
         self._stage, self._problem, self._stop, self._scalars = stage, problem, stop, scalars
         self._best = 0.0
+        self._repeats = 0
 
     def __call__(self, evaluation: Evaluation) -> None:
         """Take one evaluation in."""
-        if not evaluation.cached:
+        if evaluation.cached:
+            self._repeats += 1
+            self._stage.advance(0, 0.0, self._note)
+        else:
             self._best = max(self._best, evaluation.accuracy)
-            self._stage.advance(evaluation.fidelity, evaluation.seconds, f"best {percent(self._best)}")
+            self._stage.advance(evaluation.fidelity, evaluation.seconds, self._note)
             if self._scalars:
                 self._scalars.add(evaluation, self._problem.reward(evaluation.accuracy, evaluation.cost))
         self._stop.check()
+
+    @property
+    def _note(self) -> str:
+        repeats = f", {count(self._repeats, 'known plan')} proposed again" if self._repeats else ""
+        return f"best {percent(self._best)}{repeats}"
 
 
 def _reward(name: str | None, limit: int | None) -> RewardFunction:

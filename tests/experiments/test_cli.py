@@ -29,8 +29,31 @@ def test_search_ends_with_a_table_of_all_methods(command: Command, tiny_yaml: Pa
     done = command("search", tiny_yaml, "--out", tmp_path / "run")
 
     lines = done.out.splitlines()
-    assert [line.split()[0] for line in lines] == ["method", "dense", "uniform", "random"]
+    assert [line.split()[0] for line in lines[:4]] == ["method", "dense", "uniform", "random"]
+    assert lines[0].split(maxsplit=3)[1:3] == ["test", "accuracy"]
     assert "dense accuracy: " in done.err
+
+
+def test_method_that_knows_every_plan_of_a_small_space_says_so(
+    command: Command, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    # One group is left, which can keep 2 to 16 of its units: with 85 % of the multiply-adds spent on others, few fit.
+    small = ["--set", "search.protected=[3, 9]", "--methods", "random", "--set", "search.rounding=8"]
+    done = command("search", tiny_yaml, *small, "--budget", "90%", "--evaluations", "20", "--out", tmp_path / "run")
+    row = RunOutcome.load(tmp_path / "run" / "results.json").row("random")
+    plans = {e["digest"] for e in journal(tmp_path / "run") if (e["searcher"], e["purpose"]) == ("random", "candidate")}
+
+    assert row.plans == len(plans) < 8
+    assert row.evaluations < 19
+    assert (
+        f"random: ended with {row.evaluations:g} of 20 evaluations, as it proposed little but plans that it knew: "
+        f"{row.plans} different plan"
+    ) in done.err
+
+
+def journal(run: Path) -> list[dict[str, Any]]:
+    """Every evaluation of a run, as it was recorded."""
+    return [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
 
 
 def test_json_holds_the_outcome_and_nothing_else(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:

@@ -4,7 +4,16 @@ from html.parser import HTMLParser
 import pytest
 
 from experiments.figures import Plan, keep_ratio_figure, pareto_front
-from experiments.outcome import RunOutcome, amount, plain_lines, table_cells
+from experiments.outcome import (
+    Latency,
+    RunOutcome,
+    amount,
+    headings,
+    plain_lines,
+    significant,
+    speed_notes,
+    table_cells,
+)
 from experiments.report import render_report, verdict
 
 from .outcomes import outcome, plans, row
@@ -81,8 +90,94 @@ def test_table_shows_shares_of_the_dense_network() -> None:
 
     assert cells == [
         "ppo", "80.00 %", "88.00 %", "500 (50.0%)", "60 (60.0%)", "240B",
-        "2.00 [1.90-2.10]", "1.00 [0.90-1.10]", "10", "20.0",
+        "2.0 [1.9-2.1]", "1.0 [0.90-1.1]", "10", "20.0",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n_test", "split"), [(750, "test"), (0, "validation")])
+def test_headings_say_which_split_an_accuracy_is_of(n_test: int, split: str) -> None:
+    assert headings(two_methods(n_test=n_test))[1:3] == [f"{split} accuracy", f"{split}, fine-tuned"]
+
+
+def timed(lower_ms: float, median_ms: float, upper_ms: float) -> Latency:
+    return Latency(
+        runtime="eager", median_ms=median_ms, lower_quartile_ms=lower_ms, upper_quartile_ms=upper_ms, n_runs=30
+    )
+
+
+def measured(dense: Latency, pruned: Latency) -> RunOutcome:
+    """A run of one method with these times."""
+    whole = outcome(row("ppo", 0.8, 0.88, latencies=(pruned,)))
+    return whole.model_copy(update={"rows": (whole.rows[0].model_copy(update={"latencies": (dense,)}), whole.rows[1])})
+
+
+def test_speed_that_is_clear_is_told_as_a_ratio() -> None:
+    found = measured(timed(2.9, 3.0, 3.1), timed(1.4, 1.5, 1.6))
+
+    assert speed_notes(found) == []
+    assert "<b>2.0x</b><span>measured speed, eager</span>" in render_report(found, plans(), "")
+
+
+def test_times_that_overlap_give_no_ratio_but_a_reason() -> None:
+    found = measured(timed(1.41, 3.0, 13.5), timed(0.79, 1.5, 7.89))
+    page = render_report(found, plans(), "")
+
+    assert speed_notes(found) == [
+        "Times on eager: the quartile ranges of ppo overlap the dense network's. The machine was too noisy, or the "
+        "saving too small, to tell them apart."
+    ]
+    assert "<b>unclear</b>" in page
+    assert "2.0x" not in page
+
+
+@pytest.mark.parametrize(
+    ("latency", "text"),
+    [
+        (timed(1.41, 1.494, 13.5), "1.5 [1.4-14]"),
+        (timed(1.481, 1.4942, 1.52), "1.49 [1.48-1.52]"),
+        (timed(1203.4, 1234.5, 1250), "1230 [1200-1250]"),
+        (timed(0.0171, 0.02, 0.0305), "0.020 [0.017-0.030]"),
+    ],
+)
+def test_times_have_no_more_digits_than_they_are_worth(latency: Latency, text: str) -> None:
+    assert str(latency) == text
+
+
+def test_numbers_are_rounded_to_significant_digits() -> None:
+    assert [significant(value, 2) for value in (0.0123, 1.25, 99.6, 1234.0)] == ["0.012", "1.2", "100", "1200"]
+
+
+def test_equal_numbers_of_evaluations_are_claimed_only_where_they_were_equal() -> None:
+    equal = outcome(row("cem", 0.8, 0.88, evaluations=39.5), row("ppo", 0.8, 0.88, evaluations=39))
+    uneven = outcome(
+        row("cem", 0.8, 0.88, evaluations=14, plans=9),
+        row("ppo", 0.8, 0.88, evaluations=10, plans=5),
+        granted_evaluations=14,
+    )
+
+    assert "All searching methods start from the same plan and spend the same number of evaluations." in render_report(
+        equal, plans(), ""
+    )
+    assert (
+        "All searching methods start from the same plan, but did not spend the same number of evaluations, of 14 "
+        "granted: cem 14 (9 different plans), ppo 10 (5 different plans)."
+    ) in render_report(uneven, plans(), "")
+
+
+def test_panel_close_to_the_limit_is_left_out_where_no_plan_is() -> None:
+    far = [Plan("ppo", 1, 0.8, 300), Plan("ppo", 2, 0.7, 400)]
+    shown, hidden = (render_report(two_methods(), some, "") for some in (plans(), far))
+
+    assert "<!-- close to the limit -->" in shown
+    assert "<!-- close to the limit -->" not in hidden
+    assert "No plan costs nearly as much as the limit allows" in hidden
+
+
+def test_run_without_a_budget_shows_no_limit() -> None:
+    page = render_report(two_methods(budget="no budget", cost_limit=1000), [*plans(), Plan("ppo", 11, 0.9, 1000)], "")
+
+    assert "<!-- limit -->" not in page
+    assert "<!-- close to the limit -->" not in page
 
 
 def test_plain_lines_are_aligned() -> None:
