@@ -50,12 +50,46 @@ class Epilogue(ctypes.Structure):
     _fields_ = [("bias", _Pointer), ("residual", _Pointer), ("activation", _Int)]
 
 
+class View(ctypes.Structure):
+    """``SecateurView`` of ``csrc/layer.h``."""
+
+    _fields_ = [
+        ("data", _Pointer),
+        *((name, _Int) for name in ("image", "channel", "row", "column", "border_h", "border_w", "has_slack")),
+        ("lanes", _Pointer),
+    ]
+
+
+class Step(ctypes.Structure):
+    """``SecateurStep`` of ``csrc/layer.h``."""
+
+    _fields_ = [
+        ("kind", _Int),
+        ("shape", Shape),
+        ("weight", Weight),
+        ("epilogue", Epilogue),
+        *((name, View) for name in ("x", "residual", "out")),
+        ("first_channel", _Int),
+    ]
+
+
+STEP_KINDS = (
+    *("convolution", "linear", "depthwise", "max_pool", "average_pool", "padded_average_pool", "adaptive_pool"),
+    *("add", "scale", "copy"),
+)
+"""Names by their number in ``csrc/layer.h``."""
+PROGRESS_VALUES = 8
+"""Int64 values of a ``SecateurProgress``."""
+
 _Layer = [ctypes.POINTER(Shape), ctypes.POINTER(Weight)]
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "use_threads": (None, [_Pointer]),
     "choose": (ctypes.c_char_p, [ctypes.c_char_p]),
     "input_floats": (_Int, [ctypes.POINTER(Shape)]),
     "offsets": (None, [ctypes.POINTER(Shape), _Int, _Pointer, _Pointer]),
+    "step_floats": (_Int, [ctypes.POINTER(Step)]),
+    "step_offsets": (None, [ctypes.POINTER(Step), _Int, _Pointer, _Pointer]),
+    "run_plan": (ctypes.c_int, [ctypes.POINTER(Step), _Int, _Pointer, _Int]),
     "conv2d": (ctypes.c_int, [*_Layer, ctypes.POINTER(Epilogue), _Pointer, _Pointer, _Int]),
     "values_grad": (ctypes.c_int, [*_Layer, _Pointer, _Pointer, _Pointer, _Int]),
     "linear_rows": (ctypes.c_int, [_Int, _Int, _Int, _Layer[1], ctypes.POINTER(Epilogue), _Pointer, _Pointer, _Int]),
@@ -116,13 +150,21 @@ class Library:
         Raises:
             ValueError: if one image has so many values that offsets do not fit 32 bits.
         """
-        floats = self._library.secateur_input_floats(shape)
-        if floats >= 2**31:
-            msg = f"the packed input of one image has {floats} values; sparse kernels take fewer than 2**31"
-            raise ValueError(msg)
+        _check_floats(self._library.secateur_input_floats(shape))
         offsets = torch.empty_like(columns)
         self._library.secateur_offsets(shape, len(columns), pointer(columns), pointer(offsets))
         return offsets
+
+    def step_offsets(self, step: Step, columns: Tensor) -> Tensor:
+        """The same for a convolution of a plan."""
+        _check_floats(self._library.secateur_step_floats(step))
+        offsets = torch.empty_like(columns)
+        self._library.secateur_step_offsets(step, len(columns), pointer(columns), pointer(offsets))
+        return offsets
+
+    def run_plan(self, steps: ctypes.Array[Step], progress: Tensor) -> None:
+        """Run the steps one after the other; ``progress`` is memory of `PROGRESS_VALUES` a step."""
+        _check(self._library.secateur_run_plan(steps, len(steps), pointer(progress), torch.get_num_threads()))
 
     def conv2d(self, shape: Shape, weight: Weight, epilogue: Epilogue, x: Tensor, out: Tensor) -> None:
         """Run one convolution into ``out``."""
@@ -186,6 +228,12 @@ def library() -> Library | None:
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of the first element, null for None."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def _check_floats(floats: int) -> None:
+    if floats >= 2**31:
+        msg = f"the packed input of one image has {floats} values; sparse kernels take fewer than 2**31"
+        raise ValueError(msg)
 
 
 def _check(status: int) -> None:

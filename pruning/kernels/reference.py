@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu", "hardswish")
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu", "hardswish", "sigmoid", "hardsigmoid")
 """Names by their number in ``csrc/layer.h``. ``gelu`` is the exact one, by the error function."""
 
 
@@ -14,7 +14,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
     """``x`` after the activation of that name."""
     if activation == "none":
         return x
-    function = getattr(functional, activation)
+    function = torch.sigmoid if activation == "sigmoid" else getattr(functional, activation)
     result: Tensor = function(x)
     return result
 
@@ -33,6 +33,11 @@ def activation_grad(grad: Tensor, before: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
         density = torch.exp(-0.5 * before * before) * 0.3989422804014327
         return grad * (0.5 * (1 + torch.erf(before * 0.7071067811865476)) + before * density)
+    if activation == "sigmoid":
+        sigmoid = torch.sigmoid(before)
+        return grad * sigmoid * (1 - sigmoid)
+    if activation == "hardsigmoid":
+        return grad * ((before > -3) & (before < 3)) / 6
     return grad * torch.where(before <= -3, 0.0, torch.where(before < 3, before / 3 + 0.5, 1.0))
 
 

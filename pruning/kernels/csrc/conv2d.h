@@ -13,14 +13,45 @@ constexpr int64_t SCRATCH_FLOATS = 32 * 1024;
 struct Convolution {
   const SecateurShape& shape;
   const SecateurWeight& weight;
-  const SecateurEpilogue& epilogue;
-  const float* x;
-  float* out;
+  const float* bias;
+  int64_t activation;
+  SecateurView x, residual, out;
   Planes planes;
   Tiles tiles;
-  int64_t parts;  // of the output channels, one task each
-  bool is_clamp;  // the activation is a clamp, which tiles do as they store
-  bool failed;
+  // One strip is cut into tasks by output channels and, if its sums need no scratch, by tiles.
+  int64_t channel_parts, tile_parts;
+
+  Convolution(const SecateurShape& shape, const SecateurWeight& weight, const SecateurEpilogue& epilogue,
+              const SecateurView& x, const SecateurView& residual, const SecateurView& out, int64_t threads)
+      : shape(shape), weight(weight), bias(epilogue.bias), activation(epilogue.activation), x(x), residual(residual),
+        out(out), planes(shape, x, out), tiles(weight.block), channel_parts(1), tile_parts(1) {
+    const int64_t strips = shape.batch * planes.strips(shape);
+    if (strips % threads == 0 || strips >= 4 * threads) return;
+    // Whichever is smaller, weights or activations, is read by every thread.
+    const int64_t cuts = divide_up(map_pixels(), LANES * tiles.most_vectors);
+    const bool has_small_weights = values() < shape.in_channels * shape.height * shape.width;
+    if (planes.in_place && out.has_slack && is_home(shape.out_height) && has_small_weights && cuts >= 2 * threads)
+      tile_parts = smaller(cuts, 4 * threads);
+    else
+      // Each part packs the input for itself, if it is packed at all.
+      channel_parts = smaller(weight.groups, planes.in_place ? 4 * threads : threads);
+  }
+
+  bool is_clamp() const { return activation <= RELU6; }  // which tiles do as they store
+  int64_t group_rows() const { return weight.block == 1 ? ROWS : weight.block; }
+  int64_t values() const { return weight.value_start[weight.groups * weight.chunks]; }
+  int64_t map_pixels() const { return (shape.out_height - 1) * planes.pitch + shape.out_width; }
+  int64_t tasks() const { return shape.batch * planes.strips(shape) * channel_parts * tile_parts; }
+
+  // Sums of a strip of `rows` can live in the output itself if its rows are as far apart as those of the planes, and if
+  // what tiles write beyond the strip's last pixel is nobody's.
+  bool is_home(int64_t rows) const {
+    if (planes.pitch != out.row) return false;
+    if (residual.data && (residual.row != out.row || residual.has_slack < out.has_slack)) return false;
+    if (out.has_slack) return planes.strips(shape) == 1;
+    const int64_t pixels = rows * out.row;
+    return pixels >= LANES && (pixels % LANES == 0 || (weight.chunks == 1 && is_clamp()));
+  }
 };
 
 // The pixels of a strip, cut into tiles of equal width; the last one may be narrower.
@@ -28,18 +59,18 @@ struct Cut {
   int64_t pixels, vectors, count;
 
   // Never wider than the strip: a tile that would read past the end of the input moves back over the one before.
-  Cut(int64_t pixels, int64_t most_vectors, bool in_place) : pixels(pixels) {
+  Cut(int64_t pixels, int64_t most_vectors, bool is_bounded) : pixels(pixels) {
     const int64_t needed = divide_up(pixels, LANES);
     vectors = divide_up(needed, divide_up(needed, most_vectors));
-    if (in_place) vectors = larger(1, smaller(vectors, pixels / LANES));
+    if (is_bounded) vectors = larger(1, smaller(vectors, pixels / LANES));
     count = divide_up(pixels, width());
   }
 
   int64_t width() const { return vectors * LANES; }
   int64_t vectors_of(int64_t tile) const { return smaller(vectors, divide_up(pixels - tile * width(), LANES)); }
-  int64_t start_of(int64_t tile, bool in_place) const {
+  int64_t start_of(int64_t tile, bool is_bounded) const {
     const int64_t start = tile * width();
-    return in_place ? smaller(start, pixels - vectors_of(tile) * LANES) : start;
+    return is_bounded ? smaller(start, pixels - vectors_of(tile) * LANES) : start;
   }
 };
 
@@ -50,37 +81,41 @@ struct Strip {
   float* scratch;
   Cut cut;
   int64_t first_group, last_group;
-  bool is_in_place;  // tiles may not read or write past the strip's last pixel
-  bool is_home;      // sums live in the output itself, not in scratch
+  bool is_bounded;  // tiles may not read or write past the strip's last pixel
+  bool is_home;     // sums live in the output itself, not in scratch
 };
 
 // Sums of `count` tiles from `first` on, for all groups, chunk by chunk.
 inline void add_tiles(const Convolution& c, const Strip& strip, int64_t first, int64_t count) {
   const SecateurWeight& w = c.weight;
-  const int64_t group_rows = w.block == 1 ? ROWS : w.block;
-  const int64_t pixels = c.shape.out_height * c.shape.out_width;
-  const int64_t stride = strip.is_home ? pixels : count * strip.cut.width();
+  const int64_t group_rows = c.group_rows();
   for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
+    const bool is_last = strip.is_home && chunk == w.chunks - 1;
     for (int64_t group = strip.first_group; group < strip.last_group; ++group) {
       const int64_t entry = chunk * w.groups + group;
       for (int64_t row = 0; row < group_rows; row += c.tiles.rows) {
         const int64_t channel = group * group_rows + row;
+        if (channel >= c.shape.out_channels) break;
         for (int64_t tile = first; tile < first + count; ++tile) {
-          const int64_t start = strip.cut.start_of(tile, strip.is_in_place);
+          const int64_t start = strip.cut.start_of(tile, strip.is_bounded);
           Destination d{};
-          d.stride = stride;
           d.rows = smaller(c.tiles.rows, c.shape.out_channels - channel);
-          d.to = strip.is_home ? strip.out + channel * pixels + start
-                               : strip.scratch + (channel - strip.first_group * group_rows) * stride +
+          d.stride = strip.is_home ? c.out.channel : count * strip.cut.width();
+          d.to = strip.is_home ? strip.out + channel * c.out.channel + start
+                               : strip.scratch + (channel - strip.first_group * group_rows) * d.stride +
                                      (tile - first) * strip.cut.width();
-          if (chunk > 0) d.from = d.to;
-          else {
-            d.bias = c.epilogue.bias ? c.epilogue.bias + channel : nullptr;
-            d.from = strip.is_home && strip.residual ? strip.residual + channel * pixels + start : nullptr;
+          if (chunk > 0) {
+            d.from = d.to;
+            d.from_stride = d.stride;
+          } else {
+            d.bias = c.bias ? c.bias + channel : nullptr;
+            d.from = strip.is_home && strip.residual ? strip.residual + channel * c.residual.channel + start : nullptr;
+            d.from_stride = c.residual.channel;
           }
-          const bool is_last = strip.is_home && c.is_clamp && chunk == w.chunks - 1;
-          d.low = is_last && c.epilogue.activation != NONE ? 0.0f : -__builtin_inff();
-          d.high = is_last && c.epilogue.activation == RELU6 ? 6.0f : __builtin_inff();
+          const bool is_clamped = is_last && c.is_clamp();
+          d.low = is_clamped && c.activation != NONE ? 0.0f : -__builtin_inff();
+          d.high = is_clamped && c.activation == RELU6 ? 6.0f : __builtin_inff();
+          d.lanes = is_last && c.out.lanes ? c.out.lanes + start : nullptr;
           const Operands operands{strip.planes + start,
                                   w.offsets + w.column_start[entry],
                                   w.values + w.value_start[entry] + row,
@@ -96,90 +131,99 @@ inline void add_tiles(const Convolution& c, const Strip& strip, int64_t first, i
 
 // What is left to do for the tiles just summed: out of scratch, without the columns that are no pixels, and activated.
 inline void finish_tiles(const Convolution& c, const Strip& strip, int64_t first, int64_t count) {
-  if (strip.is_home && c.is_clamp) return;
-  const int64_t group_rows = c.weight.block == 1 ? ROWS : c.weight.block;
-  const int64_t pixels = c.shape.out_height * c.shape.out_width;
-  const int64_t first_channel = strip.first_group * group_rows;
-  const int64_t last_channel = smaller(c.shape.out_channels, strip.last_group * group_rows);
-  const bool is_dense = c.planes.pitch == c.shape.out_width;
+  if (strip.is_home && c.is_clamp()) return;
+  const int64_t first_channel = strip.first_group * c.group_rows();
+  const int64_t last_channel = smaller(c.shape.out_channels, strip.last_group * c.group_rows());
+  const int64_t width = c.shape.out_width;
+  const bool is_dense = c.planes.pitch == width && c.out.row == width && (!strip.residual || c.residual.row == width);
   const int64_t pitch = is_dense ? strip.cut.pixels : c.planes.pitch;
-  const int64_t row_width = is_dense ? strip.cut.pixels : c.shape.out_width;
+  const int64_t row_width = is_dense ? strip.cut.pixels : width;
   for (int64_t tile = first; tile < first + count; ++tile) {
-    const int64_t start = strip.cut.start_of(tile, strip.is_in_place);
+    const int64_t start = strip.cut.start_of(tile, strip.is_bounded);
     const int64_t end = smaller(strip.cut.pixels, start + strip.cut.vectors_of(tile) * LANES);
     for (int64_t row = start / pitch; row * pitch < end; ++row) {
       const int64_t from = larger(start, row * pitch), to = smaller(end, row * pitch + row_width);
       if (from >= to) continue;
-      const int64_t pixel = row * row_width + from - row * pitch;
-      float* target = strip.out + first_channel * pixels + pixel;
-      Rows rows{target, nullptr, target, last_channel - first_channel, pixels, pixels, to - from};
+      const int64_t column = from - row * pitch;
+      float* target = strip.out + first_channel * c.out.channel + row * c.out.row + column;
+      Rows rows{target, nullptr, target, last_channel - first_channel, c.out.channel, 0, c.out.channel, to - from};
       if (!strip.is_home) {
         rows.from = strip.scratch + (tile - first) * strip.cut.width() + from - start;
         rows.from_stride = count * strip.cut.width();
-        rows.residual = strip.residual ? strip.residual + first_channel * pixels + pixel : nullptr;
+        rows.residual_stride = c.residual.channel;
+        if (strip.residual)
+          rows.residual = strip.residual + first_channel * c.residual.channel + row * c.residual.row + column;
       }
-      finish_rows(rows, c.epilogue.activation);
+      finish_rows(rows, c.activation);
     }
   }
 }
 
-// One image, strip and part of the output channels.
-inline bool run_task(const Convolution& c, int64_t image, int64_t strip_index, int64_t part) {
+// One image, strip, part of the output channels and part of the tiles. False if memory ran out.
+inline bool run_convolution(const Convolution& c, int64_t task) {
   static thread_local Workspace planes, scratch;
   const SecateurShape& s = c.shape;
+  const int64_t tile_part = task % c.tile_parts, channel_part = task / c.tile_parts % c.channel_parts;
+  const int64_t strips = c.planes.strips(s), strip_index = task / c.tile_parts / c.channel_parts % strips;
+  const int64_t image = task / c.tile_parts / c.channel_parts / strips;
   const int64_t first_row = strip_index * c.planes.strip_rows;
   const int64_t rows = smaller(c.planes.strip_rows, s.out_height - first_row);
   const int64_t pixels = (rows - 1) * c.planes.pitch + s.out_width;
-  const float* input = c.x + image * s.in_channels * s.height * s.width;
-  const float* packed = input;
-  if (!c.planes.in_place) {
+  const float* packed = nullptr;
+  if (c.planes.in_place) packed = c.planes.origin(s, c.x, image);
+  else {
     float* buffer = planes.reserve(c.planes.floats(s));
     if (!buffer) return false;
-    pack(s, c.planes, input, first_row, buffer);
+    pack(s, c.planes, c.x, c.x.data + image * c.x.image, s.in_channels, first_row, buffer);
     packed = buffer;
   }
-  const bool is_even = pixels % LANES == 0;
-  const bool is_home = c.planes.pitch == s.out_width && pixels >= LANES &&
-                       (is_even || (c.weight.chunks == 1 && c.is_clamp));
-  const bool is_in_place = c.planes.in_place || is_home;
-  const int64_t first_group = c.weight.groups * part / c.parts, last_group = c.weight.groups * (part + 1) / c.parts;
-  const int64_t offset = image * s.out_channels * s.out_height * s.out_width + first_row * s.out_width;
-  Strip strip{packed, c.epilogue.residual ? c.epilogue.residual + offset : nullptr, c.out + offset, nullptr,
-              Cut(pixels, c.tiles.most_vectors, is_in_place), first_group, last_group, is_in_place, is_home};
+  const bool is_home = c.is_home(rows);
+  const bool is_bounded = (c.planes.in_place && !c.x.has_slack) || (is_home && !c.out.has_slack);
+  const int64_t first_group = c.weight.groups * channel_part / c.channel_parts;
+  const int64_t last_group = c.weight.groups * (channel_part + 1) / c.channel_parts;
+  float* out = c.out.data + image * c.out.image + first_row * c.out.row;
+  const float* residual =
+      c.residual.data ? c.residual.data + image * c.residual.image + first_row * c.residual.row : nullptr;
+  Strip strip{packed,      residual,   out,        nullptr, Cut(pixels, c.tiles.most_vectors, is_bounded),
+              first_group, last_group, is_bounded, is_home};
+  const int64_t first_tile = strip.cut.count * tile_part / c.tile_parts;
+  const int64_t last_tile = strip.cut.count * (tile_part + 1) / c.tile_parts;
 
-  const int64_t channels = (last_group - first_group) * (c.weight.block == 1 ? ROWS : c.weight.block);
-  const int64_t values = c.weight.value_start[c.weight.groups * c.weight.chunks] / c.parts;
+  const int64_t channels = (last_group - first_group) * c.group_rows();
   int64_t together = 1;
-  if (values > RESIDENT_WEIGHT_FLOATS)
-    together = larger(1, smaller(strip.cut.count, SCRATCH_FLOATS / larger(1, channels * strip.cut.width())));
+  if (c.values() / c.channel_parts > RESIDENT_WEIGHT_FLOATS)
+    together = larger(1, smaller(last_tile - first_tile, SCRATCH_FLOATS / larger(1, channels * strip.cut.width())));
   if (!is_home) {
     strip.scratch = scratch.reserve(channels * together * strip.cut.width());
     if (!strip.scratch) return false;
   }
-  for (int64_t first = 0; first < strip.cut.count; first += together) {
-    const int64_t count = smaller(together, strip.cut.count - first);
+  for (int64_t first = first_tile; first < last_tile; first += together) {
+    const int64_t count = smaller(together, last_tile - first);
     add_tiles(c, strip, first, count);
     finish_tiles(c, strip, first, count);
   }
+  const int64_t first_channel = first_group * c.group_rows();
+  fill_border(c.out, rows, s.out_width, out + first_channel * c.out.channel,
+              smaller(s.out_channels, last_group * c.group_rows()) - first_channel, first_row == 0 && first_tile == 0,
+              first_row + rows == s.out_height && last_tile == strip.cut.count, !is_home);
   return true;
 }
 
 int conv2d(const SecateurShape& shape, const SecateurWeight& weight, const SecateurEpilogue& epilogue, const float* x,
            float* out, const Threads& threads) {
-  Convolution c{shape, weight, epilogue, x, out, Planes(shape), Tiles(weight.block), 1, epilogue.activation <= RELU6,
-                false};
-  const int64_t units = shape.batch * c.planes.strips(shape);
-  // Too few strips to share evenly are cut by output channels too, which costs packing them more than once.
-  if (units % threads.count != 0 && units < 4 * threads.count) c.parts = smaller(weight.groups, threads.count);
+  struct Run {
+    Convolution convolution;
+    bool failed;
+  } run{Convolution(shape, weight, epilogue, input_of(shape, x), output_of(shape, epilogue.residual),
+                    output_of(shape, out), threads.count),
+        false};
   const auto range = [](int64_t begin, int64_t end, void* context) {
-    Convolution& c = *static_cast<Convolution*>(context);
-    const int64_t strips = c.planes.strips(c.shape);
+    Run& run = *static_cast<Run*>(context);
     for (int64_t task = begin; task < end; ++task)
-      if (!run_task(c, task / c.parts / strips, task / c.parts % strips, task % c.parts))
-        __atomic_store_n(&c.failed, true, __ATOMIC_RELAXED);
+      if (!run_convolution(run.convolution, task)) __atomic_store_n(&run.failed, true, __ATOMIC_RELAXED);
   };
-  const int status = threads.parallel_for(units * c.parts, range, &c);
-  return status != 0 || c.failed;
+  const int status = threads.parallel_for(run.convolution.tasks(), range, &run);
+  return status != 0 || run.failed;
 }
 
 }  // namespace

@@ -71,7 +71,20 @@ SECATEUR_EXPORT void secateur_offsets(const SecateurShape* shape, int64_t count,
   chosen->offsets(*shape, count, columns, offsets);
 }
 
+// The same two for a convolution of a plan.
+SECATEUR_EXPORT int64_t secateur_step_floats(const SecateurStep* step) { return chosen->step_floats(*step); }
+
+SECATEUR_EXPORT void secateur_step_offsets(const SecateurStep* step, int64_t count, const int32_t* columns,
+                                           int32_t* offsets) {
+  chosen->step_offsets(*step, count, columns, offsets);
+}
+
 // The functions below return non-zero if memory ran out.
+SECATEUR_EXPORT int secateur_run_plan(const SecateurStep* steps, int64_t count, SecateurProgress* progress,
+                                      int64_t threads) {
+  return chosen->run_plan(steps, count, progress, threads_of(threads));
+}
+
 SECATEUR_EXPORT int secateur_conv2d(const SecateurShape* shape, const SecateurWeight* weight,
                                     const SecateurEpilogue* epilogue, const float* x, float* out, int64_t threads) {
   return chosen->conv2d(*shape, *weight, *epilogue, x, out, threads_of(threads));

@@ -104,7 +104,7 @@ inline bool run_gradient_part(const Gradient& g, int64_t part) {
   for (int64_t unit = 0; unit < s.batch * strips; ++unit) {
     const int64_t image = unit / strips, first_row = unit % strips * g.planes.strip_rows;
     const float* input = g.x + image * s.in_channels * s.height * s.width;
-    if (buffer) pack(s, g.planes, input, first_row, buffer);
+    if (buffer) pack(s, g.planes, input_of(s, input), input, s.in_channels, first_row, buffer);
     const int64_t strip_rows = smaller(g.planes.strip_rows, s.out_height - first_row);
     const int64_t pixels = (strip_rows - 1) * g.planes.pitch + s.out_width;
     for (int64_t group = first_group; group < last_group; ++group) {

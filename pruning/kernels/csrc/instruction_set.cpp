@@ -3,6 +3,7 @@
 #include "fake_quantize.h"
 #include "gradient.h"
 #include "linear.h"
+#include "plan.h"
 
 namespace {
 
@@ -18,9 +19,11 @@ float multiply_add(int64_t rounds) {
   constexpr int SUMS = MULTIPLY_ADDS / LANES;
   Vector sums[SUMS] = {}, factor = splat(0.999f), term = splat(0.001f);
   for (int64_t round = 0; round < rounds; ++round) {
-    SECATEUR_KEEP(factor);
     SECATEUR_UNROLL
-    for (int s = 0; s < SUMS; ++s) sums[s] = sums[s] * factor + term;
+    for (int s = 0; s < SUMS; ++s) {
+      SECATEUR_KEEP(sums[s]);  // or the compiler would see that all are equal, and compute some of them only once
+      sums[s] = sums[s] * factor + term;
+    }
   }
   Vector total{};
   for (int s = 0; s < SUMS; ++s) total += sums[s];
@@ -37,5 +40,6 @@ int64_t input_floats(const SecateurShape& shape) { return Planes(shape).floats(s
 #define SECATEUR_STRING(name) SECATEUR_TEXT(name)
 
 extern const InstructionSet SECATEUR_TABLE(SECATEUR_NAME);
-const InstructionSet SECATEUR_TABLE(SECATEUR_NAME) = {SECATEUR_STRING(SECATEUR_NAME), input_floats, offsets, conv2d,
-                                                      values_grad, linear_rows, mask_fake_quantize, multiply_add};
+const InstructionSet SECATEUR_TABLE(SECATEUR_NAME) = {SECATEUR_STRING(SECATEUR_NAME), input_floats, offsets,
+                                                      step_floats, step_offsets, run_plan, conv2d, values_grad,
+                                                      linear_rows, mask_fake_quantize, multiply_add};

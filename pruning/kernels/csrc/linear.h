@@ -10,10 +10,12 @@ namespace {
 
 // `weight.offsets` are the column indices themselves.
 struct Linear {
-  int64_t batch, in_features, out_features;
+  int64_t batch, out_features;
+  int64_t x_stride, residual_stride, out_stride;  // from one row to the next
   const SecateurWeight& weight;
   const SecateurEpilogue& epilogue;
   const float* x;
+  const float* residual;
   float* out;
 };
 
@@ -74,7 +76,7 @@ inline void run_linear_group(const Linear& linear, int64_t group) {
   const int64_t group_rows = w.block == 1 ? ROWS : w.block;
   const int64_t feature = group * group_rows, rows = smaller(group_rows, linear.out_features - feature);
   for (int64_t image = 0; image < linear.batch; ++image) {
-    const float* x = linear.x + image * linear.in_features;
+    const float* x = linear.x + image * linear.x_stride;
     float sums[16] = {};
     if (linear.epilogue.bias)
       for (int64_t row = 0; row < rows; ++row) sums[row] = linear.epilogue.bias[feature + row];
@@ -89,15 +91,15 @@ inline void run_linear_group(const Linear& linear, int64_t group) {
                                  w.counts + entry * PATTERNS, x, sums);
       }
     }
-    const int64_t at = image * linear.out_features + feature;
-    const float* residual = linear.epilogue.residual ? linear.epilogue.residual + at : nullptr;
-    finish_rows({sums, residual, linear.out + at, 1, rows, rows, rows}, linear.epilogue.activation);
+    const float* residual = linear.residual ? linear.residual + image * linear.residual_stride + feature : nullptr;
+    float* out = linear.out + image * linear.out_stride + feature;
+    finish_rows({sums, residual, out, 1, rows, rows, rows, rows}, linear.epilogue.activation);
   }
 }
 
 int linear_rows(int64_t batch, int64_t in_features, int64_t out_features, const SecateurWeight& weight,
                 const SecateurEpilogue& epilogue, const float* x, float* out, const Threads& threads) {
-  Linear linear{batch, in_features, out_features, weight, epilogue, x, out};
+  Linear linear{batch, out_features, in_features, out_features, out_features, weight, epilogue, x, epilogue.residual, out};
   const auto range = [](int64_t begin, int64_t end, void* context) {
     for (int64_t group = begin; group < end; ++group) run_linear_group(*static_cast<Linear*>(context), group);
   };

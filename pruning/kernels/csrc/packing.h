@@ -17,28 +17,57 @@ namespace {
 // Packed input of one strip stays in the second-level cache beside the weights.
 constexpr int64_t STRIP_FLOATS = 80 * 1024;
 
+inline SecateurView contiguous(const float* data, int64_t channels, int64_t height, int64_t width) {
+  const int64_t map = height * width;
+  return {const_cast<float*>(data), channels * map, map, width, 1, 0, 0, false, nullptr};
+}
+
+inline SecateurView input_of(const SecateurShape& s, const float* x) {
+  return contiguous(x, s.in_channels, s.height, s.width);
+}
+
+inline SecateurView output_of(const SecateurShape& s, const float* out) {
+  return contiguous(out, s.out_channels, s.out_height, s.out_width);
+}
+
 struct Planes {
   bool in_place;  // the input is read where it lies
   int64_t phases_h, phases_w, pitch, strip_rows, plane, channel_stride;
 
-  explicit Planes(const SecateurShape& s) {
-    in_place = s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 && s.padding_h == 0 &&
-               s.padding_w == 0 && s.height * s.width >= LANES;
+  explicit Planes(const SecateurShape& s) : Planes(s, input_of(s, nullptr), output_of(s, nullptr)) {}
+
+  // For one strip of any length, if it `has_strips` no more; such a reader also reads beyond the last pixel.
+  Planes(const SecateurShape& s, const SecateurView& x, const SecateurView& out, bool has_strips = true) {
+    const bool is_dense = s.kernel_h == 1 && s.kernel_w == 1 && s.height * s.width >= LANES;
+    const bool has_room = x.has_slack || (has_strips && is_dense);
+    in_place = s.stride_h == 1 && s.stride_w == 1 && s.padding_h <= x.border_h && s.padding_w <= x.border_w &&
+               x.column == 1 && has_room;
+    strip_rows = s.out_height;
+    if (in_place) {
+      phases_h = phases_w = 1;
+      pitch = x.row;
+      plane = channel_stride = x.channel;
+      return;
+    }
     const int64_t reach_h = (s.kernel_h - 1) * s.dilation_h, reach_w = (s.kernel_w - 1) * s.dilation_w;
     phases_h = smaller(s.stride_h, reach_h + 1);
     phases_w = smaller(s.stride_w, reach_w + 1);
     pitch = s.stride_w == 1 ? larger(s.out_width, s.width + s.padding_w) : s.out_width + reach_w / s.stride_w;
-    strip_rows = s.out_height;
-    if (!in_place) {
-      const int64_t row = s.in_channels * phases_h * phases_w * pitch;
-      const int64_t strips = smaller(s.out_height, divide_up(s.out_height * row, STRIP_FLOATS));
-      strip_rows = divide_up(s.out_height, larger(strips, 1));
-    }
+    // Rows as far apart as those of the output let sums be stored without a look at where a row ends.
+    if (out.has_slack) pitch = larger(pitch, out.row);
+    const int64_t row = s.in_channels * phases_h * phases_w * pitch;
+    const int64_t strips = has_strips ? smaller(s.out_height, divide_up(s.out_height * row, STRIP_FLOATS)) : 1;
+    strip_rows = divide_up(s.out_height, larger(strips, 1));
     const int64_t tail = s.stride_w == 1 ? s.padding_w : 0;
-    plane = in_place ? s.height * s.width : (strip_rows + reach_h / s.stride_h) * pitch + tail;
-    channel_stride = in_place ? plane : divide_up(phases_h * phases_w * plane, LANES) * LANES;
+    plane = (strip_rows + reach_h / s.stride_h) * pitch + tail;
+    channel_stride = divide_up(phases_h * phases_w * plane, LANES) * LANES;
     // Channels a multiple of 4 KiB apart would all fall into the same few sets of the first-level cache.
-    if (!in_place && channel_stride % 1024 == 0) channel_stride += LANES;
+    if (channel_stride % 1024 == 0) channel_stride += LANES;
+  }
+
+  // Where the offsets count from, if the input is read in place.
+  const float* origin(const SecateurShape& s, const SecateurView& x, int64_t image) const {
+    return x.data + image * x.image - s.padding_h * x.row - s.padding_w;
   }
 
   int64_t offset(const SecateurShape& s, int64_t column) const {
@@ -98,23 +127,38 @@ struct RowCut {
   }
 };
 
-// The planes of one image for the strip that starts at output row `first_row`.
-inline void pack(const SecateurShape& s, const Planes& planes, const float* x, int64_t first_row, float* packed) {
+// The planes of `channels` channels from `x` on, for the strip that starts at output row `first_row`.
+inline void pack(const SecateurShape& s, const Planes& planes, const SecateurView& view, const float* x,
+                 int64_t channels, int64_t first_row, float* packed) {
   const int64_t rows = planes.strip_rows + (s.kernel_h - 1) * s.dilation_h / s.stride_h;
   const int64_t tail = planes.plane - rows * planes.pitch;
   for (int64_t phase_w = 0; phase_w < planes.phases_w; ++phase_w) {
     const RowCut cut(s.width, phase_w - s.padding_w, s.stride_w, planes.pitch);
-    for (int64_t channel = 0; channel < s.in_channels; ++channel) {
+    for (int64_t channel = 0; channel < channels; ++channel) {
       for (int64_t phase_h = 0; phase_h < planes.phases_h; ++phase_h) {
         float* to = packed + channel * planes.channel_stride + (phase_h * planes.phases_w + phase_w) * planes.plane;
         for (int64_t i = 0; i < rows; ++i, to += planes.pitch) {
           const int64_t row = (first_row + i) * s.stride_h + phase_h - s.padding_h;
           if (row < 0 || row >= s.height) fill_zero(to, planes.pitch);
-          else cut.pack(x + (channel * s.height + row) * s.width, to);
+          else cut.pack(x + channel * view.channel + row * view.row, to);
         }
         fill_zero(to, tail);
       }
     }
+  }
+}
+
+// The zeros around the maps of `channels` channels, the first of which has its pixel (0, 0) at `map`. What lies between
+// rows is left out where a kernel has written zeros there already.
+inline void fill_border(const SecateurView& view, int64_t height, int64_t width, float* map, int64_t channels,
+                        bool has_first, bool has_last, bool between) {
+  if (view.border_h == 0 && view.border_w == 0) return;
+  const int64_t ends = view.border_h * view.row + view.border_w;
+  for (int64_t channel = 0; channel < channels; ++channel, map += view.channel) {
+    if (has_first) fill_zero(map - ends, ends);
+    if (between)
+      for (int64_t row = 0; row < height - has_last; ++row) fill_zero(map + row * view.row + width, view.border_w);
+    if (has_last) fill_zero(map + (height - 1) * view.row + width, ends);
   }
 }
 

@@ -46,10 +46,13 @@ constexpr int LANES = SECATEUR_LANES;
 typedef float Vector __attribute__((vector_size(LANES * 4)));
 typedef int32_t IntVector __attribute__((vector_size(LANES * 4)));
 typedef float UnalignedVector __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t UnalignedIntVector __attribute__((vector_size(LANES * 4), aligned(4)));
 
 inline Vector load(const float* from) { return *reinterpret_cast<const UnalignedVector*>(from); }
+inline IntVector load_lanes(const int32_t* from) { return *reinterpret_cast<const UnalignedIntVector*>(from); }
 inline void store(float* to, Vector vector) { *reinterpret_cast<UnalignedVector*>(to) = vector; }
-inline Vector splat(float value) { return Vector{} + value; }
+// Subtracting zero, which the compiler may leave out; adding it would turn -0 into 0, so it may not.
+inline Vector splat(float value) { return value - Vector{}; }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -109,6 +112,8 @@ inline __attribute__((always_inline)) Vector activate(Vector v, int64_t activati
     case SILU: return v / (1.0f + exponential(-v));
     case GELU: return v * 0.5f * (1.0f + error_function(v * 0.70710678f));
     case HARDSWISH: return v * clamp(v + 3.0f, splat(0.0f), splat(6.0f)) / 6.0f;
+    case SIGMOID: return 1.0f / (1.0f + exponential(-v));
+    case HARDSIGMOID: return clamp(v + 3.0f, splat(0.0f), splat(6.0f)) / 6.0f;
     default: return v;
   }
 }
@@ -159,20 +164,21 @@ struct Rows {
   const float* from;
   const float* residual;
   float* to;
-  int64_t rows, from_stride, stride, count;
+  int64_t rows, from_stride, residual_stride, stride, count;
 };
 
 template <int64_t ACTIVATION>
 void finish_rows_as(const Rows& r) {
   for (int64_t row = 0; row < r.rows; ++row)
-    finish_row<ACTIVATION>(r.from + row * r.from_stride, r.residual ? r.residual + row * r.stride : nullptr,
+    finish_row<ACTIVATION>(r.from + row * r.from_stride, r.residual ? r.residual + row * r.residual_stride : nullptr,
                            r.to + row * r.stride, r.count);
 }
 
 inline void finish_rows(const Rows& rows, int64_t activation) {
   constexpr void (*BY_ACTIVATION[])(const Rows&) = {finish_rows_as<NONE>, finish_rows_as<RELU>, finish_rows_as<RELU6>,
                                                     finish_rows_as<SILU>, finish_rows_as<GELU>,
-                                                    finish_rows_as<HARDSWISH>};
+                                                    finish_rows_as<HARDSWISH>, finish_rows_as<SIGMOID>,
+                                                    finish_rows_as<HARDSIGMOID>};
   BY_ACTIVATION[activation](rows);
 }
 

@@ -15,13 +15,14 @@ struct Operands {
   int64_t block;          // distance of the values of two columns (block)
 };
 
-// What is stored is `clamp(sum + bias[row] + from[row * stride + pixel])`; `bias` and `from` may be null. Each chunk's sum
-// starts at zero and is added to that of the chunks before, which keeps rounding errors small.
+// What is stored is `clamp(sum + bias[row] + from[row * from_stride + pixel])`; `bias` and `from` may be null. Each
+// chunk's sum starts at zero and is added to that of the chunks before, which keeps rounding errors small.
 struct Destination {
   const float* bias;
   const float* from;
   float* to;
-  int64_t stride;
+  const int32_t* lanes;  // what is stored where none of the bits is set is zero; may be null
+  int64_t from_stride, stride;
   int64_t rows;  // of the tile's; the last unstructured group may have fewer
   float low, high;
 };
@@ -37,10 +38,11 @@ inline __attribute__((always_inline)) void finish(const Vector (&sums)[G][NV], c
     const Vector bias = splat(d.bias ? d.bias[g] : 0.0f);
     SECATEUR_UNROLL
     for (int v = 0; v < NV; ++v) {
-      const int64_t at = g * d.stride + v * LANES;
       Vector total = sums[g][v] + bias;
-      if (d.from) total += load(d.from + at);
-      store(d.to + at, clamp(total, low, high));
+      if (d.from) total += load(d.from + g * d.from_stride + v * LANES);
+      total = clamp(total, low, high);
+      if (d.lanes) total = from_bits(to_bits(total) & load_lanes(d.lanes + v * LANES));
+      store(d.to + g * d.stride + v * LANES, total);
     }
   }
 }
