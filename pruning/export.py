@@ -4,12 +4,14 @@ import copy
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import safetensors
 import safetensors.torch
@@ -20,8 +22,12 @@ from torch.export import Dim, ExportedProgram
 from graph_encoder.capture import capture
 
 from .files import write_atomic
+from .half_precision import InHalfPrecision, has_half_precision
+from .layer_policy import LayerPolicy
 from .policy import CompressionPolicy
 from .program_archive import vetted_copy
+from .qdq import IntegerReport, integer_model, integer_report
+from .quantize import HALF_BITS, INTEGER_BITS, insert_quantizers, is_integer, quantized_layers
 from .surgery import apply_policy
 
 FORMAT_VERSION = 1
@@ -29,6 +35,11 @@ ONNX_OPSET = 23
 """The newest operator set that both PyTorch's exporter and ONNX Runtime know."""
 TOLERANCE = 1e-4
 """Largest difference to PyTorch's outputs that an export may have, relative to their largest value."""
+HALF_TOLERANCE = 1e-2
+"""The same for a network with layers in half precision."""
+INTEGER_TOLERANCE = 0.1
+"""Largest root-mean-square difference of an integer network to PyTorch's simulation, relative to the outputs': a value
+that lies halfway between two integers may be rounded either way, and a deep network carries that on."""
 
 _WEIGHTS, _POLICY, _MANIFEST = "model.safetensors", "policy.json", "manifest.json"
 
@@ -71,16 +82,18 @@ def save_compressed(
     """Save a compressed network as weights (safetensors), policy and manifest (JSON).
 
     Args:
-        model: what `apply_policy` made, maybe fine-tuned since.
+        model: what `apply_policy` and, where the policy has bits, `quantize_layers` made, maybe fine-tuned since.
         policy: the policy it was made with.
         folder: made if it is missing; files of the same names are replaced.
         constructor: name that builds the dense network (``"resnet20"``, ``"package.module:function"``).
         example_inputs: inputs that the dense network was captured with.
 
     Raises:
+        ExportError: if the layers of the network have other bits than the policy gives them.
         FileWriteError: if a file cannot be written.
     """
     folder = Path(folder)
+    _check_bits(model, policy)
     weights = safetensors.torch.save(_unique_tensors(model))
     manifest = Manifest(
         constructor=constructor,
@@ -96,7 +109,7 @@ def save_compressed(
 
 
 def load_compressed(folder: Path | str, constructor: Callable[[], nn.Module]) -> nn.Module:
-    """Build the dense network, apply the saved policy, and load the saved weights.
+    """Build the dense network, apply the saved policy, and load the saved weights, step sizes among them.
 
     Args:
         folder: what `save_compressed` wrote.
@@ -122,6 +135,8 @@ def load_compressed(folder: Path | str, constructor: Callable[[], nn.Module]) ->
         raise ExportError(msg)
     dense = constructor().cpu().eval()
     model = apply_policy(dense, capture(dense, manifest.examples()), policy)
+    if any(layer.is_quantized for layer in policy.layers.values()):
+        model = insert_quantizers(model, policy.layers)
     try:
         weights = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
@@ -162,30 +177,139 @@ def read_manifest(folder: Path | str) -> Manifest:
         raise ExportError(msg) from error
 
 
-def export_onnx(model: nn.Module, example_inputs: Inputs, path: Path) -> None:
+def export_onnx(
+    model: nn.Module, example_inputs: Inputs, path: Path, *, images: Inputs | None = None
+) -> IntegerReport | None:
     """Write the network as ONNX with a free batch dimension, once its outputs agree with PyTorch's.
+
+    A network with 8-bit layers becomes one of integers, with the scales that it was calibrated or trained with.
 
     Args:
         model: network to export; untouched.
         example_inputs: inputs, batch first.
         path: file to write (.onnx).
+        images: real inputs on which an integer network is compared with PyTorch's simulation; a few dozen will do.
+
+    Returns:
+        How many layers the runtime computes in integers and how far they agree; None for a network without any.
 
     Raises:
-        ExportError: if the network cannot be exported, or ONNX Runtime's outputs differ by more than `TOLERANCE`.
+        ExportError: if the network cannot be exported, has bits that no runtime has, or ONNX Runtime's outputs differ
+            by more than `TOLERANCE` (`INTEGER_TOLERANCE` for integers).
         FileWriteError: if the file cannot be written.
     """
+    layers = quantized_layers(model)
+    for name, layer in layers.items():
+        _check_deployable(name, layer.policy)
     frozen, inputs = _frozen(model), _batch(example_inputs, 2)
+    if not any(is_integer(layer.policy) for layer in layers.values()):
+        content = _to_onnx(_in_half_precision(frozen), inputs).SerializeToString()
+        _check_outputs(_session(content), frozen, example_inputs, "ONNX", HALF_TOLERANCE if layers else TOLERANCE)
+        write_atomic(path, content)
+        return None
+    if images is None:
+        msg = (
+            f"{type(model).__name__} has 8-bit layers, and no images were given to compare the integers with PyTorch "
+            f"on; pass a batch of real inputs as `images`"
+        )
+        raise ExportError(msg)
+    content = integer_model(_in_half_precision(frozen), lambda marked: _to_onnx(marked, inputs)).SerializeToString()
+    report = integer_report(content, frozen, tuple(x.cpu() for x in _as_tuple(images)))
+    if not report.error <= INTEGER_TOLERANCE:
+        msg = (
+            f"the integer ONNX of {type(model).__name__} differs from PyTorch's simulation by {report.error:.2e} of "
+            f"the outputs (root mean square over {report.images} images), allowed {INTEGER_TOLERANCE:.0e}; nothing was "
+            f"written. `pruning.qdq.saturates` says whether this processor adds 8-bit products in 16 bits"
+        )
+        raise ExportError(msg)
+    write_atomic(path, content)
+    return report
+
+
+def _check_deployable(name: str, layer: LayerPolicy) -> None:
+    bits = f"{layer.weight_bits}-bit weights and {layer.act_bits}-bit activations"
+    allowed = "ONNX files hold layers with 8 and 8 bits, 32 and 32, and where the runtime has it 16 and 16"
+    if layer.quantizer == "kmeans":
+        msg = (
+            f"layer '{name}' has weights that share values (kmeans), which is simulated: no runtime has kernels for "
+            f"them; {allowed}. Give it the quantizer 'linear', or save it with save_compressed"
+        )
+    elif min(layer.weight_bits, layer.act_bits) < INTEGER_BITS:
+        msg = (
+            f"layer '{name}' has {bits}, which are simulated: no runtime has kernels for them; {allowed}. Give it 8 "
+            f"bits, or save it with save_compressed"
+        )
+    elif layer.weight_bits != layer.act_bits:
+        msg = f"layer '{name}' has {bits}, and a kernel needs the same of both; {allowed}"
+    elif layer.weight_bits == HALF_BITS and not has_half_precision():
+        msg = (
+            f"layer '{name}' has {bits}, and ONNX Runtime {onnxruntime.__version__} has no half-precision convolution "
+            f"for this processor: it would cast to single precision and be slower. Give it 8 or 32 bits"
+        )
+    else:
+        return
+    raise ExportError(msg)
+
+
+def _check_bits(model: nn.Module, policy: CompressionPolicy) -> None:
+    own = {name: layer.policy for name, layer in quantized_layers(model).items()}
+    asked = {name: layer for name, layer in policy.layers.items() if layer.is_quantized}
+    for name in sorted(own.keys() | asked.keys()):
+        one, other = own.get(name, LayerPolicy()), asked.get(name, LayerPolicy())
+        if _bits(one) != _bits(other):
+            msg = (
+                f"layer '{name}' of the network has {_bits(one)}, and the policy gives it {_bits(other)}; save it with "
+                f"the policy that it was quantized with"
+            )
+            raise ExportError(msg)
+
+
+def _bits(layer: LayerPolicy) -> str:
+    return f"{layer.weight_bits}-bit {layer.quantizer} weights and {layer.act_bits}-bit activations"
+
+
+def _in_half_precision(model: nn.Module) -> nn.Module:
+    """Let the layers with 16 bits compute in them, in place."""
+    for name, layer in quantized_layers(model).items():
+        if layer.policy.weight_bits == HALF_BITS:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, InHalfPrecision(layer))
+    return model
+
+
+def _to_onnx(frozen: nn.Module, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
     try:
         program = torch.onnx.export(
             frozen, inputs, dynamo=True, dynamic_shapes=_free_batch(inputs), opset_version=ONNX_OPSET, verbose=False
         )
     except Exception as error:  # the exporter raises whatever the step at fault raises
-        msg = f"{type(model).__name__} cannot be exported to ONNX: {str(error).strip().splitlines()[0]}"
+        what = _refused_operator(error, frozen, inputs) or str(error).strip().splitlines()[0]
+        msg = f"{type(frozen).__name__} cannot be exported to ONNX: {what}"
         raise ExportError(msg) from error
     if program is None:
-        msg = f"{type(model).__name__} cannot be exported to ONNX: the exporter returned nothing"
+        msg = f"{type(frozen).__name__} cannot be exported to ONNX: the exporter returned nothing"
         raise ExportError(msg)
-    content = program.model_proto.SerializeToString()
+    proto: onnx.ModelProto = program.model_proto
+    return proto
+
+
+def _refused_operator(error: Exception, frozen: nn.Module, inputs: tuple[Tensor, ...]) -> str:
+    """The operator that ONNX has no translation for, and the layer that calls it; empty if that is not the trouble."""
+    match = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(error))
+    if not match:
+        return ""
+    operator = match[1].rpartition(".")[2]
+    program = torch.export.export(frozen, inputs, dynamic_shapes=_free_batch(inputs))
+    for node in program.graph.nodes:
+        name = str(node.target).removesuffix(".default").rpartition(".")[2]
+        if node.op == "call_function" and (name == operator or name.endswith(f"_{operator}")):
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            layer = f"layer '{stack[-1][0]}'" if stack and stack[-1][0] else "forward"
+            return f"{layer} calls '{operator}', which has no counterpart in ONNX; replace that operator"
+    return f"the network calls '{operator}', which has no counterpart in ONNX; replace that operator"
+
+
+def _session(content: bytes) -> Callable[..., tuple[Tensor, ...]]:
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
 
@@ -193,8 +317,7 @@ def export_onnx(model: nn.Module, example_inputs: Inputs, path: Path) -> None:
         outputs = session.run(None, {name: x.numpy() for name, x in zip(names, batch, strict=True)})
         return tuple(torch.from_numpy(np.asarray(output)) for output in outputs)
 
-    _check_outputs(run, frozen, example_inputs, "ONNX")
-    write_atomic(path, content)
+    return run
 
 
 def export_program(model: nn.Module, example_inputs: Inputs, path: Path) -> None:
@@ -283,7 +406,7 @@ def describe_misfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) ->
 
 
 def _frozen(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu().eval()
+    return copy.deepcopy(model).cpu().eval().requires_grad_(False)
 
 
 def _batch(example_inputs: Inputs, size: int) -> tuple[Tensor, ...]:
@@ -302,7 +425,9 @@ def _free_batch(inputs: Sequence[Tensor]) -> tuple[dict[int, Any], ...]:
     return tuple({0: batch} for _ in inputs)
 
 
-def _check_outputs(run: Callable[..., Any], model: nn.Module, example_inputs: Inputs, what: str) -> None:
+def _check_outputs(
+    run: Callable[..., Any], model: nn.Module, example_inputs: Inputs, what: str, tolerance: float = TOLERANCE
+) -> None:
     """Compare with PyTorch on two batch sizes, one of them 1, where a fixed dimension would show."""
     for size in (1, 3):
         inputs = _batch(example_inputs, size)
@@ -310,9 +435,9 @@ def _check_outputs(run: Callable[..., Any], model: nn.Module, example_inputs: In
             expected, found = _as_tuple(model(*inputs)), _as_tuple(run(*inputs))
         for one, other in zip(expected, found, strict=True):
             error = float((one - other).abs().max() / one.abs().max().clamp(min=1e-12))
-            if not error <= TOLERANCE:
+            if not error <= tolerance:
                 msg = (
                     f"the {what} of {type(model).__name__} differs from PyTorch at batch size {size}: by {error:.2e} "
-                    f"of the largest output, allowed {TOLERANCE:.0e}; nothing was written"
+                    f"of the largest output, allowed {tolerance:.0e}; nothing was written"
                 )
                 raise ExportError(msg)

@@ -1,0 +1,225 @@
+"""What bits cost and save: accuracy and latency of trained networks with 8-bit and 4-bit layers.
+
+Run as ``python -m experiments.bench_bits``. Accuracies are on the even-numbered test images. Latencies are of single
+images in ONNX Runtime, both networks in turn in one process: what slows the machine down slows both, and a ratio is one
+of medians, with the quartiles of the ratios round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from latency.measure import cpu_name
+from pruning.calibration import RangeMethod
+from pruning.export import export_onnx
+from pruning.files import write_atomic
+from pruning.finetune import finetune
+from pruning.layer_policy import LayerPolicy
+from pruning.qdq import saturates
+from pruning.quantize import quantize_layers
+
+from .data import DataRecipe, ImageData, SplitRecipe, TrainBatches, make_evaluate, normalise
+from .image_folder import write_split_lists
+from .models import build_model, load_weights
+
+NETWORKS = {
+    "resnet20": "resnet20-cifar10.safetensors",
+    "resnet56": "resnet56-cifar10.safetensors",
+    "resnet18_cifar": "resnet18-cifar10.safetensors",
+}
+METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "entropy", "mse")
+N_CALIBRATION = 256
+EXAMPLE = torch.zeros(1, 3, 32, 32)
+
+
+def uniform_bits(model: nn.Module, bits: int) -> dict[str, LayerPolicy]:
+    """So many bits for every convolution and linear layer; at least 8 for the first and the last, as is usual."""
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    outer = {names[0], names[-1]}
+    own = {name: max(bits, 8) if name in outer else bits for name in names}
+    return {name: LayerPolicy(weight_bits=n, act_bits=n) for name, n in own.items()}
+
+
+def accuracies(model: nn.Module, data: ImageData, options: argparse.Namespace, epochs: int) -> dict[str, Any]:
+    """Accuracy in full precision, in 8 bits by calibration method, and in 4 bits with and without training."""
+    evaluate = make_evaluate(data.validation, data.recipe)
+    images = calibration_images(data, options.seed)
+    found: dict[str, Any] = {"fp32": evaluate(model)}
+    for method in METHODS:
+        found[f"int8 {method}"] = evaluate(quantize_layers(model, uniform_bits(model, 8), [images], method=method))
+    four = uniform_bits(model, 4)
+    found["4 bits mse"] = evaluate(quantize_layers(model, four, [images], method="mse"))
+    if epochs:
+        trained = quantize_layers(model, four, [images], method="mse")
+        batches = TrainBatches(data.train, data.recipe, batch_size=128, seed=options.seed)
+        started = time.perf_counter()
+        finetune(trained, batches, epochs=epochs, learning_rate=options.learning_rate, seed=options.seed)
+        found["4 bits trained"] = evaluate(trained)
+        found["training seconds"] = time.perf_counter() - started
+    return found
+
+
+def calibration_images(data: ImageData, seed: int) -> Tensor:
+    """Training images without augmentation, as the network will see images in use."""
+    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:N_CALIBRATION]
+    return normalise(data.train.images[chosen], data.recipe)
+
+
+def export_both(model: nn.Module, data: ImageData, folder: Path, name: str, seed: int) -> dict[str, Any]:
+    """Write the network in single precision and in integers; accuracy and fused kernels of the latter."""
+    export_onnx(model, EXAMPLE, folder / f"{name}-fp32.onnx")
+    quantized = quantize_layers(model, uniform_bits(model, 8), [calibration_images(data, seed)])
+    images = normalise(data.validation.images[:N_CALIBRATION], data.recipe).contiguous()
+    report = export_onnx(quantized, EXAMPLE, folder / f"{name}-int8.onnx", images=images)
+    assert report is not None
+    return asdict(report) | {"accuracy": onnx_accuracy(folder / f"{name}-int8.onnx", data)}
+
+
+def onnx_accuracy(path: Path, data: ImageData, batch_size: int = 50) -> float:
+    """Share of the validation images that the network in the file classifies rightly."""
+    session, n_right = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]), 0
+    for images, labels in zip(
+        data.validation.images.split(batch_size), data.validation.labels.split(batch_size), strict=True
+    ):
+        x = normalise(images, data.recipe).contiguous().numpy()
+        (logits,) = session.run(None, {session.get_inputs()[0].name: x})
+        n_right += int((np.asarray(logits).argmax(axis=1) == labels.numpy()).sum())
+    return n_right / len(data.validation)
+
+
+def latency_ratio(folder: Path, name: str, threads: int, rounds: int) -> dict[str, float]:
+    """How many times faster the integers are, and both medians in milliseconds."""
+    calls = [_call(folder / f"{name}-{kind}.onnx", threads) for kind in ("fp32", "int8")]
+    times = np.array([[_milliseconds(call) for call in calls] for _ in range(rounds + 10)])[10:]
+    ratios = times[:, 0] / times[:, 1]
+    lower, upper = np.percentile(ratios, [25, 75])
+    fp32, int8 = np.median(times, axis=0)
+    fastest = times.min(axis=0)
+    return {
+        "ratio": float(fp32 / int8), "lower": float(lower), "upper": float(upper), "fp32_ms": float(fp32),
+        "int8_ms": float(int8), "fastest_ratio": float(fastest[0] / fastest[1]),
+    }  # fmt: skip
+
+
+def _call(path: Path, threads: int) -> Callable[[], object]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Its idle threads would spin on the cores that the other network is timed on.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: EXAMPLE.numpy()}
+    return lambda: session.run(None, feed)
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - started) / 1e6
+
+
+def read_data(options: argparse.Namespace) -> ImageData:
+    """CIFAR-10 with the even-numbered test images as validation."""
+    even, odd = write_split_lists(options.data, "test", options.out / "lists")
+    recipe = DataRecipe(
+        source=str(options.data),
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        validation=SplitRecipe(folder="test", list_file=even),
+        test=SplitRecipe(folder="test", list_file=odd),
+    )
+    return ImageData(recipe)
+
+
+def page(found: Sequence[tuple[str, dict[str, Any]]], options: argparse.Namespace) -> str:
+    """The tables, in Markdown."""
+    rows = ["fp32", *(f"int8 {method}" for method in METHODS), "4 bits mse", "4 bits trained"]
+    names = [name for name, _ in found]
+    lines = [f"| accuracy, % | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for row in rows:
+        cells = [f"{100 * facts['accuracy'][row]:.2f}" if row in facts["accuracy"] else "" for _, facts in found]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    cells = [f"{100 * facts['export']['accuracy']:.2f}" for _, facts in found]
+    lines.append(f"| int8 mse, the ONNX file | {' | '.join(cells)} |")
+    lines += ["", "| integers | layers, fused | kernels | Q/DQ left | difference to PyTorch | same class |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, facts in found:
+        export = facts["export"]
+        kernels = ", ".join(f"{n} {kind}" for kind, n in export["kernels"].items())
+        lines.append(
+            f"| {name} | {export['layers']}, {export['fused_layers']} | {kernels} | {export['conversions']} | "
+            f"{100 * export['error']:.1f} % | {100 * export['agreement']:.1f} % |"
+        )
+    lines += [
+        "",
+        "| fp32 : int8 | threads | median (quartiles) | of the fastest calls | int8, ms |",
+        "|---|---|---|---|---|",
+    ]
+    for name, facts in found:
+        for threads, entry in facts["latency"].items():
+            lines.append(
+                f"| {name} | {threads} | {entry['ratio']:.2f} ({entry['lower']:.2f} to {entry['upper']:.2f}) | "
+                f"{entry['fastest_ratio']:.2f} | {entry['int8_ms']:.2f} |"
+            )
+    versions = f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}"
+    head = [
+        "# Bits, measured",
+        f"{cpu_name()}, {versions}. 8-bit products saturate here: {'yes' if saturates() else 'no'}.",
+        f"{__doc__.partition(chr(10) * 2)[2].strip()}",  # type: ignore[union-attr]
+        f"Calibrated on {N_CALIBRATION} training images without augmentation, seed {options.seed}. 4 bits: the first "
+        f"and the last layer have 8; trained: {options.epochs} epoch(s), learning rate {options.learning_rate:g}.",
+        f"Command: `python -m experiments.bench_bits {' '.join(sys.argv[1:])}`.",
+    ]
+    return "\n\n".join([*head, "\n".join(lines)]) + "\n"
+
+
+def measure(name: str, data: ImageData, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one network; what an earlier sitting measured is read from its file."""
+    path = options.out / f"{name}.json"
+    facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    model = build_model(name, num_classes=10).eval()
+    load_weights(model, options.models / NETWORKS[name])
+    steps: dict[str, Callable[[], Any]] = {
+        "export": lambda: export_both(model, data, options.out, name, options.seed),
+        "latency": lambda: {str(n): latency_ratio(options.out, name, n, options.rounds) for n in (1, 2)},
+        "accuracy": lambda: accuracies(model, data, options, epochs=options.epochs if name in options.train else 0),
+    }
+    for step, measured in steps.items():
+        if step not in facts:
+            facts[step] = measured()
+            write_atomic(path, json.dumps(facts, indent=1).encode())
+    return facts
+
+
+def main() -> None:
+    """Measure what is missing and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="*", choices=sorted(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/cifar10-jpeg.tar.gz"))
+    parser.add_argument("--models", type=Path, default=Path("../shared/models"))
+    parser.add_argument("--out", type=Path, default=Path("runs/bits"), help="ONNX files, and what was measured before")
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/bits.md"), help="page to write")
+    parser.add_argument("--train", nargs="*", default=["resnet20"], help="networks to train with 4 bits as well")
+    parser.add_argument("--epochs", type=int, default=1, help="of that training")
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--rounds", type=int, default=200, help="timed calls of each network")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    data = read_data(options)
+    found = [(name, measure(name, data, options)) for name in options.networks]
+    write_atomic(options.page, page(found, options).encode())
+
+
+if __name__ == "__main__":
+    main()

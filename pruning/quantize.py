@@ -1,0 +1,494 @@
+"""Fewer bits in a network: layers that compute with quantized weights and read quantized values, and can be trained.
+
+Weights stay in single precision and are quantized whenever the layer runs ("fake quantization"), so that an optimizer
+can go on changing them; what a layer computes is what integers would give.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from graph_encoder.modes import evaluation_mode
+from graph_encoder.symbolic import symbolic_trace
+
+from .calibration import CalibrationError, Observer, RangeMethod, shared_values, weight_steps
+from .integer_flow import tensors_to_quantize
+from .layer_policy import FULL_BITS, LayerPolicy, PolicyError
+
+INTEGER_BITS = 8
+HALF_BITS = 16
+_SMALLEST_STEP = 1e-12
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Rounding to ``step * (i - zero_point)``, ``low <= i <= high``, with the gradients of learned step sizes.
+
+    Source: Esser et al., "Learned Step Size Quantization" (2020), equations 1 to 3 and 5.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: Tensor, low: int, high: int, scale: float) -> Tensor:
+        ctx.save_for_backward(x, step, zero_point)
+        ctx.bounds = low, high, scale
+        return _round_to_grid(x, step, zero_point, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, step, zero_point = ctx.saved_tensors
+        low, high, scale = ctx.bounds
+        scaled, lowest, highest = x / step, low - zero_point, high - zero_point
+        is_inside = (scaled > lowest) & (scaled < highest)
+        of_step = torch.where(is_inside, scaled.round() - scaled, scaled.clamp(lowest, highest))
+        of_step = (gradient * of_step).sum_to_size(step.shape) * scale
+        return gradient * is_inside, of_step, None, None, None, None
+
+
+def _round_to_grid(x: Tensor, step: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    return ((x / step).round().clamp(low - zero_point, high - zero_point)) * step
+
+
+def _fake_quantize(x: Tensor, step: Tensor, zero_point: Tensor, low: int, high: int, scale: float) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or step.requires_grad):
+        result: Tensor = _FakeQuantize.apply(x, step, zero_point, low, high, scale)
+        return result
+    return _round_to_grid(x, step, zero_point, low, high)
+
+
+class _KeepSign(torch.autograd.Function):
+    """``step * sign(w)``; the sign lets the gradient pass."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, step: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(weight, step)
+        ctx.scale = scale
+        return weight.sign() * step
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        weight, step = ctx.saved_tensors
+        return gradient, (gradient * weight.sign()).sum_to_size(step.shape) * ctx.scale, None
+
+
+class ActQuantizer(nn.Module):
+    """Values on one grid of ``2 ** bits`` levels with a learned step size.
+
+    Attributes:
+        bits: 1 to 8.
+        place: whose values these are, for messages.
+        step: learned, a single value; its gradient is scaled by ``1 / sqrt(values of an image * levels above zero)``
+            (Esser et al. 2020, section 2.2).
+        zero_point: the integer that stands for zero; 0 where no value is negative.
+        observer: where not None, values pass unchanged and are looked at.
+    """
+
+    step: nn.Parameter
+    zero_point: Tensor
+
+    def __init__(self, bits: int, place: str) -> None:
+        super().__init__()
+        self.bits = bits
+        self.place = place
+        self.observer: Observer | None = None
+        self.step = nn.Parameter(torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    @property
+    def top(self) -> int:
+        """The highest integer."""
+        return int(2**self.bits - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values of the shape of ``x``, each on the grid."""
+        if self.observer is not None:
+            self.observer.see(x)
+            return x
+        scale = 1.0
+        if self.training and torch.is_grad_enabled():
+            above_zero = max(self.top - int(self.zero_point), 1)
+            scale = 1 / math.sqrt(x.numel() / max(len(x), 1) * above_zero)
+        return _fake_quantize(x, _positive(self.step), self.zero_point, 0, self.top, scale)
+
+    def calibrate(self, method: RangeMethod) -> None:
+        """Take the grid that ``method`` chooses for what the observer saw, and stop observing."""
+        assert self.observer is not None
+        grid = self.observer.grid(self.top + 1, method)
+        with torch.no_grad():
+            self.step.fill_(grid.step)
+            self.zero_point.fill_(grid.zero_point)
+        self.observer = None
+
+    def extra_repr(self) -> str:
+        """Shown when the network is printed."""
+        return f"bits={self.bits}"
+
+
+class HalfPrecision(nn.Module):
+    """Values rounded to half precision (float16)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values of the shape and the type of ``x``."""
+        return x.to(torch.float16).to(x.dtype)
+
+
+class LinearWeightQuantizer(nn.Module):
+    """Weights on a symmetric grid with a learned step size for each output channel.
+
+    Two bits and more have the levels ``-n`` to ``n``, ``n = 2 ** (bits - 1) - 1``: a level fewer than there could
+    be, so that a weight and its negative are quantized alike and a zero stays a zero. One bit keeps the signs, and
+    the zeros of a sparse layer.
+
+    Attributes:
+        bits: 1 to 8.
+        step: learned, of shape ``(out, 1, ...)``.
+    """
+
+    step: nn.Parameter
+    zero: Tensor
+
+    def __init__(self, bits: int, weight: Tensor) -> None:
+        super().__init__()
+        self.bits = bits
+        self.step = nn.Parameter(weight.new_ones((len(weight), *[1] * (weight.dim() - 1))))
+        self.register_buffer("zero", weight.new_zeros(()), persistent=False)
+
+    @property
+    def top(self) -> int:
+        """The highest level."""
+        return max(int(2 ** (self.bits - 1)) - 1, 1)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Weights of the shape of ``weight``, each on the grid of its channel."""
+        scale = 1 / math.sqrt(weight[0].numel() * self.top)
+        step = _positive(self.step)
+        if self.bits == 1:
+            signs: Tensor = _KeepSign.apply(weight, step, scale)
+            return signs
+        return _fake_quantize(weight, step, self.zero, -self.top, self.top, scale)
+
+    def calibrate(self, weight: Tensor, method: RangeMethod) -> None:
+        """Choose the step sizes for these weights."""
+        with torch.no_grad():
+            self.step.copy_(weight_steps(weight, self.bits, method))
+
+    def extra_repr(self) -> str:
+        """Shown when the network is printed."""
+        return f"bits={self.bits}"
+
+
+class SharedWeightQuantizer(nn.Module):
+    """Weights that share ``2 ** bits`` learned values; which weight has which value stays as calibrated.
+
+    The gradient of a value is the sum over the weights that share it; zeros stay zeros.
+
+    Attributes:
+        bits: 1 to 8.
+        values: learned, of shape ``(2 ** bits,)``.
+        index: uint8 of the weight's shape, the value of each weight.
+
+    Source: Han et al., "Deep Compression" (2016), section 3.
+    """
+
+    values: nn.Parameter
+    index: Tensor
+
+    def __init__(self, bits: int, weight: Tensor) -> None:
+        super().__init__()
+        self.bits = bits
+        self.values = nn.Parameter(weight.new_zeros(2**bits))
+        self.register_buffer("index", torch.zeros_like(weight, dtype=torch.uint8))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Weights of the shape of ``weight``, each the value that it shares."""
+        return torch.where(weight == 0, 0.0, self.values[self.index.long()])
+
+    def calibrate(self, weight: Tensor, method: RangeMethod) -> None:
+        """Cluster these weights; there is one way to."""
+        values, index = shared_values(weight.cpu(), 2**self.bits)
+        with torch.no_grad():
+            self.values.copy_(values)
+            self.index.copy_(index)
+
+    def extra_repr(self) -> str:
+        """Shown when the network is printed."""
+        return f"bits={self.bits}"
+
+
+def _positive(step: Tensor) -> Tensor:
+    # A learned step that crosses zero would turn the grid over; its magnitude is what counts.
+    return step.abs().clamp(min=_SMALLEST_STEP)
+
+
+class QuantizedLayer(nn.Module):
+    """What all quantized layers have beside what they are.
+
+    Attributes:
+        policy: bits of the layer.
+        weight: in full precision, trainable.
+        weight_quantizer: from the weight to the weight that is computed with.
+        act_quantizer: from what the layer is given to what it reads; the identity where that is quantized before.
+    """
+
+    policy: LayerPolicy
+    weight: Tensor
+    weight_quantizer: nn.Module
+    act_quantizer: nn.Module
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that is computed with."""
+        weight: Tensor = self.weight_quantizer(self.weight)
+        return weight
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """A linear layer with fewer bits."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        return F.linear(self.act_quantizer(input), self.quantized_weight(), self.bias)
+
+
+class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
+    """A convolution over sequences with fewer bits."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(N, in, L)`` to ``(N, out, L')``."""
+        out: Tensor = self._conv_forward(self.act_quantizer(input), self.quantized_weight(), self.bias)
+        return out
+
+
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+    """A convolution over images with fewer bits."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(N, in, H, W)`` to ``(N, out, H', W')``."""
+        out: Tensor = self._conv_forward(self.act_quantizer(input), self.quantized_weight(), self.bias)
+        return out
+
+
+class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
+    """A convolution over volumes with fewer bits."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(N, in, D, H, W)`` to ``(N, out, D', H', W')``."""
+        out: Tensor = self._conv_forward(self.act_quantizer(input), self.quantized_weight(), self.bias)
+        return out
+
+
+_QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+}
+
+
+def quantize_layers(
+    model: nn.Module,
+    layers: Mapping[str, LayerPolicy],
+    batches: Iterable[Tensor | tuple[Tensor, ...]],
+    *,
+    method: RangeMethod = "mse",
+    weight_method: RangeMethod = "mse",
+) -> nn.Module:
+    """A copy of ``model`` whose layers compute with the bits that ``layers`` gives them, calibrated on ``batches``.
+
+    The copy has the parameters of the model under their names, and the step sizes beside them; all of them can be
+    trained (`pruning.finetune.finetune` as it is). `insert_quantizers` says where quantizers are put.
+
+    Args:
+        model: the network; neither it nor its tensors are touched or shared.
+        layers: bits by qualified layer name; sparsity is not looked at here, and layers without bits are left alone.
+        batches: inputs on the model's device, as the network will see them in use (not augmented); tuples where
+            forward takes several. Read twice. A few hundred images will do.
+        method: how ranges of activations are chosen.
+        weight_method: how step sizes of weights are chosen: ``"minmax"``, ``"mse"``, or ``"lsq"`` before training.
+
+    Raises:
+        PolicyError: if a layer is not there, or cannot be quantized.
+        CalibrationError: if there is no batch, a value is not finite, or a layer never runs.
+    """
+    quantized = insert_quantizers(model, layers)
+    calibrate(quantized, batches, method=method, weight_method=weight_method)
+    return quantized
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Tensor | tuple[Tensor, ...]],
+    *,
+    method: RangeMethod = "mse",
+    weight_method: RangeMethod = "mse",
+) -> None:
+    """Choose the ranges of all quantizers of ``model``, in place; the arguments are those of `quantize_layers`.
+
+    Activations are looked at in the network with full precision, so that no range depends on another.
+    """
+    for name, layer in quantized_layers(model).items():
+        if isinstance(layer.weight_quantizer, LinearWeightQuantizer | SharedWeightQuantizer):
+            try:
+                layer.weight_quantizer.calibrate(layer.weight, weight_method)
+            except CalibrationError as error:
+                msg = f"layer '{name}': {error}"
+                raise CalibrationError(msg) from error
+    quantizers = [module for module in model.modules() if isinstance(module, ActQuantizer)]
+    if not quantizers:
+        return
+    held = batches if isinstance(batches, list | tuple) else list(batches)
+    if not held:
+        msg = (
+            "no calibration data: ranges of activations were to be chosen on no batches; hand in at least one batch "
+            "of training images"
+        )
+        raise CalibrationError(msg)
+    try:
+        for quantizer in quantizers:
+            quantizer.observer = Observer(quantizer.place)
+        with evaluation_mode(model), torch.no_grad(), _full_precision_weights(model):
+            _run(model, held)
+            if method != "minmax":
+                for quantizer in quantizers:
+                    assert quantizer.observer is not None
+                    quantizer.observer.count_from_now_on()
+                _run(model, held)
+        for quantizer in quantizers:
+            quantizer.calibrate(method)
+    finally:
+        for quantizer in quantizers:
+            quantizer.observer = None
+
+
+def _run(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
+    for batch in batches:
+        model(*batch if isinstance(batch, tuple) else (batch,))
+
+
+@contextmanager
+def _full_precision_weights(model: nn.Module) -> Iterator[None]:
+    """Run the layers of a model with their weights in full precision for a while."""
+    layers = list(quantized_layers(model).values())
+    quantizers = [layer.weight_quantizer for layer in layers]
+    for layer in layers:
+        layer.weight_quantizer = nn.Identity()
+    try:
+        yield
+    finally:
+        for layer, quantizer in zip(layers, quantizers, strict=True):
+            layer.weight_quantizer = quantizer
+
+
+def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy]) -> nn.Module:
+    """A copy of ``model`` with quantizers that are yet to be calibrated, or loaded.
+
+    Where all bits are such that a runtime has them (`is_deployable`) and a layer is in integers, whole tensors are
+    quantized, for all that read them, where an integer kernel writes or reads them: sums of a residual network too.
+    That takes the symbolic trace of the network, which the copy then is. Where the network cannot be traced, and for
+    fewer than 8 bits, each layer quantizes what it reads, and the copy is the user's own module.
+
+    Raises:
+        PolicyError: if a layer is not there, or cannot be quantized.
+    """
+    layers = {name: layer for name, layer in layers.items() if layer.is_quantized}
+    copied = copy.deepcopy(model)
+    modules = dict(copied.named_modules(remove_duplicate=False))
+    _check(layers, modules)
+    traced = symbolic_trace(copied) if is_deployable(layers) and any(map(is_integer, layers.values())) else None
+    if traced is not None:
+        integer = {name for name, layer in layers.items() if is_integer(layer)}
+        _quantize_tensors(traced, integer)
+        copied = traced
+    done: set[int] = set()
+    for name, policy in layers.items():
+        layer = modules[name]
+        if id(layer) not in done:
+            _quantize_layer(layer, name, policy, reads_quantized=traced is not None and is_integer(policy))
+            done.add(id(layer))
+    return copied
+
+
+def is_integer(layer: LayerPolicy) -> bool:
+    """Whether the layer is one that a runtime computes in 8-bit integers."""
+    return (layer.weight_bits, layer.act_bits, layer.quantizer) == (INTEGER_BITS, INTEGER_BITS, "linear")
+
+
+def is_deployable(layers: Mapping[str, LayerPolicy]) -> bool:
+    """Whether all bits are such that a runtime may have them: 8 and 8, 16 and 16, or full."""
+    whole = ((FULL_BITS, FULL_BITS), (HALF_BITS, HALF_BITS))
+    return all(is_integer(layer) or (layer.weight_bits, layer.act_bits) in whole for layer in layers.values())
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of ``model`` by qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def _check(layers: Mapping[str, LayerPolicy], modules: Mapping[str, nn.Module]) -> None:
+    for name in layers:
+        layer = modules.get(name)
+        if layer is None:
+            msg = f"the policy gives bits to '{name}', and the network has no such layer; name one of its layers"
+            raise PolicyError(msg)
+        if type(layer) not in _QUANTIZED:
+            kinds = ", ".join(f"nn.{kind.__name__}" for kind in _QUANTIZED)
+            found = f"a {type(layer).__name__}" if not isinstance(layer, QuantizedLayer) else "quantized already"
+            msg = f"layer '{name}' is {found}, which cannot be quantized; only {kinds} can, so leave it out"
+            raise PolicyError(msg)
+    shared: dict[int, str] = {}
+    for name, policy in layers.items():
+        first = shared.setdefault(id(modules[name]), name)
+        if layers[first] != policy:
+            msg = f"layers '{first}' and '{name}' are one module, and the policy gives them different bits; give equal"
+            raise PolicyError(msg)
+
+
+def _quantize_layer(layer: nn.Module, name: str, policy: LayerPolicy, *, reads_quantized: bool) -> None:
+    """Make a layer a quantized one, in place: hooks, ties and the names of its tensors stay."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    layer.__class__ = _QUANTIZED[type(layer)]
+    assert isinstance(layer, QuantizedLayer)
+    layer.policy = policy
+    layer.weight_quantizer = _weight_quantizer(policy, weight.detach())
+    layer.act_quantizer = (
+        nn.Identity() if reads_quantized else _act_quantizer(policy.act_bits, f"what '{name}' reads").to(weight.device)
+    )
+
+
+def _weight_quantizer(policy: LayerPolicy, weight: Tensor) -> nn.Module:
+    if policy.weight_bits == FULL_BITS:
+        return nn.Identity()
+    if policy.weight_bits == HALF_BITS:
+        return HalfPrecision()
+    kind = SharedWeightQuantizer if policy.quantizer == "kmeans" else LinearWeightQuantizer
+    return kind(policy.weight_bits, weight)
+
+
+def _act_quantizer(bits: int, place: str) -> nn.Module:
+    if bits == FULL_BITS:
+        return nn.Identity()
+    return HalfPrecision() if bits == HALF_BITS else ActQuantizer(bits, place)
+
+
+def _quantize_tensors(traced: fx.GraphModule, integer: set[str]) -> None:
+    """Put a quantizer behind every tensor that integer kernels write or read, for all that read it."""
+    device = next((tensor.device for tensor in traced.parameters()), torch.device("cpu"))
+    chosen = tensors_to_quantize(traced, integer)
+    traced.act_quantizers = nn.ModuleDict(
+        {node.name: ActQuantizer(INTEGER_BITS, f"the output of '{node.name}'").to(device) for node in chosen}
+    )
+    for node in chosen:
+        readers = list(node.users)
+        with traced.graph.inserting_after(node):
+            quantized = traced.graph.call_module(f"act_quantizers.{node.name}", (node,))
+        for reader in readers:
+            reader.replace_input_with(node, quantized)
+    traced.recompile()

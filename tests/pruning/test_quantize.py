@@ -1,0 +1,382 @@
+import copy
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graph_encoder.capture import capture
+from latency.cost import count_macs
+from pruning.calibration import CalibrationError
+from pruning.finetune import finetune
+from pruning.layer_policy import LayerPolicy, PolicyError
+from pruning.policy import CompressionPolicy
+from pruning.quantize import (
+    ActQuantizer,
+    LinearWeightQuantizer,
+    SharedWeightQuantizer,
+    insert_quantizers,
+    quantize_layers,
+    quantized_layers,
+)
+from pruning.surgery import apply_policy
+
+INT8 = LayerPolicy(weight_bits=8, act_bits=8)
+FOUR = LayerPolicy(weight_bits=4, act_bits=4)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Residual(nn.Module):
+    """A stem, a residual block with batch norms, a pooling and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.stem(x).relu())
+        x = F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
+
+
+LAYERS = ("stem", "conv1", "conv2", "linear")
+IMAGES = noise(6, 3, 8, 8)
+
+
+@pytest.fixture
+def residual() -> nn.Module:
+    torch.manual_seed(0)
+    return Residual().eval()
+
+
+def equal_states(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_quantized_weight_has_the_levels_of_its_bits_and_keeps_its_zeros(bits: int) -> None:
+    weight = noise(3, 500)
+    weight[:, :100] = 0
+    quantizer = LinearWeightQuantizer(bits, weight)
+    quantizer.calibrate(weight, "minmax")
+    found = quantizer(weight).detach()
+
+    top = max(2 ** (bits - 1) - 1, 1)
+    for row in found:
+        levels = (row.unique() / (row.abs().max() / top)).round()
+        assert len(row.unique()) <= 2 * top + 1
+        assert levels.abs().max() == top
+    assert (found[:, :100] == 0).all()
+    assert torch.equal(quantizer(-weight), -found)
+
+
+def test_one_bit_keeps_signs_and_the_mean_magnitude() -> None:
+    weight = torch.tensor([[1.0, -2.0, 0.0], [-4.0, 4.0, 4.0]])
+    quantizer = LinearWeightQuantizer(1, weight)
+    quantizer.calibrate(weight, "mse")
+
+    assert quantizer(weight).tolist() == [[1.5, -1.5, 0.0], [-4.0, 4.0, 4.0]]
+
+
+def test_gradients_of_values_and_step_are_those_of_learned_step_sizes() -> None:
+    quantizer = ActQuantizer(2, "x").train()
+    x = torch.tensor([[-1.0, 0.4, 1.2, 5.0]], requires_grad=True)
+    upstream = torch.tensor([[1.0, 10.0, 100.0, 1000.0]])
+
+    found = quantizer(x)
+    found.backward(upstream)
+
+    assert found.tolist() == [[0, 0, 1, 3]]
+    assert x.grad is not None and x.grad.tolist() == [[0, 10, 100, 0]]
+    # Esser et al. 2020, equation 3: round(v) - v inside, the end of the range outside; scaled by 1 / sqrt(4 * 3).
+    expected = (1 * 0 + 10 * (0 - 0.4) + 100 * (1 - 1.2) + 1000 * 3) / math.sqrt(12)
+    assert float(quantizer.step.grad) == pytest.approx(expected)  # type: ignore[arg-type]
+
+
+def test_gradient_of_a_channels_step_is_its_own() -> None:
+    weight = torch.tensor([[0.3, -5.0], [1.4, 0.0]], requires_grad=True)
+    quantizer = LinearWeightQuantizer(3, weight.detach())
+
+    quantizer(weight).sum().backward()
+
+    scale = 1 / math.sqrt(2 * 3)
+    assert quantizer.step.grad is not None
+    assert quantizer.step.grad.flatten().tolist() == pytest.approx([(-0.3 - 3) * scale, -0.4 * scale])
+    assert weight.grad is not None and weight.grad.tolist() == [[1, 0], [1, 1]]
+
+
+def test_gradient_of_a_shared_value_is_the_sum_over_its_weights() -> None:
+    weight = torch.tensor([[1.0, 1.1, 0.0, -3.0]])
+    quantizer = SharedWeightQuantizer(1, weight)
+    quantizer.calibrate(weight, "mse")
+
+    found = quantizer(weight)
+    found.backward(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]))
+
+    torch.testing.assert_close(found.detach(), torch.tensor([[1.05, 1.05, 0.0, -3.0]]))
+    assert quantizer.values.grad is not None and quantizer.values.grad.tolist() == [1000, 11]
+
+
+def test_eight_bits_change_little_and_two_bits_much(residual: nn.Module) -> None:
+    def error(bits: int) -> float:
+        layers = dict.fromkeys(LAYERS, LayerPolicy(weight_bits=bits, act_bits=bits))
+        change = quantize_layers(residual, layers, [IMAGES])(IMAGES) - residual(IMAGES)
+        return float(change.detach().norm() / residual(IMAGES).detach().norm())
+
+    errors = [error(bits) for bits in (8, 4, 2)]
+    assert errors[0] < 0.03 < errors[1] < errors[2]
+
+
+def test_layer_computes_with_what_its_quantizers_give() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU())
+    x = noise(2, 3, 9)
+    quantized = quantize_layers(model, {"0": LayerPolicy(weight_bits=3, act_bits=5)}, [x])
+    layer = quantized_layers(quantized)["0"]
+
+    assert len(layer.quantized_weight()[0].unique()) <= 7
+    assert len(layer.act_quantizer(x).unique()) <= 32
+    expected = F.conv1d(layer.act_quantizer(x), layer.quantized_weight(), layer.bias).relu()
+    assert torch.equal(quantized(x), expected)
+
+
+def test_half_precision_rounds_weights_and_activations() -> None:
+    model = nn.Sequential(nn.Linear(5, 3))
+    x = noise(2, 5)
+    quantized = insert_quantizers(model, {"0": LayerPolicy(weight_bits=16, act_bits=16)})
+
+    expected = F.linear(x.half().float(), model[0].weight.half().float(), model[0].bias)
+    assert torch.equal(quantized(x), expected)
+
+
+def test_model_is_untouched_and_nothing_is_shared(residual: nn.Module) -> None:
+    before = copy.deepcopy(residual)
+    quantized = quantize_layers(residual, dict.fromkeys(LAYERS, FOUR), [IMAGES])
+    with torch.no_grad():
+        for tensor in [*quantized.parameters(), *quantized.buffers()]:
+            tensor.zero_()
+
+    assert equal_states(residual, before)
+    assert type(residual.stem) is nn.Conv2d
+
+
+def test_copy_is_the_users_class_with_its_hooks_and_the_names_of_its_parameters(residual: nn.Module) -> None:
+    seen: list[str] = []
+    residual.conv1.register_forward_hook(lambda *_: seen.append("conv1"))
+
+    quantized = quantize_layers(residual, dict.fromkeys(LAYERS, FOUR), [IMAGES])
+    seen.clear()
+    copy.deepcopy(quantized)(IMAGES)
+
+    assert type(quantized) is Residual
+    assert seen == ["conv1"]
+    added = quantized.state_dict().keys() - residual.state_dict().keys()
+    assert residual.state_dict().keys() < quantized.state_dict().keys()
+    quantizers = {f"{name}.{kind}" for name in LAYERS for kind in ("weight_quantizer.step", "act_quantizer.step")}
+    assert added == quantizers | {f"{name}.act_quantizer.zero_point" for name in LAYERS}
+
+
+def test_tied_weights_stay_tied_and_shared_modules_stay_shared() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.two.weight = self.one.weight
+            self.again = self.one
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.again(self.two(self.one(x)).relu())
+            return out
+
+    quantized = quantize_layers(Tied(), dict.fromkeys(("one", "two", "again"), FOUR), [noise(4, 6)])
+
+    assert quantized.two.weight is quantized.one.weight
+    assert quantized.again is quantized.one
+
+
+def test_state_of_a_calibrated_network_makes_an_uncalibrated_one_equal(residual: nn.Module) -> None:
+    layers = {"stem": INT8, "conv1": INT8, "conv2": INT8}
+    calibrated = quantize_layers(residual, layers, [IMAGES])
+    fresh = insert_quantizers(Residual().eval(), layers)
+    fresh.load_state_dict(calibrated.state_dict())
+
+    assert torch.equal(fresh(IMAGES), calibrated(IMAGES))
+
+
+def test_integer_network_quantizes_tensors_where_integer_kernels_meet_and_not_its_outputs(residual: nn.Module) -> None:
+    quantized = insert_quantizers(residual, dict.fromkeys(LAYERS, INT8))
+
+    # The input; after each ReLU, past the batch norm; the second branch; the sum, past its ReLU; what `linear` reads.
+    # The pooled values lie on the grid of what is pooled, and the logits stay as they are.
+    assert list(quantized.act_quantizers) == ["x", "relu", "relu_1", "bn2", "relu_2", "mean"]
+
+
+def test_sum_with_a_branch_in_full_precision_stays_in_full_precision(residual: nn.Module) -> None:
+    quantized = insert_quantizers(residual, dict.fromkeys(("stem", "conv1"), INT8))
+
+    assert list(quantized.act_quantizers) == ["x", "relu", "relu_1"]
+
+
+def test_network_that_cannot_be_traced_quantizes_what_its_layers_read() -> None:
+    class Branching(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    quantized = quantize_layers(Branching().eval(), dict.fromkeys(LAYERS, INT8), [IMAGES])
+
+    assert type(quantized) is Branching
+    assert len(quantized.conv1.act_quantizer(IMAGES).unique()) <= 256
+
+
+def test_bits_do_not_change_the_number_of_multiply_adds(residual: nn.Module) -> None:
+    quantized = quantize_layers(residual, dict.fromkeys(LAYERS, FOUR), [IMAGES])
+
+    assert count_macs(quantized, IMAGES[:1]) == count_macs(residual, IMAGES[:1])
+
+
+def test_channels_go_first_and_bits_follow(residual: nn.Module) -> None:
+    policy = CompressionPolicy({"conv1": (1, 2, 5)}, {"conv1": 8}, dict.fromkeys(LAYERS, INT8))
+    small = apply_policy(residual, capture(residual, IMAGES[:1]), policy)
+    quantized = quantize_layers(small, policy.layers, [IMAGES])
+
+    assert quantized.conv1.weight.shape == (3, 8, 3, 3)
+    torch.testing.assert_close(quantized(IMAGES), small(IMAGES), atol=0.05, rtol=0.05)
+
+
+class Points:
+    """Two classes of points on either side of a curve."""
+
+    def __init__(self) -> None:
+        self.points = noise(512, 6)
+        self.labels = (self.points[:, 0] * self.points[:, 1] > 0).long()
+
+    def __len__(self) -> int:
+        return 8
+
+    def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(512, generator=torch.Generator().manual_seed(epoch))
+        for indices in order.chunk(8):
+            yield self.points[indices], self.labels[indices]
+
+
+@pytest.mark.parametrize("layer", [LayerPolicy(weight_bits=2, act_bits=2), LayerPolicy(weight_bits=1, act_bits=4)])
+def test_training_recovers_accuracy_that_few_bits_cost(layer: LayerPolicy) -> None:
+    torch.manual_seed(0)
+    data = Points()
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+    finetune(model, data, epochs=40, learning_rate=0.1)
+
+    def accuracy(network: nn.Module) -> float:
+        with torch.no_grad():
+            return float((network(data.points).argmax(1) == data.labels).float().mean())
+
+    quantized = quantize_layers(model, {"2": layer, "4": layer}, [data.points])
+    before, weight = accuracy(quantized), quantized[2].weight.detach().clone()
+    step = quantized[2].weight_quantizer.step.detach().clone()
+    finetune(quantized, data, epochs=40, learning_rate=0.05)
+
+    assert before < 0.93 < accuracy(quantized)
+    assert not torch.equal(quantized[2].weight, weight)
+    assert not torch.equal(quantized[2].weight_quantizer.step, step)
+
+
+def test_shared_values_are_trained_and_zeros_stay() -> None:
+    torch.manual_seed(0)
+    data = Points()
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 2))
+    with torch.no_grad():
+        model[0].weight[:, 3:] = 0
+    quantized = quantize_layers(model, {"0": LayerPolicy(weight_bits=3, quantizer="kmeans")}, [])
+    before = quantized[0].weight_quantizer.values.detach().clone()
+    report = finetune(quantized, data, epochs=20, learning_rate=0.1)
+
+    assert report.losses[-1] < report.losses[0]
+    assert not torch.equal(quantized[0].weight_quantizer.values, before)
+    assert (quantized[0].quantized_weight()[:, 3:] == 0).all()
+    assert len(quantized[0].quantized_weight().unique()) <= 9
+
+
+def test_layer_that_is_not_there_is_named(residual: nn.Module) -> None:
+    with pytest.raises(PolicyError) as caught:
+        quantize_layers(residual, {"nose": INT8}, [IMAGES])
+    assert str(caught.value) == (
+        "the policy gives bits to 'nose', and the network has no such layer; name one of its layers"
+    )
+
+
+def test_layer_that_cannot_be_quantized_is_named(residual: nn.Module) -> None:
+    with pytest.raises(PolicyError) as caught:
+        quantize_layers(residual, {"bn1": INT8}, [IMAGES])
+    assert str(caught.value) == (
+        "layer 'bn1' is a BatchNorm2d, which cannot be quantized; only nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d can, "
+        "so leave it out"
+    )
+
+
+def test_layer_that_is_quantized_already_is_named(residual: nn.Module) -> None:
+    quantized = quantize_layers(residual, {"stem": FOUR}, [IMAGES])
+    with pytest.raises(PolicyError) as caught:
+        quantize_layers(quantized, {"stem": FOUR}, [IMAGES])
+    assert str(caught.value) == (
+        "layer 'stem' is quantized already, which cannot be quantized; only nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d "
+        "can, so leave it out"
+    )
+
+
+def test_one_module_under_two_names_cannot_have_two_numbers_of_bits() -> None:
+    shared = nn.Linear(4, 4)
+    with pytest.raises(PolicyError) as caught:
+        insert_quantizers(nn.Sequential(shared, shared), {"0": INT8, "1": FOUR})
+    assert str(caught.value) == (
+        "layers '0' and '1' are one module, and the policy gives them different bits; give equal"
+    )
+
+
+def test_no_calibration_data_is_refused(residual: nn.Module) -> None:
+    with pytest.raises(CalibrationError) as caught:
+        quantize_layers(residual, {"stem": FOUR}, [])
+    assert str(caught.value) == (
+        "no calibration data: ranges of activations were to be chosen on no batches; hand in at least one batch of "
+        "training images"
+    )
+
+
+def test_images_that_are_not_finite_are_named_by_the_layer_that_reads_them(residual: nn.Module) -> None:
+    images = IMAGES.clone()
+    images[0, 0, 0, 0] = math.nan
+    with pytest.raises(CalibrationError) as caught:
+        quantize_layers(residual, {"stem": FOUR}, [IMAGES, images])
+    assert str(caught.value) == (
+        "calibration met 1 values that are NaN or infinite in what 'stem' reads (batch 2); check the calibration "
+        "images and the weights"
+    )
+
+
+def test_weights_that_are_not_finite_are_named_by_their_layer(residual: nn.Module) -> None:
+    with torch.no_grad():
+        residual.conv1.weight[0, 0] = math.inf
+    with pytest.raises(CalibrationError) as caught:
+        quantize_layers(residual, {"conv1": FOUR}, [IMAGES])
+    assert str(caught.value) == "layer 'conv1': 9 weights are NaN or infinite; load or train them again"
+
+
+def test_layer_that_never_runs_is_named(residual: nn.Module) -> None:
+    residual.spare = nn.Linear(3, 3)
+    with pytest.raises(CalibrationError) as caught:
+        quantize_layers(residual, {"spare": FOUR}, [IMAGES])
+    assert str(caught.value) == (
+        "calibration saw nothing of what 'spare' reads: it did not run as a module of its own on the calibration "
+        "batches; leave the layer out of the policy"
+    )
