@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +154,9 @@ def faults(value: Any, schema: Mapping[str, Any], where: str = "policy") -> Iter
             case "minimum" | "exclusiveMinimum" | "maximum" | "exclusiveMaximum":
                 if isinstance(value, int | float) and not _within(value, keyword, allowed):
                     yield f"{where}: {keyword} {allowed}"
+            case "pattern":
+                if isinstance(value, str) and not re.search(allowed, value):
+                    yield f"{where}: not like {allowed}"
             case "minItems":
                 if isinstance(value, list) and len(value) < allowed:
                     yield f"{where}: fewer than {allowed} items"
@@ -189,7 +193,10 @@ def _within(value: float, keyword: str, bound: float) -> bool:
     return inside[keyword]
 
 
-@pytest.mark.parametrize("policy", [POLICY, CompressionPolicy(), CompressionPolicy({"a": (0,)}, {"a": 1})])
+@pytest.mark.parametrize(
+    "policy",
+    [POLICY, CompressionPolicy(), CompressionPolicy({"a": (0,)}, {"a": 1}), CompressionPolicy(layers=LAYERS)],
+)
 def test_a_written_policy_is_what_the_schema_describes(policy: CompressionPolicy) -> None:
     assert list(faults(json.loads(policy.to_json()), POLICY_SCHEMA)) == []
 
@@ -211,6 +218,18 @@ def test_a_written_policy_is_what_the_schema_describes(policy: CompressionPolicy
         ({"groups": {"a": {"size": 4, "kept": [-1, 2]}}}, "policy.groups.a.kept[0]: minimum 0"),
         ({"groups": {"a": {"size": 4, "kept": [0.5]}}}, "policy.groups.a.kept[0]: not of type integer"),
         ({"groups": {"a": {"size": 4, "kept": [True]}}}, "policy.groups.a.kept[0]: not of type integer"),
+        ({"layers": []}, "policy.layers: not of type object"),
+        ({"layers": {"a": {"bits": 8}}}, "policy.layers.a: unknown bits"),
+        ({"layers": {"a": {"sparsity": "unstructured", "density": 0}}}, "policy.layers.a.density: exclusiveMinimum 0"),
+        (
+            {"layers": {"a": {"weight_bits": 9}}},
+            "policy.layers.a.weight_bits: none of [1, 2, 3, 4, 5, 6, 7, 8, 16, 32]",
+        ),
+        ({"layers": {"a": {"quantizer": "log"}}}, "policy.layers.a.quantizer: none of ['linear', 'kmeans']"),
+        (
+            {"layers": {"a": {"sparsity": "block3"}}},
+            "policy.layers.a.sparsity: not like ^(dense|unstructured|block(4|8|16)|[1-9][0-9]*:[1-9][0-9]*)$",
+        ),
     ],
 )
 def test_what_the_schema_forbids_the_reader_refuses(change: dict[str, Any], fault: str) -> None:
