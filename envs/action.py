@@ -116,7 +116,7 @@ class SearchSpace:
             for group in groups
         ]
         ladders += [np.array(decision.levels, dtype=np.int64) for decision in layers]
-        cost = CostModel(graph, budget.kind if budget else kind, [group.name for group in groups], layers)
+        cost = CostModel(graph, budget.kind if budget else kind, [group.name for group in groups], layers, sparsity)
         space = cls(
             graph=graph,
             groups=groups,

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from graph_encoder.capture import trace_operators
 from graph_encoder.network import LinearDim, NetworkGraph, Term
-from pruning.layer_policy import FULL_BITS
+from pruning.layer_policy import FULL_BITS, LayerPolicy
 from pruning.policy import CompressionPolicy
+from pruning.stored_size import SCALE_BYTES, ZERO_POINT_BYTES, parameter_bytes
 
 from .decision import FULL_DENSITY, LayerChoice, LayerDecision, layer_of
 
 CostKind = Literal["macs", "params", "bytes", "bops"]
-"""Multiply-adds with a non-zero weight, for a batch of one; parameters that are not zero; bytes of those at their bits;
-bit operations: multiply-adds times bits of the weight times bits of the value read (Galen, section 4.1)."""
+"""Multiply-adds with a non-zero weight, for a batch of one; parameters that are not zero; bytes that the parameters
+take, with all that is needed to read them; bit operations, which are multiply-adds times the bits of the weight and of
+the value read (van Baalen et al. 2020, Bayesian Bits, section 4)."""
 
 FLOPS_PER_MAC = 2
 BITS_PER_BYTE = 8
@@ -62,7 +64,7 @@ class CostModel:
         kind: what is counted.
         groups: names of the decisions that a vector of counts stands for: channel groups, then layer decisions.
         sizes: int64 of shape ``(decisions,)``: units of each group, level of each untouched layer.
-        dense: cost with everything kept.
+        dense: cost of the untouched network.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class CostModel:
         kind: CostKind = "macs",
         groups: Sequence[str] | None = None,
         layers: Sequence[LayerDecision] = (),
+        sparsity: str = "unstructured",
     ) -> None:
         """Read the terms of ``graph``.
 
@@ -79,6 +82,8 @@ class CostModel:
             kind: what is counted.
             groups: names of the groups that may lose units; the prunable ones if not given.
             layers: decisions inside layers.
+            sparsity: pattern of the zeros. A layer that may get zeros, or fewer bits, counts with the bytes that
+                their places and scales take even where it gets none: at most some percent too much.
         """
         names = tuple(group.name for group in graph.prunable) if groups is None else tuple(groups)
         self.kind = kind
@@ -88,8 +93,8 @@ class CostModel:
         self._column = {graph.group_index[name]: column for column, name in enumerate(names)}
         self._column |= {len(graph.groups) + place: len(names) + place for place in range(len(layers))}
         self._scale = _scale(kind)
-        self._read(list(_terms(graph, kind, layers)))
-        self.dense = self(self.sizes)
+        self._read([*_terms(graph, kind, layers), *(_overhead(graph, layers, sparsity) if kind == "bytes" else ())])
+        self.dense = -(-sum(term.value({}) for term in _terms(graph, kind, ())) // self._scale)
 
     def _read(self, terms: Sequence[Term]) -> None:
         """Lay the terms out as arrays: a row for each distinct dimension, a list of rows for each term."""
@@ -195,6 +200,8 @@ def predict_cost(graph: NetworkGraph, policy: CompressionPolicy, kind: CostKind 
     Raises:
         KeyError: if a group is not one of the graph's.
     """
+    if kind == "bytes":
+        return sum(parameter_bytes(graph, policy).values())
     index = graph.group_index
     removed = {index[name]: policy.sizes[name] - len(kept) for name, kept in policy.kept.items()}
     decisions: list[LayerDecision] = []
@@ -233,3 +240,24 @@ def _terms(graph: NetworkGraph, kind: CostKind, layers: Sequence[LayerDecision])
         if kind == "bops":
             dims.append(own.get("act_bits", LinearDim(FULL_BITS)))
         yield Term(term.owner, term.factor, (*term.dims, *dims))
+
+
+def _overhead(graph: NetworkGraph, layers: Sequence[LayerDecision], sparsity: str) -> Iterator[Term]:
+    """Bytes beside the values, as terms like those of `_terms`: places of weights among zeros, scales of integers."""
+    pattern, bit = LayerPolicy(sparsity), FULL_DENSITY
+    by_tensor = {term.owner: term for term in graph.param_terms}
+    for place, decision in enumerate(layers):
+        term = by_tensor[f"{decision.layer}.weight"]
+        if decision.choice == "density":
+            share = LinearDim(FULL_DENSITY, ((len(graph.groups) + place, 1),))
+            if pattern.n_of_m:
+                bits = math.ceil(math.log2(pattern.n_of_m[1]))
+                yield Term(term.owner, term.factor * bits, (*term.dims, share))
+            else:
+                yield Term(term.owner, term.factor * math.ceil(bit / pattern.block), term.dims)
+        elif decision.choice == "act_bits":
+            yield Term(term.owner, (SCALE_BYTES + ZERO_POINT_BYTES) * BITS_PER_BYTE * bit, ())
+        else:
+            yield Term(term.owner, SCALE_BYTES * BITS_PER_BYTE * bit, term.dims[:1])
+            if decision.choice == "bits":
+                yield Term(term.owner, (SCALE_BYTES + ZERO_POINT_BYTES) * BITS_PER_BYTE * bit, ())

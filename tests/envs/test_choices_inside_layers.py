@@ -40,13 +40,16 @@ def mixed_space(kind: CostKind, share: float, sparsity: str = "unstructured", **
     share=st.floats(0.15, 0.9),
     sparsity=st.sampled_from(["unstructured", "block8", "2:4"]),
 )
-def test_every_mixed_plan_meets_the_budget_exactly_as_its_policy_costs(
+def test_every_mixed_plan_meets_the_budget_as_its_policy_costs(
     seed: int, kind: CostKind, share: float, sparsity: str
 ) -> None:
     space = mixed_space(kind, share, sparsity)
     counts = counts_of(np.random.default_rng(seed).uniform(-1, 1, space.n), space)
 
-    assert predict_cost(GRAPH, space.policy(counts), kind) == space.cost(counts) <= (space.limit or 0)
+    predicted = predict_cost(GRAPH, space.policy(counts), kind)
+    assert predicted <= space.cost(counts) <= (space.limit or 0)
+    # Places and scales of layers that could have some are counted where they have none.
+    assert predicted >= (0.8 if kind == "bytes" else 1) * space.cost(counts)
     for index, ladder in enumerate(space.ladders):
         assert counts[index] in ladder
         if counts[index] < ladder[-1]:

@@ -104,7 +104,8 @@ def quantized_graph() -> tuple[NetworkGraph, list[LayerDecision]]:
         # Convolutions on an 8x8 image: 64 * 216 and 16 * 12 * 16 untouched, 16 * 864 a quarter dense; 80 at the end.
         ("macs", 64 * 216 + 16 * 864 // 4 + 16 * 192 + 80),
         ("params", 216 + 16 + 864 // 4 + 12 + 192 + 16 + 80 + 5),
-        ("bytes", 4 * (216 + 16 + 12 + 192 + 16 + 5) + 864 // 4 // 2 + 80),
+        # Places of a quarter of 864 weights; scales of 12 and 5 channels; scale and zero point of two layers' inputs.
+        ("bytes", 4 * (216 + 16 + 12 + 192 + 16 + 5) + (864 // 4 // 2 + 864 // 8 + 12 * 4 + 5) + (80 + 5 * 4 + 5)),
         ("bops", 32 * 32 * (64 * 216 + 16 * 192) + 16 * 864 // 4 * 4 * 8 + 80 * 8 * 8),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a policy's bits cost, counted: bytes of the parameters, and bit operations."""
+"""Bytes that the parameters take under a policy."""
 
 from __future__ import annotations
 
@@ -10,34 +10,8 @@ from graph_encoder.network import NetworkGraph, Term
 from .layer_policy import FULL_BITS, LayerPolicy
 from .policy import CompressionPolicy
 
-_SCALE_BYTES = 4
-_ZERO_POINT_BYTES = 1
-_AS_IT_IS = LayerPolicy()
-
-
-def bit_operations(graph: NetworkGraph, policy: CompressionPolicy) -> dict[str, int]:
-    """Bit operations of every operator that multiplies: its MACs times the bits of a weight and of an activation.
-
-    What has no layer in the policy, such as the two products inside an attention, counts at full bits. Zeros inside a
-    layer are counted as the weights they are.
-
-    Args:
-        graph: the captured dense network.
-        policy: what stays, and the bits of each layer.
-
-    Returns:
-        By operator name, for a batch of one; their sum is the network's.
-
-    Source: van Baalen et al., "Bayesian Bits" (2020), section 4.
-    """
-    removed = _removed(graph, policy)
-    layer_of = {operator.name: operator.weight.rpartition(".")[0] for operator in graph.operators}
-    totals: dict[str, int] = {}
-    for term in graph.mac_terms:
-        layer = policy.layers.get(layer_of[term.owner], _AS_IT_IS)
-        bits = layer.weight_bits * layer.act_bits
-        totals[term.owner] = totals.get(term.owner, 0) + term.value(removed) * bits
-    return totals
+SCALE_BYTES = 4
+ZERO_POINT_BYTES = 1
 
 
 def parameter_bytes(graph: NetworkGraph, policy: CompressionPolicy) -> dict[str, int]:
@@ -75,9 +49,9 @@ def _weight_bytes(term: Term, removed: Mapping[int, int], layer: LayerPolicy) ->
     total = math.ceil(bits / 8)
     if layer.weight_bits <= 8:
         shared = layer.quantizer == "kmeans"
-        total += _SCALE_BYTES * (2**layer.weight_bits if shared else n_out)
+        total += SCALE_BYTES * (2**layer.weight_bits if shared else n_out)
     if layer.act_bits <= 8:
-        total += _SCALE_BYTES + _ZERO_POINT_BYTES
+        total += SCALE_BYTES + ZERO_POINT_BYTES
     return total
 
 

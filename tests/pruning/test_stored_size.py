@@ -2,8 +2,8 @@ import torch
 from torch import Tensor, nn
 
 from graph_encoder.capture import capture
-from pruning.bit_cost import bit_operations, parameter_bytes
 from pruning.policy import CompressionPolicy, LayerPolicy
+from pruning.stored_size import parameter_bytes
 
 
 class Pair(nn.Module):
@@ -20,16 +20,6 @@ class Pair(nn.Module):
 
 
 GRAPH = capture(Pair(), torch.zeros(1, 3, 6, 6))
-
-
-def test_bit_operations_are_macs_times_both_bits() -> None:
-    layers = {"first": LayerPolicy(weight_bits=4, act_bits=8)}
-    policy = CompressionPolicy({"first": (0, 2, 5)}, {"first": 8}, layers)
-
-    assert bit_operations(GRAPH, policy) == {
-        "first": (3 * 3 * 9 * 36) * 4 * 8,
-        "second": (3 * 5 * 36) * 32 * 32,
-    }
 
 
 def test_network_without_bits_has_four_bytes_a_parameter() -> None:
