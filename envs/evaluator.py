@@ -18,6 +18,7 @@ from graph_encoder.network import NetworkGraph
 from latency.cost import CostKind, predict_cost
 from pruning.batch_norm import reestimate_batch_norm
 from pruning.policy import CompressionPolicy
+from pruning.quantize import quantize_layers
 from pruning.surgery import apply_policy
 
 from .action import SearchSpace, nearest
@@ -30,6 +31,8 @@ ReconstructFunction = Callable[[nn.Module, nn.Module, NetworkGraph, CompressionP
 """``reconstruct(dense, candidate, graph, policy, batches)``, in place on the candidate."""
 
 DENSE_DIGEST = "dense"
+RANGE_IMAGES = 256
+"""Calibration images that the ranges of quantized activations are read off."""
 
 
 class EvaluationBudgetSpent(RuntimeError):
@@ -225,7 +228,14 @@ class CandidateEvaluator:
         return self._as_evaluation(entry, cached=False)
 
     def build(self, policy: CompressionPolicy) -> nn.Module:
-        """The network that ``policy`` leaves, as it is scored: reconstructed, statistics re-estimated, eval mode."""
+        """The network that ``policy`` leaves, as it is scored: repaired, quantized where it has bits, in eval mode.
+
+        Repaired means reconstructed if asked for, and with batch-norm statistics re-estimated. Ranges of quantized
+        activations are those of the first calibration images.
+
+        Raises:
+            CalibrationError: if the policy has bits and there are no calibration images.
+        """
         candidate = apply_policy(self.model, self.graph, policy)
         if self._channels_last:
             candidate = candidate.to(memory_format=torch.channels_last)
@@ -233,7 +243,18 @@ class CandidateEvaluator:
             self._reconstruct(self.model, candidate, self.graph, policy, self._calibration)
         if self._calibration:
             reestimate_batch_norm(candidate, self._calibration, autocast=self._autocast)
+        if any(layer.is_quantized for layer in policy.layers.values()):
+            candidate = quantize_layers(candidate, policy.layers, self._range_images())
         return candidate.eval()
+
+    def _range_images(self) -> list[Tensor]:
+        """The first `RANGE_IMAGES` or so calibration images: ranges need fewer than statistics, and read them twice."""
+        taken: list[Tensor] = []
+        for batch in self._calibration:
+            if sum(map(len, taken)) >= RANGE_IMAGES:
+                break
+            taken.append(batch)
+        return taken
 
     def probe_sensitivity(
         self, space: SearchSpace, keep_ratios: Sequence[float] = (0.3,), *, fidelity: float = 1.0

@@ -19,6 +19,7 @@ from graph_encoder.network import KINDS
 from latency.budget import Budget
 from latency.cost import CostKind, predict_cost
 from latency.decision import LayerDecision, layer_decisions
+from pruning.quantize import quantized_layers
 
 from .conftest import SmallNetwork, images, l1_importance, make_evaluator
 
@@ -79,6 +80,21 @@ def test_zeros_of_the_candidate_are_those_of_the_plan() -> None:
 
     assert left["inner.weight"] == pytest.approx(0.25, abs=1e-3)
     assert left["down.weight"] == 1
+
+
+def test_candidate_computes_with_the_bits_of_the_plan() -> None:
+    layers = layer_decisions(GRAPH, ["weight_bits"], bits=(2, 32))
+    space = SearchSpace.build(GRAPH, IMPORTANCE, Budget(kind="bytes", share=0.5), channels=False, layers=layers)
+    counts = space.sizes.copy()
+    counts[space.names.index("inner:weight_bits")] = 2
+    evaluator = make_evaluator(MODEL, space)
+
+    candidate = evaluator.build(space.policy(counts))
+
+    quantized = quantized_layers(candidate)
+    assert list(quantized) == ["inner"]
+    weight = quantized["inner"].quantized_weight()
+    assert max(len(row.unique()) for row in weight.flatten(1)) <= 4
 
 
 @pytest.mark.parametrize("environment", [NetworkEnv, LayerwiseEnv])
