@@ -100,10 +100,31 @@ def _apply_agent(
     uniform = decode(np.zeros(problem.space.n), problem.space)
     evaluate = subject.evaluate_on_validation()
     uniform_network = evaluator.build(uniform)
-    return _saved(subject, evaluator, policy, out) | {
-        "uniform_accuracy": evaluate(uniform_network),
+    saved, uniform_accuracy = _saved(subject, evaluator, policy, out), evaluate(uniform_network)
+    return saved | {
+        "uniform_accuracy": uniform_accuracy,
         "uniform_macs": count_macs(uniform_network, subject.example(2)),
+        "verdict": agent_verdict(saved["accuracy"], uniform_accuracy, evaluations),
     }
+
+
+def agent_verdict(accuracy: float, uniform_accuracy: float, evaluations: int) -> str:
+    """Whether the agent's plan was worth it, in a sentence.
+
+    Args:
+        accuracy: of the agent's plan on the validation images, in [0, 1].
+        uniform_accuracy: of uniform pruning within the same budget.
+        evaluations: that the plan was refined with.
+    """
+    points = 100 * (accuracy - uniform_accuracy)
+    if points > 0:
+        return f"the agent's plan scores {points:.2f} points more than uniform pruning within the same budget"
+    compared = f"{-points:.2f} points less than" if points else "as much as"
+    more = f"more than {evaluations}" if evaluations else "some"
+    return (
+        f"the agent did not help: its plan scores {compared} uniform pruning within the same budget. Refine it with "
+        f"--evaluations ({more}), or search this network with 'secateur search', which tries uniform pruning too"
+    )
 
 
 def _saved(subject: Subject, builder: CandidateEvaluator, policy: CompressionPolicy, out: Path) -> dict[str, Any]:

@@ -315,8 +315,19 @@ def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]],
                 f"stopped by {stopped}; no result is written, and the same command continues a training that was begun"
             )
             raise Interrupted(msg) from None
-    lines = [f"{name.replace('_', ' ')}: {value}" for name, value in facts.items()]
-    print(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(_fact(name, value) for name, value in facts.items()))
+
+
+def _fact(name: str, value: Any) -> str:
+    """A result as a line; all accuracies of single steps are those of the validation images."""
+    from .outcome import percent
+
+    label = name.replace("_", " ")
+    if not name.startswith("validation_") and "accuracy" in name:
+        label = f"{label} (validation)"
+    if isinstance(value, float):
+        return f"{label}: {percent(value)}"
+    return f"{label}: {value:,}" if isinstance(value, int) else f"{label}: {value}"
 
 
 @contextmanager

@@ -279,6 +279,8 @@ def _fault(model: type[BaseModel], detail: ErrorDetails) -> str:
     where = ".".join(str(part) for part in detail["loc"])
     if not where:
         return _sentence(detail)
+    if detail["type"] == "value_error":
+        return f"{where}: {_sentence(detail)}"  # ours, which quotes what was found
     if detail["type"] != "extra_forbidden":
         return f"{where}: {_sentence(detail)}; found {detail['input']!r}"
     *parents, key = detail["loc"]

@@ -1,4 +1,8 @@
-"""What TensorBoard shows of a run: one folder a method, the same scalars for baselines and agents."""
+"""What TensorBoard shows of a run: one folder a method, the same scalars for baselines and agents.
+
+TensorBoard orders its cards by name. ``evaluation/*``, the live curves of all methods, come before an agent's
+``plan/*``; the final numbers, ``result/*``, are single dots and belong to the table of hyper-parameters.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +43,10 @@ class EvaluationScalars:
             self._writer = SummaryWriter(str(self._folder), purge_step=step)
         writer = self._writer
         self._best = max(self._best, reward)
-        writer.add_scalar("search/accuracy", evaluation.accuracy, step)
-        writer.add_scalar("search/reward", reward, step)
-        writer.add_scalar("search/best_reward", self._best, step)
-        writer.add_scalar("search/cost", evaluation.cost, step)
+        writer.add_scalar("evaluation/accuracy", evaluation.accuracy, step)
+        writer.add_scalar("evaluation/reward", reward, step)
+        writer.add_scalar("evaluation/best_reward", self._best, step)
+        writer.add_scalar("evaluation/cost", evaluation.cost, step)
 
     def close(self) -> None:
         """Write out what is buffered."""
@@ -54,4 +58,4 @@ def log_final_metrics(folder: Path, hyperparameters: Mapping[str, object], metri
     """Show the hyper-parameters of a method beside its final metrics in TensorBoard's HPARAMS tab."""
     plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hyperparameters.items()}
     with SummaryWriter(str(folder)) as writer:
-        writer.add_hparams(plain, {f"final/{name}": value for name, value in metrics.items()}, run_name=".")
+        writer.add_hparams(plain, {f"result/{name}": value for name, value in metrics.items()}, run_name=".")

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from experiments.apply import agent_verdict
 from experiments.config import RunConfig
 from experiments.interrupt import StopFlag
 from experiments.outcome import RunOutcome
@@ -130,9 +131,34 @@ def apply_agent(command: Command, run: Path, yaml: Path, out: Path, *options: ob
 def test_frozen_agent_plans_another_network(command: Command, agent_run: Path, tiny_yaml: Path, tmp_path: Path) -> None:
     told = apply_agent(command, agent_run, tiny_yaml, tmp_path / "out")
 
+    assert told["verdict"] == agent_verdict(told["accuracy"], told["uniform_accuracy"], 0)
     assert 0.4 * told["dense_macs"] < told["macs"] <= 0.5 * told["dense_macs"]
     policy = json.loads((tmp_path / "out" / "policy.json").read_text())
     assert set(policy["groups"]) <= {"3", "6", "9", "12"}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "evaluations", "verdict"),
+    [
+        (0.82, 0, "the agent's plan scores 2.00 points more than uniform pruning within the same budget"),
+        (
+            0.77,
+            0,
+            "the agent did not help: its plan scores 3.00 points less than uniform pruning within the same budget. "
+            "Refine it with --evaluations (some), or search this network with 'secateur search', which tries uniform "
+            "pruning too",
+        ),
+        (
+            0.8,
+            12,
+            "the agent did not help: its plan scores as much as uniform pruning within the same budget. Refine it with "
+            "--evaluations (more than 12), or search this network with 'secateur search', which tries uniform pruning "
+            "too",
+        ),
+    ],
+)
+def test_agent_that_does_not_help_is_called_so(accuracy: float, evaluations: int, verdict: str) -> None:
+    assert agent_verdict(accuracy, 0.8, evaluations) == verdict
 
 
 def test_refined_agent_is_no_worse_than_the_frozen_one(

@@ -104,6 +104,16 @@ def test_budget_that_cannot_be_read_is_told() -> None:
         load_config(None, {"budget": "half"})
 
 
+def test_value_that_a_message_quotes_is_not_told_twice() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {"budget": "150%"})
+
+    assert str(caught.value) == (
+        "the options: budget: budget '150%' is a share of 1.5 of the dense network's cost; it must lie above 0 and at "
+        "most 1 (100%)"
+    )
+
+
 def test_methods_that_need_a_budget_are_named_when_there_is_none() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, {"budget": "none", "search.methods": ["uniform", "ppo", "magnitude"]})

@@ -108,7 +108,7 @@ def test_tensorboard_shows_each_evaluation_once_after_a_stop(tiny_config: Config
         search(config, tmp_path / "stopped", StopAfter(8))
     resume(tmp_path / "stopped")
 
-    for tag in ("search/accuracy", "search/best_reward", "search/cost"):
+    for tag in ("evaluation/accuracy", "evaluation/best_reward", "evaluation/cost"):
         assert scalars(tmp_path / "stopped", "random", tag) == scalars(tmp_path / "whole", "random", tag)
 
 
@@ -152,8 +152,16 @@ def test_resume_warns_of_another_number_of_threads(
 def test_hyperparameters_are_shown_with_final_metrics(tiny_config: Configured, tmp_path: Path) -> None:
     outcome = search(tiny_config(), tmp_path / "run")
 
-    (_, value), *_ = scalars(tmp_path / "run", "random", "final/validation_accuracy")
+    (_, value), *_ = scalars(tmp_path / "run", "random", "result/validation_accuracy")
     assert value == pytest.approx(outcome.row("random").validation_accuracy)
+
+
+def test_live_curves_are_the_first_cards_of_tensorboard(tiny_config: Configured, tmp_path: Path) -> None:
+    search(tiny_config(search__methods=["uniform", "ppo"], search__evaluations=12), tmp_path / "run")
+    folders = {path.parent for path in (tmp_path / "run").rglob("events.out.tfevents.*")}
+    tags = sorted({tag for folder in folders for tag in EventAccumulator(str(folder)).Reload().Tags()["scalars"]})
+
+    assert tags[:4] == [f"evaluation/{name}" for name in ("accuracy", "best_reward", "cost", "reward")]
 
 
 @pytest.mark.slow
