@@ -12,14 +12,14 @@ from gymnasium import spaces
 from agent.checkpoint import warn
 from agent.config import AgentConfig, DDPGConfig
 from agent.train import train_agent
-from agent.transfer import act, load_agent, save_agent
+from agent.transfer import Training, act, load_agent, save_agent
 from envs.action import decode
 from envs.evaluator import CandidateEvaluator
 from envs.layerwise_env import LayerwiseEnv
 from envs.network_env import NetworkEnv
 from pruning.policy import CompressionPolicy
 
-from .config import SearchSettings
+from .config import SearchSettings, Start
 from .problem import SearchProblem
 from .run import MethodFolder
 
@@ -77,13 +77,24 @@ def search_by_agent(
         notify=notify,
     )
     if files:
-        save_agent(files.agent_file, result.config, result.policy)
+        training = Training(
+            environment=settings.environment,
+            start=_start(problem),
+            measured_dropout=settings.measured_dropout if problem.starts_from_probes else 1.0,
+        )
+        save_agent(files.agent_file, result.config, result.policy, training)
 
 
 def plan_by_agent(
-    path: Path, problem: SearchProblem, evaluator: CandidateEvaluator
+    path: Path, problem: SearchProblem, evaluator: CandidateEvaluator, notify: Callable[[str], None]
 ) -> tuple[AgentConfig, CompressionPolicy]:
     """The plan of a trained agent, frozen, for the network of ``problem``: one forward pass, no evaluation.
+
+    Args:
+        path: the agent's file.
+        problem: network, decisions and start.
+        evaluator: not asked to score anything but the dense network.
+        notify: told what the agent was not trained for, or that its file does not say.
 
     Returns:
         The agent's hyper-parameters, and its plan.
@@ -91,7 +102,19 @@ def plan_by_agent(
     Raises:
         CheckpointError: if the file is no agent, or one that reads other features.
     """
-    env = search_env(problem, evaluator, SearchSettings())
-    config, policy = load_agent(path, cast("spaces.Dict", env.observation_space), cast("spaces.Box", env.action_space))
+    settings = SearchSettings()
+    env = search_env(problem, evaluator, settings)
+    agent = load_agent(path, cast("spaces.Dict", env.observation_space), cast("spaces.Box", env.action_space))
+    if agent.training is None:
+        notify(f"the agent in '{path}' does not say what it was trained on, as its file is of an older version")
+    else:
+        shown = problem.starts_from_probes
+        for difference in agent.training.differences(settings.environment, _start(problem), shows_measured=shown):
+            notify(f"the agent in '{path}' is not used as it was trained: {difference}")
     observation, _ = env.reset(seed=problem.seed)
-    return config, decode(act(policy, observation), problem.space)
+    return agent.config, decode(act(agent.policy, observation), problem.space)
+
+
+def _start(problem: SearchProblem) -> Start:
+    """The kind of plan that the scores of an agent correct."""
+    return "sensitivity" if problem.starts_from_probes else "uniform"

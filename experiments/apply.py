@@ -90,7 +90,7 @@ def _apply_agent(
 ) -> dict[str, Any]:
     problem = build_problem(subject, importance_of(subject), Journal())
     evaluator = problem.evaluator("agent", lambda _: None)
-    config, policy = plan_by_agent(source, problem, evaluator)
+    config, policy = plan_by_agent(source, problem, evaluator, lambda message: display.say(f"warning: {message}"))
     if evaluations:
         with display.stage("refining", evaluations, "evaluation") as stage:
             evaluator = problem.evaluator("refining", Watch(stage, problem, stop), max_evaluations=evaluations)

@@ -8,22 +8,23 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from agent.checkpoint import write_state
+from agent.checkpoint import read_state, write_state
 from agent.config import AgentConfig, DDPGConfig, PPOConfig
 from agent.train import train_agent
-from agent.transfer import act, build_policy, load_agent, save_agent
+from agent.transfer import Training, act, build_policy, load_agent, save_agent
 from pruning.files import CheckpointError
 from tests.agent.synthetic import TargetEnv
 
 SMALL: dict[str, Any] = {"hidden": 8, "n_layers": 1, "n_frequencies": 0}
 CONFIGS = [PPOConfig(updates=5, **SMALL), DDPGConfig(updates=1, batch_size=8, **SMALL)]
+TRAINING = Training(environment="network", start="sensitivity", measured_dropout=0.25)
 
 
 def trained(config: AgentConfig, path: Path) -> TargetEnv:
     env = TargetEnv(4, budget=41)
     algorithm = "ppo" if isinstance(config, PPOConfig) else "ddpg"
     result = train_agent(algorithm, env, n_evaluations=41, seed=0, config=config)
-    save_agent(path, result.config, result.policy)
+    save_agent(path, result.config, result.policy, TRAINING)
     return env
 
 
@@ -32,12 +33,12 @@ def test_a_saved_agent_acts_as_it_did_and_plans_networks_of_other_sizes(config: 
     env, larger = trained(config, tmp_path / "agent.pt"), TargetEnv(11, seed=5)
     assert isinstance(larger.observation_space, spaces.Dict)
 
-    loaded, policy = load_agent(tmp_path / "agent.pt", env.observation_space, env.action_space)  # type: ignore[arg-type]
-    _, elsewhere = load_agent(tmp_path / "agent.pt", larger.observation_space, larger.action_space)  # type: ignore[arg-type]
+    here = load_agent(tmp_path / "agent.pt", env.observation_space, env.action_space)  # type: ignore[arg-type]
+    there = load_agent(tmp_path / "agent.pt", larger.observation_space, larger.action_space)  # type: ignore[arg-type]
 
-    assert loaded == config
-    assert act(policy, env.observation) == pytest.approx(env.proposed[-1], abs=1e-6)
-    plan = act(elsewhere, larger.observation)
+    assert (here.config, here.training) == (config, TRAINING)
+    assert act(here.policy, env.observation) == pytest.approx(env.proposed[-1], abs=1e-6)
+    plan = act(there.policy, larger.observation)
     assert plan.shape == (11,)
     assert len(np.unique(plan)) > 5  # it tells layers apart
 
@@ -81,3 +82,35 @@ def test_an_unknown_algorithm_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"^'.*agent\.pt' holds an agent of algorithm 'sac'; known: ppo, ddpg$"):
         load_agent(tmp_path / "agent.pt", env.observation_space, env.action_space)  # type: ignore[arg-type]
+
+
+def test_an_agent_of_a_version_that_recorded_no_training_is_read(tmp_path: Path) -> None:
+    env = trained(CONFIGS[0], tmp_path / "agent.pt")
+    state = read_state(tmp_path / "agent.pt")
+    del state["training"]
+    write_state(tmp_path / "old.pt", state)
+
+    old = load_agent(tmp_path / "old.pt", env.observation_space, env.action_space)  # type: ignore[arg-type]
+
+    assert old.training is None
+    assert act(old.policy, env.observation) == pytest.approx(env.proposed[-1], abs=1e-6)
+
+
+def test_an_agent_that_is_used_as_it_was_trained_has_nothing_to_say() -> None:
+    blind = Training(environment="network", start="uniform", measured_dropout=1.0)
+
+    assert TRAINING.differences("network", "sensitivity", shows_measured=True) == []
+    assert TRAINING.differences("network", "sensitivity", shows_measured=False) == []
+    assert blind.differences("network", "uniform", shows_measured=False) == []
+
+
+def test_an_agent_tells_everything_that_it_was_not_trained_for() -> None:
+    training = Training(environment="layerwise", start="sensitivity", measured_dropout=0.0)
+
+    assert training.differences("network", "uniform", shows_measured=False) == [
+        "it was trained in the layerwise environment and plans in the network one here; train it with "
+        "search.environment network",
+        "it learned to correct a sensitivity plan and corrects a uniform one here; train it with search.start uniform",
+        "it saw measured sensitivities in every episode of its training and sees none here; train it with "
+        "search.measured_dropout above 0",
+    ]

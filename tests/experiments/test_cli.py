@@ -161,6 +161,23 @@ def test_agent_that_does_not_help_is_called_so(accuracy: float, evaluations: int
     assert agent_verdict(accuracy, 0.8, evaluations) == verdict
 
 
+def test_agent_is_told_apart_from_what_it_was_trained_for(
+    command: Command, agent_run: Path, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    agent, model = agent_run / "methods" / "ppo" / "agent.pt", "tests.experiments.tiny:deeper_network"
+
+    done = command("apply", agent, tiny_yaml, "--model", model, "--out", tmp_path / "out")
+
+    opening = f"warning: the agent in '{agent}' is not used as it was trained: "
+    told = [line for line in (done.out + done.err).splitlines() if line.startswith("warning: the agent")]
+    assert told == [
+        f"{opening}it learned to correct a sensitivity plan and corrects a uniform one here; train it with "
+        "search.start uniform",
+        f"{opening}it saw measured sensitivities in every episode of its training and sees none here; train it with "
+        "search.measured_dropout above 0",
+    ]
+
+
 def test_refined_agent_is_no_worse_than_the_frozen_one(
     command: Command, agent_run: Path, tiny_yaml: Path, tmp_path: Path
 ) -> None:
