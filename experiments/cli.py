@@ -247,6 +247,81 @@ def split(
         print(path)
 
 
+latency = typer.Typer(help="Tables of measured latency: what a layer costs on this device.", no_args_is_help=True)
+app.add_typer(latency, name="latency")
+
+Networks = Annotated[list[str], typer.Option("--model", help="As for search; may be given several times.")]
+Shape = Annotated[str | None, typer.Option(help="Channels, height and width of an image: 3,224,224.")]
+Classes = Annotated[int, typer.Option(help="Outputs of the network.")]
+
+
+@latency.command("build")
+def latency_build(
+    model: Networks,
+    out: Annotated[Path, typer.Option(help="Table to write; one that is there is extended.")],
+    runtime: Annotated[
+        str, typer.Option(help="onnxruntime, openvino, pytorch-eager, pytorch-compile, ...")
+    ] = "onnxruntime",
+    threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
+    shape: Shape = None,
+    classes: Classes = 10,
+    rounding: Rounding = None,
+    networks: Annotated[int, typer.Option(help="Whole networks to calibrate with.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the layers of networks on this device; a build that was stopped goes on."""
+    from .latency_command import build_named
+
+    built = [
+        build_named(
+            name,
+            out,
+            shape=shape,
+            n_classes=classes,
+            runtime=runtime,
+            threads=threads,
+            rounding=rounding,
+            n_networks=networks,
+            say=_to_stderr,
+        )
+        for name in model
+    ]
+    _print_facts(built, as_json)
+
+
+@latency.command("check")
+def latency_check(
+    table: Annotated[Path, typer.Argument(help="What latency build wrote.")],
+    model: Networks,
+    policies: Annotated[int, typer.Option(help="Random policies of each network.", min=2)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the policies.")] = 0,
+    shape: Shape = None,
+    classes: Classes = 10,
+    rounding: Rounding = None,
+    page: Annotated[Path | None, typer.Option(help="Page of Markdown to add the result to.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a table with whole networks of random policies: error and rank correlation."""
+    from .latency_command import check_named, write_page
+
+    checks = [
+        check_named(
+            table,
+            name,
+            shape=shape,
+            n_classes=classes,
+            rounding=rounding,
+            n_policies=policies,
+            seed=seed,
+            say=_to_stderr,
+        )
+        for name in model
+    ]
+    if page:
+        write_page(page, checks, " ".join(["secateur", *sys.argv[1:]]))
+    _print_facts([check.to_dict() for check in checks], as_json)
+
+
 def main() -> None:
     """Run the command; an error that a user can mend ends it with a message in place of a traceback."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
@@ -354,6 +429,15 @@ def _digits_told(config: RunConfig | None, display: RunDisplay) -> Iterator[None
 def _announcer(display: RunDisplay) -> Callable[[str], None]:
     """What tells that a signal came in: the display, and standard error where the display is quiet."""
     return (lambda text: print(text, file=sys.stderr)) if display.console.quiet else display.say
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _print_facts(results: list[dict[str, Any]], as_json: bool) -> None:
+    lines = [f"{name.replace('_', ' ')}: {value}" for facts in results for name, value in facts.items()]
+    print(json.dumps(results, indent=2) if as_json else "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from envs.evaluator import EvaluateError, ReplayError
 from envs.journal import JournalError
 from graph_encoder.network import TraceError
 from latency.budget import BudgetError
+from latency.runtimes import LatencyError
 from pruning.export import ExportError
 from pruning.files import CheckpointError, FileWriteError
 from pruning.finetune import FinetuneError
@@ -28,6 +29,7 @@ USER_ERRORS = (
     FileWriteError,
     FinetuneError,
     JournalError,
+    LatencyError,
     ModelError,
     NearChanceError,
     PolicyError,

@@ -1,0 +1,546 @@
+"""Time of every layer of a network on one device, as a function of its channels: measured sparsely, interpolated.
+
+A runtime's time is no smooth function of channels: vector units make it a staircase, and counts that do not divide
+evenly may take another kernel altogether (on ONNX Runtime 63 channels can cost a third more than 64). So counts are
+told apart by the largest of `DIVISORS` that divides them; each class has knots of its own, on both sides of the
+stairs while these are steep, and times are interpolated between knots of one class only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from graph_encoder.network import LinearDim, NetworkGraph
+from pruning.files import write_atomic
+
+from .layers import Layer, LayerKind, empty_artifact, layer_artifact, layer_input, layers_of
+from .measure import cpu_name, torch_threads
+from .runtimes import Artifact, LatencyError, Runtime
+from .worker import Stopwatch, interleave
+
+FORMAT_VERSION = 1
+DIVISORS = (16, 8, 4, 1)
+"""Counts are of the class of the first of these that divides them: whole vectors of 64, 32 and 16 bytes, or none."""
+STAIR = 16
+"""Width of a stair, in channels."""
+_STEEP = 4
+"""Stairs that get knots on both sides; farther up a stair is less than a fifth of the time."""
+_REFERENCE = LayerKind("conv", (3, 3), (1, 1), (16, 16))
+_REFERENCE_CHANNELS = 64
+
+Floats = NDArray[np.float64]
+
+
+class TableError(LatencyError):
+    """A table that cannot be read, or is not of this device or this network."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a table holds for.
+
+    Attributes:
+        cpu: name of the processor.
+        runtime: name of the runtime.
+        version: its version.
+        threads: its threads.
+    """
+
+    cpu: str
+    runtime: str
+    version: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.runtime} {self.version}, {self.threads} thread(s), on {self.cpu}"
+
+
+class Device(Protocol):
+    """Where networks are timed: this machine, or another one."""
+
+    @property
+    def takes(self) -> str:
+        """What its runtime takes: ``"module"`` or ``"onnx"``."""
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What it is."""
+
+    def times_ns(self, networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], n_runs: int, n_warmup: int) -> Floats:
+        """Nanoseconds of each network on its inputs, interleaved: shape ``(networks, n_runs)``."""
+
+
+@dataclass(frozen=True)
+class LocalDevice:
+    """This machine.
+
+    Attributes:
+        runtime: what runs the networks.
+        threads: its threads.
+    """
+
+    runtime: Runtime
+    threads: int = 1
+
+    @property
+    def takes(self) -> str:
+        """What the runtime takes."""
+        return self.runtime.takes
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Processor, runtime, version and threads."""
+        return Fingerprint(cpu_name(), self.runtime.name, self.runtime.version(), self.threads)
+
+    def times_ns(self, networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], n_runs: int, n_warmup: int) -> Floats:
+        """Time the networks in turn, less what a call of one thread waited for a processor."""
+        stopwatch = Stopwatch()
+        with torch_threads(self.threads), torch.inference_mode():
+            calls = [self.runtime.load(artifact, inputs, self.threads) for artifact, inputs in networks]
+            timers = [self.runtime.timer(call, stopwatch) for call in calls]
+            elapsed, waited = interleave(timers, n_runs, n_warmup)
+        times = np.array(elapsed, dtype=float)
+        return times - np.array(waited, dtype=float) if self.threads == 1 else times
+
+
+def class_of(count: int) -> int:
+    """The class of a channel count: the first of `DIVISORS` that divides it."""
+    return next(divisor for divisor in DIVISORS if count % divisor == 0)
+
+
+def knots_of(reachable: Iterable[int]) -> tuple[int, ...]:
+    """Counts to measure, of those that can be reached: for each class both ends of each of the first stairs, then one
+    count a stair, at distances that grow, and always the least and the most.
+    """  # noqa: D205 - one sentence
+    by_class: dict[int, list[int]] = {}
+    for count in sorted(set(reachable)):
+        by_class.setdefault(class_of(count), []).append(count)
+    knots: set[int] = set()
+    for counts in by_class.values():
+        knots |= {counts[0], counts[-1]}
+        by_stair: dict[int, list[int]] = {}
+        for count in counts:
+            by_stair.setdefault(-(-count // STAIR), []).append(count)
+        for stair, members in by_stair.items():
+            if stair <= _STEEP:
+                knots |= {members[0], members[-1]}
+            elif _is_sparse_stair(stair):
+                knots.add(members[-1])
+    return tuple(sorted(knots))
+
+
+def _is_sparse_stair(stair: int) -> bool:
+    """6, 8, 12, 16, 24, 32 and so on: two in each doubling."""
+    while stair % 2 == 0:
+        stair //= 2
+    return stair in (1, 3)
+
+
+def reachable_counts(dim: LinearDim, steps: Mapping[int, int], sizes: Mapping[int, int]) -> tuple[int, ...]:
+    """Channel counts that a dimension can have.
+
+    Args:
+        dim: the dimension.
+        steps: units by group index that a group keeps a multiple of; groups that are not named stay whole.
+        sizes: units of each group by its index.
+    """
+    moving = [(k, steps[g], sizes[g]) for g, k in dim.per_unit if g in steps]
+    if not moving:
+        return (dim.full,)
+    fixed = dim.full - sum(k * size for k, _, size in moving)
+    stride = math.gcd(*(k * step for k, step, _ in moving))
+    least = fixed + sum(k * min(step, size) for k, step, size in moving)
+    # A whole group need not be a multiple of its step.
+    return tuple(sorted({*range(least, dim.full + 1, stride), dim.full}))
+
+
+@dataclass(frozen=True)
+class KindTimes:
+    """Times of all layers of one kind, in units of the reference layer's time.
+
+    Attributes:
+        kind: the kind.
+        inputs: knots of the channels read (by one group), ascending.
+        outputs: knots of the channels written, ascending.
+        ratios: time at each pair of knots, shape ``(inputs, outputs)``; NaN where not measured yet.
+    """
+
+    kind: LayerKind
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    ratios: Floats
+
+    @classmethod
+    def empty(cls, kind: LayerKind, inputs: Sequence[int], outputs: Sequence[int]) -> KindTimes:
+        """Nothing measured yet."""
+        return cls(kind, tuple(inputs), tuple(outputs), np.full((len(inputs), len(outputs)), np.nan))
+
+    def widened(self, inputs: Iterable[int], outputs: Iterable[int]) -> KindTimes:
+        """The same times with further knots, not measured yet."""
+        wide = KindTimes.empty(self.kind, sorted({*self.inputs, *inputs}), sorted({*self.outputs, *outputs}))
+        rows, columns = (np.searchsorted(*pair) for pair in ((wide.inputs, self.inputs), (wide.outputs, self.outputs)))
+        wide.ratios[np.ix_(rows, columns)] = self.ratios
+        return wide
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Positions in `ratios` that are not measured."""
+        return [(int(row), int(column)) for row, column in np.argwhere(np.isnan(self.ratios))]
+
+    def __call__(self, inputs: int, outputs: int) -> float:
+        """Time of a layer with so many channels.
+
+        Raises:
+            TableError: if a count is of a class that the table does not hold, or lies above its knots.
+        """
+        rows, columns, times = self._surface(self._class_in(inputs), self._class_out(outputs))
+        row, along_rows = _place(rows, inputs)
+        column, along_columns = _place(columns, outputs)
+        low, high = times[row], times[min(row + 1, len(rows) - 1)]
+        right = min(column + 1, len(columns) - 1)
+        first = low[column] + (low[right] - low[column]) * along_columns
+        second = high[column] + (high[right] - high[column]) * along_columns
+        return float(first + (second - first) * along_rows)
+
+    @cached_property
+    def upper(self) -> Floats:
+        """At each pair of knots, the most that a layer with no more channels costs; shape as `ratios`, never falling.
+
+        Interpolated between the knots of all classes, it bounds the time of every layer from above.
+        """
+        bound = np.zeros_like(self.ratios)
+        for class_in in {class_of(count) for count in self.inputs}:
+            for class_out in {class_of(count) for count in self.outputs}:
+                rows, columns, times = self._surface(class_in, class_out)
+                bound = np.maximum(bound, _resampled(rows, columns, np.array(times), self.inputs, self.outputs))
+        return np.maximum.accumulate(np.maximum.accumulate(bound, axis=0), axis=1)
+
+    def bound(self, inputs: Floats, outputs: Floats) -> Floats:
+        """`upper` at fractional counts, elementwise; it never falls when a count grows."""
+        row, along_rows = _places(self.inputs, inputs)
+        column, along_columns = _places(self.outputs, outputs)
+        below, right = np.minimum(row + 1, len(self.inputs) - 1), np.minimum(column + 1, len(self.outputs) - 1)
+        first = self.upper[row, column] * (1 - along_columns) + self.upper[row, right] * along_columns
+        second = self.upper[below, column] * (1 - along_columns) + self.upper[below, right] * along_columns
+        result: Floats = first * (1 - along_rows) + second * along_rows
+        return result
+
+    def _class_in(self, count: int) -> int:
+        return self._held(count, self.inputs, "reads")
+
+    def _class_out(self, count: int) -> int:
+        return self._held(count, self.outputs, "writes")
+
+    def _held(self, count: int, knots: tuple[int, ...], verb: str) -> int:
+        divisor = class_of(count)
+        members = [knot for knot in knots if class_of(knot) == divisor]
+        if not members or not members[0] <= count <= members[-1]:
+            held = ", ".join(f"{k}" for k in knots)
+            msg = (
+                f"the table does not hold a layer ({self.kind}) that {verb} {count} channels; it was measured at "
+                f"{held}. Round channel counts as it was built, or build it with a finer rounding"
+            )
+            raise TableError(msg)
+        return divisor
+
+    def _surface(self, class_in: int, class_out: int) -> tuple[list[int], list[int], list[list[float]]]:
+        """Knots and times of one pair of classes; plain lists, which are faster to look up one value in."""
+        key = (class_in, class_out)
+        if key not in self._surfaces:
+            rows = [i for i, count in enumerate(self.inputs) if class_of(count) == class_in]
+            columns = [i for i, count in enumerate(self.outputs) if class_of(count) == class_out]
+            times = _without_descents(self.ratios[np.ix_(rows, columns)])
+            self._surfaces[key] = (
+                [self.inputs[i] for i in rows],
+                [self.outputs[i] for i in columns],
+                times.tolist(),
+            )
+        return self._surfaces[key]
+
+    @cached_property
+    def _surfaces(self) -> dict[tuple[int, int], tuple[list[int], list[int], list[list[float]]]]:
+        return {}
+
+
+def _without_descents(times: Floats) -> Floats:
+    """The middle between the running maximum and the running minimum from the other end, along both axes.
+
+    Within a class more channels never cost less; what says so is noise, and both ends of it get a half.
+    """
+    for axis in (0, 1):
+        up = np.maximum.accumulate(times, axis=axis)
+        down = np.flip(np.minimum.accumulate(np.flip(times, axis=axis), axis=axis), axis=axis)
+        times = (up + down) / 2
+    return times
+
+
+def _place(knots: list[int], count: int) -> tuple[int, float]:
+    """Index of the knot at or below ``count``, and the fraction of the way to the next."""
+    index = bisect_left(knots, count)
+    if knots[index] == count:
+        return index, 0.0
+    return index - 1, (count - knots[index - 1]) / (knots[index] - knots[index - 1])
+
+
+def _places(knots: Sequence[int], counts: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """`_place` for an array of counts, clipped to the knots."""
+    grid = np.asarray(knots, dtype=float)
+    clipped = np.clip(counts, grid[0], grid[-1])
+    index = np.clip(np.searchsorted(grid, clipped, side="right") - 1, 0, max(len(grid) - 2, 0))
+    width = np.append(np.diff(grid), 1.0)[index]
+    return index, np.clip((clipped - grid[index]) / width, 0, 1)
+
+
+def _resampled(
+    rows: Sequence[int], columns: Sequence[int], times: Floats, all_rows: Sequence[int], all_columns: Sequence[int]
+) -> Floats:
+    """A surface at the knots of all classes; zero below its own first knots, which no count of its class undercuts."""
+    along = np.stack([np.interp(all_columns, columns, row) for row in times])
+    along[:, np.asarray(all_columns) < columns[0]] = 0
+    across = np.stack([np.interp(all_rows, rows, column) for column in along.T], axis=1)
+    across[np.asarray(all_rows) < rows[0]] = 0
+    return across
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """From the sum of a network's layers to the network: ``offset + scale * sum``.
+
+    Layers are timed alone: the sum knows no join, no activation that is not fused, and no layout that a chain of
+    layers keeps; it pays each layer's own way in and out. Whole networks tell the difference.
+
+    Attributes:
+        scale: above 0.
+        offset: in units of the reference layer's time; may be negative.
+        n_networks: whole networks that it was fitted to.
+        error: median absolute error of the fit, as a share.
+    """
+
+    scale: float = 1.0
+    offset: float = 0.0
+    n_networks: int = 0
+    error: float = math.nan
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """What was measured on one device.
+
+    Attributes:
+        fingerprint: the device.
+        reference_ns: time of the reference layer, the unit of all others.
+        empty: time of a network that does nothing, in that unit.
+        kinds: times by layer kind.
+        calibrations: by `network_key`.
+    """
+
+    fingerprint: Fingerprint
+    reference_ns: float
+    empty: float
+    kinds: Mapping[LayerKind, KindTimes] = field(default_factory=dict)
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+
+    def check_device(self, fingerprint: Fingerprint) -> None:
+        """Raise `TableError` if the table is of another device than ``fingerprint``."""
+        if fingerprint != self.fingerprint:
+            msg = (
+                f"the table was measured with {self.fingerprint}; here is {fingerprint}. Times of one do not hold for "
+                f"the other: build a table here, or go to the device of the table"
+            )
+            raise TableError(msg)
+
+    def times(self, kind: LayerKind) -> KindTimes:
+        """Times of one kind.
+
+        Raises:
+            TableError: if the table does not hold it, or its measurement was not finished.
+        """
+        found = self.kinds.get(kind)
+        if found is None or found.missing():
+            state = "does not hold" if found is None else "is not finished for"
+            msg = f"the table {state} the layer kind '{kind}'; build it for this network"
+            raise TableError(msg)
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write the table as JSON, in one step; `FileWriteError` if that cannot be done."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": asdict(self.fingerprint),
+            "reference_ns": self.reference_ns,
+            "empty": self.empty,
+            "kinds": [
+                asdict(times.kind)
+                | {
+                    "inputs": times.inputs,
+                    "outputs": times.outputs,
+                    "ratios": [[None if np.isnan(r) else round(float(r), 6) for r in row] for row in times.ratios],
+                }
+                for _, times in sorted(self.kinds.items())
+            ],
+            "calibrations": {
+                key: {"scale": c.scale, "offset": c.offset, "n_networks": c.n_networks, "error": c.error}
+                for key, c in sorted(self.calibrations.items())
+            },
+        }
+        write_atomic(path, (json.dumps(content) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> LatencyTable:
+        """Read what `save` wrote.
+
+        Raises:
+            TableError: if there is no such file, it is damaged, or of another version.
+        """
+        try:
+            content = json.loads(path.read_text())
+            if (version := content["format_version"]) != FORMAT_VERSION:
+                msg = f"the latency table '{path}' has format version {version}, this release reads {FORMAT_VERSION}"
+                raise TableError(msg)
+            kinds = [_read_kind(dict(entry)) for entry in content["kinds"]]
+            return cls(
+                Fingerprint(**content["fingerprint"]),
+                float(content["reference_ns"]),
+                float(content["empty"]),
+                {times.kind: times for times in kinds},
+                {key: Calibration(**value) for key, value in content["calibrations"].items()},
+            )
+        except OSError as error:
+            msg = f"cannot read the latency table '{path}': {error.strerror}"
+            raise TableError(msg) from error
+        except (ValueError, KeyError, TypeError) as error:
+            msg = f"cannot read the latency table '{path}': {type(error).__name__}: {error}; build it again"
+            raise TableError(msg) from error
+
+
+def _read_kind(entry: dict[str, Any]) -> KindTimes:
+    inputs, outputs = tuple(entry.pop("inputs")), tuple(entry.pop("outputs"))
+    ratios = np.array([[np.nan if r is None else r for r in row] for row in entry.pop("ratios")], dtype=float)
+    if ratios.shape != (len(inputs), len(outputs)):
+        msg = f"times of shape {ratios.shape} for {len(inputs)} x {len(outputs)} channel counts"
+        raise ValueError(msg)
+    entry |= {name: tuple(entry[name]) for name in ("kernel", "stride", "out_size")}
+    return KindTimes(LayerKind(**entry), inputs, outputs, ratios)
+
+
+def network_key(graph: NetworkGraph) -> str:
+    """A digest of a network's layers and their bounds, for which a calibration holds."""
+    layers = [(layer.name, str(layer.kind), layer.inputs, layer.outputs) for layer in layers_of(graph)]
+    return hashlib.sha256(repr(layers).encode()).hexdigest()[:16]
+
+
+def needed_kinds(
+    graph: NetworkGraph, steps: Mapping[str, int], bits: Sequence[int]
+) -> dict[LayerKind, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The kinds of a network's layers, each with the knots of the channels it reads and writes.
+
+    Args:
+        graph: captured network.
+        steps: by group name, units that the group keeps a multiple of; groups that are not named stay whole.
+        bits: each layer is looked at with each of these.
+    """
+    step_of = {graph.group_index[name]: step for name, step in steps.items()}
+    size_of = {index: group.size for index, group in enumerate(graph.groups)}
+    counts: dict[LayerKind, tuple[set[int], set[int]]] = {}
+    for layer in layers_of(graph):
+        for width in bits:
+            inputs, outputs = counts.setdefault(replace(layer.kind, bits=width), (set(), set()))
+            inputs.update(reachable_counts(layer.inputs, step_of, size_of))
+            outputs.update(_whole_groups(layer, reachable_counts(layer.outputs, step_of, size_of)))
+    return {kind: (knots_of(inputs), knots_of(outputs)) for kind, (inputs, outputs) in counts.items()}
+
+
+def _whole_groups(layer: Layer, counts: Sequence[int]) -> list[int]:
+    return [count for count in counts if not layer.kind.group_outputs or count % layer.kind.group_outputs == 0]
+
+
+def start_table(device: Device, *, n_runs: int = 200) -> LatencyTable:
+    """A table of ``device`` that holds the time of its reference layer and nothing else."""
+    reference, empty = device.times_ns(_anchors(device), n_runs, n_warmup=20)
+    unit = float(np.median(reference))
+    return LatencyTable(device.fingerprint, unit, float(np.median(empty / reference)))
+
+
+def build_table(
+    table: LatencyTable,
+    device: Device,
+    needed: Mapping[LayerKind, tuple[Sequence[int], Sequence[int]]],
+    *,
+    n_runs: int = 15,
+    chunk: int = 24,
+    save: Callable[[LatencyTable], None] = lambda table: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> LatencyTable:
+    """Measure what ``table`` does not hold yet.
+
+    Each chunk of layers is timed in turn with the reference layer and with an empty network; a layer's time is what
+    it takes beyond the empty network, over the reference's in the same round, so that chunks measured at different
+    hours, under different load, fit together.
+
+    Args:
+        table: what was measured before, on the same device.
+        device: where to measure.
+        needed: knots by layer kind, from `needed_kinds`.
+        n_runs: timed calls of each layer.
+        chunk: layers timed in turn.
+        save: called with the table after each chunk, so that a build that is stopped can go on.
+        progress: called with the layers measured and the layers needed.
+
+    Raises:
+        TableError: if the table is of another device.
+    """
+    table.check_device(device.fingerprint)
+    kinds = dict(table.kinds)
+    for kind, (inputs, outputs) in needed.items():
+        kinds[kind] = kinds.get(kind, KindTimes.empty(kind, inputs, outputs)).widened(inputs, outputs)
+    points = [(kind, *at) for kind in needed for at in kinds[kind].missing()]
+    total = sum(kinds[kind].ratios.size for kind in needed)
+    progress(total - len(points), total)
+    for start in range(0, len(points), chunk):
+        part = points[start : start + chunk]
+        shapes = [(kind, kinds[kind].inputs[row], kinds[kind].outputs[column]) for kind, row, column in part]
+        for (kind, row, column), ratio in zip(part, _layer_ratios(device, shapes, n_runs), strict=True):
+            kinds[kind].ratios[row, column] = ratio
+        table = replace(table, kinds=dict(kinds))
+        save(table)
+        progress(total - len(points) + start + len(part), total)
+    return replace(table, kinds=kinds)
+
+
+def network_ratios(
+    device: Device, networks: Sequence[Artifact], inputs: tuple[Tensor, ...], *, n_runs: int = 30, n_warmup: int = 3
+) -> Floats:
+    """Times of whole networks in units of the reference layer's, measured in the same rounds; shape ``(networks,)``."""
+    timed = [(network, inputs) for network in networks]
+    reference, _, *times = device.times_ns([*_anchors(device), *timed], n_runs, n_warmup)
+    ratios: Floats = np.median(np.array(times) / reference, axis=1)
+    return ratios
+
+
+def _layer_ratios(device: Device, shapes: Sequence[tuple[LayerKind, int, int]], n_runs: int) -> Floats:
+    networks = [(layer_artifact(*shape, device.takes), (layer_input(*shape),)) for shape in shapes]
+    reference, empty, *times = device.times_ns([*_anchors(device), *networks], n_runs, n_warmup=2)
+    ratios: Floats = np.median((np.array(times) - empty) / reference, axis=1)
+    # The clock may read less than an empty call for the least of layers; no layer is free.
+    return np.maximum(ratios, 1e-4)
+
+
+def _anchors(device: Device) -> list[tuple[Artifact, tuple[Tensor, ...]]]:
+    """The reference layer and the empty network."""
+    shape = (_REFERENCE, _REFERENCE_CHANNELS, _REFERENCE_CHANNELS)
+    return [
+        (layer_artifact(*shape, device.takes), (layer_input(*shape),)),
+        (empty_artifact(device.takes), (torch.zeros(1, 1),)),
+    ]

@@ -1,0 +1,61 @@
+import re
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from graph_encoder.capture import capture
+from latency.layers import LayerKind, layer_input, layer_module, layer_onnx, layers_of
+from latency.runtimes import LatencyError
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.Conv2d(8, 12, 1, groups=2),
+        nn.ConvTranspose2d(12, 6, 2, stride=2),
+        nn.Flatten(),
+        nn.Linear(6 * 64, 5),
+    )
+
+
+def test_layers_are_read_off_the_graph_and_what_no_table_times_is_left_out() -> None:
+    layers = layers_of(capture(network(), torch.randn(2, 3, 8, 8)))
+    assert [(layer.name, layer.kind, layer.inputs.full, layer.outputs.full) for layer in layers] == [
+        ("0", LayerKind("conv", (3, 3), (2, 2), (4, 4)), 3, 8),
+        ("2", LayerKind("conv", (3, 3), (1, 1), (4, 4), group_outputs=1), 1, 8),
+        ("3", LayerKind("conv", (1, 1), (1, 1), (4, 4), group_outputs=6), 4, 12),
+        ("6", LayerKind("linear"), 384, 5),
+    ]
+
+
+def test_bits_belong_to_the_kind_of_the_layer_they_name() -> None:
+    graph = capture(network(), torch.randn(2, 3, 8, 8))
+    assert [layer.kind.bits for layer in layers_of(graph, {"2": 8})] == [32, 8, 32, 32]
+    message = "bits name no convolution or linear layer of this network: ['conv9']"
+    with pytest.raises(LatencyError, match=f"^{re.escape(message)}$"):
+        layers_of(graph, {"conv9": 8})
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "outputs", "shape"),
+    [
+        (LayerKind("conv", (3, 3), (2, 2), (7, 5)), 3, 10, (1, 10, 7, 5)),
+        (LayerKind("conv", (5, 5), (1, 1), (6, 6), group_outputs=1), 1, 9, (1, 9, 6, 6)),
+        (LayerKind("conv", (1, 1), (1, 1), (4, 4), group_outputs=2), 3, 8, (1, 8, 4, 4)),
+        (LayerKind("linear", out_size=(7, 1)), 6, 4, (7, 4)),
+    ],
+)
+def test_a_layer_alone_has_the_shape_that_it_has_in_its_network(
+    kind: LayerKind, inputs: int, outputs: int, shape: tuple[int, ...]
+) -> None:
+    x = layer_input(kind, inputs, outputs)
+    assert tuple(layer_module(kind, inputs, outputs)(x).shape) == shape
+    session = onnxruntime.InferenceSession(layer_onnx(kind, inputs, outputs), providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {"x": x.numpy()})
+    assert out.shape == shape
+    assert np.isfinite(out).all()

@@ -1,0 +1,217 @@
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from graph_encoder.capture import capture
+from graph_encoder.network import LinearDim, NetworkGraph
+from latency.layers import LayerKind
+from latency.predict import LatencyModel, calibrated
+from latency.runtimes import ONNXRUNTIME, find_runtime
+from latency.table import (
+    Calibration,
+    Fingerprint,
+    KindTimes,
+    LatencyTable,
+    LocalDevice,
+    TableError,
+    build_table,
+    class_of,
+    knots_of,
+    needed_kinds,
+    network_key,
+    reachable_counts,
+    start_table,
+)
+
+from .synthetic import EMPTY_NS, FormulaDevice, formula_ns
+
+CONV = LayerKind("conv", (3, 3), (1, 1), (8, 8))
+
+
+def two_convolutions(first: int = 40, second: int = 24) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, first, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(first, second, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(second, 5),
+    )
+
+
+@pytest.fixture(scope="module")
+def graph() -> NetworkGraph:
+    return capture(two_convolutions(), torch.randn(2, 3, 8, 8))
+
+
+def built(graph: NetworkGraph, device: FormulaDevice, steps: dict[str, int] | None = None) -> LatencyTable:
+    needed = needed_kinds(graph, steps or {group.name: 1 for group in graph.prunable}, [32])
+    return build_table(start_table(device), device, needed)
+
+
+def by_formula(first: int, second: int) -> float:
+    return formula_ns(3, first, 64) + formula_ns(first, second, 64) + formula_ns(second, 5, 1)
+
+
+def test_knots_lie_on_both_sides_of_the_first_stairs_for_each_class() -> None:
+    assert [class_of(count) for count in (1, 4, 8, 12, 16, 24, 48, 63)] == [1, 4, 8, 4, 16, 8, 16, 1]
+    assert knots_of(range(1, 33)) == (1, 4, 8, 12, 15, 16, 17, 20, 24, 28, 31, 32)
+
+
+def test_knots_grow_apart_and_end_at_the_widest() -> None:
+    assert knots_of(range(16, 16 * 41, 16)) == tuple(16 * stair for stair in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40))
+
+
+def test_reachable_counts_by_hand() -> None:
+    # 10 fixed channels, a group of 8 units of one channel in steps of 4, one of 3 units of two channels.
+    dim = LinearDim(24, ((0, 1), (1, 2)))
+    assert reachable_counts(dim, {0: 4}, {0: 8, 1: 3}) == (20, 24)
+    assert reachable_counts(dim, {0: 4, 1: 1}, {0: 8, 1: 3}) == (16, 18, 20, 22, 24)
+    assert reachable_counts(dim, {}, {0: 8, 1: 3}) == (24,)
+
+
+def test_a_whole_group_may_be_off_its_step() -> None:
+    assert reachable_counts(LinearDim(10, ((0, 1),)), {0: 4}, {0: 10}) == (4, 8, 10)
+
+
+def test_times_between_knots_of_one_class_by_hand() -> None:
+    times = KindTimes(CONV, (16, 48), (16, 32), np.array([[1.0, 2.0], [3.0, 6.0]]))
+    assert times(16, 16) == 1
+    assert times(32, 16) == 2
+    assert times(32, 32) == 4
+
+
+def test_noise_that_makes_more_channels_cheaper_is_split() -> None:
+    times = KindTimes(CONV, (16, 32, 48), (16,), np.array([[1.0], [3.0], [2.0]]))
+    assert [times(count, 16) for count in (16, 32, 48)] == [1, 2.5, 2.5]
+
+
+def test_every_plan_is_predicted_as_the_device_computes_it(graph: NetworkGraph) -> None:
+    model = LatencyModel(graph, built(graph, FormulaDevice()))
+    generator = np.random.default_rng(0)
+    for first, second in [(40, 24), (1, 1), *generator.integers(1, (41, 25), (50, 2)).tolist()]:
+        assert model(np.array([first, second])) == pytest.approx(EMPTY_NS + by_formula(first, second), rel=1e-3, abs=4)
+
+
+def test_only_counts_that_rounding_allows_are_measured_and_predicted(graph: NetworkGraph) -> None:
+    device = FormulaDevice()
+    table = built(graph, device, {group.name: 8 for group in graph.prunable})
+    # Both convolutions are of one kind: {3, 8, 16, 24, 32, 40} -> {8, 16, 24, 32, 40}; then {8, 16, 24} -> 5.
+    assert device.layers == 6 * 5 + 3
+    model = LatencyModel(graph, table)
+    assert model(np.array([24, 16])) == pytest.approx(EMPTY_NS + by_formula(24, 16), rel=1e-3, abs=4)
+    message = (
+        "the table does not hold a layer (conv 3x3, stride 1x1, to 8x8, 32 bits) that writes 12 channels; it was "
+        "measured at 8, 16, 24, 32, 40. Round channel counts as it was built, or build it with a finer rounding"
+    )
+    with pytest.raises(TableError, match=f"^{re.escape(message)}$"):
+        model(np.array([12, 16]))
+
+
+def test_a_build_that_was_killed_goes_on_where_it_was(graph: NetworkGraph, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    needed = needed_kinds(graph, {group.name: 1 for group in graph.prunable}, [32])
+    device = FormulaDevice(stop_after=4)
+    table = start_table(device)
+    with pytest.raises(KeyboardInterrupt):
+        build_table(table, device, needed, save=lambda grown: grown.save(path))
+    measured = device.layers
+
+    again = FormulaDevice()
+    done = build_table(LatencyTable.load(path), again, needed)
+
+    assert 0 < measured < sum(len(inputs) * len(outputs) for inputs, outputs in needed.values())
+    assert measured + again.layers == sum(len(inputs) * len(outputs) for inputs, outputs in needed.values())
+    assert LatencyModel(graph, done).dense == pytest.approx(LatencyModel(graph, built(graph, FormulaDevice())).dense)
+
+
+def test_a_table_grows_by_the_layers_of_another_network(graph: NetworkGraph) -> None:
+    table = built(graph, FormulaDevice())
+    wide = capture(two_convolutions(64, 40), torch.randn(2, 3, 8, 8))
+    needed = needed_kinds(wide, {group.name: 1 for group in wide.prunable}, [32])
+    grown = build_table(table, FormulaDevice(), needed)
+    assert LatencyModel(graph, grown).dense == pytest.approx(LatencyModel(graph, table).dense)
+    assert LatencyModel(wide, grown)(np.array([50, 33])) == pytest.approx(
+        EMPTY_NS + by_formula(50, 33), rel=1e-3, abs=4
+    )
+
+
+def test_a_table_survives_its_file(graph: NetworkGraph, tmp_path: Path) -> None:
+    table = replace(built(graph, FormulaDevice()), calibrations={network_key(graph): Calibration(0.9, -0.5, 8, 0.02)})
+    table.save(tmp_path / "table.json")
+    loaded = LatencyTable.load(tmp_path / "table.json")
+    assert (loaded.fingerprint, loaded.calibrations) == (table.fingerprint, table.calibrations)
+    model, again = LatencyModel(graph, table), LatencyModel(graph, loaded)
+    assert again.dense == pytest.approx(model.dense, rel=1e-5)
+    assert again(np.array([7, 9])) == LatencyModel(graph, loaded)(np.array([7, 9]))
+
+
+def test_a_table_of_another_device_is_refused_by_name(graph: NetworkGraph) -> None:
+    message = (
+        "the table was measured with formula 1.0, 1 thread(s), on slide rule; here is formula 1.0, 2 thread(s), on "
+        "slide rule. Times of one do not hold for the other: build a table here, or go to the device of the table"
+    )
+    with pytest.raises(TableError, match=f"^{re.escape(message)}$"):
+        build_table(start_table(FormulaDevice()), FormulaDevice(threads=2), {})
+
+
+def test_a_table_without_a_layer_of_the_network_says_which(graph: NetworkGraph) -> None:
+    message = (
+        "the table does not hold the layer kind 'conv 3x3, stride 1x1, to 8x8, 32 bits'; build it for this network"
+    )
+    with pytest.raises(TableError, match=f"^{re.escape(message)}$"):
+        LatencyModel(graph, start_table(FormulaDevice()))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format_version": 1}', "cannot read the latency table '{}': KeyError: 'kinds'; build it again"),
+        ('{"format_version": 9}', "the latency table '{}' has format version 9, this release reads 1"),
+        (None, "cannot read the latency table '{}': No such file or directory"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(TableError, match=f"^{re.escape(message.format(path))}$"):
+        LatencyTable.load(path)
+
+
+def test_a_calibration_finds_the_scale_and_the_offset_that_networks_were_made_with(graph: NetworkGraph) -> None:
+    table = built(graph, FormulaDevice())
+    generator = np.random.default_rng(0)
+    names = [group.name for group in graph.prunable]
+    plans = [dict(zip(names, row, strict=True)) for row in generator.integers(1, (41, 25), (60, 2)).tolist()]
+    times = np.array([0.7 * by_formula(*plan.values()) + 3_000 for plan in plans])
+
+    found = calibrated(table, graph, plans, times / table.reference_ns).calibrations[network_key(graph)]
+
+    assert found.scale == pytest.approx(0.7, rel=0.01)
+    assert found.offset * table.reference_ns == pytest.approx(3_000, rel=0.05)
+    assert found.error < 0.01
+
+
+def test_a_calibration_needs_three_networks(graph: NetworkGraph) -> None:
+    message = "a calibration fits two numbers to whole networks, got 2; time at least 3"
+    with pytest.raises(TableError, match=f"^{message}$"):
+        calibrated(built(graph, FormulaDevice()), graph, [{}, {}], [1.0, 2.0])
+
+
+def test_the_table_of_a_real_runtime_orders_layers_by_their_work(tmp_path: Path) -> None:
+    device = LocalDevice(find_runtime(ONNXRUNTIME))
+    kind = LayerKind("conv", (3, 3), (1, 1), (32, 32))
+    table = build_table(start_table(device, n_runs=5), device, {kind: ((16, 128), (128,))}, n_runs=5)
+    # Eight times the work; the clock of a busy machine may be off by half.
+    assert table.times(kind)(128, 128) > 3 * table.times(kind)(16, 128)
+    table.save(tmp_path / "table.json")
+    assert json.loads((tmp_path / "table.json").read_text())["fingerprint"]["runtime"] == ONNXRUNTIME
+    assert LatencyTable.load(tmp_path / "table.json").fingerprint == device.fingerprint != Fingerprint("", "", "", 1)
