@@ -108,8 +108,8 @@ def at_density(layer: LayerPolicy, density: float) -> LayerPolicy:
 def threshold_layers(model: nn.Module, quality: Mapping[str, float]) -> dict[str, LayerPolicy]:
     """Han's rule: weights below ``quality * standard deviation of the layer's weights`` go.
 
-    The standard deviation is that of the weights that are not zero, so that the rule means the same in the second
-    round of pruning as in the first.
+    The standard deviation is that of all weights of the layer, zeros of earlier rounds too: with them, the threshold of
+    a layer that has few weights left is low beside these, and later rounds spare it.
 
     Args:
         model: the network; untouched.
@@ -127,13 +127,12 @@ def threshold_layers(model: nn.Module, quality: Mapping[str, float]) -> dict[str
     for name, parameter in quality.items():
         weights = sparse_weight(model, name)[0].detach()
         magnitude = weights.abs()
-        present = weights[weights != 0]
-        deviation = float(present.std(correction=0)) if present.numel() else 0.0
+        deviation = float(weights.std(correction=0))
         count = int(((magnitude >= parameter * deviation) & (weights != 0)).sum())
         if count == 0 or parameter < 0:
             largest = float(magnitude.max()) / deviation if deviation else 0.0
             msg = (
-                f"a quality parameter of {parameter:g} leaves {count} of the {present.numel()} weights of layer "
+                f"a quality parameter of {parameter:g} leaves {count} of the {weights.numel()} weights of layer "
                 f"'{name}'; pass at least 0 and at most {largest:.3g}, its largest weight in standard deviations"
             )
             raise PolicyError(msg)

@@ -48,10 +48,31 @@ def sparsity_mask(weight: Tensor, layer: LayerPolicy, *, groups: int = 1) -> Ten
         order = magnitude.sort(dim=2, descending=True, stable=True).indices
         kept = torch.zeros_like(magnitude, dtype=torch.bool)
         return kept.scatter_(2, order.narrow(2, 0, n), True).flatten(1, 2)
+    count = kept_weights(weight.shape, layer)
     if layer.block == 1:
-        return _largest(weight.abs(), layer.density)
-    blocks = _largest(block_energy(weight, layer.block), layer.density)
-    return torch.repeat_interleave(blocks, layer.block, dim=0)
+        return largest(weight.abs(), count)
+    return torch.repeat_interleave(largest(block_energy(weight, layer.block), count // layer.block), layer.block, dim=0)
+
+
+def kept_weights(shape: torch.Size, layer: LayerPolicy) -> int:
+    """How many weights of a layer `sparsity_mask` keeps.
+
+    Args:
+        shape: of the weight.
+        layer: pattern and density that fit it.
+    """
+    if layer.n_of_m is not None:
+        n, m = layer.n_of_m
+        return shape.numel() // m * n
+    return layer.block * max(1, round(layer.density * (shape.numel() // layer.block)))
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """True at the ``count`` largest scores; of equal ones, at those of the lower index."""
+    order = scores.flatten().sort(descending=True, stable=True).indices
+    kept = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    kept[order[:count]] = True
+    return kept.view(scores.shape)
 
 
 def block_energy(weight: Tensor, block: int) -> Tensor:
@@ -134,14 +155,6 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def zero_weights(model: nn.Module, layers: Mapping[str, LayerPolicy]) -> None:
     """Zero the weights that ``layers`` drops, in place; errors are those of `layer_masks`, before anything changes."""
     apply_masks(model, layer_masks(model, layers))
-
-
-def _largest(scores: Tensor, density: float) -> Tensor:
-    count = max(1, round(density * scores.numel()))
-    order = scores.flatten().sort(descending=True, stable=True).indices
-    kept = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    kept[order[:count]] = True
-    return kept.view(scores.shape)
 
 
 def _misfit(weight: Tensor, layer: LayerPolicy, groups: int) -> str:

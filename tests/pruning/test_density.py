@@ -53,12 +53,13 @@ def test_threshold_drops_what_lies_below_the_quality_parameter_times_the_standar
     assert model[0].weight.tolist() == [[-3, 3, 0, 0], [0, 0, 3, -3]]
 
 
-def test_threshold_of_a_later_round_looks_at_the_weights_that_are_left() -> None:
+def test_threshold_of_a_later_round_counts_the_zeros_of_earlier_ones() -> None:
     model = nn.Sequential(nn.Linear(6, 1))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[-3.0, 3, 1, -1, 0, 0]]))
-    # The standard deviation of the four that are left is 2.236; that of all six would be 1.826.
-    assert threshold_layers(model, {"0": 0.5})["0"].density == 2 / 6
+    # The standard deviation of all six is 1.826; that of the four that are left would be 2.236, and drop the ones.
+    assert threshold_layers(model, {"0": 0.5})["0"].density == 4 / 6
+    assert threshold_layers(model, {"0": 0.6})["0"].density == 2 / 6
     assert threshold_layers(model, {"0": 0.0})["0"].density == 4 / 6
 
 
