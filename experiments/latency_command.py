@@ -81,8 +81,11 @@ class Subject:
 
     @property
     def steps(self) -> dict[str, int]:
-        """Units that each group keeps a multiple of."""
-        return dict(zip(self.space.names, self.space.step.tolist(), strict=True))
+        """Units that each group keeps a multiple of, unless it keeps everything."""
+        ladders = zip(self.space.names, self.space.ladders, strict=True)
+        return {
+            name: int(np.gcd.reduce(ladder[:-1])) if len(ladder) > 1 else int(ladder[-1]) for name, ladder in ladders
+        }
 
     def plans(self, n: int, seed: int) -> list[dict[str, int]]:
         """Random plans: a keep ratio for the network, and each group's within 0.3 of it."""
