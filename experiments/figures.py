@@ -75,7 +75,7 @@ def reward_figure(plans: Sequence[Plan]) -> str:
             if method in ONE_SHOT:
                 axes.axhline(accuracy.max(), color=colour, linestyle="--", linewidth=1.4, label=method)
                 continue
-            axes.scatter(index, accuracy, s=9, color=colour, alpha=0.28, linewidths=0)
+            axes.scatter(index, accuracy, s=14, color=colour, alpha=0.45, linewidths=0)
             best = np.maximum.accumulate(accuracy)
             axes.step([*index, last], [*best, best[-1]], where="post", color=colour, linewidth=2.0, label=method)
         axes.set_xlabel("evaluation")
@@ -104,7 +104,8 @@ def keep_ratio_figure(rows: Sequence[MethodOutcome]) -> str:
             axes.grid(axis="x", visible=False)
         step = -(-len(names) // 45)
         ticks = range(0, len(names), step)
-        strips[-1].set_xticks(ticks, [names[i] for i in ticks], rotation=90, fontsize=8)
+        turned = 90 if len(names) > 8 else 0
+        strips[-1].set_xticks(ticks, [names[i] for i in ticks], rotation=turned, fontsize=8)
         strips[-1].set_xlim(-0.6, len(names) - 0.4)
         return _svg(figure, "keep-ratio")
 
@@ -199,7 +200,7 @@ def _reward_limits(accuracy: Sequence[float]) -> tuple[float, float]:
         return 0.0, 1.0
     low, high = float(np.quantile(accuracy, 0.05)), max(accuracy)
     room = max(0.02, 0.08 * (high - low))
-    return max(0.0, low - room), min(1.0, high + room)
+    return max(0.0, low - room), min(1 + room / 4, high + room)  # dots at 100 % are not cut in half
 
 
 def near_limit(plans: Sequence[Plan], limit: int) -> list[Plan]:

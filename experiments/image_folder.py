@@ -203,7 +203,7 @@ def _decode(
             expected, found = (f"{s[1]}x{s[0]}" for s in (pixels.shape[1:], image.shape))
             msg = (
                 f"'{folder}/{name}' in '{root}' is {found} pixels, '{folder}/{names[0]}' is {expected}; "
-                f"give the recipe a size to bring all images to"
+                f"give a size to bring all images to, such as --set data.size={min(pixels.shape[1:3])}"
             )
             raise DataError(msg)
         pixels[i] = image

@@ -99,12 +99,12 @@ def _cards(outcome: RunOutcome) -> str:
 
 def _result_table(outcome: RunOutcome) -> str:
     rows = [row for row in outcome.rows if row.method != DENSE]
-    best = {1: _best_method(rows, accuracy_before, outcome), 2: _best_method(rows, accuracy_after, outcome)}
+    best = {1: _best_methods(rows, accuracy_before, outcome), 2: _best_methods(rows, accuracy_after, outcome)}
     body = []
     for cells in table_cells(outcome):
         method = cells[0]
         marked = "".join(
-            f'<td class="best">{escape(cell)}</td>' if best.get(column) == method else f"<td>{escape(cell)}</td>"
+            f'<td class="best">{escape(cell)}</td>' if method in best.get(column, ()) else f"<td>{escape(cell)}</td>"
             for column, cell in enumerate(cells[1:], start=1)
         )
         body.append(
@@ -113,10 +113,11 @@ def _result_table(outcome: RunOutcome) -> str:
     return _html_table(headings(outcome), body)
 
 
-def _best_method(rows: Sequence[MethodOutcome], score: Score, outcome: RunOutcome) -> str | None:
-    """The method with the highest score, None if none has one."""
+def _best_methods(rows: Sequence[MethodOutcome], score: Score, outcome: RunOutcome) -> list[str]:
+    """The methods with the highest score, none if none has one."""
     scored = [(value, row.method) for row in rows if (value := score(row, outcome)) is not None]
-    return max(scored)[1] if scored else None
+    best = max((value for value, _ in scored), default=None)
+    return [method for value, method in scored if value == best]
 
 
 def _figure_sections(outcome: RunOutcome, plans: Sequence[Plan]) -> list[str]:

@@ -363,8 +363,8 @@ def test_broken_image_in_an_archive_is_named(root: Path, tmp_path: Path) -> None
 def test_images_of_two_sizes_need_a_size(root: Path) -> None:
     image(1, (7, 6)).save(root / "train" / "dog" / "001.png")
     assert failure(lambda: read_image_folder(root, "train")) == (
-        f"'train/dog/001.png' in '{root}' is 7x6 pixels, 'train/cat/000.png' is 6x6; give the recipe a size to bring "
-        "all images to"
+        f"'train/dog/001.png' in '{root}' is 7x6 pixels, 'train/cat/000.png' is 6x6; give a size to bring all images "
+        "to, such as --set data.size=6"
     )
 
 

@@ -180,6 +180,13 @@ def test_run_without_a_budget_shows_no_limit() -> None:
     assert "<!-- close to the limit -->" not in page
 
 
+def test_methods_that_tie_are_all_marked_as_best() -> None:
+    page = render_report(outcome(row("cem", 0.8, 0.87), row("ppo", 0.8, 0.88), row("ddpg", 0.7, 0.86)), [], "")
+
+    assert page.count('<td class="best">80.00 %</td>') == 2
+    assert page.count('<td class="best">88.00 %</td>') == 1
+
+
 def test_plain_lines_are_aligned() -> None:
     assert plain_lines([["method", "x"], ["ppo", "100"]]) == ["method    x", "ppo     100"]
 
