@@ -39,7 +39,7 @@ def test_method_that_knows_every_plan_of_a_small_space_says_so(
     command: Command, tiny_yaml: Path, tmp_path: Path
 ) -> None:
     # One group is left, which can keep 2 to 16 of its units: with 85 % of the multiply-adds spent on others, few fit.
-    small = ["--set", "search.protected=[3, 9]", "--methods", "random", "--set", "search.rounding=8"]
+    small = ["--set", "search.protected=['3', '9']", "--methods", "random", "--set", "search.rounding=8"]
     done = command("search", tiny_yaml, *small, "--budget", "90%", "--evaluations", "20", "--out", tmp_path / "run")
     row = RunOutcome.load(tmp_path / "run" / "results.json").row("random")
     plans = {e["digest"] for e in journal(tmp_path / "run") if (e["searcher"], e["purpose"]) == ("random", "candidate")}
