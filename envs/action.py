@@ -192,6 +192,15 @@ class SearchSpace:
             layers=layer_policies(self.layers, levels, self.sparsity),
         )
 
+    def keep_ratios(self, policy: CompressionPolicy) -> dict[str, float]:
+        """What ``policy`` leaves of each decision, in (0, 1], by name and in the order of the decisions."""
+        ratios = {group.name: len(policy.kept.get(group.name, range(group.size))) / group.size for group in self.groups}
+        for decision in self.layers:
+            layer = policy.layers.get(decision.layer, LayerPolicy())
+            bits = layer.act_bits if decision.choice == "act_bits" else layer.weight_bits
+            ratios[decision.name] = layer.density if decision.choice == "density" else bits / decision.size
+        return ratios
+
     def _checked(self, values: ArrayLike, what: str) -> Ratios:
         array = np.asarray(values, dtype=np.float64)
         if array.shape != (self.n,):

@@ -96,7 +96,7 @@ def _apply_agent(
             evaluator = problem.evaluator("refining", Watch(stage, problem, stop), max_evaluations=evaluations)
             evaluator.score(policy)
             search_by_agent(problem, evaluator, subject.config.search, config, None, None, start_from=source)
-        policy = problem.policy(ranked_plans(problem, evaluator)[0].kept)
+        policy = problem.policy(ranked_plans(problem, evaluator)[0])
     uniform = decode(np.zeros(problem.space.n), problem.space)
     evaluate = subject.evaluate_on_validation()
     uniform_network = evaluator.build(uniform)

@@ -18,10 +18,22 @@ from envs.reward import RewardFunction, resolve_reward
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 from latency.budget import Budget
+from latency.decision import DENSITIES, layer_decisions
 from pruning.importance import Criterion, rank_units
 from pruning.policy import CompressionPolicy
 
-from .config import METHODS, ONE_SHOT, ConfigError, Environment, Method, SearchSettings, Start, validated
+from .config import (
+    METHODS,
+    ONE_SHOT,
+    PROBING,
+    ConfigError,
+    Decision,
+    Environment,
+    Method,
+    SearchSettings,
+    Start,
+    validated,
+)
 from .identity import search_identity
 from .methods import search_with
 from .problem import PROBES, OnEvaluation, Scoring, SearchProblem, least_squares, probe
@@ -66,6 +78,10 @@ def compress(
     seed: int = 0,
     environment: Environment = "network",
     start: Start = "sensitivity",
+    decide: Sequence[Decision] = ("channels",),
+    sparsity: str = "unstructured",
+    densities: Sequence[int] = DENSITIES,
+    bits: Sequence[int] = (8, 32),
     criterion: Criterion = "l1",
     importance: Mapping[str, Tensor] | None = None,
     rounding: int | None = None,
@@ -91,11 +107,17 @@ def compress(
             cost against accuracy in the reward.
         calibration: batches of training inputs for batch-norm statistics, prepared and augmented as in training;
             without them, a network with batch norms scores far below what it is worth.
-        method: ``ppo``, ``ddpg``, ``cem``, ``random``, ``sensitivity``, ``magnitude`` or ``uniform``.
+        method: ``ppo``, ``ddpg``, ``cem``, ``random``, ``knapsack``, ``greedy``, ``sensitivity``, ``magnitude`` or
+            ``uniform``.
         evaluations: candidates that may be scored, sensitivity probes (one a group) included.
         seed: of the search.
         environment: a plan for the whole network at once, or layer by layer (agents only).
         start: plan that the search starts from; ``"uniform"`` saves the probes.
+        decide: what is decided: ``"channels"``, and inside each layer ``"density"`` of the weights and ``"bits"`` of
+            weights and activations (or ``"weight_bits"`` and ``"act_bits"`` apart).
+        sparsity: pattern of the zeros: ``"unstructured"``, ``"block4"``, ``"block8"``, ``"block16"``, ``"2:4"``.
+        densities: percents of a layer's weights that may stay, ascending, up to 100.
+        bits: bits that may be chosen, ascending, up to 32.
         criterion: importance by which channels are ranked; ``taylor`` needs labels, so for it pass what
             `pruning.importance.rank_units` returns as ``importance``.
         importance: scores by group name in place of a criterion, higher is kept.
@@ -124,7 +146,16 @@ def compress(
     _check_choice("environment", environment, get_args(Environment))
     _check_choice("start", start, get_args(Start))
     _check_choice("criterion", criterion, get_args(Criterion))
-    asked = {"evaluations": evaluations, "seed": seed, "environment": environment, "start": start}
+    asked = {
+        "evaluations": evaluations,
+        "seed": seed,
+        "environment": environment,
+        "start": start,
+        "decide": decide,
+        "sparsity": sparsity,
+        "densities": densities,
+        "bits": bits,
+    }
     settings = validated(SearchSettings, asked, "compress")
     if reconstruct and not calibration:
         msg = "reconstruct fits layers on training inputs; pass some batches as calibration"
@@ -142,6 +173,16 @@ def compress(
         graph,
         {name: values.detach().cpu().numpy() for name, values in scores.items()},
         parsed,
+        channels="channels" in decide,
+        layers=layer_decisions(
+            graph,
+            settings.layer_choices,
+            sparsity=sparsity,
+            densities=densities,
+            bits=bits,
+            protect_first=protect_first,
+        ),
+        sparsity=sparsity,
         rounding=rounding,
         min_keep_ratio=min_keep_ratio,
         protect_first=protect_first,
@@ -164,6 +205,10 @@ def compress(
             budget=f"{space.limit} {space.cost.kind}",
             environment=environment,
             start=start,
+            decide=list(decide),
+            sparsity=sparsity,
+            densities=list(densities),
+            bits=list(bits),
             rounding=rounding,
             min_keep_ratio=min_keep_ratio,
             protect_first=protect_first,
@@ -180,11 +225,11 @@ def compress(
 def _search(
     problem: SearchProblem, method: Method, settings: SearchSettings, on_evaluation: OnEvaluation
 ) -> Compressed:
-    if "sensitivity" in (settings.start, method):
+    if settings.start == "sensitivity" or method in PROBING:
         as_start = settings.start == "sensitivity"
         problem = probe(problem, 1.0, on_evaluation, as_start=as_start, notify=_warn)
     found = search_with(method, problem, settings, on_evaluation=on_evaluation)
-    policy = problem.policy(found.kept)
+    policy = problem.policy(found)
     builder = problem.evaluator("", _ignore)
     dense_accuracy = builder.dense_accuracy()
     searchers = {builder.searcher, method} | ({PROBES} if problem.sensitivity else set())

@@ -13,17 +13,22 @@ from pydantic_core import ErrorDetails
 
 from agent.config import AgentConfig, DDPGConfig, PPOConfig
 from latency.budget import Budget
+from latency.decision import DENSITIES, LayerChoice
 from pruning.importance import Criterion
+from pruning.layer_policy import FULL_BITS, LayerPolicy
 
 from .data import DataRecipe
 
-Method = Literal["uniform", "magnitude", "sensitivity", "random", "cem", "ppo", "ddpg"]
+Method = Literal["uniform", "magnitude", "sensitivity", "greedy", "knapsack", "random", "cem", "ppo", "ddpg"]
 Environment = Literal["network", "layerwise"]
+Decision = Literal["channels"] | LayerChoice
 Start = Literal["sensitivity", "uniform"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
+PROBING: tuple[Method, ...] = ("sensitivity", "greedy", "knapsack")
+"""Methods whose plan follows from the sensitivity probes."""
 AGENTS: tuple[Method, ...] = ("ppo", "ddpg")
-ONE_SHOT: tuple[Method, ...] = ("uniform", "magnitude", "sensitivity")
+ONE_SHOT: tuple[Method, ...] = ("uniform", "magnitude", "sensitivity", "greedy", "knapsack")
 """Methods that propose a single plan and so need a single evaluation."""
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -49,14 +54,23 @@ class ModelConfig(_Section):
 class SearchSettings(_Section):
     """What is searched, how long, and how a candidate is scored."""
 
-    methods: tuple[Method, ...] = METHODS
-    """Methods to compare, each with the same number of evaluations."""
+    methods: tuple[Method, ...] = ("uniform", "magnitude", "sensitivity", "random", "cem", "ppo", "ddpg")
+    """Methods to compare, each with the same number of evaluations; greedy and knapsack can be named too."""
     evaluations: int = Field(default=300, ge=1)
     """Evaluations of one method, its probes and finalists included: a candidate built, repaired and scored."""
     seed: int = Field(default=0, ge=0)
     """Seed of the methods, the data order and the training."""
     environment: Environment = "network"
     """A plan for the whole network at once, or layer by layer (agents only)."""
+    decide: tuple[Decision, ...] = ("channels",)
+    """What is decided: channels of each group; inside each layer the density of its weights, and the bits of weights
+    and of what is read, together (bits) or apart (weight_bits, act_bits)."""
+    sparsity: str = "unstructured"
+    """Pattern of the zeros where density is decided: unstructured, block4, block8, block16, or N:M such as 2:4."""
+    densities: tuple[int, ...] = DENSITIES
+    """Percents of a layer's weights that may stay, ascending, up to 100."""
+    bits: tuple[int, ...] = (8, FULL_BITS)
+    """Bits that may be chosen, ascending, up to 32; 8 and 32 are what runtimes compute with, below 8 is simulated."""
     start: Start = "sensitivity"
     """The plan that every searching method starts from; the probes it takes count as evaluations of each."""
     probe_share: float = Field(default=1.0, gt=0, le=1)
@@ -89,6 +103,30 @@ class SearchSettings(_Section):
     """Images a forward pass while scoring."""
     autocast: bool = False
     """Re-estimate statistics and score candidates in bfloat16."""
+
+    @field_validator("decide")
+    @classmethod
+    def _decides_something_once(cls, decide: tuple[Decision, ...]) -> tuple[Decision, ...]:
+        if not decide or len(set(decide)) != len(decide):
+            msg = f"name what is decided, each once; found {', '.join(decide) or 'nothing'}"
+            raise ValueError(msg)
+        if "bits" in decide and {"weight_bits", "act_bits"} & set(decide):
+            msg = "bits decides weights and activations together; leave it out to decide weight_bits and act_bits apart"
+            raise ValueError(msg)
+        return decide
+
+    @field_validator("sparsity")
+    @classmethod
+    def _is_a_pattern(cls, sparsity: str) -> str:
+        if LayerPolicy(sparsity).sparsity == "dense":
+            msg = "sparsity is the pattern that zeros follow; to decide no density, leave it out of search.decide"
+            raise ValueError(msg)
+        return sparsity
+
+    @property
+    def layer_choices(self) -> tuple[LayerChoice, ...]:
+        """What is decided inside layers."""
+        return tuple(choice for choice in self.decide if choice != "channels")
 
     @field_validator("methods")
     @classmethod

@@ -20,6 +20,8 @@ COLOURS = {
     "uniform": "#94a3b8",
     "magnitude": "#b08968",
     "sensitivity": "#64748b",
+    "greedy": "#d16b86",
+    "knapsack": "#8f4b5f",
     "random": "#e0a100",
     "cem": "#2f80c2",
     "ddpg": "#7a4fbf",
@@ -112,8 +114,7 @@ def keep_ratio_figure(rows: Sequence[MethodOutcome]) -> str:
 
 def pareto_figure(plans: Sequence[Plan], outcome: RunOutcome) -> str:
     """Accuracy against cost of every plan evaluated, with the front, and the last stretch below the limit."""
-    dense = outcome.row(DENSE)
-    dense_cost = dense.macs if outcome.budget_kind == "macs" else dense.params
+    dense_cost = outcome.dense_cost
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
         near = near_limit(plans, outcome.cost_limit) if outcome.has_budget else []
@@ -218,7 +219,7 @@ def _zoom_to_limit(axes: Axes, near: Sequence[Plan], limit: int, dense_cost: int
 
 
 def _long(kind: str) -> str:
-    return {"macs": "multiply-adds", "params": "parameters"}[kind]
+    return {"macs": "multiply-adds", "params": "parameters", "bytes": "bytes", "bops": "bit operations"}[kind]
 
 
 def _svg(figure: Figure, name: str) -> str:

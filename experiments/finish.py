@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from envs.journal import Journal
-from latency.cost import count_macs, count_params, size_bytes
+from latency.cost import count_macs, count_params, predict_cost, size_bytes
 from latency.measure import measure_latency
 from pruning.export import ExportError, export_onnx, save_compressed
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
+from pruning.sparse_training import hold_zeros
 
 from .config import RunConfig
 from .data import DataError
@@ -114,25 +115,31 @@ def _finalists(
     builder = problem.evaluator("", lambda _: None)
     found: list[Finalist] = []
     if subject.config.finetune.dense_control or not subject.config.finetune.epochs:
-        tuned = _tuned(folder.method(DENSE), subject, DENSE, subject.model, display, stop)
+        tuned = _tuned(folder.method(DENSE), subject, DENSE, subject.model, CompressionPolicy({}), display, stop)
     else:
         tuned = None
     found.append(Finalist(DENSE, CompressionPolicy({}), subject.model, tuned, None))
     for search in searches:
-        policy = problem.policy(search.kept)
+        policy = problem.policy(search)
         same = next((other for other in found[1:] if other.policy.digest == policy.digest), None)
         if same:
             display.say(f"{search.method}: the same plan as {same.name}, so the same fine-tuned network")
             found.append(Finalist(search.method, policy, same.network, same.tuned, search))
             continue
         network = builder.build(policy)
-        tuned = _tuned(folder.method(search.method), subject, search.method, network, display, stop)
+        tuned = _tuned(folder.method(search.method), subject, search.method, network, policy, display, stop)
         found.append(Finalist(search.method, policy, network, tuned, search))
     return found
 
 
 def _tuned(
-    own: MethodFolder, subject: Subject, name: str, network: nn.Module, display: RunDisplay, stop: StopFlag
+    own: MethodFolder,
+    subject: Subject,
+    name: str,
+    network: nn.Module,
+    policy: CompressionPolicy,
+    display: RunDisplay,
+    stop: StopFlag,
 ) -> nn.Module | None:
     """A fine-tuned copy of ``network``, None without fine-tuning; read back if it was made before."""
     recipe = subject.config.finetune
@@ -142,17 +149,18 @@ def _tuned(
     if own.tuned_file.exists():
         tuned.load_state_dict(load_file(own.tuned_file))
         return tuned.eval()
-    tune(
-        tuned,
-        subject.train_batches(recipe.batch_size),
-        recipe,
-        subject.config.search.seed,
-        f"fine-tuning {name}",
-        display,
-        stop,
-        scratch=own.finetuning,
-        teacher=subject.model,
-    )
+    with hold_zeros(tuned, [layer for layer, how in policy.layers.items() if how.is_sparse]):
+        tune(
+            tuned,
+            subject.train_batches(recipe.batch_size),
+            recipe,
+            subject.config.search.seed,
+            f"fine-tuning {name}",
+            display,
+            stop,
+            scratch=own.finetuning,
+            teacher=subject.model,
+        )
     write_atomic(own.tuned_file, save({key: value.cpu().contiguous() for key, value in tuned.state_dict().items()}))
     return tuned
 
@@ -184,15 +192,16 @@ def _export_onnx(finalist: Finalist, example: Tensor, path: Path, display: RunDi
 
 def _row(subject: Subject, problem: SearchProblem, finalist: Finalist) -> MethodOutcome:
     evaluate, search = subject.evaluate_on_validation(), finalist.search
-    space, kept = problem.space, {name: len(units) for name, units in finalist.policy.kept.items()}
-    ratios = {name: kept.get(name, size) / size for name, size in zip(space.names, space.sizes.tolist(), strict=True)}
+    policy, graph, inside = finalist.policy, subject.graph, bool(problem.space.layers)
     row = MethodOutcome(
         method=finalist.name,
         validation_accuracy=evaluate(finalist.network),
         tuned_validation_accuracy=evaluate(finalist.tuned) if finalist.tuned else None,
-        macs=count_macs(finalist.network, subject.example(2)),
-        params=count_params(finalist.network),
-        size_bytes=size_bytes(finalist.network),
+        # What zeros and bits save is no size of a tensor: it follows from the policy, by formulas that tests hold
+        # against counts of built networks.
+        macs=predict_cost(graph, policy) if inside else count_macs(finalist.network, subject.example(2)),
+        params=predict_cost(graph, policy, "params") if inside else count_params(finalist.network),
+        size_bytes=predict_cost(graph, policy, "bytes") if inside else size_bytes(finalist.network),
     )
     if search is None:
         return row
@@ -204,7 +213,7 @@ def _row(subject: Subject, problem: SearchProblem, finalist: Finalist) -> Method
             "seconds": search.seconds,
             "seconds_evaluating": search.seconds_evaluating,
             "search_accuracy": search.search_accuracy,
-            "keep_ratios": ratios,
+            "keep_ratios": problem.space.keep_ratios(policy),
         }
     )
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -13,13 +14,14 @@ from agent.baselines import run_baseline
 from agent.checkpoint import warn
 from agent.config import AgentConfig, default_config
 from envs.action import Ratios, project
+from envs.allocation import greedy, knapsack
 from envs.evaluator import EvaluateFunction
 from envs.journal import JournalEntry
 from envs.network_env import NetworkEnv
 from envs.plans import global_magnitude, uniform
 
 from .agents import search_by_agent
-from .config import ONE_SHOT, ConfigError, Method, SearchSettings
+from .config import ONE_SHOT, PROBING, ConfigError, Method, SearchSettings
 from .problem import OnEvaluation, SearchProblem, WatchedEvaluator
 from .run import MethodFolder
 
@@ -51,6 +53,8 @@ class MethodSearch(BaseModel):
     """Cost of the chosen plan, in the budget's kind."""
     kept: dict[str, int]
     """Units that the chosen plan keeps of each group; groups not named stay dense."""
+    layers: dict[str, dict[str, Any]] = {}
+    """Sparsity and bits that it gives each layer, as in a policy file; layers not named are untouched."""
 
 
 def search_with(
@@ -102,7 +106,7 @@ def search_with(
             problem.evaluator(f"{method}{_FINALISTS}", on_finalist or on_evaluation, evaluate=evaluate_all)
         )
         for entry in best[:n_finalists]:
-            searchers[1].score(problem.policy(entry.kept), purpose="finalist")
+            searchers[1].score(problem.policy(entry), purpose="finalist")
     chosen = ranked_plans(problem, searchers[-1])[0]
     probe_seconds = problem.probe_seconds if probes else 0.0
     return MethodSearch(
@@ -116,6 +120,7 @@ def search_with(
         validation_accuracy=chosen.accuracy,
         cost=chosen.cost,
         kept=chosen.kept,
+        layers=chosen.layers,
     )
 
 
@@ -146,6 +151,8 @@ def _one_shot(method: Method, problem: SearchProblem) -> Ratios:
     """Keep-ratio offsets of a method that proposes a single plan, shape ``(n,)``."""
     if method == "sensitivity":
         return problem.sensitivity_offsets()
+    if method in ("greedy", "knapsack"):
+        return (greedy if method == "greedy" else knapsack)(problem.space, problem.losses())
     return global_magnitude(problem.space) if method == "magnitude" else uniform(problem.space)
 
 
@@ -162,7 +169,7 @@ def is_finalists(searcher: str) -> bool:
 
 def _probe_charge(method: Method, problem: SearchProblem) -> float:
     """Evaluations that the probes count as for this method: those that use them pay for them."""
-    uses = method == "sensitivity" or (problem.starts_from_probes and method not in ONE_SHOT)
+    uses = method in PROBING or (problem.starts_from_probes and method not in ONE_SHOT)
     return problem.probe_evaluations if uses else 0.0
 
 

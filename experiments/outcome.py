@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from latency.budget import Budget
+from pruning.layer_policy import FULL_BITS
 
 from .machine import Machine
 
@@ -75,7 +76,7 @@ class MethodOutcome(_Record):
     size_bytes: int
     """Bytes of its parameters and buffers."""
     keep_ratios: dict[str, float] = {}
-    """Share of channels kept, by group, in the network's order."""
+    """What each decision left, in the network's order: share of channels by group, of weights and bits by layer."""
     latencies: tuple[Latency, ...] = ()
     """Measured times, one a runtime."""
 
@@ -129,6 +130,17 @@ class RunOutcome(_Record):
                 return row
         raise KeyError(method)
 
+    @property
+    def dense_cost(self) -> int:
+        """Cost of the untouched network, in the budget's kind."""
+        dense = self.row(DENSE)
+        return {
+            "macs": dense.macs,
+            "params": dense.params,
+            "bytes": dense.params * FULL_BITS // 8,
+            "bops": dense.macs * FULL_BITS**2,
+        }[self.budget_kind]
+
     @classmethod
     def load(cls, path: Path) -> RunOutcome:
         """Read results.json."""
@@ -139,7 +151,7 @@ def budget_words(budget: Budget | None) -> str:
     """A budget as a headline says it: ``at most 20% of its MACs``."""
     if budget is None:
         return NO_BUDGET
-    noun = {"macs": "MACs", "params": "parameters"}[budget.kind]
+    noun = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "bops": "bit operations"}[budget.kind]
     return (
         f"at most {100 * budget.share:.4g} % of its {noun}" if budget.share else f"at most {budget.absolute:,} {noun}"
     )

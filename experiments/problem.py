@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from envs.action import Ratios, SearchSpace
+from envs.allocation import losses
 from envs.evaluator import (
     CandidateEvaluator,
     EvaluateFunction,
@@ -24,6 +26,7 @@ from envs.journal import Journal
 from envs.plans import noise_floor, sensitivity
 from envs.reward import RewardFunction, compute_reward
 from graph_encoder.network import NetworkGraph
+from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
 from pruning.reconstruction import reconstruct
 
@@ -47,6 +50,21 @@ class WatchedEvaluator(CandidateEvaluator):
         evaluation = super().score(policy, **options)
         self._on_evaluation(evaluation)
         return evaluation
+
+
+class Found(Protocol):
+    """A plan as a journal or a result names it.
+
+    Attributes:
+        kept: units by group name; groups that are not named stay whole.
+        layers: sparsity and bits by layer name, as in a policy file; layers that are not named are untouched.
+    """
+
+    @property
+    def kept(self) -> Mapping[str, int]: ...  # noqa: D102 - the class says it
+
+    @property
+    def layers(self) -> Mapping[str, Mapping[str, Any]]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -139,10 +157,17 @@ class SearchProblem:
         n_images = round(self.scoring.n_images * self.sensitivity.fidelity)
         return noise_floor(self.sensitivity.dense_accuracy, n_images)
 
-    def policy(self, kept: Mapping[str, int]) -> CompressionPolicy:
-        """The plan that keeps so many of the most important units of each group; groups not named stay dense."""
+    def policy(self, found: Found) -> CompressionPolicy:
+        """The plan that keeps so many of the most important units of each group, and treats the layers so."""
         pairs = zip(self.space.names, self.space.sizes, strict=True)
-        return self.space.policy(np.array([kept.get(name, size) for name, size in pairs], dtype=np.int64))
+        counts = np.array([found.kept.get(name, size) for name, size in pairs], dtype=np.int64)
+        layers = {name: LayerPolicy.from_plain(entry, f"layer '{name}'") for name, entry in found.layers.items()}
+        return replace(self.space.policy(counts), layers=layers)
+
+    def losses(self) -> list[NDArray[np.float64]]:
+        """What each decision is taken to lose alone, see `envs.allocation.losses`."""
+        assert self.sensitivity is not None
+        return losses(self.space, self.sensitivity, self.noise_floor())
 
     def sensitivity_offsets(self) -> Ratios:
         """Keep-ratio offsets that follow from the probes, shape ``(n,)``."""

@@ -85,8 +85,11 @@ def _cards(outcome: RunOutcome) -> str:
         (f"{1 - best.macs / dense.macs:.1%}", f"multiply-adds removed ({amount(best.macs)} left)"),
         (f"{1 - best.params / dense.params:.1%}", f"parameters removed ({amount(best.params)} left)"),
     ]
-    for before, after in zip(dense.latencies, best.latencies, strict=True):
-        if after.differs_from(before):
+    times = {latency.runtime: latency for latency in best.latencies}
+    for before in dense.latencies:
+        if (after := times.get(before.runtime)) is None:
+            cards.append(("-", f"measured speed, {before.runtime}: {best.method} is not there in its format"))
+        elif after.differs_from(before):
             cards.append(
                 (f"{significant(before.median_ms / after.median_ms, 2)}x", f"measured speed, {before.runtime}")
             )

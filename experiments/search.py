@@ -16,10 +16,11 @@ from envs.journal import Journal, JournalError
 from envs.reward import RewardFunction, resolve_reward
 from graph_encoder.network import NetworkGraph
 from latency.budget import BudgetError
+from latency.decision import layer_decisions
 from pruning.files import FileWriteError, write_atomic
 from pruning.importance import rank_units
 
-from .config import ONE_SHOT, ConfigError, Method, RunConfig
+from .config import ONE_SHOT, PROBING, ConfigError, Method, RunConfig
 from .finish import finish_run
 from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
@@ -162,6 +163,16 @@ def search_space(config: RunConfig, graph: NetworkGraph, importance: Mapping[str
             graph,
             {name: scores.numpy() for name, scores in importance.items()},
             config.budget,
+            channels="channels" in settings.decide,
+            layers=layer_decisions(
+                graph,
+                settings.layer_choices,
+                sparsity=settings.sparsity,
+                densities=settings.densities,
+                bits=settings.bits,
+                protect_first=settings.protect_first,
+            ),
+            sparsity=settings.sparsity,
             rounding=settings.rounding,
             min_keep_ratio=settings.min_keep_ratio,
             protect_first=settings.protect_first,
@@ -210,7 +221,7 @@ def _saved_importance(folder: RunFolder, subject: Subject) -> dict[str, torch.Te
 
 def _probed(problem: SearchProblem, subject: Subject, display: RunDisplay, stop: StopFlag) -> SearchProblem:
     settings = subject.config.search
-    if settings.start != "sensitivity" and "sensitivity" not in settings.methods:
+    if settings.start != "sensitivity" and not set(PROBING) & set(settings.methods):
         return problem
     with display.stage("sensitivity of each group", problem.space.n + 1, "evaluation") as stage:
         watch = Watch(stage, problem, stop)
@@ -256,7 +267,7 @@ def _search(
             f"{method}: ended with {found.evaluations:g} of {settings.evaluations} evaluations, as it proposed little "
             f"but plans that it knew: {count(found.plans, 'different plan')}, {found.cache_hits} proposed again"
         )
-    problem.policy(found.kept).save(own.policy_file)
+    problem.policy(found).save(own.policy_file)
     write_atomic(own.search_file, found.model_dump_json(indent=2).encode())
     return found
 

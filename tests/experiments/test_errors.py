@@ -96,7 +96,7 @@ def test_run_that_was_refused_leaves_no_folder(command: Command, tiny_yaml: Path
     [
         (
             "budget=1%",
-            "error: a budget of 818 macs (1.0% of the dense 81,828) cannot be met: with every group at its least",
+            "error: a budget of 818 macs (1.0% of the dense 81,828) cannot be met: with every decision at its least",
         ),
         ("budget=9M macs", "error: the budget of 9,000,000 macs is above what the dense network costs, 81,828"),
         ("search.protected=[stem]", "error: protected names no channel group of this network: ['stem']"),
