@@ -164,8 +164,9 @@ class ImageData:
             return self._read_like_train("validation")
         except MissingSplitError as error:
             msg = (
-                f"no validation data: {error}. {_WHY_UNSEEN}. Name a folder of unseen images as `validation`, or hold "
-                f"some out with lists of files (`secateur split` writes the even and the odd files of a folder)"
+                f"no validation data: {error}. {_WHY_UNSEEN}. Name a folder of unseen images with "
+                "data.validation.folder, or hold some out with lists of files (`secateur split` writes the even and "
+                "the odd files of a folder)"
             )
             raise DataError(msg) from error
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
+from graph_encoder.modes import evaluation_mode
 from pruning.export import export_onnx, load_compressed, read_manifest, save_compressed
 from pruning.policy import CompressionPolicy
 
 from .config import ConfigError, RunConfig
-from .data import ImageData, TrainBatches, make_evaluate
+from .data import ImageData, TrainBatches, make_evaluate, normalise
 from .interrupt import StopFlag
 from .machine import set_up_device
-from .models import build_model
+from .models import build_model, check_outputs
 from .progress import RunDisplay
 from .run import refuse_existing
 from .training import train_from_scratch, tune
@@ -40,9 +41,12 @@ def train_named(config: RunConfig, out: Path, display: RunDisplay, stop: StopFla
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.search.seed)
         model = build_model(config.model.name, len(data.classes), data.train.images.shape[1]).to(device)
+    # Whatever is missing is found before the training rather than after it.
+    evaluate = make_evaluate(data.validation, config.data, device=device)
+    with evaluation_mode(model):
+        check_outputs(model, normalise(data.train.images[:2].to(device), config.data), data.classes)
     train_from_scratch(config, data, model, device, display, stop, out)
-    accuracy = make_evaluate(data.validation, config.data, device=device)(model)
-    return {"weights": str(out), "validation_accuracy": accuracy}
+    return {"weights": str(out), "validation_accuracy": evaluate(model)}
 
 
 def finetune_saved(

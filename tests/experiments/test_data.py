@@ -387,7 +387,7 @@ def test_list_that_names_a_missing_image(root: Path, tmp_path: Path) -> None:
 
 def test_function_without_validation_images_gets_the_same_explanation(monkeypatch: pytest.MonkeyPatch) -> None:
     images = (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
-    monkeypatch.setattr("experiments.sources.load_function", lambda _: lambda: {"train": images})
+    monkeypatch.setattr("experiments.user_function.load_function", lambda _: lambda: {"train": images})
     recipe = DataRecipe(source="mine:data", mean=(0.5,), std=(0.5,))
     assert failure(lambda: ImageData(recipe).validation).startswith(
         "no validation data: 'mine:data' returned no split 'validation'; it has train. The search must score plans on "
@@ -399,8 +399,8 @@ def test_no_validation_data_explains_why_it_is_needed(root: Path) -> None:
     assert failure(lambda: ImageData(DataRecipe(source=str(root))).validation) == (
         f"no validation data: no folder 'validation' in '{root}'; it has test, train. The search must score plans on "
         "images that the network was not trained on: on its training images the best of many plans is mostly the one "
-        "that remembers them best. Name a folder of unseen images as `validation`, or hold some out with lists of "
-        "files (`secateur split` writes the even and the odd files of a folder)"
+        "that remembers them best. Name a folder of unseen images with data.validation.folder, or hold some "
+        "out with lists of files (`secateur split` writes the even and the odd files of a folder)"
     )
 
 

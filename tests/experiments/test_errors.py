@@ -177,6 +177,15 @@ def test_data_function_that_fails_is_told_with_its_line(command: Command, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_training_without_validation_images_is_refused_before_it_starts(
+    command: Command, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    done = command("train", tiny_yaml, "--set", "data.validation.folder=val", "--out", tmp_path / "weights.safetensors")
+
+    assert done.code == 1
+    assert done.err.startswith("error: no validation data: ")
+
+
 def test_mistyped_option_names_the_nearest(command: Command) -> None:
     done = command("search", "--evalutions", "3")
 
@@ -297,7 +306,7 @@ def test_data_without_validation_images_say_why_they_are_needed(
     assert done.err.splitlines()[-1] == (
         f"error: no validation data: no folder 'validation' in '{root}'; it has train. The search must score plans on "
         "images that the network was not trained on: on its training images the best of many plans is mostly the one that "
-        "remembers them best. Name a folder of unseen images as `validation`, or hold some out with lists of files "
+        "remembers them best. Name a folder of unseen images with data.validation.folder, or hold some out with lists of files "
         "(`secateur split` writes the even and the odd files of a folder)"
     )
 
