@@ -180,8 +180,9 @@ def page(found: Sequence[tuple[str, dict[str, Any]]], options: argparse.Namespac
         "# Bits, measured",
         f"{cpu_name()}, {versions}. 8-bit products saturate here: {'yes' if saturates() else 'no'}.",
         f"{__doc__.partition(chr(10) * 2)[2].strip()}",  # type: ignore[union-attr]
-        f"Calibrated on {N_CALIBRATION} training images without augmentation, seed {options.seed}. 4 bits: the first "
-        f"and the last layer have 8; trained on {options.train_images} images, learning rate {options.learning_rate:g}.",
+        f"Calibrated on {N_CALIBRATION} training images without augmentation, seed {options.seed}. 4 bits: the "
+        f"first and the last layer have 8; trained: on {options.train_images} images, learning rate "
+        f"{options.learning_rate:g}.",
         f"Command: `python -m experiments.bench_bits {' '.join(sys.argv[1:])}`.",
     ]
     return "\n\n".join([*head, "\n".join(lines)]) + "\n"

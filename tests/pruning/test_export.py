@@ -26,8 +26,9 @@ from pruning.export import (
     save_compressed,
 )
 from pruning.files import FileWriteError
-from pruning.policy import CompressionPolicy
+from pruning.policy import CompressionPolicy, LayerPolicy
 from pruning.program_archive import ArchiveError
+from pruning.quantize import quantize_layers
 from pruning.surgery import apply_policy
 
 
@@ -88,6 +89,52 @@ def test_tied_weights_are_saved_once_and_tied_again(tmp_path: Path) -> None:
 
     assert loaded[0].weight is loaded[2].weight
     assert torch.equal(loaded[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"stem": LayerPolicy(weight_bits=8, act_bits=8), "conv": LayerPolicy(weight_bits=8, act_bits=8)},
+        {
+            "stem": LayerPolicy(weight_bits=3, act_bits=5),
+            "inner": LayerPolicy(weight_bits=2, quantizer="kmeans"),
+            "linear": LayerPolicy(weight_bits=1, act_bits=4),
+        },
+    ],
+)
+def test_channels_and_bits_are_saved_and_loaded_as_one(tmp_path: Path, layers: dict[str, LayerPolicy]) -> None:
+    torch.manual_seed(0)
+    dense = Residual().eval()
+    policy = CompressionPolicy({"inner": (1, 2, 5, 7, 11)}, {"inner": 12}, layers)
+    small = apply_policy(dense, capture(dense, EXAMPLE), policy)
+    model = quantize_layers(small, layers, [IMAGES])
+    save_compressed(model, policy, tmp_path, constructor="tests:Residual", example_inputs=EXAMPLE)
+    loaded = load_compressed(tmp_path, Residual)
+
+    assert loaded.inner.out_channels == 5
+    assert torch.equal(loaded(IMAGES), model(IMAGES))
+    assert not torch.allclose(model(IMAGES), small(IMAGES), rtol=1e-6, atol=1e-6)
+
+
+def test_network_with_other_bits_than_its_policy_is_not_saved(tmp_path: Path) -> None:
+    model = quantize_layers(Residual(), {"stem": LayerPolicy(weight_bits=4, act_bits=8)}, [IMAGES])
+
+    with pytest.raises(ExportError) as caught:
+        save_compressed(model, CompressionPolicy(), tmp_path, constructor="tests:Residual", example_inputs=EXAMPLE)
+
+    assert str(caught.value) == (
+        "layer 'stem' of the network has 4-bit linear weights and 8-bit activations, and the policy gives it 32-bit "
+        "linear weights and 32-bit activations; save it with the policy that it was quantized with"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_simulated_bits_are_exported_as_a_program(tmp_path: Path) -> None:
+    layers = {"stem": LayerPolicy(weight_bits=3, act_bits=5), "inner": LayerPolicy(weight_bits=2, quantizer="kmeans")}
+    model = quantize_layers(Residual().eval(), layers, [IMAGES])
+    export_program(model, EXAMPLE, tmp_path / "model.pt2")
+
+    torch.testing.assert_close(load_program(tmp_path / "model.pt2").module()(IMAGES), model(IMAGES))
 
 
 def test_constructor_of_another_width_is_named(tmp_path: Path, compressed: tuple[nn.Module, CompressionPolicy]) -> None:

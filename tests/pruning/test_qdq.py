@@ -1,0 +1,284 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pruning import export
+from pruning.export import ExportError, export_onnx
+from pruning.half_precision import InHalfPrecision, has_half_precision
+from pruning.layer_policy import LayerPolicy
+from pruning.qdq import IntegerReport, count_kernels
+from pruning.quantize import ActQuantizer, LinearWeightQuantizer, quantize_layers, quantized_layers
+
+INT8 = LayerPolicy(weight_bits=8, act_bits=8)
+HALF = LayerPolicy(weight_bits=16, act_bits=16)
+EXAMPLE = torch.zeros(1, 3, 8, 8)
+IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Mixed(nn.Module):
+    """What meets in networks: batch norms of either sign, a sum, a concatenation, pooling, and a layer without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.pool = nn.MaxPool2d(2)
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.conv2 = nn.Conv2d(8, 8, 1)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.after = nn.Conv2d(16, 8, 3)
+        self.inner = nn.Linear(8, 12, bias=False)
+        self.linear = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(F.relu(self.bn(self.stem(x))))
+        out = F.relu(x + self.bn2(self.conv2(F.relu6(self.conv1(x)))))
+        out = self.after(torch.cat([out, x], dim=1)).relu().mean((2, 3))
+        logits: Tensor = self.linear(self.inner(out).relu())
+        return logits
+
+
+LAYERS = ("stem", "conv1", "conv2", "after", "inner", "linear")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    with torch.no_grad():
+        for norm in (model.bn, model.bn2):
+            norm.weight.copy_(torch.linspace(-1, 1, 8))
+            norm.bias.copy_(torch.linspace(1, -0.5, 8))
+            norm.running_mean.copy_(torch.linspace(-0.5, 0.5, 8))
+            norm.running_var.copy_(torch.linspace(0.5, 2, 8))
+    return model
+
+
+def run(path: Path, x: Tensor, level: onnxruntime.GraphOptimizationLevel | None = None) -> Tensor:
+    options = onnxruntime.SessionOptions()
+    if level is not None:
+        options.graph_optimization_level = level
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(np.asarray(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]))
+
+
+Exported = tuple[nn.Module, IntegerReport, Path]
+
+
+@pytest.fixture(scope="module")
+def integers(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    path = tmp_path_factory.mktemp("integers") / "model.onnx"
+    quantized = quantize_layers(network(), dict.fromkeys(LAYERS, INT8), [IMAGES])
+    report = export_onnx(quantized, EXAMPLE, path, images=IMAGES)
+    assert report is not None
+    return quantized, report, path
+
+
+@pytest.mark.slow
+def test_every_layer_and_the_sum_run_in_integer_kernels(integers: Exported) -> None:
+    _, report, path = integers
+
+    assert report.layers == report.fused_layers == 6
+    assert report.kernels == {"QLinearConv": 4, "QLinearAdd": 1, "QLinearConcat": 1, "QGemm": 2}
+    # The image in; what is averaged; the average in.
+    assert report.conversions == 3
+    assert count_kernels(path.read_bytes())["BatchNormalization"] == 0
+
+
+@pytest.mark.slow
+def test_integers_are_those_of_the_simulation_up_to_ties(integers: Exported) -> None:
+    quantized, report, path = integers
+    with torch.no_grad():
+        expected = quantized(IMAGES)
+
+    assert report.error < 0.01
+    # Most outputs are equal but for the order of additions: a tie that rounds the other way moves some by a step.
+    for level in (None, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL):
+        difference = (run(path, IMAGES, level) - expected).abs().amax(1)
+        assert float(difference.median()) < 0.01 * float(expected.abs().max())
+
+
+@pytest.mark.slow
+def test_file_has_the_scales_of_the_network(integers: Exported) -> None:
+    quantized, _, path = integers
+    graph = onnx.load(path).graph
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+    for name in ("after", "inner", "linear"):  # no batch norm to fold
+        step = quantized_layers(quantized)[name].weight_quantizer.step
+        assert np.array_equal(stored[f"{name}.integer_weight_scale"], step.detach().abs().flatten().numpy())
+    norm, step = quantized.bn, quantized.stem.weight_quantizer.step.detach().flatten()
+    folded = step * (norm.weight / (norm.running_var + norm.eps).sqrt()).abs()
+    np.testing.assert_allclose(stored["stem.integer_weight_scale"], folded.detach().numpy(), rtol=1e-5)
+    steps = sorted(float(q.step.detach()) for q in quantized.modules() if isinstance(q, ActQuantizer))
+    written = {node.input[1] for node in graph.node if node.op_type == "QuantizeLinear"}
+    assert sorted({float(stored[name]) for name in written}) == pytest.approx(steps)
+
+
+@pytest.mark.slow
+def test_batch_of_any_size_runs(integers: Exported) -> None:
+    _, _, path = integers
+    torch.testing.assert_close(run(path, IMAGES[:1]), run(path, IMAGES[:5])[:1])
+
+
+@pytest.mark.slow
+def test_layers_in_full_precision_stay_so_beside_integer_ones(tmp_path: Path) -> None:
+    quantized = quantize_layers(network(), dict.fromkeys(("stem", "conv1"), INT8), [IMAGES])
+    report = export_onnx(quantized, EXAMPLE, tmp_path / "model.onnx", images=IMAGES)
+
+    assert report is not None
+    assert report.layers == report.fused_layers == report.kernels["QLinearConv"] == 2
+    assert report.error < 0.01
+
+
+@pytest.mark.slow
+def test_trained_step_sizes_are_those_in_the_file(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    quantized = quantize_layers(model, {"0": INT8, "3": INT8}, [IMAGES])
+    with torch.no_grad():
+        for module in quantized.modules():
+            if isinstance(module, ActQuantizer | LinearWeightQuantizer):
+                module.step.mul_(-3)  # training may do worse
+    report = export_onnx(quantized, EXAMPLE, tmp_path / "model.onnx", images=IMAGES)
+
+    assert report is not None
+    assert report.error < 0.01
+
+
+@pytest.mark.slow
+def test_network_that_cannot_be_traced_keeps_the_meaning_of_its_bits(tmp_path: Path) -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] != 3:
+                raise ValueError
+            out: Tensor = self.two(x + self.one(x).relu()).mean((2, 3))
+            return out
+
+    quantized = quantize_layers(Sized().eval(), {"one": INT8, "two": INT8}, [IMAGES])
+    assert type(quantized) is Sized
+    report = export_onnx(quantized, EXAMPLE, tmp_path / "model.onnx", images=IMAGES)
+
+    assert report is not None
+    assert report.error < 0.01
+
+
+def refused(layers: dict[str, LayerPolicy], tmp_path: Path, images: Tensor | None = IMAGES) -> str:
+    quantized = quantize_layers(network(), layers, [IMAGES])
+    with pytest.raises(ExportError) as caught:
+        export_onnx(quantized, EXAMPLE, tmp_path / "model.onnx", images=images)
+    assert not list(tmp_path.iterdir())
+    return str(caught.value)
+
+
+ALLOWED = "ONNX files hold layers with 8 and 8 bits, 32 and 32, and where the runtime has it 16 and 16"
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (
+            LayerPolicy(weight_bits=4, act_bits=8),
+            "layer 'after' has 4-bit weights and 8-bit activations, which are simulated: no runtime has kernels for "
+            f"them; {ALLOWED}. Give it 8 bits, or save it with save_compressed",
+        ),
+        (
+            LayerPolicy(weight_bits=8),
+            "layer 'after' has 8-bit weights and 32-bit activations, and a kernel needs the same of both; " + ALLOWED,
+        ),
+        (
+            LayerPolicy(act_bits=8),
+            "layer 'after' has 32-bit weights and 8-bit activations, and a kernel needs the same of both; " + ALLOWED,
+        ),
+        (
+            LayerPolicy(weight_bits=8, act_bits=8, quantizer="kmeans"),
+            "layer 'after' has weights that share values (kmeans), which is simulated: no runtime has kernels for "
+            f"them; {ALLOWED}. Give it the quantizer 'linear', or save it with save_compressed",
+        ),
+    ],
+)
+def test_bits_without_a_kernel_are_refused(layer: LayerPolicy, message: str, tmp_path: Path) -> None:
+    assert refused({"stem": INT8, "after": layer}, tmp_path) == message
+
+
+@pytest.mark.skipif(has_half_precision(), reason="the runtime has half precision for this processor")
+def test_half_precision_without_a_kernel_is_refused(tmp_path: Path) -> None:
+    assert refused({"after": HALF}, tmp_path) == (
+        f"layer 'after' has 16-bit weights and 16-bit activations, and ONNX Runtime {onnxruntime.__version__} has no "
+        "half-precision convolution for this processor: it would cast to single precision and be slower. Give it 8 or "
+        "32 bits"
+    )
+
+
+def test_kernels_are_looked_for_and_not_assumed() -> None:
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "one", [image], [result])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
+
+    assert count_kernels(model.SerializeToString()) == {"Relu": 1}
+    assert has_half_precision(TensorProto.FLOAT)
+
+
+def test_layer_in_half_precision_computes_what_its_simulation_does() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    quantized = quantize_layers(model, {"0": HALF}, [])
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    expected = quantized(x)
+
+    torch.testing.assert_close(InHalfPrecision(quantized[0])(x), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_integers_are_not_exported_without_images_to_compare_on(tmp_path: Path) -> None:
+    assert refused({"stem": INT8}, tmp_path, images=None) == (
+        "Mixed has 8-bit layers, and no images were given to compare the integers with PyTorch on; pass a batch "
+        "of real inputs as `images`"
+    )
+
+
+@pytest.mark.slow
+def test_integers_that_differ_from_the_simulation_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "INTEGER_TOLERANCE", -1.0)
+
+    message = refused({"stem": INT8}, tmp_path)
+
+    assert message.startswith("the integer ONNX of Mixed differs from PyTorch's simulation by ")
+    assert message.endswith(
+        " of the outputs (root mean square over 32 images), allowed -1e+00; nothing was written. "
+        "`pruning.qdq.saturates` says whether this processor adds 8-bit products in 16 bits"
+    )
+
+
+@pytest.mark.slow
+def test_operator_without_a_counterpart_is_named_with_its_layer(tmp_path: Path) -> None:
+    class Bessel(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(x)
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.block = nn.Sequential(nn.ReLU(), Bessel())
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.block(self.linear(x))
+            return out
+
+    with pytest.raises(ExportError) as caught:
+        export_onnx(Network(), torch.zeros(1, 4), tmp_path / "model.onnx")
+    assert str(caught.value) == (
+        "Network cannot be exported to ONNX: layer 'block.1' calls 'bessel_j0', which has no counterpart in ONNX; "
+        "replace that operator"
+    )
