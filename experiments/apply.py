@@ -132,7 +132,7 @@ def _saved(subject: Subject, builder: CandidateEvaluator, policy: CompressionPol
     evaluate, example = subject.evaluate_on_validation(), subject.example(2)
     network = builder.build(policy)
     save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
-    export_onnx(network, example, out / "model.onnx")
+    export_onnx(network, example, out / "model.onnx", images=subject.calibration()[0])
     return {
         "network": str(out),
         "dense_accuracy": evaluate(subject.model),

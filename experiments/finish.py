@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import nn
 
 from envs.journal import Journal
 from latency.cost import count_macs, count_params, predict_cost, size_bytes
@@ -175,7 +175,7 @@ def _save_products(
             target = folder.method(finalist.name).model
             if not (target / "manifest.json").exists():
                 if subject.config.measure.onnx:
-                    _export_onnx(finalist, example, target / _ONNX, display)
+                    _export_onnx(subject, finalist, target / _ONNX, display)
                 save_compressed(
                     finalist.product, finalist.policy, target, constructor=constructor, example_inputs=example
                 )
@@ -183,11 +183,17 @@ def _save_products(
             stop.check()
 
 
-def _export_onnx(finalist: Finalist, example: Tensor, path: Path, display: RunDisplay) -> None:
+def _export_onnx(subject: Subject, finalist: Finalist, path: Path, display: RunDisplay) -> None:
     try:
-        export_onnx(finalist.product, example, path)
+        integers = export_onnx(finalist.product, subject.example(2), path, images=subject.calibration()[0])
     except ExportError as error:
         display.say(f"warning: {finalist.name} is not written as ONNX: {error}")
+    else:
+        if integers is not None:
+            display.say(
+                f"{finalist.name} as ONNX: {integers.fused_layers} of {integers.layers} 8-bit layers run in integers; "
+                f"the same class as in PyTorch for {integers.agreement:.1%} of {integers.images} images"
+            )
 
 
 def _row(subject: Subject, problem: SearchProblem, finalist: Finalist) -> MethodOutcome:

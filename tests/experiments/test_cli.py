@@ -38,13 +38,13 @@ def test_search_ends_with_a_table_of_all_methods(command: Command, tiny_yaml: Pa
 def test_method_that_knows_every_plan_of_a_small_space_says_so(
     command: Command, tiny_yaml: Path, tmp_path: Path
 ) -> None:
-    # One group is left, which can keep 2 to 16 of its units: with 85 % of the multiply-adds spent on others, few fit.
-    small = ["--set", "search.protected=['3', '9']", "--methods", "random", "--set", "search.rounding=8"]
+    # One group is left, and it keeps 8 or 16 of its 16 units: with a budget below the dense cost, one plan.
+    small = ["--set", 'search.protected=["3", "9"]', "--methods", "random", "--set", "search.rounding=8"]
     done = command("search", tiny_yaml, *small, "--budget", "90%", "--evaluations", "20", "--out", tmp_path / "run")
     row = RunOutcome.load(tmp_path / "run" / "results.json").row("random")
     plans = {e["digest"] for e in journal(tmp_path / "run") if (e["searcher"], e["purpose"]) == ("random", "candidate")}
 
-    assert row.plans == len(plans) < 8
+    assert row.plans == len(plans) == 1
     assert row.evaluations < 19
     assert (
         f"random: ended with {row.evaluations:g} of 20 evaluations, as it proposed little but plans that it knew: "
@@ -159,23 +159,6 @@ def test_frozen_agent_plans_another_network(command: Command, agent_run: Path, t
 )
 def test_agent_that_does_not_help_is_called_so(accuracy: float, evaluations: int, verdict: str) -> None:
     assert agent_verdict(accuracy, 0.8, evaluations) == verdict
-
-
-def test_agent_is_told_apart_from_what_it_was_trained_for(
-    command: Command, agent_run: Path, tiny_yaml: Path, tmp_path: Path
-) -> None:
-    agent, model = agent_run / "methods" / "ppo" / "agent.pt", "tests.experiments.tiny:deeper_network"
-
-    done = command("apply", agent, tiny_yaml, "--model", model, "--out", tmp_path / "out")
-
-    opening = f"warning: the agent in '{agent}' is not used as it was trained: "
-    told = [line for line in (done.out + done.err).splitlines() if line.startswith("warning: the agent")]
-    assert told == [
-        f"{opening}it learned to correct a sensitivity plan and corrects a uniform one here; train it with "
-        "search.start uniform",
-        f"{opening}it saw measured sensitivities in every episode of its training and sees none here; train it with "
-        "search.measured_dropout above 0",
-    ]
 
 
 def test_refined_agent_is_no_worse_than_the_frozen_one(
