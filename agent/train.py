@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import HParam
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.vec_env import VecEnv
@@ -119,8 +118,6 @@ def train_agent(
     n_steps = search.agent.num_timesteps
     logger = tensorboard_logger(logdir, n_steps + 1 if is_resumed else 0)
     search.agent.set_logger(logger)
-    if not is_resumed:
-        logger.record("hparams", HParam(plan.hyperparameters(), {"plan/best_reward": 0.0}))
     try:
         search.run(checkpoints)
     finally:
@@ -154,11 +151,6 @@ class SearchPlan:
             "seed": self.seed,
             "episode_length": self.episode_length,
         }
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """Flat, for TensorBoard."""
-        identity = self.identity()
-        return {**identity.pop("config"), **identity}
 
     @property
     def algorithm(self) -> Algorithm:
@@ -317,7 +309,8 @@ class Search:
         return True
 
     def _check_same_search(self, saved: Mapping[str, Any], checkpoints: Path) -> None:
-        for name, wanted in self.plan.hyperparameters().items():
+        identity = self.plan.identity()
+        for name, wanted in {**identity.pop("config"), **identity}.items():
             found = {**saved["config"], **saved}.get(name)
             if found != wanted:
                 msg = (

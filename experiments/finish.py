@@ -19,7 +19,7 @@ from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
 from pruning.sparse_training import hold_zeros
 
-from .config import RunConfig
+from .config import AGENTS, RunConfig
 from .data import DataError
 from .figures import Plan
 from .interrupt import StopFlag
@@ -318,4 +318,6 @@ def _log_metrics(folder: RunFolder, config: RunConfig, outcome: RunOutcome) -> N
             "seconds": row.seconds,
         }
         known = {name: value for name, value in metrics.items() if value is not None}
-        log_final_metrics(folder.tensorboard / row.method, {"method": row.method, **chosen}, known)
+        agent = next((config.agent(method) for method in AGENTS if method == row.method), None)
+        own = {f"{row.method}.{name}": value for name, value in agent.model_dump(mode="json").items()} if agent else {}
+        log_final_metrics(folder.tensorboard / row.method, {"method": row.method, **chosen, **own}, known)

@@ -218,8 +218,8 @@ def test_mistyped_method_names_what_is_allowed(command: Command) -> None:
 
     assert (done.code, done.err) == (
         1,
-        "error: the options: search.methods.1: input should be 'uniform', 'magnitude', 'sensitivity', 'random', 'cem', "
-        "'ppo' or 'ddpg'; found 'pppo'\n",
+        "error: the options: search.methods.1: input should be 'uniform', 'magnitude', 'sensitivity', 'greedy', "
+        "'knapsack', 'random', 'cem', 'ppo' or 'ddpg'; found 'pppo'\n",
     )
 
 
