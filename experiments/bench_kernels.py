@@ -1,18 +1,21 @@
-"""How fast the sparse kernels are, layer by layer, beside the best dense runtime for the same layer.
+"""How fast the sparse kernels are, by layers and by whole networks, beside the best dense runtime for the same.
 
-Run as ``python -m experiments.bench_kernels``. All sides of a layer are called in turn in one process, so that what
-slows the machine down slows them all; a ratio is one of medians, and its quartiles are those of the rounds. Beside it
-stands the ratio of the fastest calls: on a machine that others use, medians count their work too.
+Run as ``python -m experiments.bench_kernels``. All sides are called in turn in one process, so that what slows the
+machine down slows them all; a ratio is one of medians, and its quartiles are those of the rounds. Beside it stands the
+ratio of the fastest calls: on a machine that others use, medians count their work too.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +23,20 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
+from latency.cost import count_macs
 from latency.measure import cpu_name
+from pruning.export import export_onnx
 from pruning.files import write_atomic
 from pruning.kernels.formats import SparseWeight, pack
 from pruning.kernels.functional import sparse_conv2d
 from pruning.kernels.native import Library, library
-from pruning.kernels.prepared import PreparedConv2d
+from pruning.kernels.operators import Convolution
+from pruning.kernels.plan import Plan
+from pruning.sparse_network import SparseNetwork, sparsify
+
+from .resnet import CifarResNet
 
 
 @dataclass(frozen=True)
@@ -94,12 +104,20 @@ class Scheme:
     block: int
     density: float
 
+    def block_of(self, out_channels: int) -> int:
+        """The block for a layer of so many output channels."""
+        return next(block for block in (self.block, 8, 4, 1) if block <= self.block and not out_channels % block)
+
+    def mask(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Which weights of a layer are not zero, at random."""
+        block = self.block_of(shape[0])
+        kept = torch.rand(shape[0] // block, 1, *shape[1:], generator=generator) < self.density
+        return kept.expand(-1, block, *shape[1:]).flatten(0, 1)
+
     def weight(self, layer: Layer, generator: torch.Generator) -> SparseWeight:
         """Random weights of this scheme."""
-        block = next(block for block in (self.block, 8, 4, 1) if block <= self.block and not layer.out_channels % block)
-        shape = (layer.out_channels // block, 1, layer.in_channels, layer.kernel, layer.kernel)
-        mask = (torch.rand(shape, generator=generator) < self.density).expand(-1, block, -1, -1, -1).flatten(0, 1)
-        return pack(torch.randn(mask.shape, generator=generator) * mask, block, mask)
+        mask = self.mask((layer.out_channels, layer.in_channels, layer.kernel, layer.kernel), generator)
+        return pack(torch.randn(mask.shape, generator=generator) * mask, self.block_of(layer.out_channels), mask)
 
     def __str__(self) -> str:
         name = "unstructured" if self.block == 1 else f"block {self.block}"
@@ -110,12 +128,20 @@ SCHEMES = {
     "resnet18": (Scheme(16, 0.3), Scheme(16, 0.1), Scheme(1, 0.2), Scheme(1, 0.1)),
     "mobilenet": (Scheme(16, 0.3), Scheme(16, 0.2), Scheme(16, 0.1), Scheme(1, 0.1)),
 }
+NETWORK_SCHEMES = {
+    "ResNet-18, 224x224": [
+        *(Scheme(16, density) for density in (0.3, 0.1)),
+        *(Scheme(1, density) for density in (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)),
+    ],
+    "ResNet-56 for CIFAR, 32x32": [Scheme(16, 0.2), Scheme(8, 0.2), Scheme(1, 0.1)],
+}
 EXPLANATION = (
     "All sides of a layer are called in turn in one process. A ratio is the median time of the best dense side over "
     "that of the sparse side, with the quartiles over the rounds; the ratio of the fastest calls stands beside it. "
     "Ideal is 1 / density. The share of peak counts the non-zero weights only; peak is a loop of multiply-adds. "
-    "*Operator* is the PyTorch operator, *native* the call that a plan of a whole network makes, into memory that is "
-    "already there."
+    "*Operator* is the PyTorch operator, *native* the same layer as a step of the plan of a network. Of whole "
+    "networks, all convolutions but the first have the sparsity named; ideal takes into account what stays dense, and "
+    "every sparse network chose sparse or dense layer by layer, by its own measurement. Batch 1, float32."
 )
 LAYERS = {"resnet18": RESNET18, "mobilenet": MOBILENET}
 
@@ -154,11 +180,17 @@ def onnx_session(conv: nn.Conv2d, x: Tensor, threads: int) -> onnxruntime.Infere
         [numpy_helper.from_array(tensor.detach().numpy(), name) for name, tensor in tensors.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    content, options = model.SerializeToString(), session_options(threads)
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """So many threads, which do not wait busily."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     # Its idle threads would spin on the cores that the next side is timed on.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return options
 
 
 def sparse_sides(
@@ -169,11 +201,14 @@ def sparse_sides(
     weight, other = scheme.weight(layer, generator), scheme.weight(layer, generator)
     bias = torch.randn(layer.out_channels, generator=generator)
     stride, padding = (layer.stride, layer.stride), (layer.kernel // 2, layer.kernel // 2)
-    prepared = PreparedConv2d(native, other, bias, x, stride=stride, padding=padding)
-    out = torch.empty(prepared.out_size)
+    out_size = (1, layer.out_channels, *[-(-layer.size // layer.stride)] * 2)
+    window = (stride, padding, (1, 1), 1)
+    step = Convolution("layer", ("x",), "y", out_size, other.to_dense(), bias, "none", *window)
+    form = "unstructured" if other.block == 1 else f"block {other.block}"
+    plan = Plan(native, [step], {"x": tuple(x.shape)}, (), {"y": form}, holds_inputs=True)
     return {
         f"{scheme}: operator": lambda: sparse_conv2d(x, weight, bias, stride=stride, padding=padding),
-        f"{scheme}: native": lambda: prepared.run(x, out),
+        f"{scheme}: native": plan.run,
     }
 
 
@@ -235,31 +270,134 @@ def bench(native: Library, network: str, rounds: int, threads: int, with_compile
     return "\n".join(lines)
 
 
+def bench_network(name: str, rounds: int, threads: int, with_compile: bool) -> str:
+    """The table of one whole network as Markdown."""
+    model, x = NETWORKS[name]()
+    generator = torch.Generator().manual_seed(0)
+    dense, sparse = dense_network_sides(model, x, threads, with_compile), {}
+    macs = count_macs(model, x)
+    shares = {}
+    for scheme in NETWORK_SCHEMES[name]:
+        pruned = copy.deepcopy(model)
+        convolutions = [module for module in pruned.modules() if isinstance(module, nn.Conv2d)]
+        for module in convolutions[1:]:
+            module.weight.data *= scheme.mask(module.weight.shape, generator)
+        sparse[str(scheme)] = sparsify(pruned, x)
+        first = copy.deepcopy(nn.Sequential(convolutions[0]))
+        shares[str(scheme)] = scheme.density + (1 - scheme.density) * count_macs(first, x) / macs
+    calls: dict[str, Callable[[], object]] = {label: partial(network, x) for label, network in sparse.items()}
+    with torch.inference_mode():
+        seconds = time_in_turn(dense | calls, rounds)
+    lines = ["| dense | ms (quartiles) | GFLOP/s |", "|---|---|---|"]
+    for side in dense:
+        low, median, high = np.percentile(seconds[side], [25, 50, 75])
+        lines.append(
+            f"| {side} | {median * 1e3:.2f} ({low * 1e3:.2f} to {high * 1e3:.2f}) | {2e-9 * macs / median:.0f} |"
+        )
+    lines += [
+        "",
+        "| scheme | sparse layers | native calls | ms | ratio to the best dense (quartiles) | of fastest calls | "
+        "ideal | ratio to PyTorch's best layout | share of peak |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    best, eager = (min(sides, key=lambda side: float(np.median(seconds[side]))) for sides in (dense, EAGER))
+    peak = require_library().peak_flops() * threads
+    for label, network in sparse.items():
+        median = float(np.median(seconds[label]))
+        low, high = np.percentile(seconds[best] / seconds[label], [25, 75])
+        fastest = min(seconds[side].min() for side in dense) / seconds[label].min()
+        lines.append(
+            f"| {label} | {sparse_layers(network)} | {network.report.native_calls} | {median * 1e3:.2f} | "
+            f"{np.median(seconds[best]) / median:.2f} ({low:.2f} to {high:.2f}) | {fastest:.2f} | "
+            f"{1 / shares[label]:.1f} | {np.median(seconds[eager]) / median:.2f} | "
+            f"{2 * macs * shares[label] / median / peak:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def sparse_layers(network: SparseNetwork) -> str:
+    """How many layers run in each sparse form."""
+    forms = [layer.form for layer in network.report.layers]
+    counts = [f"{forms.count(form)} {form}" for form in dict.fromkeys(forms) if form != "dense"]
+    return f"{', '.join(counts) or 'none'} of {len(forms)}"
+
+
+def dense_network_sides(
+    model: nn.Module, x: Tensor, threads: int, with_compile: bool
+) -> dict[str, Callable[[], object]]:
+    """The same dense network in every runtime."""
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        export_onnx(model, x, path)
+        session = onnxruntime.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    sides: dict[str, Callable[[], object]] = {
+        "eager": lambda: model(x),
+        "eager, channels last": lambda: last(x_last),
+        "ONNX Runtime": lambda: session.run(None, feed),
+    }
+    if with_compile:
+        torch.compiler.reset()
+        compiled = torch.compile(last)
+        sides["torch.compile"] = lambda: compiled(x_last)
+    return sides
+
+
+def require_library() -> Library:
+    """The compiled library, or an end with what to do."""
+    native = library()
+    if native is None:
+        msg = "the sparse kernels are not compiled; run: python setup.py build_ext --inplace"
+        raise SystemExit(msg)
+    return native
+
+
 def geometric_mean(ratios: Sequence[float], counts: Sequence[int]) -> float:
     """Of ratios, each as often as its layer occurs."""
     return math.exp(sum(n * math.log(ratio) for ratio, n in zip(ratios, counts, strict=True)) / sum(counts))
 
 
+def random_network(constructor: Callable[[], nn.Module], size: int) -> tuple[nn.Module, Tensor]:
+    """A network with random weights, and an input."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return constructor().eval(), torch.randn(1, 3, size, size)
+
+
+EAGER = ("eager", "eager, channels last")
+NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "ResNet-18, 224x224": lambda: random_network(resnet18, 224),
+    "ResNet-56 for CIFAR, 32x32": lambda: random_network(lambda: CifarResNet(9), 32),
+}
+
+
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--networks", nargs="*", choices=sorted(LAYERS), default=sorted(LAYERS))
+    parser.add_argument("--layers", nargs="*", choices=sorted(LAYERS), default=sorted(LAYERS))
+    parser.add_argument("--networks", nargs="*", choices=sorted(NETWORKS), default=sorted(NETWORKS))
     parser.add_argument("--rounds", type=int, default=40, help="timed calls of each side")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="torch.compile among the dense sides")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out, which takes long to compile"
+    )
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/kernels.md"), help="page to write")
     options = parser.parse_args()
-    native = library()
-    if native is None:
-        msg = "the sparse kernels are not compiled; run: python setup.py build_ext --inplace"
-        raise SystemExit(msg)
-    torch.set_num_threads(options.threads)
+    native = require_library()
     versions = f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}, kernels: {native.instruction_set}"
-    sections = ["# Sparse kernels, layer by layer", f"{cpu_name()}, {options.threads} thread(s), {versions}."]
-    sections += [EXPLANATION, f"Command: `python -m experiments.bench_kernels {' '.join(sys.argv[1:])}`."]
-    for network in options.networks:
-        table = bench(native, network, options.rounds, options.threads, options.compile)
-        sections += [f"## {network}", table]
+    peak = f"one thread multiplies and adds at {native.peak_flops() / 1e9:.0f} GFLOP/s"
+    sections = ["# Sparse kernels beside the best dense runtime", f"{cpu_name()}, {versions}; {peak}.", EXPLANATION]
+    sections.append(f"Command: `python -m experiments.bench_kernels {' '.join(sys.argv[1:])}`.")
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for name in options.networks:
+            table = bench_network(name, options.rounds, threads, not options.no_compile)
+            sections += [f"## {name}, {threads} thread(s)", table]
+        for network in options.layers:
+            table = bench(native, network, options.rounds, threads, not options.no_compile)
+            sections += [f"## Layers of {network}, {threads} thread(s)", table]
     options.page.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(options.page, ("\n\n".join(sections) + "\n").encode())
 

@@ -86,7 +86,8 @@ class SparseReport:
 
 def measure_in_turn(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 15) -> dict[str, float]:
     """Median seconds of a call of each candidate; each round starts one candidate later."""
-    names, seconds = list(candidates), {name: [] for name in candidates}  # type: dict[str, list[float]]
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_index in range(-3, rounds):
         for turn in range(len(names)):
             name = names[(round_index + turn) % len(names)]
@@ -119,8 +120,8 @@ def sparsify(
             is deterministic.
 
     Raises:
-        SparseNetworkError: if the model is in training mode, not in float32, not on the CPU, or ``choices`` does not fit
-            it.
+        SparseNetworkError: if the model is in training mode, not in float32, or not on the CPU, or if ``choices`` does
+            not fit it.
         LoweringError: if PyTorch cannot export it.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
@@ -351,9 +352,7 @@ def _worth_timing(stored: Mapping[str, float]) -> list[str]:
     return worth
 
 
-def _probe(
-    native: Library, one: Weighted, sizes: Mapping[str, tuple[int, ...]], form: str
-) -> Callable[[], object]:
+def _probe(native: Library, one: Weighted, sizes: Mapping[str, tuple[int, ...]], form: str) -> Callable[[], object]:
     inputs = {name: sizes[name] for name in one.inputs}
     if _is_native(one, sizes):
         return Plan(native, [one], inputs, (), {one.output: form}, holds_inputs=True).run

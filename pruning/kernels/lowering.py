@@ -100,7 +100,8 @@ class _Reader:
 
     def name(self, node: Any) -> str:
         """Name of the value that a node stands for."""
-        return self._same.get(node.name, node.name)
+        name: str = node.name
+        return self._same.get(name, name)
 
     def value(self, node: Any) -> Any:
         """A constant, or None for what the inputs decide."""
@@ -163,11 +164,12 @@ def _is_pass_through(node: fx.Node) -> bool:
     if target in ("aten.dropout.default", "aten.feature_dropout.default"):
         return node.args[2] is False
     if node.target is operator.getitem and str(node.args[0].target) == _BATCH_NORM:  # type: ignore[union-attr]
-        return node.args[1] == 0
+        return bool(node.args[1] == 0)
     if target in ("aten.view.default", "aten.reshape.default", "aten._to_copy.default", "aten.expand.default"):
         before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
-        same = isinstance(before, Tensor) and isinstance(after, Tensor)
-        return same and (before.shape, before.dtype, before.device) == (after.shape, after.dtype, after.device)
+        if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+            return False
+        return (before.shape, before.dtype, before.device) == (after.shape, after.dtype, after.device)
     return False
 
 
@@ -433,5 +435,3 @@ def _join_addition(layer: Operator, addition: Operator) -> Operator | None:
         return None
     inputs = (layer.inputs[0], residual)
     return replace(layer, inputs=inputs, output=addition.output, activation=addition.activation)
-
-

@@ -35,7 +35,7 @@ class Operator:
     output: str
     size: tuple[int, ...]
 
-    def compute(self, *inputs: Tensor) -> Tensor:
+    def compute(self, *inputs: Any) -> Any:
         """The output by PyTorch's dense operators."""
         raise NotImplementedError
 
@@ -95,7 +95,7 @@ class Pool(Operator):
 
     Attributes:
         kind: ``"max_pool"``, ``"average_pool"`` (over the pixels of a window), ``"padded_average_pool"`` (over all its
-            places) or ``"adaptive_pool"`` (averages over windows that follow from the sizes; nothing else is looked at).
+            places) or ``"adaptive_pool"`` (averages; the windows follow from the sizes alone).
         kernel_size: of the window.
         stride: of rows and columns.
         padding: on either side, by rows and columns.
@@ -116,7 +116,8 @@ class Pool(Operator):
             window = (self.kernel_size, self.stride, self.padding, self.dilation, self.is_ceiled)
             return functional.max_pool2d(x, *window).reshape(self.size)
         if self.kind == "adaptive_pool":
-            return functional.adaptive_avg_pool2d(x, [*self.size[2:4], 1, 1][:2]).reshape(self.size)
+            height, width = (*self.size, 1, 1)[2:4]
+            return functional.adaptive_avg_pool2d(x, (height, width)).reshape(self.size)
         includes_padding = self.kind == "padded_average_pool"
         return functional.avg_pool2d(x, self.kernel_size, self.stride, self.padding, False, includes_padding)
 

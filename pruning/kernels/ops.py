@@ -8,7 +8,7 @@ contiguous is copied; weights never are. Where the compiled library is missing, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,34 +48,46 @@ torch.library.define(
 )
 
 
-def _conv2d(
-    x: Tensor,
-    values: Tensor,
-    columns: Tensor,
-    counts: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    block: int,
-    activation: str,
-) -> Tensor:
-    op = "sparse_conv2d"
-    out_size = conv2d_size(op, x, out_channels, kernel_size, stride, padding, dilation)
-    check_epilogue(op, bias, residual, out_channels, out_size, activation)
-    pattern = pattern_of(op, columns, counts, (out_channels, x.shape[1], *kernel_size), block)
-    check_values(op, values, pattern.n_values)
-    native = library()
-    if native is None:
-        weight = unpack(values, columns, counts, pattern.shape, block)
-        window = (list(stride), list(padding), list(dilation))
-        return reference.sparse_conv2d(x, weight, bias, residual, *window, activation).contiguous()
-    shape = Shape(*x.shape, *out_size[1:], *kernel_size, *stride, *padding, *dilation)
-    x, values, bias = x.contiguous(), values.contiguous(), _contiguous(bias)
-    return _run_conv2d(native, shape, pattern, x, values, bias, _contiguous(residual), activation)
+class _Conv2d(NamedTuple):
+    """One call of ``sparse_conv2d``."""
+
+    x: Tensor
+    values: Tensor
+    columns: Tensor
+    counts: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    out_channels: int
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    block: int
+    activation: str
+
+    def fake(self) -> Tensor:
+        """Check the arguments and give an output without values."""
+        op, window = "sparse_conv2d", (self.kernel_size, self.stride, self.padding, self.dilation)
+        out_size = conv2d_size(op, self.x, self.out_channels, *window)
+        check_epilogue(op, self.bias, self.residual, self.out_channels, out_size, self.activation)
+        return self.x.new_empty(out_size)
+
+    def real(self) -> Tensor:
+        """Run the operator."""
+        out = self.fake()
+        weight_shape = (self.out_channels, self.x.shape[1], *self.kernel_size)
+        pattern = pattern_of("sparse_conv2d", self.columns, self.counts, weight_shape, self.block)
+        check_values("sparse_conv2d", self.values, pattern.n_values)
+        native = library()
+        if native is None:
+            weight = unpack(self.values, self.columns, self.counts, pattern.shape, self.block)
+            window = (list(self.stride), list(self.padding), list(self.dilation))
+            return reference.sparse_conv2d(
+                self.x, weight, self.bias, self.residual, *window, self.activation
+            ).contiguous()
+        shape = Shape(*self.x.shape, *out.shape[1:], *self.kernel_size, *self.stride, *self.padding, *self.dilation)
+        x, values, bias = self.x.contiguous(), self.values.contiguous(), _contiguous(self.bias)
+        return _run_conv2d(native, shape, pattern, x, values, bias, _contiguous(self.residual), self.activation)
 
 
 def _run_conv2d(
@@ -176,38 +188,47 @@ def _conv2d_values_grad(
     return out
 
 
-def _linear(
-    x: Tensor,
-    values: Tensor,
-    columns: Tensor,
-    counts: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_features: int,
-    block: int,
-    activation: str,
-) -> Tensor:
-    op = "sparse_linear"
-    out_size = linear_size(op, x, out_features)
-    check_epilogue(op, bias, residual, out_features, out_size, activation)
-    pattern = pattern_of(op, columns, counts, (out_features, x.shape[-1], 1, 1), block)
-    check_values(op, values, pattern.n_values)
-    native = library()
-    if native is None:
-        weight = unpack(values, columns, counts, (out_features, x.shape[-1]), block)
-        return reference.sparse_linear(x, weight, bias, residual, activation).contiguous()
-    rows, values, bias = x.reshape(-1, x.shape[-1]), values.contiguous(), _contiguous(bias)
-    added = None if residual is None else residual.reshape(-1, out_features)
-    if len(rows) <= max(2, block):
-        out = x.new_empty(len(rows), out_features)
-        epilogue = Epilogue(pointer(bias), pointer(_contiguous(added)), ACTIVATIONS.index(activation))
-        native.linear_rows(pattern.native(values, columns), epilogue, rows.contiguous(), out)
-        return out.reshape(out_size)
-    # Many rows are the pixels of a 1x1 convolution.
-    shape = Shape(1, x.shape[-1], 1, len(rows), out_features, 1, len(rows), 1, 1, 1, 1, 0, 0, 1, 1)
-    turned = None if added is None else added.t().contiguous()
-    out = _run_conv2d(native, shape, pattern, rows.t().contiguous(), values, bias, turned, activation)
-    return out.reshape(out_features, -1).t().contiguous().reshape(out_size)
+class _Linear(NamedTuple):
+    """One call of ``sparse_linear``."""
+
+    x: Tensor
+    values: Tensor
+    columns: Tensor
+    counts: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    out_features: int
+    block: int
+    activation: str
+
+    def fake(self) -> Tensor:
+        """Check the arguments and give an output without values."""
+        out_size = linear_size("sparse_linear", self.x, self.out_features)
+        check_epilogue("sparse_linear", self.bias, self.residual, self.out_features, out_size, self.activation)
+        return self.x.new_empty(out_size)
+
+    def real(self) -> Tensor:
+        """Run the operator."""
+        out, in_features = self.fake(), self.x.shape[-1]
+        weight_shape = (self.out_features, in_features, 1, 1)
+        pattern = pattern_of("sparse_linear", self.columns, self.counts, weight_shape, self.block)
+        check_values("sparse_linear", self.values, pattern.n_values)
+        native = library()
+        if native is None:
+            weight = unpack(self.values, self.columns, self.counts, weight_shape[:2], self.block)
+            return reference.sparse_linear(self.x, weight, self.bias, self.residual, self.activation).contiguous()
+        rows, values, bias = self.x.reshape(-1, in_features), self.values.contiguous(), _contiguous(self.bias)
+        added = None if self.residual is None else self.residual.reshape(-1, self.out_features)
+        if len(rows) <= max(2, self.block):
+            epilogue = Epilogue(pointer(bias), pointer(_contiguous(added)), ACTIVATIONS.index(self.activation))
+            sums = out.reshape(-1, self.out_features)
+            native.linear_rows(pattern.native(values, self.columns), epilogue, rows.contiguous(), sums)
+            return out
+        # Many rows are the pixels of a 1x1 convolution.
+        shape = Shape(1, in_features, 1, len(rows), self.out_features, 1, len(rows), 1, 1, 1, 1, 0, 0, 1, 1)
+        turned = None if added is None else added.t().contiguous()
+        image = _run_conv2d(native, shape, pattern, rows.t().contiguous(), values, bias, turned, self.activation)
+        return image.reshape(self.out_features, -1).t().contiguous().reshape(out.shape)
 
 
 def _mask_fake_quantize(
@@ -224,27 +245,6 @@ def _mask_fake_quantize(
     return out, is_inside
 
 
-def _conv2d_fake(
-    x: Tensor,
-    values: Tensor,
-    columns: Tensor,
-    counts: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    block: int,
-    activation: str,
-) -> Tensor:
-    op = "sparse_conv2d"
-    out_size = conv2d_size(op, x, out_channels, kernel_size, stride, padding, dilation)
-    check_epilogue(op, bias, residual, out_channels, out_size, activation)
-    return x.new_empty(out_size)
-
-
 def _conv2d_input_grad_fake(
     grad: Tensor, values: Tensor, columns: Tensor, counts: Tensor, input_size: Sequence[int], *_: Any
 ) -> Tensor:
@@ -253,22 +253,6 @@ def _conv2d_input_grad_fake(
 
 def _conv2d_values_grad_fake(grad: Tensor, x: Tensor, values: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(values, memory_format=torch.contiguous_format)
-
-
-def _linear_fake(
-    x: Tensor,
-    values: Tensor,
-    columns: Tensor,
-    counts: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_features: int,
-    block: int,
-    activation: str,
-) -> Tensor:
-    out_size = linear_size("sparse_linear", x, out_features)
-    check_epilogue("sparse_linear", bias, residual, out_features, out_size, activation)
-    return x.new_empty(out_size)
 
 
 def _mask_fake_quantize_fake(
@@ -283,10 +267,10 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "sparse_conv2d": (_conv2d, _conv2d_fake),
+    "sparse_conv2d": (lambda *call: _Conv2d(*call).real(), lambda *call: _Conv2d(*call).fake()),
     "sparse_conv2d_input_grad": (_conv2d_input_grad, _conv2d_input_grad_fake),
     "sparse_conv2d_values_grad": (_conv2d_values_grad, _conv2d_values_grad_fake),
-    "sparse_linear": (_linear, _linear_fake),
+    "sparse_linear": (lambda *call: _Linear(*call).real(), lambda *call: _Linear(*call).fake()),
     "mask_fake_quantize": (_mask_fake_quantize, _mask_fake_quantize_fake),
 }
 for _name, (_real, _fake) in _IMPLEMENTATIONS.items():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .formats import SparseWeight, pack
 from .native import PROGRESS_VALUES, STEP_KINDS, Epilogue, Library, Shape, Step, View, Weight, pointer
-from .operators import Add, Concat, Convolution, Linear, Operator, Pad, Pool, Reshape, Scale, Slice, Weighted
+from .operators import Add, Concat, Convolution, Operator, Pad, Pool, Reshape, Scale, Slice, Weighted
 from .patterns import pattern_of
 from .reference import ACTIVATIONS
 
@@ -239,15 +239,15 @@ class Plan:
             return [self._weighted(one, views, out, forms.get(one.output, DENSE))]
         if isinstance(one, Concat):
             parts = zip(one.inputs, views, self._channels_before(one), strict=True)
-            return [
-                _copy(view, _shifted(out, at * out.channel), self._layouts[name].size) for name, view, at in parts
-            ]
+            return [_copy(view, _shifted(out, at * out.channel), self._layouts[name].size) for name, view, at in parts]
         if isinstance(one, Slice):
             source = _shifted(views[0], one.start[0] * views[0].row + one.start[1])
             source.row, source.column = source.row * one.step[0], one.step[1]
             return [_copy(source, out, self._layouts[one.output].size)]
         if isinstance(one, Pad):
-            step = Step(STEP_KINDS.index("copy"), _shape(self._layouts[one.inputs[0]].size, self._layouts[one.output].size))
+            step = Step(
+                STEP_KINDS.index("copy"), _shape(self._layouts[one.inputs[0]].size, self._layouts[one.output].size)
+            )
             step.x, step.out = views[0], out
             step.first_channel, step.shape.padding_h, step.shape.padding_w = one.before
             return [step]
@@ -348,7 +348,9 @@ def _shape(before: tuple[int, int, int, int], after: tuple[int, int, int, int]) 
     return Shape(*before, *after[1:], 1, 1, 1, 1, 0, 0, 1, 1)
 
 
-def _set_window(shape: Shape, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
+def _set_window(
+    shape: Shape, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> None:
     names = ("kernel", "stride", "padding", "dilation")
     for name, (rows, columns) in zip(names, (kernel, stride, padding, dilation), strict=True):
         setattr(shape, f"{name}_h", rows)

@@ -58,7 +58,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def network(constructor: Callable[[], nn.Module], density: float = 0.3) -> nn.Module:
-    """A network in evaluation mode with statistics of its own and zeros: blocks of 8 where they fit, single ones else."""
+    """A network in evaluation mode with zeros, in blocks of 8 where they fit, and batch norms that do something."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = constructor().eval()

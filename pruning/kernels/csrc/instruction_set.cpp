@@ -17,13 +17,13 @@ void offsets(const SecateurShape& shape, int64_t count, const int32_t* columns, 
 // What a share of peak is a share of: `rounds * MULTIPLY_ADDS` multiply-adds that wait for nothing but each other.
 float multiply_add(int64_t rounds) {
   constexpr int SUMS = MULTIPLY_ADDS / LANES;
-  Vector sums[SUMS] = {}, factor = splat(0.999f), term = splat(0.001f);
+  Vector sums[SUMS], factor = splat(0.999f), term = splat(0.001f);
+  // All different, or the compiler would see that some are equal and compute them only once.
+  for (int s = 0; s < SUMS; ++s) sums[s] = splat(static_cast<float>(s));
   for (int64_t round = 0; round < rounds; ++round) {
+    SECATEUR_KEEP(factor);
     SECATEUR_UNROLL
-    for (int s = 0; s < SUMS; ++s) {
-      SECATEUR_KEEP(sums[s]);  // or the compiler would see that all are equal, and compute some of them only once
-      sums[s] = sums[s] * factor + term;
-    }
+    for (int s = 0; s < SUMS; ++s) sums[s] = sums[s] * factor + term;
   }
   Vector total{};
   for (int s = 0; s < SUMS; ++s) total += sums[s];
