@@ -172,7 +172,7 @@ def _better_order(layers: Sequence[_Rows], block: int) -> Tensor:
         order, most = candidate, found
     # Within a block and among blocks the order does not matter: ascending, so that equal results are equal orders.
     blocks = order.unflatten(0, (-1, block)).sort(dim=1).values
-    return blocks[blocks[:, 0].argsort()].flatten()
+    return torch.flatten(blocks[blocks[:, 0].argsort()])
 
 
 def _swapped(energy: Tensor, order: Tensor, block: int, thresholds: Tensor) -> Tensor:
@@ -192,11 +192,11 @@ def _swapped(energy: Tensor, order: Tensor, block: int, thresholds: Tensor) -> T
                 blocks[a, i], blocks[b, j] = blocks[b, j].clone(), blocks[a, i].clone()
                 sums[a] += moved[i, j]
                 sums[b] -= moved[i, j]
-    return blocks.flatten()
+    return torch.flatten(blocks)
 
 
 def _above(sums: Tensor, thresholds: Tensor) -> Tensor:
-    return (sums - thresholds).clamp_min_(0).sum(dim=-1)
+    return torch.sum(torch.clamp(sums - thresholds, min=0), dim=-1)
 
 
 def _change(model: nn.Module, group: ChannelGroup, order: Tensor, inputs: tuple[Tensor, ...]) -> float:
