@@ -38,8 +38,9 @@ TOLERANCE = 1e-4
 HALF_TOLERANCE = 1e-2
 """The same for a network with layers in half precision."""
 INTEGER_TOLERANCE = 0.1
-"""Largest root-mean-square difference of an integer network to PyTorch's simulation, relative to the outputs': a value
-that lies halfway between two integers may be rounded either way, and a deep network carries that on."""
+"""Largest root-mean-square difference of an integer network to PyTorch's simulation, relative to the outputs', where
+rounding itself changes them less: a value halfway between two integers may be rounded either way, and a deep network
+carries that on."""
 
 _WEIGHTS, _POLICY, _MANIFEST = "model.safetensors", "policy.json", "manifest.json"
 
@@ -195,7 +196,7 @@ def export_onnx(
 
     Raises:
         ExportError: if the network cannot be exported, has bits that no runtime has, or ONNX Runtime's outputs differ
-            by more than `TOLERANCE` (`INTEGER_TOLERANCE` for integers).
+            by more than `TOLERANCE` (for integers `INTEGER_TOLERANCE`, or what rounding changes if that is more).
         FileWriteError: if the file cannot be written.
     """
     layers = quantized_layers(model)
@@ -215,11 +216,12 @@ def export_onnx(
         raise ExportError(msg)
     content = integer_model(_in_half_precision(frozen), lambda marked: _to_onnx(marked, inputs)).SerializeToString()
     report = integer_report(content, frozen, tuple(x.cpu() for x in _as_tuple(images)))
-    if not report.error <= INTEGER_TOLERANCE:
+    allowed = max(INTEGER_TOLERANCE, report.rounding)
+    if not report.error <= allowed:
         msg = (
             f"the integer ONNX of {type(model).__name__} differs from PyTorch's simulation by {report.error:.2e} of "
-            f"the outputs (root mean square over {report.images} images), allowed {INTEGER_TOLERANCE:.0e}; nothing was "
-            f"written. `pruning.qdq.saturates` says whether this processor adds 8-bit products in 16 bits"
+            f"the outputs (root mean square over {report.images} images), allowed {allowed:.2e}; nothing was written. "
+            f"`pruning.qdq.saturates` says whether this processor adds 8-bit products in 16 bits"
         )
         raise ExportError(msg)
     write_atomic(path, content)

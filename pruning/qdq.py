@@ -26,7 +26,7 @@ from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from torch import Tensor, nn
 
-from .quantize import ActQuantizer, LinearWeightQuantizer, is_integer, quantized_layers
+from .quantize import ActQuantizer, LinearWeightQuantizer, is_integer, quantized_layers, without_quantizers
 
 _DOMAIN = "secateur"
 _VALUE_KEEPING = frozenset(
@@ -48,7 +48,8 @@ class IntegerReport:
         kernels: integer kernels in that graph, by operator (``QLinearAdd`` and so on too).
         conversions: QuantizeLinear and DequantizeLinear that are left in it.
         error: root mean square of the difference to PyTorch's simulation on the given images, relative to that of the
-            outputs.
+            simulation's outputs.
+        rounding: the same for the difference between the simulation and the network in full precision.
         agreement: share of these images with the same largest output.
         images: how many there were.
     """
@@ -58,6 +59,7 @@ class IntegerReport:
     kernels: Mapping[str, int]
     conversions: int
     error: float
+    rounding: float
     agreement: float
     images: int
 
@@ -118,17 +120,17 @@ def _put_marks(model: nn.Module) -> _Marks:
         quantizer = layer.weight_quantizer
         assert isinstance(quantizer, LinearWeightQuantizer)
         with torch.no_grad():
-            step = quantizer.step.abs().clamp(min=torch.finfo(torch.float32).tiny)
+            scale = quantizer.scale.flatten().float().numpy().copy()
             layer.weight = nn.Parameter(quantizer(layer.weight), requires_grad=False)
-        marks.weights[name] = _Scale(step.flatten().float().numpy().copy())
+        marks.weights[name] = _Scale(scale)
         layer.weight_quantizer = _Mark(name)
     places: dict[int, _Mark] = {}
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
             if isinstance(child, ActQuantizer):
                 mark = places.setdefault(id(child), _Mark(f"{len(places)}"))
-                step_of_all = np.array(child.step.detach().abs().float().numpy())
-                marks.values[mark.name] = _Scale(step_of_all, int(child.zero_point))
+                scale = np.array(child.scale.detach().float().numpy())
+                marks.values[mark.name] = _Scale(scale, int(child.zero_point))
                 parent._modules[child_name] = mark
     return marks
 
@@ -319,11 +321,7 @@ def integer_report(content: bytes, model: nn.Module, images: tuple[Tensor, ...])
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     feed = {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), images, strict=True)}
     found = [np.asarray(output) for output in session.run(None, feed)]
-    with torch.inference_mode():
-        outputs = model(*images)
-    expected = [outputs.numpy()] if isinstance(outputs, Tensor) else [output.numpy() for output in outputs]
-    square = sum(float(((one - other) ** 2).sum()) for one, other in zip(expected, found, strict=True))
-    whole = sum(float((one**2).sum()) for one in expected)
+    expected, plain = _outputs(model, images), _outputs(without_quantizers(model), images)
     same = [_largest(one) == _largest(other) for one, other in zip(expected, found, strict=True)]
     counts = count_kernels(content)
     kernels = {kind: n for kind, n in counts.items() if kind.startswith(("QLinear", "QGemm")) or "Integer" in kind}
@@ -332,10 +330,23 @@ def integer_report(content: bytes, model: nn.Module, images: tuple[Tensor, ...])
         fused_layers=sum(kernels.get(kind, 0) for kind in _LAYER_KERNELS),
         kernels=kernels,
         conversions=counts["QuantizeLinear"] + counts["DequantizeLinear"],
-        error=(square / max(whole, 1e-30)) ** 0.5,
+        error=_relative_difference(found, expected),
+        rounding=_relative_difference(plain, expected),
         agreement=float(np.mean(np.concatenate(same))),
         images=len(images[0]),
     )
+
+
+def _outputs(model: nn.Module, images: tuple[Tensor, ...]) -> list[NDArray[np.float32]]:
+    with torch.inference_mode():
+        outputs = model(*images)
+    return [output.numpy() for output in ([outputs] if isinstance(outputs, Tensor) else outputs)]
+
+
+def _relative_difference(found: list[NDArray[np.float32]], expected: list[NDArray[np.float32]]) -> float:
+    square = sum(float(((one - other) ** 2).sum()) for one, other in zip(found, expected, strict=True))
+    whole = sum(float((one**2).sum()) for one in expected)
+    return float((square / max(whole, 1e-30)) ** 0.5)
 
 
 def _largest(outputs: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -53,7 +53,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _round_to_grid(x: Tensor, step: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    return ((x / step).round().clamp(low - zero_point, high - zero_point)) * step
+    return (x / step).round_().clamp_(low - zero_point, high - zero_point).mul_(step)
 
 
 def _fake_quantize(x: Tensor, step: Tensor, zero_point: Tensor, low: int, high: int, scale: float) -> Tensor:
@@ -107,16 +107,21 @@ class ActQuantizer(nn.Module):
         """The highest integer."""
         return int(2**self.bits - 1)
 
+    @property
+    def scale(self) -> Tensor:
+        """The distance of neighbours on the grid, above 0."""
+        return _positive(self.step)
+
     def forward(self, x: Tensor) -> Tensor:
         """Values of the shape of ``x``, each on the grid."""
         if self.observer is not None:
             self.observer.see(x)
             return x
-        scale = 1.0
+        gradient_scale = 1.0
         if self.training and torch.is_grad_enabled():
             above_zero = max(self.top - int(self.zero_point), 1)
-            scale = 1 / math.sqrt(x.numel() / max(len(x), 1) * above_zero)
-        return _fake_quantize(x, _positive(self.step), self.zero_point, 0, self.top, scale)
+            gradient_scale = 1 / math.sqrt(x.numel() / max(len(x), 1) * above_zero)
+        return _fake_quantize(x, self.scale, self.zero_point, 0, self.top, gradient_scale)
 
     def calibrate(self, method: RangeMethod) -> None:
         """Take the grid that ``method`` chooses for what the observer saw, and stop observing."""
@@ -166,14 +171,18 @@ class LinearWeightQuantizer(nn.Module):
         """The highest level."""
         return max(int(2 ** (self.bits - 1)) - 1, 1)
 
+    @property
+    def scale(self) -> Tensor:
+        """The distance of neighbours on the grid of each channel, above 0, of shape ``(out, 1, ...)``."""
+        return _positive(self.step)
+
     def forward(self, weight: Tensor) -> Tensor:
         """Weights of the shape of ``weight``, each on the grid of its channel."""
-        scale = 1 / math.sqrt(weight[0].numel() * self.top)
-        step = _positive(self.step)
+        gradient_scale = 1 / math.sqrt(weight[0].numel() * self.top)
         if self.bits == 1:
-            signs: Tensor = _KeepSign.apply(weight, step, scale)
+            signs: Tensor = _KeepSign.apply(weight, self.scale, gradient_scale)
             return signs
-        return _fake_quantize(weight, step, self.zero, -self.top, self.top, scale)
+        return _fake_quantize(weight, self.scale, self.zero, -self.top, self.top, gradient_scale)
 
     def calibrate(self, weight: Tensor, method: RangeMethod) -> None:
         """Choose the step sizes for these weights."""
@@ -415,6 +424,18 @@ def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy]) -> nn
     return copied
 
 
+def without_quantizers(model: nn.Module) -> nn.Module:
+    """A copy of a quantized network that computes in full precision, with the same weights."""
+    plain = copy.deepcopy(model)
+    for layer in quantized_layers(plain).values():
+        layer.weight_quantizer = nn.Identity()
+    for parent in list(plain.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, ActQuantizer | HalfPrecision):
+                setattr(parent, name, nn.Identity())
+    return plain
+
+
 def is_integer(layer: LayerPolicy) -> bool:
     """Whether the layer is one that a runtime computes in 8-bit integers."""
     return (layer.weight_bits, layer.act_bits, layer.quantizer) == (INTEGER_BITS, INTEGER_BITS, "linear")
@@ -429,6 +450,11 @@ def is_deployable(layers: Mapping[str, LayerPolicy]) -> bool:
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantized layers of ``model`` by qualified name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def quantizable_layers(model: nn.Module) -> tuple[str, ...]:
+    """Qualified names of the layers of ``model`` that can be given bits; a module with several names counts once."""
+    return tuple(name for name, module in model.named_modules() if type(module) in _QUANTIZED)
 
 
 def _check(layers: Mapping[str, LayerPolicy], modules: Mapping[str, nn.Module]) -> None:

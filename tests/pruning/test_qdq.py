@@ -13,7 +13,7 @@ from pruning import export
 from pruning.export import ExportError, export_onnx
 from pruning.half_precision import InHalfPrecision, has_half_precision
 from pruning.layer_policy import LayerPolicy
-from pruning.qdq import IntegerReport, count_kernels
+from pruning.qdq import IntegerReport, count_kernels, integer_report
 from pruning.quantize import ActQuantizer, LinearWeightQuantizer, quantize_layers, quantized_layers
 
 INT8 = LayerPolicy(weight_bits=8, act_bits=8)
@@ -98,6 +98,7 @@ def test_integers_are_those_of_the_simulation_up_to_ties(integers: Exported) -> 
         expected = quantized(IMAGES)
 
     assert report.error < 0.01
+    assert report.error < report.rounding / 3
     # Most outputs are equal but for the order of additions: a tie that rounds the other way moves some by a step.
     for level in (None, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL):
         difference = (run(path, IMAGES, level) - expected).abs().amax(1)
@@ -249,13 +250,18 @@ def test_integers_are_not_exported_without_images_to_compare_on(tmp_path: Path) 
 def test_integers_that_differ_from_the_simulation_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "INTEGER_TOLERANCE", -1.0)
+    def of_another_network(content: bytes, model: nn.Module, images: tuple[Tensor, ...]) -> IntegerReport:
+        with torch.no_grad():
+            model.linear.bias.add_(1)
+        return integer_report(content, model, images)
+
+    monkeypatch.setattr(export, "integer_report", of_another_network)
 
     message = refused({"stem": INT8}, tmp_path)
 
     assert message.startswith("the integer ONNX of Mixed differs from PyTorch's simulation by ")
     assert message.endswith(
-        " of the outputs (root mean square over 32 images), allowed -1e+00; nothing was written. "
+        " of the outputs (root mean square over 32 images), allowed 1.00e-01; nothing was written. "
         "`pruning.qdq.saturates` says whether this processor adds 8-bit products in 16 bits"
     )
 
