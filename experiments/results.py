@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -45,11 +46,14 @@ class Cell:
         name: of its folder.
         options: dotted configuration keys that set it apart.
         agent: name of the cell whose trained agent is applied, frozen, in place of a search.
+        plan: name of the cell whose plan is applied in place of a search, with least-squares reconstruction, and the
+            method that found it. Nothing is chosen there, so it is scored on the test images at once.
     """
 
     name: str
     options: dict[str, Any]
     agent: str = ""
+    plan: tuple[str, Method] | None = None
 
 
 def matrix(agent: Method) -> Iterator[Cell]:
@@ -60,13 +64,20 @@ def matrix(agent: Method) -> Iterator[Cell]:
     """
     yield from _searches("resnet56", seed=0)
     yield _tuned("resnet20", agent, epochs=15, seed=0)
-    yield Cell("transfer-resnet56", {"model.name": "resnet56"}, agent=_tuned("resnet20", agent, 15, 0).name)
+    # As it will be applied: from the uniform plan, without measured features, and knowing no decision by its place.
+    teacher = Cell(
+        "transfer-resnet20",
+        {"model.name": "resnet20", "search.methods": [agent], "search.start": "uniform", f"{agent}.n_frequencies": 0},
+    )
+    yield teacher
+    yield Cell("transfer-resnet56", {"model.name": "resnet56"}, agent=teacher.name)
     yield from _searches("resnet56", seed=1)
     yield from _searches("resnet56", seed=2)
     for seed in range(1, 5):
         yield _tuned("resnet20", agent, epochs=15, seed=seed)
-    for method in (agent, "cem", "uniform"):
-        yield _search("resnet56-reconstructed", method, 0, {"search.reconstruct": True})
+    for seed in range(3):
+        for method in (*SEARCHERS[:3], "sensitivity", "uniform"):
+            yield _reconstructed("resnet56", method, seed)
     for method in ("ppo", "ddpg"):
         layerwise = {"search.environment": "layerwise", "search.evaluations": LAYERWISE_EVALUATIONS}
         yield _search("resnet56-layerwise", method, 0, layerwise)
@@ -83,6 +94,11 @@ def _searches(model: str, seed: int) -> Iterator[Cell]:
 def _search(table: str, method: str, seed: int, options: dict[str, Any]) -> Cell:
     own = {"model.name": table.partition("-")[0], "search.methods": [method], "search.seed": seed, "finetune.epochs": 0}
     return Cell(f"{table}-{method}-seed{seed}", own | options)
+
+
+def _reconstructed(model: str, method: Method, seed: int) -> Cell:
+    options = {"model.name": model, "search.reconstruct": True, "search.seed": seed}
+    return Cell(f"{model}-reconstructed-{method}-seed{seed}", options, plan=(f"{model}-{method}-seed{seed}", method))
 
 
 def _tuned(model: str, agent: Method, epochs: int, seed: int) -> Cell:
@@ -114,7 +130,7 @@ class Sitting:
         common = {
             "model.weights": str(self.models / f"{cell.options['model.name']}-cifar10.safetensors"),
             "data.source": str(self.data),
-            "data.validation": {"folder": "test", "list_file": str(even)},
+            "data.validation": {"folder": "test", "list_file": str(odd if cell.plan else even)},
             "data.test": {"folder": "test", "list_file": str(odd)},
             "budget": "50%",
             "search.rounding": 1,
@@ -129,20 +145,32 @@ class Sitting:
     def is_done(self, cell: Cell) -> bool:
         """Whether the cell needs no more work."""
         folder = self.root / cell.name
-        return (folder / ("applied.json" if cell.agent else "results.json")).exists()
+        return (folder / ("applied.json" if cell.agent or cell.plan else "results.json")).exists()
+
+    def can_start(self, cell: Cell) -> bool:
+        """Whether the cell that it applies is finished, if it applies one."""
+        source = cell.agent or (cell.plan[0] if cell.plan else "")
+        return not source or (self.root / source / "results.json").exists()
 
     def carry_out(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
         """Start or continue one cell."""
         folder = self.root / cell.name
-        if cell.agent:
-            trained = RunFolder(self.root / cell.agent).method(self.agent).agent_file
-            facts = apply_saved(trained, self.config(cell), folder / "network", 0, display, stop)
+        if source := self._applied_in(cell):
+            # What an interrupted sitting left of it would be refused as a folder that exists.
+            shutil.rmtree(folder, ignore_errors=True)
+            facts = apply_saved(source, self.config(cell), folder / "network", 0, display, stop)
             write_atomic(folder / "applied.json", json.dumps(facts, indent=2).encode())
             return
         if not (folder / "config.yaml").exists():
             command = ["python", "-m", "experiments.results", "--only", cell.name]
             self._share_probes(create_run(self.config(cell), folder, command))
         resume_run(folder, display, stop)
+
+    def _applied_in(self, cell: Cell) -> Path | None:
+        if cell.plan:
+            name, method = cell.plan
+            return RunFolder(self.root / name).method(method).policy_file
+        return RunFolder(self.root / cell.agent).method(self.agent).agent_file if cell.agent else None
 
     def _share_probes(self, run: RunFolder) -> None:
         """Copy the sensitivity probes of a run that asks the same question, so that they are made once."""
@@ -181,11 +209,14 @@ def main(
     started = time.monotonic()
     chosen: Method = "ddpg" if agent == "ddpg" else "ppo"
     sitting, cells = Sitting(root, data, models, chosen), list(matrix(chosen))
-    with stop_on_signals() as stop, RunDisplay() as display:
+    with RunDisplay() as display, stop_on_signals(display.say) as stop:
         try:
             for cell in cells:
                 late = minutes and time.monotonic() - started > 60 * minutes
                 if render or late or sitting.is_done(cell) or not re.search(only, cell.name):
+                    continue
+                if not sitting.can_start(cell):
+                    display.say(f"cell {cell.name} waits for the cell that it applies")
                     continue
                 display.say(f"cell {cell.name}")
                 # Several sittings may share the cells: each takes the next one that is free.

@@ -79,6 +79,18 @@ def test_fine_tuned_networks_are_compared_seed_by_seed(tmp_path: Path) -> None:
     assert cells[5] == "+37.50 [-9.41, +84.41]"
 
 
+def test_reconstructed_plans_stand_beside_the_same_plans_without(tmp_path: Path) -> None:
+    for seed, before, after in ((0, 0.82, 0.87), (1, 0.84, 0.88)):
+        finish(tmp_path, f"resnet56-ppo-seed{seed}", {}, ppo=before)
+        (tmp_path / f"resnet56-reconstructed-ppo-seed{seed}").mkdir()
+        (tmp_path / f"resnet56-reconstructed-ppo-seed{seed}" / "applied.json").write_text(f'{{"accuracy": {after}}}')
+
+    table = section(render_page(tmp_path, NAMES), "ResNet-56 before fine-tuning, with least-squares reconstruction")
+
+    assert "| ppo | 87.50 % ± 0.71 | 83.00 % ± 1.41 | 2 of 3 |" in table
+    assert "| uniform | not run | - | 0 of 3 |" in table
+
+
 def test_methods_of_one_table_do_not_appear_in_another(tmp_path: Path) -> None:
     table = section(render_page(tmp_path, NAMES), "ResNet-56 before fine-tuning")
 
