@@ -253,6 +253,10 @@ app.add_typer(latency, name="latency")
 Networks = Annotated[list[str], typer.Option("--model", help="As for search; may be given several times.")]
 Shape = Annotated[str | None, typer.Option(help="Channels, height and width of an image: 3,224,224.")]
 Classes = Annotated[int, typer.Option(help="Outputs of the network.")]
+Host = Annotated[
+    str | None, typer.Option(help="Measure on another machine, as ssh calls it; it needs Python and onnxruntime.")
+]
+HostPython = Annotated[str, typer.Option(help="Python on the other machine.")]
 
 
 @latency.command("build")
@@ -266,11 +270,13 @@ def latency_build(
     shape: Shape = None,
     classes: Classes = 10,
     rounding: Rounding = None,
-    networks: Annotated[int, typer.Option(help="Whole networks to calibrate with.")] = 8,
+    networks: Annotated[int, typer.Option(help="Whole networks to calibrate with.", min=2)] = 8,
+    host: Host = None,
+    host_python: HostPython = "python3",
     as_json: AsJson = False,
 ) -> None:
     """Measure the layers of networks on this device; a build that was stopped goes on."""
-    from .latency_command import build_named
+    from .latency_command import Remote, build_named
 
     built = [
         build_named(
@@ -282,6 +288,7 @@ def latency_build(
             threads=threads,
             rounding=rounding,
             n_networks=networks,
+            remote=Remote(host, host_python) if host else None,
             say=_to_stderr,
         )
         for name in model
@@ -298,11 +305,13 @@ def latency_check(
     shape: Shape = None,
     classes: Classes = 10,
     rounding: Rounding = None,
+    host: Host = None,
+    host_python: HostPython = "python3",
     page: Annotated[Path | None, typer.Option(help="Page of Markdown to add the result to.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare a table with whole networks of random policies: error and rank correlation."""
-    from .latency_command import check_named, write_page
+    from .latency_command import Remote, check_named, write_page
 
     checks = [
         check_named(
@@ -313,6 +322,7 @@ def latency_check(
             rounding=rounding,
             n_policies=policies,
             seed=seed,
+            remote=Remote(host, host_python) if host else None,
             say=_to_stderr,
         )
         for name in model

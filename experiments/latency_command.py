@@ -6,10 +6,12 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 import torchvision
 from numpy.typing import NDArray
@@ -20,7 +22,9 @@ from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 from latency.layers import FLOAT_BITS
 from latency.predict import LatencyModel, calibrated
-from latency.runtimes import Artifact, find_runtime
+from latency.remote import RemoteDevice, RemoteError
+from latency.runtimes import ONNXRUNTIME, Artifact, find_runtime
+from latency.sliced import sliced_onnx
 from latency.table import (
     Device,
     LatencyTable,
@@ -34,6 +38,7 @@ from latency.table import (
 )
 from pruning.export import export_onnx
 from pruning.files import write_atomic
+from pruning.policy import CompressionPolicy
 from pruning.surgery import apply_policy
 
 from .config import ConfigError
@@ -47,6 +52,14 @@ _BATCH = 8
 """Whole networks timed in turn; each keeps its session in memory meanwhile."""
 _CALIBRATION_SEED = 1
 """Told apart from the seed of a check, so that no network is predicted from itself."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Another machine: its name for SSH, and Python there."""
+
+    host: str
+    python: str
 
 
 @dataclass(frozen=True)
@@ -97,10 +110,17 @@ class Subject:
             plans.append(dict(zip(self.space.names, counts.tolist(), strict=True)))
         return plans
 
-    def network(self, plan: Mapping[str, int]) -> nn.Module:
-        """The network of a plan, physically smaller."""
-        counts = np.array([plan[name] for name in self.space.names], dtype=np.int64)
-        return apply_policy(self.model, self.graph, self.space.policy(counts))
+    def policy(self, plan: Mapping[str, int]) -> CompressionPolicy:
+        """The policy that keeps the first units of each group."""
+        return self.space.policy(np.array([plan[name] for name in self.space.names], dtype=np.int64))
+
+    @cached_property
+    def dense_onnx(self) -> onnx.ModelProto:
+        """The dense network, exported."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "dense.onnx"
+            export_onnx(self.model, self.example, path)
+            return onnx.load(path)
 
 
 def build_named(
@@ -111,6 +131,7 @@ def build_named(
     n_classes: int = 10,
     runtime: str = "onnxruntime",
     threads: int = 1,
+    remote: Remote | None = None,
     rounding: int | None = None,
     n_networks: int = 8,
     say: Say = lambda text: None,
@@ -126,7 +147,7 @@ def build_named(
         TableError: if ``out`` is the table of another device, or not a table.
         LatencyError: if the runtime cannot be used here.
     """
-    device = LocalDevice(find_runtime(runtime), threads)
+    device = _device(runtime, threads, remote)
     if out.exists():
         table = LatencyTable.load(out)
         table.check_device(device.fingerprint)
@@ -217,6 +238,7 @@ def check_named(
     rounding: int | None = None,
     n_policies: int = 50,
     seed: int = 0,
+    remote: Remote | None = None,
     say: Say = lambda text: None,
 ) -> CheckedTable:
     """Time whole networks of random plans, and compare with what the table predicts.
@@ -225,7 +247,7 @@ def check_named(
         TableError: if the table cannot be read, is of another device, or lacks layers of the network.
     """
     table = LatencyTable.load(path)
-    device = LocalDevice(find_runtime(table.fingerprint.runtime), table.fingerprint.threads)
+    device = _device(table.fingerprint.runtime, table.fingerprint.threads, remote)
     table.check_device(device.fingerprint)
     subject = Subject.build(model, shape, n_classes, rounding)
     predicts = LatencyModel(subject.graph, table, subject.space.names)
@@ -288,6 +310,16 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return ranks
 
 
+def _device(runtime: str, threads: int, remote: Remote | None) -> Device:
+    """This machine, or another one; there is only ONNX Runtime on that."""
+    if remote is None:
+        return LocalDevice(find_runtime(runtime), threads)
+    if runtime != ONNXRUNTIME:
+        msg = f"another machine is timed with {ONNXRUNTIME} only, not with '{runtime}'; leave out one of them"
+        raise RemoteError(msg)
+    return RemoteDevice(remote.host, remote.python, threads)
+
+
 def _timed(device: Device, subject: Subject, plans: Sequence[Mapping[str, int]], say: Say) -> NDArray[np.float64]:
     """Times of whole networks in units of the reference layer's."""
     ratios: list[float] = []
@@ -304,12 +336,15 @@ def _artifacts(
     device: Device, subject: Subject, plans: Sequence[Mapping[str, int]], folder: Path
 ) -> Iterator[Artifact]:
     for index, plan in enumerate(plans):
-        network = subject.network(plan)
         if device.takes == "module":
-            yield network
+            yield apply_policy(subject.model, subject.graph, subject.policy(plan))
+            continue
+        sliced = sliced_onnx(subject.dense_onnx, subject.graph, subject.policy(plan))
+        if sliced is not None:
+            yield sliced
             continue
         path = folder / f"{index}.onnx"
-        export_onnx(network, subject.example, path)
+        export_onnx(apply_policy(subject.model, subject.graph, subject.policy(plan)), subject.example, path)
         yield path
 
 

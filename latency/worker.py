@@ -110,26 +110,28 @@ def allowed_cpus() -> list[int]:
 
 
 def run_job(folder: Path) -> dict[str, Any]:
-    """Time the ONNX models of ``job.json``: ``models`` (file names), ``inputs`` (files of one array each), ``threads``,
-    ``n_runs``, ``n_warmup``, and ``cpus`` to stay on (or null).
-    """  # noqa: D205 - the file must read as one sentence on the other machine too
+    """Time the networks that ``job.json`` in a folder lists.
+
+    The job holds ``networks`` (each a ``model`` file and ``inputs``, files of one array each), ``threads``,
+    ``n_runs``, ``n_warmup``, and ``cpus`` to stay on, or null.
+    """
     import numpy as np
     import onnxruntime
 
     job = json.loads((folder / "job.json").read_text())
     if job["cpus"]:
         os.sched_setaffinity(0, job["cpus"])
-    inputs = [np.load(folder / name, allow_pickle=False) for name in job["inputs"]]
-    stopwatch = Stopwatch()
-    calls = [onnx_call(str(folder / name), inputs, job["threads"]) for name in job["models"]]
-    elapsed, waited = interleave([stopwatch.timer(call) for call in calls], job["n_runs"], job["n_warmup"])
+    stopwatch, timers = Stopwatch(), []
+    for network in job["networks"]:
+        inputs = [np.load(folder / name, allow_pickle=False) for name in network["inputs"]]
+        timers.append(stopwatch.timer(onnx_call(str(folder / network["model"]), inputs, job["threads"])))
+    elapsed, waited = interleave(timers, job["n_runs"], job["n_warmup"])
     return {
         "elapsed_ns": elapsed,
         "waited_ns": waited,
         "cpu": cpu_name(),
         "cpus": allowed_cpus(),
         "version": onnxruntime.__version__,
-        "python": platform.python_version(),
     }
 
 

@@ -1,0 +1,83 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.latency_command import Subject, spearman
+from latency.table import LatencyTable
+
+Command = Callable[..., Any]
+TINY = ("--model", "tests.experiments.tiny:network", "--shape", "1,8,8", "--classes", "3")
+
+
+def test_rank_correlation_by_hand() -> None:
+    # Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5 over the root of 4.5 and 5.
+    found = spearman(np.array([1.0, 2, 2, 9]), np.array([1.0, 2, 3, 4]))
+    assert found == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+
+
+def test_plans_of_one_seed_are_the_same_and_lie_on_the_rungs() -> None:
+    subject = Subject.build("tests.experiments.tiny:network", "1,8,8", 3, rounding=4)
+    plans = subject.plans(20, seed=0)
+    assert plans == subject.plans(20, seed=0) != subject.plans(20, seed=1)
+    sizes = dict(zip(subject.space.names, subject.space.sizes.tolist(), strict=True))
+    assert all(count % 4 == 0 or count == sizes[name] for plan in plans for name, count in plan.items())
+
+
+def test_a_table_is_built_checked_and_refused_elsewhere(command: Command, tmp_path: Path) -> None:
+    table, page = tmp_path / "table.json", tmp_path / "page.md"
+    options = ("--runtime", "pytorch-eager", "--rounding", "4")
+
+    built = command("latency", "build", *TINY, *options, "--networks", "3", "--out", table, "--json")
+    assert built.code == 0
+    (facts,) = json.loads(built.out)
+    assert facts["networks"] == 4
+    assert facts["dense_ms"] > 0
+
+    again = command("latency", "build", *TINY, *options, "--networks", "3", "--out", table, "--json")
+    assert json.loads(again.out) == [facts]
+
+    for _ in range(2):
+        checked = command(
+            "latency", "check", table, *TINY, "--rounding", "4", "--policies", "4", "--page", page, "--json"
+        )
+    (found,) = json.loads(checked.out)
+    assert found["policies"] == 4
+    assert 0 <= found["median_absolute_error"] <= found["largest_error"]
+    assert -1 <= found["spearman"] <= 1
+    assert page.read_text().count("## tests.experiments.tiny:network") == 2
+    assert page.read_text().startswith("# Latency tables against whole networks\n")
+
+    other = command("latency", "build", *TINY, *options, "--threads", "2", "--out", table)
+    fingerprint = LatencyTable.load(table).fingerprint
+    assert other.code == 1
+    assert other.err.startswith(f"error: the table was measured with {fingerprint}; here is pytorch-eager ")
+    assert ", 2 thread(s), on " in other.err
+
+
+def test_a_network_that_the_table_was_not_built_for_is_refused(command: Command, tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    options = ("--runtime", "pytorch-eager", "--rounding", "8")
+    command("latency", "build", *TINY, *options, "--networks", "2", "--out", table)
+    done = command("latency", "check", table, "--model", "tests.experiments.tiny:deeper_network", *TINY[2:])
+    assert done.code == 1
+    assert done.err.endswith("build it for this network\n") or "build it for this network first" in done.err
+
+
+def test_an_unknown_runtime_is_refused_before_anything_is_written(command: Command, tmp_path: Path) -> None:
+    done = command("latency", "build", *TINY, "--runtime", "onnxrt", "--out", tmp_path / "table.json")
+    assert done.code == 1
+    assert done.err.startswith("error: unknown runtime 'onnxrt'; did you mean onnxruntime? Allowed: pytorch-eager, ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_machine_has_one_runtime_only(command: Command, tmp_path: Path) -> None:
+    options = ("--host", "board", "--runtime", "pytorch-eager", "--out", tmp_path / "table.json")
+    done = command("latency", "build", *TINY, *options)
+    assert done.code == 1
+    assert done.err == (
+        "error: another machine is timed with onnxruntime only, not with 'pytorch-eager'; leave out one of them\n"
+    )

@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graph_encoder.capture import capture
+from latency.sliced import sliced_onnx
+from pruning.export import export_onnx
+from pruning.policy import CompressionPolicy
+from pruning.surgery import apply_policy
+
+
+class Small(nn.Module):
+    """A batch norm that the exporter folds, a depthwise and a grouped convolution, a residual sum, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.norm.running_mean.normal_(generator=torch.Generator().manual_seed(0))
+        self.wide = nn.Conv2d(8, 12, 1)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.grouped = nn.Conv2d(12, 16, 1, groups=4)
+        self.narrow = nn.Conv2d(16, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.narrow(self.grouped(F.relu(self.depthwise(self.wide(x)))))
+        return self.head(x.mean(dim=(2, 3)))
+
+
+class Padded(nn.Module):
+    """Its forward pass holds a number of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(self.first(x), (0, 0, 0, 0, 2, 2)) + self.second(x)
+
+
+def operators(model: onnx.ModelProto) -> list[tuple[object, ...]]:
+    return [(n.op_type, *((a.name, tuple(a.ints) or a.i) for a in n.attribute)) for n in model.graph.node]
+
+
+@pytest.mark.slow
+def test_what_is_sliced_has_the_operators_and_shapes_of_what_is_exported(tmp_path: Path) -> None:
+    model, x = Small().eval(), torch.randn(2, 3, 8, 8)
+    graph = capture(model, x)
+    cut = {group.name: group.size // 2 for group in graph.prunable}
+    policy = CompressionPolicy({name: tuple(range(n)) for name, n in cut.items()}, {n: 2 * k for n, k in cut.items()})
+    export_onnx(model, x, tmp_path / "dense.onnx")
+    export_onnx(apply_policy(model, graph, policy), x, tmp_path / "small.onnx")
+    dense, exported = onnx.load(tmp_path / "dense.onnx"), onnx.load(tmp_path / "small.onnx")
+
+    content = sliced_onnx(dense, graph, policy)
+
+    assert content is not None
+    assert cut.keys() == {"stem", "wide"}
+    sliced = onnx.load_model_from_string(content)
+    assert operators(sliced) == operators(exported)
+    shapes = [sorted(tuple(t.dims) for t in m.graph.initializer) for m in (sliced, exported)]
+    assert shapes[0] == shapes[1]
+    assert dense == onnx.load(tmp_path / "dense.onnx")
+
+
+def test_a_network_whose_forward_holds_the_width_is_not_sliced() -> None:
+    model, x = nn.Sequential(Padded(), nn.Conv2d(8, 5, 1)), torch.randn(2, 3, 4, 4)
+    graph = capture(model, x)
+    assert graph.rewritten_groups
+    name = graph.groups[min(graph.rewritten_groups)].name
+    policy = CompressionPolicy({name: (0,)}, {name: graph.group(name).size})
+    named = [onnx.numpy_helper.from_array(np.zeros(1), o.weight) for o in graph.operators if o.weight]
+    dense = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], named))
+    assert sliced_onnx(dense, graph, policy) is None
