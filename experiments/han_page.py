@@ -65,6 +65,7 @@ def render(
         f"Seeds {seed_text}; one image of the test is {1 / len(digits.test()):.2%}. Trained on {cpu_name()}, "
         f"PyTorch {torch.__version__.partition('+')[0]}.\n"
     )
+    parts.append(_recipes(done))
     parts.append(_errors(done, outcomes))
     parts += [_layers(study, outcomes[study.name]) for study in done]
     parts.append(
@@ -94,10 +95,22 @@ def render(
     write_atomic(page, "\n".join(parts).encode())
 
 
+def _recipes(studies: Sequence[Study]) -> str:
+    lines = [
+        "| network | epochs dense | rounds | epochs a round | peak rate | L2 | images a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for study in studies:
+        numbers = (study.epochs, study.rounds, study.retrain_epochs, study.learning_rate, study.weight_decay)
+        lines.append(f"| {study.name} | {' | '.join(f'{number:g}' for number in numbers)} | {study.batch_size} |")
+    return "\n".join(lines) + "\n"
+
+
 def _errors(studies: Sequence[Study], outcomes: Mapping[str, Sequence[Outcome]]) -> str:
+    n_seeds = ", ".join(f"{study.name} {len(outcomes[study.name])}" for study in studies)
     lines = [
         "## Errors\n",
-        "Share of images classified wrongly, mean ± standard deviation over the seeds.\n",
+        f"Share of images classified wrongly, mean ± standard deviation over the seeds ({n_seeds}).\n",
         "| network | | weights kept | test error | validation error | paper's test error |",
         "|---|---|---|---|---|---|",
     ]

@@ -19,7 +19,7 @@ def sparsity_mask(weight: Tensor, layer: LayerPolicy, *, groups: int = 1) -> Ten
     - unstructured: the ``k`` weights of largest magnitude of all ``n``;
     - blocks of B: the weights that B consecutive output channels hold at the same input channel and kernel position
       live or die together, and the ``k`` of ``n = weights / B`` such blocks with the largest sum of squares stay. Of
-      all choices of ``k`` blocks that one changes the weight least, in squared error (`docs/sparsity.md` has its
+      all choices of ``k`` blocks that one changes the weight least, in squared error (``docs/sparsity.md`` has its
       accuracy beside that of sums of magnitudes);
     - N:M: of M consecutive input channels, at each output channel and kernel position, the N of largest magnitude.
 
