@@ -104,7 +104,7 @@ _TUNED_20 = """15 epochs for each network, the dense one too: SGD with Nesterov 
 batches. Differences in points, with 95 % intervals: over the seeds (pairs of runs, Student's t), and over the test
 images (pairs of verdicts on the same image, averaged over the seeds, normal)."""
 _TUNED_56 = "30 epochs for each network, the dense one too; one seed."
-_TRANSFER = """An agent trained on ResNet-20 (300 evaluations from the uniform plan, no sensitivities shown, seed 0), its
+_TRANSFER = """An agent trained on ResNet-20 (300 evaluations from the uniform plan, without sensitivities, seed 0), its
 weights frozen, plans ResNet-56 in one forward pass with the features that cost nothing: no evaluation on ResNet-56."""
 
 
