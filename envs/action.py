@@ -15,7 +15,7 @@ from torch import Tensor
 from graph_encoder.network import ChannelGroup, NetworkGraph
 from latency.budget import Budget, BudgetError
 from latency.cost import CostKind, CostModel
-from latency.decision import LayerDecision, layer_policies, layers_of
+from latency.decision import LayerDecision, layer_policies, weighted_layers
 from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
 
@@ -357,7 +357,7 @@ def _ladder(group: ChannelGroup, rounding: int | Mapping[str, int] | None, min_k
 
 
 def _check_layers(graph: NetworkGraph, layers: Sequence[LayerDecision]) -> None:
-    known = layers_of(graph)
+    known = weighted_layers(graph)
     for decision in layers:
         if decision.layer not in known:
             msg = f"'{decision.layer}' is no weighted layer of this network; layers are {list(known)}"

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from envs.action import SearchSpace, nearest
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
-from latency.layers import FLOAT_BITS
 from latency.predict import LatencyModel, calibrated
 from latency.remote import RemoteDevice, RemoteError
 from latency.runtimes import ONNXRUNTIME, Artifact, find_runtime
@@ -38,6 +37,7 @@ from latency.table import (
 )
 from pruning.export import export_onnx
 from pruning.files import write_atomic
+from pruning.layer_policy import FULL_BITS
 from pruning.policy import CompressionPolicy
 from pruning.surgery import apply_policy
 
@@ -133,12 +133,26 @@ def build_named(
     threads: int = 1,
     remote: Remote | None = None,
     rounding: int | None = None,
+    bits: Sequence[int] = (FULL_BITS,),
     n_networks: int = 8,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Measure what the table ``out`` lacks for a network, and calibrate it with whole networks.
 
     A table that is there is extended, so that one file serves several networks, and a build that was stopped goes on.
+
+    Args:
+        model: as for `secateur search`.
+        out: file of the table.
+        shape: of one image, ``"3,32,32"``; goes by the network if not given.
+        n_classes: outputs of the network.
+        runtime: name of the runtime.
+        threads: its threads.
+        remote: the machine to measure on; this one if not given.
+        rounding: units that groups keep a multiple of, as in a search.
+        bits: each layer is timed with each of these; 8 only on runtimes that take ONNX.
+        n_networks: whole networks that the sum over layers is calibrated with.
+        say: told of progress.
 
     Returns:
         What was done, as plain values.
@@ -155,7 +169,7 @@ def build_named(
         table = start_table(device)
         table.save(out)
     subject = Subject.build(model, shape, n_classes, rounding)
-    needed = needed_kinds(subject.graph, subject.steps, [FLOAT_BITS])
+    needed = needed_kinds(subject.graph, subject.steps, bits)
     say(f"{model}: {len(needed)} kinds of layer")
     table = build_table(
         table,

@@ -60,7 +60,7 @@ def layer_of(weight: str) -> str:
     return weight.rpartition(".")[0]
 
 
-def layers_of(graph: NetworkGraph) -> tuple[str, ...]:
+def weighted_layers(graph: NetworkGraph) -> tuple[str, ...]:
     """Layers of ``graph`` that hold a weight, in the order in which they first run."""
     return tuple(dict.fromkeys(layer_of(operator.weight) for operator in graph.operators if operator.weight))
 
@@ -96,7 +96,7 @@ def layer_decisions(
         n, m = pattern.n_of_m
         densities = sorted({-(-FULL_DENSITY * n // m), FULL_DENSITY})
     operators = {layer_of(o.weight): o for o in reversed(graph.operators) if o.kind in _DECIDABLE}
-    layers = [name for name in layers_of(graph) if name in operators]
+    layers = [name for name in weighted_layers(graph) if name in operators]
     found = []
     for layer in layers:
         is_last, is_end = layer == layers[-1], layer in (layers[0], layers[-1])

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from graph_encoder.network import LinearDim, NetworkGraph, Operator, Term
+from pruning.layer_policy import FULL_BITS
 
+from .decision import EIGHT_BITS
 from .runtimes import Artifact, LatencyError
 
-FLOAT_BITS = 32
 _OPSET, _IR_VERSION = 17, 10
 
 
@@ -39,7 +41,7 @@ class LayerKind:
     stride: tuple[int, int] = (1, 1)
     out_size: tuple[int, int] = (1, 1)
     group_outputs: int = 0
-    bits: int = FLOAT_BITS
+    bits: int = FULL_BITS
 
     def __str__(self) -> str:
         sizes = (self.kernel, self.stride, self.out_size)
@@ -70,49 +72,48 @@ class Layer:
     outputs: LinearDim
 
 
-def layers_of(graph: NetworkGraph, bits: Mapping[str, int] | None = None) -> tuple[Layer, ...]:
-    """The convolutions and linear layers of ``graph``, in network order.
+def layers_of(graph: NetworkGraph) -> tuple[Layer, ...]:
+    """The convolutions and linear layers of ``graph``, in full precision and network order.
 
     Joins, attention and transposed or three-dimensional convolutions are not among them: a table takes what they
     cost from whole networks (`latency.table.Calibration`).
-
-    Args:
-        graph: captured network.
-        bits: bits of weights and activations by layer name; `FLOAT_BITS` where a layer is not named.
-
-    Raises:
-        LatencyError: if ``bits`` names no layer of the network.
     """
     operators = {operator.name: operator for operator in graph.operators}
     found = []
     for term in graph.mac_terms:
-        kind = _kind(operators[term.owner], term, (bits or {}).get(term.owner, FLOAT_BITS))
+        kind = _kind(operators[term.owner], term)
         if kind is not None:
             found.append(Layer(term.owner, kind, inputs=term.dims[1], outputs=term.dims[0]))
-    if unknown := sorted(set(bits or {}) - {layer.name for layer in found}):
-        msg = f"bits name no convolution or linear layer of this network: {unknown}"
-        raise LatencyError(msg)
     return tuple(found)
 
 
-def _kind(operator: Operator, term: Term, bits: int) -> LayerKind | None:
+def _kind(operator: Operator, term: Term) -> LayerKind | None:
     if len(term.dims) != 2:
         return None
     if operator.kind == "linear":
-        return LayerKind("linear", out_size=(term.factor, 1), bits=bits)
+        return LayerKind("linear", out_size=(term.factor, 1))
     if operator.kind not in ("conv", "depthwise_conv") or term.factor != math.prod(operator.kernel + operator.out_size):
         return None
     group_outputs = operator.out_channels // operator.groups if operator.groups > 1 else 0
-    return LayerKind("conv", operator.kernel, operator.stride, operator.out_size, group_outputs, bits)
+    return LayerKind("conv", operator.kernel, operator.stride, operator.out_size, group_outputs)
 
 
 def layer_input(kind: LayerKind, inputs: int, outputs: int) -> Tensor:
-    """An input of a layer, batch of one: shape ``(1, channels, height, width)``, or ``(rows, channels)``."""
+    """An input of a layer, batch of one: shape ``(1, channels, height, width)``, or ``(rows, channels)``.
+
+    Floats, or bytes for a layer of `EIGHT_BITS`: inside a network of integers it reads what another one wrote. There
+    the channels come last, ``(1, height, width, channels)``.
+    """
     generator = torch.Generator().manual_seed(0)
-    if kind.kind == "linear":
-        return torch.randn(kind.out_size[0], inputs, generator=generator)
-    height, width = (size * stride for size, stride in zip(kind.out_size, kind.stride, strict=True))
-    return torch.randn(1, inputs * kind.groups(outputs), height, width, generator=generator)
+    shape = (kind.out_size[0], inputs)
+    if kind.kind == "conv":
+        height, width = (size * stride for size, stride in zip(kind.out_size, kind.stride, strict=True))
+        channels = inputs * kind.groups(outputs)
+        is_last = kind.bits == EIGHT_BITS
+        shape = (1, height, width, channels) if is_last else (1, channels, height, width)  # type: ignore[assignment]
+    if kind.bits == EIGHT_BITS:
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return torch.randn(shape, generator=generator)
 
 
 def layer_module(kind: LayerKind, inputs: int, outputs: int) -> nn.Module:
@@ -126,24 +127,63 @@ def layer_module(kind: LayerKind, inputs: int, outputs: int) -> nn.Module:
 
 
 def layer_onnx(kind: LayerKind, inputs: int, outputs: int) -> bytes:
-    """A layer with a bias, and a ReLU after a convolution, as a network of its own, batch of one."""
+    """A layer with a bias, and a ReLU after a convolution, as a network of its own, batch of one.
+
+    A layer of `EIGHT_BITS` reads and writes bytes, with a scale for each output channel of its weight: the runtime
+    fuses all of it into one integer kernel. Such kernels want the channels last; written between two transpositions,
+    which the runtime cancels against its own, the layer is timed without what happens only at a network's ends.
+    """
     x = layer_input(kind, inputs, outputs)
     weight_shape = (outputs, inputs) if kind.kind == "linear" else (outputs, inputs, *kind.kernel)
     # Equal weights would be as good: time does not depend on values, but for denormal ones.
     weight = np.random.default_rng(0).standard_normal(weight_shape, dtype=np.float32)
-    tensors = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.zeros(outputs, np.float32), "b")]
-    if kind.kind == "linear":
-        nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)]
-        out_shape = [kind.out_size[0], outputs]
-    else:
-        pads = [size // 2 for size in kind.kernel]
-        conv: dict[str, Any] = {"kernel_shape": kind.kernel, "strides": kind.stride, "pads": pads + pads}
+    out_shape = [kind.out_size[0], outputs] if kind.kind == "linear" else [1, outputs, *_conv_size(kind)]
+    if kind.bits == EIGHT_BITS:
+        tensors = _integer_tensors(weight, outputs)
+        reads, writes = ("x", "y") if kind.kind == "linear" else ("x_first", "y_first")
         nodes = [
-            helper.make_node("Conv", ["x", "w", "b"], ["c"], group=kind.groups(outputs), **conv),
-            helper.make_node("Relu", ["c"], ["y"]),
+            helper.make_node("DequantizeLinear", [reads, "x_scale", "x_zero"], ["x_float"]),
+            helper.make_node("DequantizeLinear", ["w", "w_scale", "w_zero"], ["w_float"], axis=0),
+            helper.make_node("DequantizeLinear", ["b", "b_scale", "b_zero"], ["b_float"], axis=0),
+            *_layer_nodes(kind, outputs, ["x_float", "w_float", "b_float"], "y_float"),
+            helper.make_node("QuantizeLinear", ["y_float", "y_scale", "y_zero"], [writes]),
         ]
-        out_shape = [1, outputs, *_conv_size(kind)]
-    return _onnx_network(nodes, tensors, list(x.shape), out_shape)
+        if kind.kind == "conv":
+            nodes.insert(0, helper.make_node("Transpose", ["x"], ["x_first"], perm=(0, 3, 1, 2)))
+            nodes.append(helper.make_node("Transpose", ["y_first"], ["y"], perm=(0, 2, 3, 1)))
+            out_shape = [1, *out_shape[2:], outputs]
+        return _onnx_network(nodes, tensors, list(x.shape), out_shape, TensorProto.UINT8)
+    tensors = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.zeros(outputs, np.float32), "b")]
+    return _onnx_network(_layer_nodes(kind, outputs, ["x", "w", "b"], "y"), tensors, list(x.shape), out_shape)
+
+
+def _layer_nodes(kind: LayerKind, outputs: int, reads: list[str], writes: str) -> list[Any]:
+    if kind.kind == "linear":
+        return [helper.make_node("Gemm", reads, [writes], transB=1)]
+    pads = [size // 2 for size in kind.kernel]
+    conv: dict[str, Any] = {"kernel_shape": kind.kernel, "strides": kind.stride, "pads": pads + pads}
+    return [
+        helper.make_node("Conv", reads, ["c"], group=kind.groups(outputs), **conv),
+        helper.make_node("Relu", ["c"], [writes]),
+    ]
+
+
+def _integer_tensors(weight: NDArray[np.float32], outputs: int) -> list[Any]:
+    x_scale = np.float32(1 / 64)
+    scale = (np.abs(weight).reshape(outputs, -1).max(axis=1) / 127).astype(np.float32)
+    values = {
+        "x_scale": x_scale,
+        "x_zero": np.uint8(128),
+        "w": np.rint(weight / scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.int8),
+        "w_scale": scale,
+        "w_zero": np.zeros(outputs, np.int8),
+        "b": np.zeros(outputs, np.int32),
+        "b_scale": x_scale * scale,
+        "b_zero": np.zeros(outputs, np.int32),
+        "y_scale": np.float32(1 / 16),
+        "y_zero": np.uint8(0),
+    }
+    return [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
 
 
 def _conv_size(kind: LayerKind) -> list[int]:
@@ -154,12 +194,18 @@ def _conv_size(kind: LayerKind) -> list[int]:
     ]
 
 
-def _onnx_network(nodes: list[Any], tensors: list[Any], in_shape: Sequence[int], out_shape: Sequence[int]) -> bytes:
+def _onnx_network(
+    nodes: list[Any],
+    tensors: list[Any],
+    in_shape: Sequence[int],
+    out_shape: Sequence[int],
+    element_type: int = TensorProto.FLOAT,
+) -> bytes:
     graph = helper.make_graph(
         nodes,
         "layer",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, in_shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, out_shape)],
+        [helper.make_tensor_value_info("x", element_type, in_shape)],
+        [helper.make_tensor_value_info("y", element_type, out_shape)],
         tensors,
     )
     opset = [helper.make_opsetid("", _OPSET)]
@@ -169,7 +215,14 @@ def _onnx_network(nodes: list[Any], tensors: list[Any], in_shape: Sequence[int],
 
 
 def layer_artifact(kind: LayerKind, inputs: int, outputs: int, takes: str) -> Artifact:
-    """A network of one layer as a runtime takes it, ``"module"`` or ``"onnx"``."""
+    """A network of one layer as a runtime takes it, ``"module"`` or ``"onnx"``.
+
+    Raises:
+        LatencyError: if the layer has fewer bits than a module computes with.
+    """
+    if takes == "module" and kind.bits != FULL_BITS:
+        msg = f"{kind}: a runtime of PyTorch modules computes in floats; build the table on one that takes ONNX"
+        raise LatencyError(msg)
     return (layer_module if takes == "module" else layer_onnx)(kind, inputs, outputs)
 
 

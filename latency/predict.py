@@ -1,4 +1,4 @@
-"""The latency of a network as a function of how many units its channel groups keep, read from a table."""
+"""The latency of a network as a function of a plan: units of channel groups and bits of layers, read from a table."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from graph_encoder.network import LinearDim, NetworkGraph
+from pruning.layer_policy import FULL_BITS
 
-from .layers import layers_of
+from .decision import EIGHT_BITS, LayerDecision, layer_of
+from .layers import Layer, LayerKind, layers_of
+from .runtimes import LatencyError
 from .table import Calibration, KindTimes, LatencyTable, TableError, network_key
 
 Counts = NDArray[np.int64]
@@ -28,11 +31,11 @@ class LatencyModel:
 
     Attributes:
         kind: ``"latency"``.
-        groups: names of the groups that a vector of counts stands for, in its order.
-        sizes: int64 of shape ``(groups,)``, units of each group in the dense network.
-        dense: nanoseconds with every unit kept.
+        groups: names of the decisions that a vector of counts stands for: channel groups, then bits of layers.
+        sizes: int64 of shape ``(decisions,)``: units of each group, bits of an untouched layer.
+        dense: nanoseconds of the untouched network.
         calibration: how the sum over layers becomes the network's time.
-        layers: names of the layers that the table times, in network order.
+        owners: names of the operators that the table times, in network order.
     """
 
     kind: Literal["latency"] = "latency"
@@ -42,7 +45,7 @@ class LatencyModel:
         graph: NetworkGraph,
         table: LatencyTable,
         groups: Sequence[str] | None = None,
-        bits: Mapping[str, int] | None = None,
+        layers: Sequence[LayerDecision] = (),
         calibration: Calibration | None = None,
     ) -> None:
         """Look up what the network's layers need.
@@ -51,103 +54,141 @@ class LatencyModel:
             graph: captured network.
             table: times of its layer kinds.
             groups: names of the groups that may lose units; the prunable ones if not given.
-            bits: bits of weights and activations by layer name; 32 where a layer is not named.
+            layers: decisions on the bits of layers, weights and activations together, among those of the table.
             calibration: the table's own for this network if not given; without one, the plain sum and an empty call.
 
         Raises:
             TableError: if the table lacks a layer kind.
-            LatencyError: if ``bits`` names no layer.
+            LatencyError: if a decision is none that changes how fast a runtime computes.
         """
+        _check_decisions(layers)
         names = tuple(group.name for group in graph.prunable) if groups is None else tuple(groups)
-        self.groups = names
-        self.sizes = np.array([graph.group(name).size for name in names], dtype=np.int64)
+        self.groups = (*names, *(decision.name for decision in layers))
+        sizes = [graph.group(name).size for name in names] + [decision.size for decision in layers]
+        self.sizes = np.array(sizes, dtype=np.int64)
         found = table.calibrations.get(network_key(graph)) if calibration is None else calibration
         self.calibration = found or Calibration(offset=table.empty)
         self._unit = self.calibration.scale * table.reference_ns
         self._offset = int(self.calibration.offset * table.reference_ns)
-        layers = layers_of(graph, bits)
-        self.layers = tuple(layer.name for layer in layers)
-        self._read_dims([(layer.inputs, layer.outputs) for layer in layers], graph, names)
-        kinds = {layer.kind: None for layer in layers}
-        self._times: list[KindTimes] = [table.times(kind) for kind in kinds]
-        position = {kind: index for index, kind in enumerate(kinds)}
-        self._kind_of = [position[layer.kind] for layer in layers]
-        self._rows_of_kind = [
-            tuple(np.array([pair for pair, kind in zip(self._rows, self._kind_of, strict=True) if kind == index]).T)
-            for index in range(len(kinds))
-        ]
-        self._known: list[dict[tuple[int, int], int]] = [{} for _ in kinds]
+        timed = layers_of(graph)
+        self.owners = tuple(layer.name for layer in timed)
+        self._read_dims([(layer.inputs, layer.outputs) for layer in timed], graph, names, layers)
+        self._read_kinds(graph, timed, table, layers)
         self.dense = self(self.sizes)
 
     def _read_dims(
-        self, dims: Sequence[tuple[LinearDim, LinearDim]], graph: NetworkGraph, names: Sequence[str]
+        self,
+        dims: Sequence[tuple[LinearDim, LinearDim]],
+        graph: NetworkGraph,
+        names: Sequence[str],
+        layers: Sequence[LayerDecision],
     ) -> None:
+        """A row for each distinct number of channels, then one for the bits of each decision."""
         row_of: dict[LinearDim, int] = {}
         self._rows = [tuple(row_of.setdefault(dim, len(row_of)) for dim in pair) for pair in dims]
         column = {graph.group_index[name]: index for index, name in enumerate(names)}
-        self._full = np.array([dim.full for dim in row_of], dtype=np.int64)
-        self._per_unit = np.zeros((len(row_of), len(names)))
+        self._full = np.array([dim.full for dim in row_of] + [decision.size for decision in layers], dtype=np.int64)
+        self._per_unit = np.zeros((len(self._full), len(self.groups)))
         for dim, row in row_of.items():
             for group, channels in dim.per_unit:
                 if group in column:
                     self._per_unit[row, column[group]] += channels
+        for place in range(len(layers)):
+            self._per_unit[len(row_of) + place, len(names) + place] = 1
+        self._bits_row = {decision.layer: len(row_of) + place for place, decision in enumerate(layers)}
+
+    def _read_kinds(
+        self, graph: NetworkGraph, timed: Sequence[Layer], table: LatencyTable, layers: Sequence[LayerDecision]
+    ) -> None:
+        """Times of every layer at each of its bits."""
+        layer_of_owner = {operator.name: layer_of(operator.weight) for operator in graph.operators}
+        levels = {decision.layer: decision.levels for decision in layers}
+        self._times: list[KindTimes] = []
+        self._known: list[dict[tuple[int, int], int]] = []
+        self._gates: list[int] = []
+        self._kinds_of: list[dict[int, int]] = []
+        position: dict[LayerKind, int] = {}
+        for layer in timed:
+            name = layer_of_owner[layer.name]
+            self._gates.append(self._bits_row.get(name, -1))
+            self._kinds_of.append({})
+            for bits in levels.get(name, (FULL_BITS,)):
+                kind = replace(layer.kind, bits=bits)
+                if kind not in position:
+                    position[kind] = len(self._times)
+                    self._times.append(table.times(kind))
+                    self._known.append({})
+                self._kinds_of[-1][bits] = position[kind]
 
     def dimensions(self, kept: Counts) -> Counts:
-        """Every distinct number of channels, shape ``(dims,)``, when ``kept`` units of each group stay."""
+        """Every distinct number of channels and the bits of each decision, shape ``(dims,)``, of a plan."""
         return self._full - (self._per_unit @ (self.sizes - kept)).astype(np.int64)
 
     def __call__(self, kept: ArrayLike) -> int:
-        """Nanoseconds of a call, batch of one, when group ``i`` keeps ``kept[i]`` units; at least 1.
+        """Nanoseconds of a call, batch of one, when decision ``i`` leaves ``kept[i]``; at least 1.
 
         Raises:
             TableError: if the table does not hold a count of that kind.
         """
         return self._total(sum(self._layer_times(self.dimensions(np.asarray(kept, dtype=np.int64)).tolist())))
 
-    def by_layer(self, kept: ArrayLike) -> Mapping[str, int]:
-        """Calibrated nanoseconds of every layer, by name; they leave out the calibration's offset."""
+    def by_owner(self, kept: ArrayLike) -> Mapping[str, int]:
+        """Calibrated nanoseconds of every operator, by name; they leave out the calibration's offset."""
         dimensions = self.dimensions(np.asarray(kept, dtype=np.int64)).tolist()
-        return dict(zip(self.layers, self._layer_times(dimensions), strict=True))
+        return dict(zip(self.owners, self._layer_times(dimensions), strict=True))
 
     def of_ratios(self, ratios: NDArray[np.float64]) -> NDArray[np.float64]:
-        """For keep ratios of shape ``(batch, groups)``, the most that a plan costs that keeps no more: ``(batch,)``."""
+        """For keep ratios of shape ``(batch, decisions)``, the most that a plan costs that keeps no more: ``(batch,)``.
+
+        Bits between two levels are those of the lower one.
+        """
         removed = ((1 - ratios) * self.sizes) @ self._per_unit.T
         dimensions = self._full - removed
         total = np.zeros(len(ratios))
-        for times, (inputs, outputs) in zip(self._times, self._rows_of_kind, strict=True):
-            total += times.bound(dimensions[:, inputs], dimensions[:, outputs]).sum(axis=1)
+        for (inputs, outputs), gate, kinds in zip(self._rows, self._gates, self._kinds_of, strict=True):
+            levels = np.array(sorted(kinds))
+            bound = np.stack(
+                [self._times[kinds[b]].bound(dimensions[:, inputs], dimensions[:, outputs]) for b in levels]
+            )
+            # A float error below a level must not take it for the one before.
+            bits = np.full(len(ratios), levels[-1]) if gate < 0 else dimensions[:, gate] + 1e-6
+            at = np.maximum(np.searchsorted(levels, bits, side="right") - 1, 0)
+            # A lower level that the table found slower must not make the bound fall.
+            total += np.maximum.accumulate(bound, axis=0)[at, np.arange(len(ratios))]
         return np.maximum(self._offset + self._unit * total, 1.0)
 
     def meter(self, kept: Counts) -> LatencyMeter:
-        """A running cost that starts from ``kept`` and takes one group's change at a time."""
+        """A running cost that starts from ``kept`` and takes one decision's change at a time."""
         return LatencyMeter(self, self.dimensions(np.asarray(kept, dtype=np.int64)).tolist())
 
     def layer_ns(self, layer: int, dimensions: Sequence[int]) -> int:
-        """Calibrated nanoseconds of the layer at one position, given every distinct number of channels."""
+        """Calibrated nanoseconds of the layer at one position, given what `dimensions` returns."""
         inputs, outputs = self._rows[layer]
-        at = (dimensions[inputs], dimensions[outputs])
-        kind = self._kind_of[layer]
+        at, gate = (dimensions[inputs], dimensions[outputs]), self._gates[layer]
+        kind = self._kinds_of[layer][FULL_BITS if gate < 0 else dimensions[gate]]
         known = self._known[kind].get(at)
         if known is None:
             # Rounded down, so that the bound of `of_ratios` holds to the last nanosecond.
             known = self._known[kind][at] = int(self._unit * self._times[kind](*at))
         return known
 
-    def touched(self, group: int) -> tuple[Mapping[int, int], tuple[int, ...]]:
-        """Channels a unit by dimension, and positions of the layers, that change with one group."""
-        channels = {int(row): int(self._per_unit[row, group]) for row in np.flatnonzero(self._per_unit[:, group])}
-        layers = (index for index, pair in enumerate(self._rows) if channels.keys() & set(pair))
+    def touched(self, decision: int) -> tuple[Mapping[int, int], tuple[int, ...]]:
+        """What a step adds to each dimension, and positions of the layers, that change with one decision."""
+        column = self._per_unit[:, decision]
+        channels = {int(row): int(column[row]) for row in np.flatnonzero(column)}
+        pairs = zip(self._rows, self._gates, strict=True)
+        layers = (index for index, (pair, gate) in enumerate(pairs) if channels.keys() & {*pair, gate})
         return channels, tuple(layers)
 
     def _layer_times(self, dimensions: Sequence[int]) -> list[int]:
-        return [self.layer_ns(layer, dimensions) for layer in range(len(self.layers))]
+        return [self.layer_ns(layer, dimensions) for layer in range(len(self.owners))]
 
     def _total(self, layers_ns: int) -> int:
         return max(1, self._offset + layers_ns)
 
 
 class LatencyMeter:
-    """Latency of a plan that changes one group at a time; only the layers that change are looked up.
+    """Latency of a plan that changes one decision at a time; only the layers that change are looked up.
 
     Attributes:
         cost: nanoseconds of the plan as it stands.
@@ -157,33 +198,57 @@ class LatencyMeter:
         """Start from the channels of a plan; use `LatencyModel.meter`."""
         self._model = model
         self._dimensions = dimensions
-        self._touched = [model.touched(group) for group in range(len(model.groups))]
+        self._touched = [model.touched(decision) for decision in range(len(model.groups))]
         self._layers = model._layer_times(dimensions)
         self._sum = sum(self._layers)
         self.cost = model._total(self._sum)
 
-    def increase(self, group: int, units: int) -> int:
-        """How much the cost grows when group ``group`` keeps ``units`` more; below 0 where a faster kernel fits."""
-        return self._model._total(self._sum + self._growth(group, units)) - self.cost
+    def with_more(self, decision: int, units: int) -> int:
+        """What the plan would cost if ``decision`` left ``units`` more; less than now where a faster kernel fits."""
+        return self._model._total(self._sum + self._growth(decision, units))
 
-    def keep_more(self, group: int, units: int) -> None:
-        """Let group ``group`` keep ``units`` more than it does."""
-        self._dimensions = self._with(group, units)
-        for layer in self._touched[group][1]:
+    def keep_more(self, decision: int, units: int) -> None:
+        """Let ``decision`` leave ``units`` more than it does."""
+        self._dimensions = self._with(decision, units)
+        for layer in self._touched[decision][1]:
             now = self._model.layer_ns(layer, self._dimensions)
             self._sum += now - self._layers[layer]
             self._layers[layer] = now
         self.cost = self._model._total(self._sum)
 
-    def _growth(self, group: int, units: int) -> int:
-        dimensions = self._with(group, units)
-        return sum(self._model.layer_ns(layer, dimensions) - self._layers[layer] for layer in self._touched[group][1])
+    def _growth(self, decision: int, units: int) -> int:
+        dimensions = self._with(decision, units)
+        return sum(
+            self._model.layer_ns(layer, dimensions) - self._layers[layer] for layer in self._touched[decision][1]
+        )
 
-    def _with(self, group: int, units: int) -> list[int]:
+    def _with(self, decision: int, units: int) -> list[int]:
         dimensions = self._dimensions.copy()
-        for row, channels in self._touched[group][0].items():
+        for row, channels in self._touched[decision][0].items():
             dimensions[row] += channels * units
         return dimensions
+
+
+def _check_decisions(layers: Sequence[LayerDecision]) -> None:
+    for decision in layers:
+        if decision.choice == "density":
+            msg = (
+                f"zeros in layer '{decision.layer}' do not change what this runtime computes, so a latency budget "
+                "cannot buy them; leave density out of search.decide, or take a budget of macs, params or bytes"
+            )
+            raise LatencyError(msg)
+        if decision.choice != "bits":
+            msg = (
+                f"{decision.name} decides weights and activations apart, and runtimes compute with both in integers or "
+                "with neither; put bits in search.decide in its place"
+            )
+            raise LatencyError(msg)
+        if simulated := [bits for bits in decision.levels if bits < EIGHT_BITS]:
+            msg = (
+                f"{decision.name} may be {simulated[0]} bits, which no runtime computes with: they are simulated, and "
+                "take no less time; keep to 8 and 32, or take a budget of bytes or bops"
+            )
+            raise LatencyError(msg)
 
 
 def layer_sum(graph: NetworkGraph, table: LatencyTable, kept: Mapping[str, int]) -> float:

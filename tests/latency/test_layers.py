@@ -1,13 +1,15 @@
 import re
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from graph_encoder.capture import capture
-from latency.layers import LayerKind, layer_input, layer_module, layer_onnx, layers_of
+from latency.layers import LayerKind, layer_artifact, layer_input, layer_module, layer_onnx, layers_of
 from latency.runtimes import LatencyError
 
 
@@ -33,14 +35,6 @@ def test_layers_are_read_off_the_graph_and_what_no_table_times_is_left_out() -> 
     ]
 
 
-def test_bits_belong_to_the_kind_of_the_layer_they_name() -> None:
-    graph = capture(network(), torch.randn(2, 3, 8, 8))
-    assert [layer.kind.bits for layer in layers_of(graph, {"2": 8})] == [32, 8, 32, 32]
-    message = "bits name no convolution or linear layer of this network: ['conv9']"
-    with pytest.raises(LatencyError, match=f"^{re.escape(message)}$"):
-        layers_of(graph, {"conv9": 8})
-
-
 @pytest.mark.parametrize(
     ("kind", "inputs", "outputs", "shape"),
     [
@@ -59,3 +53,29 @@ def test_a_layer_alone_has_the_shape_that_it_has_in_its_network(
     (out,) = session.run(None, {"x": x.numpy()})
     assert out.shape == shape
     assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "kernel"),
+    [
+        (LayerKind("conv", (3, 3), (1, 1), (6, 6), bits=8), 5, "QLinearConv"),
+        (LayerKind("conv", (3, 3), (2, 2), (4, 4), group_outputs=1, bits=8), 1, "QLinearConv"),
+        (LayerKind("linear", out_size=(1, 1), bits=8), 12, "QGemm"),
+    ],
+)
+def test_a_layer_of_bytes_is_one_integer_kernel(kind: LayerKind, inputs: int, kernel: str, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    session = onnxruntime.InferenceSession(layer_onnx(kind, inputs, 16), options, providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {"x": layer_input(kind, inputs, 16).numpy()})
+
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert operators == [kernel]
+    assert out.dtype == np.uint8 and out.std() > 1
+
+
+def test_a_module_is_no_layer_of_bytes() -> None:
+    kind = LayerKind("linear", bits=8)
+    message = f"{kind}: a runtime of PyTorch modules computes in floats; build the table on one that takes ONNX"
+    with pytest.raises(LatencyError, match=f"^{re.escape(message)}$"):
+        layer_artifact(kind, 4, 4, "module")

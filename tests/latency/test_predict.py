@@ -4,10 +4,12 @@ import torch
 from torch import nn
 
 from graph_encoder.capture import capture
+from latency.decision import LayerDecision, layer_decisions
 from latency.predict import LatencyModel
+from latency.runtimes import LatencyError
 from latency.table import Calibration, build_table, needed_kinds, start_table
 
-from .synthetic import FormulaDevice
+from .synthetic import FormulaDevice, IntegerFormulaDevice
 
 
 class Residual(nn.Module):
@@ -42,10 +44,10 @@ def plans(model: LatencyModel, n: int) -> np.ndarray:
 
 def test_layers_and_offset_add_up_to_the_network(model: LatencyModel) -> None:
     counts = plans(model, 1)[0]
-    offset = model.dense - sum(model.by_layer(model.sizes).values())
+    offset = model.dense - sum(model.by_owner(model.sizes).values())
     assert offset > 0
-    assert set(model.by_layer(counts)) == {"stem", "inner", "depthwise", "outer", "head"}
-    assert model(counts) == offset + sum(model.by_layer(counts).values())
+    assert set(model.by_owner(counts)) == {"stem", "inner", "depthwise", "outer", "head"}
+    assert model(counts) == offset + sum(model.by_owner(counts).values())
 
 
 def test_meter_counts_each_step_as_the_difference_of_two_plans(model: LatencyModel) -> None:
@@ -58,7 +60,7 @@ def test_meter_counts_each_step_as_the_difference_of_two_plans(model: LatencyMod
             units = int(generator.integers(0, model.sizes[group] - counts[group] + 1))
             more = counts.copy()
             more[group] += units
-            assert meter.increase(group, units) == model(more) - model(counts)
+            assert meter.with_more(group, units) == model(more)
             meter.keep_more(group, units)
             counts = more
             assert meter.cost == model(counts)
@@ -87,4 +89,69 @@ def test_faster_kernels_for_even_counts_show_in_the_prediction(model: LatencyMod
     counts = model.sizes.copy()
     counts[inner] = 39
     assert model(counts) > model.dense
-    assert model.meter(counts).increase(inner, 1) < 0
+    assert model.meter(counts).with_more(inner, 1) < model(counts)
+
+
+@pytest.fixture(scope="module")
+def mixed() -> LatencyModel:
+    """The same network with bits to decide for every layer; integers take a third of the time."""
+    graph = capture(Residual(), torch.randn(2, 3, 8, 8))
+    device = IntegerFormulaDevice()
+    needed = needed_kinds(graph, {group.name: 1 for group in graph.prunable}, [8, 32])
+    table = build_table(start_table(device), device, needed)
+    return LatencyModel(graph, table, layers=layer_decisions(graph, ["bits"]))
+
+
+def test_bits_change_the_time_of_their_layer_and_of_no_other(mixed: LatencyModel) -> None:
+    before, counts = mixed.by_owner(mixed.sizes), mixed.sizes.copy()
+    counts[mixed.groups.index("inner:bits")] = 8
+    after = mixed.by_owner(counts)
+
+    assert {name for name in after if after[name] != before[name]} == {"inner"}
+    assert after["inner"] < 0.5 * before["inner"]
+
+
+def test_meter_and_bound_hold_for_channels_and_bits_together(mixed: LatencyModel) -> None:
+    generator = np.random.default_rng(4)
+    n_bits = sum(name.endswith(":bits") for name in mixed.groups)
+    for _ in range(30):
+        counts = np.append(generator.integers(1, mixed.sizes[:-n_bits] + 1), generator.choice([8, 32], n_bits))
+        low = np.flatnonzero(counts[-n_bits:] == 8)
+        ratios = counts / mixed.sizes
+        assert mixed.of_ratios(ratios[None])[0] >= mixed(counts)
+        if len(low):
+            place = len(counts) - n_bits + int(low[0])
+            more = counts.copy()
+            more[place] = 32
+            # Between 8 and 32 bits the bound is still that of 8.
+            between = ratios.copy()
+            between[place] = 0.9
+            assert mixed.of_ratios(between[None])[0] < mixed.of_ratios((more / mixed.sizes)[None])[0]
+            assert mixed.meter(counts).with_more(place, 24) == mixed(more)
+
+
+@pytest.mark.parametrize(
+    ("decision", "message"),
+    [
+        (
+            LayerDecision("inner", "density", (50, 100)),
+            "zeros in layer 'inner' do not change what this runtime computes, so a latency budget cannot buy them; "
+            "leave density out of search.decide, or take a budget of macs, params or bytes",
+        ),
+        (
+            LayerDecision("inner", "weight_bits", (8, 32)),
+            "inner:weight_bits decides weights and activations apart, and runtimes compute with both in integers or "
+            "with neither; put bits in search.decide in its place",
+        ),
+        (
+            LayerDecision("inner", "bits", (4, 8, 32)),
+            "inner:bits may be 4 bits, which no runtime computes with: they are simulated, and take no less time; keep "
+            "to 8 and 32, or take a budget of bytes or bops",
+        ),
+    ],
+)
+def test_what_saves_no_time_is_refused(decision: LayerDecision, message: str) -> None:
+    graph = capture(Residual(), torch.randn(2, 3, 8, 8))
+    with pytest.raises(LatencyError) as caught:
+        LatencyModel(graph, start_table(FormulaDevice()), layers=[decision])
+    assert str(caught.value) == message
