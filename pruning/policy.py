@@ -94,6 +94,11 @@ class CompressionPolicy:
         plain = json.dumps(decision, separators=(",", ":"))
         return hashlib.sha256(plain.encode()).hexdigest()[:32]
 
+    @property
+    def sparse_layers(self) -> tuple[str, ...]:
+        """Names of the layers that lose weights: those whose zeros training has to hold."""
+        return tuple(name for name, layer in self.layers.items() if layer.is_sparse)
+
     def keep_ratios(self) -> dict[str, float]:
         """Kept share of each group named, in (0, 1]."""
         return {name: len(kept) / self.sizes[name] for name, kept in self.kept.items()}

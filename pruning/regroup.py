@@ -86,7 +86,11 @@ def regroup(
 
     Returns:
         The reordered copy. Save it with a policy of the same layers: a loaded network needs no orders.
+
+    Raises:
+        PolicyError: as `layer_masks`.
     """
+    layer_masks(model, layers)
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     moved = copy.deepcopy(model)
     orders: dict[str, Tensor] = {}

@@ -33,8 +33,8 @@ _DROPPED, _PROGRESS = "_secateur_dropped", "_secateur_progress"
 def hold_zeros(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     """Keep the weights that are zero now at zero, whatever trains the network meanwhile.
 
-    Use it around `finetune` for what `apply_policy` made: ``with hold_zeros(model, policy.layers): finetune(model,
-    ...)``. A checkpoint from within is continued from within; the zeros are then those of the checkpoint.
+    Use it around `finetune` for what `apply_policy` made: ``with hold_zeros(model, policy.sparse_layers):
+    finetune(model, ...)``. A checkpoint from within is continued from within; its zeros are then held.
 
     Args:
         model: the network; on return it has the buffers and hooks that it had before.

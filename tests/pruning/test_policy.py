@@ -248,3 +248,8 @@ def test_an_entry_that_the_schema_requires_the_reader_requires(name: str) -> Non
     assert list(faults(broken, POLICY_SCHEMA)) == [f"policy: no {name}"]
     with pytest.raises(PolicyError):
         CompressionPolicy.from_json(json.dumps(broken))
+
+
+def test_sparse_layers_are_those_that_lose_weights() -> None:
+    layers = {"a": LayerPolicy("2:4"), "b": LayerPolicy(weight_bits=8), "c": LayerPolicy("block4", 1.0)}
+    assert CompressionPolicy(layers=layers).sparse_layers == ("a",)

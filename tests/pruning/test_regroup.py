@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from graph_encoder.capture import capture
-from pruning.layer_policy import LayerPolicy
+from pruning.layer_policy import LayerPolicy, PolicyError
 from pruning.regroup import permute_units, refill_masks, regroup
 from pruning.sparsity import apply_masks, layer_masks, sparsity_mask, zero_weights
 from tests.graph_encoder.networks import EXAMPLE, NETWORKS, build
@@ -102,6 +102,12 @@ def test_regrouping_holds_no_less_energy_and_close_to_the_best_of_all_orders() -
         best = max(held_energy(w[order], layer) for order in orders)
         assert held_energy(w, layer) <= found <= best + 1e-5
         assert found >= 0.95 * best
+
+
+def test_blocks_that_do_not_fit_are_refused() -> None:
+    model = build("Residual")
+    with pytest.raises(PolicyError, match=r"^the policy does not fit the network: layer 'conv1' has 6 output channels"):
+        regroup(model, capture(model, EXAMPLE), {"conv1": LayerPolicy("block4", 0.5)}, EXAMPLE)
 
 
 def test_a_residual_stream_is_moved_alike_in_all_its_layers() -> None:
