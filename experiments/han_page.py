@@ -76,7 +76,7 @@ def render(
     if curves:
         parts.append(
             "## L1 and L2, with and without retraining\n\nThe paper's figure 5, for LeNet-300-100 with the first seed; "
-            "validation accuracy. The rounds are those of the table above.\n\n"
+            "validation accuracy. One retraining is as long as one round; the rounds are those of the table above.\n\n"
             f"![regularisation]({page.stem}/regularisation.png)\n"
         )
     parts.append(
@@ -110,9 +110,9 @@ def _errors(studies: Sequence[Study], outcomes: Mapping[str, Sequence[Outcome]])
     n_seeds = ", ".join(f"{study.name} {len(outcomes[study.name])}" for study in studies)
     lines = [
         "## Errors\n",
-        f"Share of images classified wrongly, mean ± standard deviation over the seeds ({n_seeds}).\n",
-        "| network | | weights kept | test error | validation error | paper's test error |",
-        "|---|---|---|---|---|---|",
+        f"Images classified wrongly, mean ± standard deviation over the seeds ({n_seeds}).\n",
+        "| network | | weights kept | test error | against dense, same seed | validation error | paper's test error |",
+        "|---|---|---|---|---|---|---|",
     ]
     for study in studies:
         own = outcomes[study.name]
@@ -120,11 +120,13 @@ def _errors(studies: Sequence[Study], outcomes: Mapping[str, Sequence[Outcome]])
         papers = {"dense": study.paper_errors[0], "iterative": study.paper_errors[1]}
         for name, label in NETWORKS.items():
             share = f"{kept:.1%} ({1 / kept:.1f}x fewer)" if name in ("one-shot", "iterative") else "100 %"
-            errors = (
-                _spread([1 - getattr(outcome, split)[name] for outcome in own]) for split in ("test", "validation")
+            test, validation = (
+                _spread([1 - getattr(one, split)[name] for one in own]) for split in ("test", "validation")
             )
+            change = _spread([one.test["dense"] - one.test[name] for one in own]) if name != "dense" else ""
             paper = f"{papers[name]:.2%}" if name in papers else ""
-            lines.append(f"| {study.name} | {label} | {share} | {' | '.join(errors)} | {paper} |")
+            cells = (study.name, label, share, test, change, validation, paper)
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -153,7 +155,7 @@ def _layers(study: Study, outcomes: Sequence[Outcome]) -> str:
 
 def _spread(values: Sequence[float]) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2%} ± {100 * deviation:.2f}"
+    return f"{100 * statistics.mean(values):.2f} ± {100 * deviation:.2f} %"
 
 
 def sensitivity_figure(studies: Sequence[Study], outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
