@@ -13,9 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from graph_encoder.network import ChannelGroup, NetworkGraph
-from latency.budget import Budget, BudgetError
-from latency.cost import CostKind, CostModel
+from latency.budget import Budget, BudgetError, in_words
+from latency.cost import CostKind, CostModel, predict_cost
 from latency.decision import LayerDecision, layer_policies, weighted_layers
+from latency.predict import LatencyModel
+from latency.table import LatencyTable
 from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
 
@@ -52,7 +54,7 @@ class SearchSpace:
     groups: tuple[ChannelGroup, ...]
     layers: tuple[LayerDecision, ...]
     importance: Mapping[str, NDArray[np.floating]]
-    cost: CostModel
+    cost: CostModel | LatencyModel
     budget: Budget | None
     limit: int | None
     ladders: tuple[Counts, ...]
@@ -77,6 +79,7 @@ class SearchSpace:
         protect_first: bool = True,
         protected: Collection[str] = (),
         span: float = 0.5,
+        table: LatencyTable | None = None,
     ) -> SearchSpace:
         """Choose the decisions and check that the budget can be met.
 
@@ -98,9 +101,12 @@ class SearchSpace:
             protect_first: leave the groups dense that the first weighted operator writes.
             protected: names of further groups to leave dense.
             span: how far an action of 1 moves a keep ratio, above 0.
+            table: times of the network's layers, for a budget of latency.
 
         Raises:
-            BudgetError: if the budget cannot be met, with the lowest reachable cost, or is above the dense cost.
+            BudgetError: if the budget cannot be met, with the lowest reachable cost, or is above the dense cost; or if
+                it is one of latency and there is no table.
+            LatencyError: if the table lacks a layer, or a decision changes nothing that takes time.
             ValueError: if no group is left to decide, or an argument is out of range.
         """
         _check_options(graph, protected, min_keep_ratio, span)
@@ -116,7 +122,13 @@ class SearchSpace:
             for group in groups
         ]
         ladders += [np.array(decision.levels, dtype=np.int64) for decision in layers]
-        cost = CostModel(graph, budget.kind if budget else kind, [group.name for group in groups], layers, sparsity)
+        names = [group.name for group in groups]
+        counted = budget.kind if budget else kind
+        cost = (
+            LatencyModel(graph, _needed(table), names, layers)
+            if counted == "latency"
+            else CostModel(graph, counted, names, layers, sparsity)
+        )
         space = cls(
             graph=graph,
             groups=groups,
@@ -192,6 +204,13 @@ class SearchSpace:
             layers=layer_policies(self.layers, levels, self.sparsity),
         )
 
+    def cost_of(self, policy: CompressionPolicy) -> int:
+        """Cost of a plan, whoever proposed it: as `cost`, but for bytes, which are exact here and bounded there."""
+        if isinstance(self.cost, CostModel):
+            return predict_cost(self.graph, policy, self.cost.kind)
+        ratios = self.keep_ratios(policy)
+        return self.cost(np.rint([ratios[name] for name in self.names] * self.sizes).astype(np.int64))
+
     def keep_ratios(self, policy: CompressionPolicy) -> dict[str, float]:
         """What ``policy`` leaves of each decision, in (0, 1], by name and in the order of the decisions."""
         ratios = {group.name: len(policy.kept.get(group.name, range(group.size))) / group.size for group in self.groups}
@@ -215,12 +234,12 @@ class SearchSpace:
     def _check_reachable(self) -> None:
         if self.limit is None or self.lowest_cost <= self.limit:
             return
-        kind, dense = self.cost.kind, self.cost.dense
+        kind, dense, lowest = self.cost.kind, self.cost.dense, self.lowest_cost
         msg = (
-            f"a budget of {self.limit:,} {kind} ({self.limit / dense:.1%} of the dense {dense:,}) cannot be met: with "
-            f"every decision at its least the network still costs {self.lowest_cost:,} "
-            f"({self.lowest_cost / dense:.1%}). Pass at least {self.lowest_cost:,} {kind}, or lower min_keep_ratio, "
-            "the rounding or the protection"
+            f"a budget of {in_words(self.limit, kind)} ({self.limit / dense:.1%} of the dense {in_words(dense, kind)}) "
+            f"cannot be met: with every decision at its least the network still costs {in_words(lowest, kind)} "
+            f"({lowest / dense:.1%}). Pass at least {in_words(lowest, kind)}, or lower min_keep_ratio, the rounding or "
+            "the protection"
         )
         raise BudgetError(msg)
 
@@ -320,6 +339,16 @@ def _largest_shift(base: Ratios, limit: int, space: SearchSpace) -> float:
         best = int(fits[-1]) if len(fits) else 0
         low, high = float(shifts[best]), float(shifts[min(best + 1, 64)])
     return low
+
+
+def _needed(table: LatencyTable | None) -> LatencyTable:
+    if table is None:
+        msg = (
+            "a budget of latency is projected with a table of this device, and there is none; make one with `secateur "
+            "latency build` and name it as latency.table"
+        )
+        raise BudgetError(msg)
+    return table
 
 
 def _as_scores(importance: ArrayLike | Tensor) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import NetworkGraph
-from latency.cost import CostKind, predict_cost
+from latency.cost import predict_cost
 from pruning.batch_norm import reestimate_batch_norm
 from pruning.policy import CompressionPolicy
 from pruning.quantize import quantize_layers
@@ -29,6 +29,8 @@ EvaluateFunction = Callable[[nn.Module], float]
 
 ReconstructFunction = Callable[[nn.Module, nn.Module, NetworkGraph, CompressionPolicy, Sequence[Tensor]], None]
 """``reconstruct(dense, candidate, graph, policy, batches)``, in place on the candidate."""
+
+CostFunction = Callable[[CompressionPolicy], int]
 
 DENSE_DIGEST = "dense"
 RANGE_IMAGES = 256
@@ -122,7 +124,7 @@ class CandidateEvaluator:
         evaluate: EvaluateFunction,
         calibration: Sequence[Tensor],
         *,
-        kind: CostKind = "macs",
+        cost: CostFunction | None = None,
         few_images: Mapping[float, EvaluateFunction] | None = None,
         journal: Journal | None = None,
         max_evaluations: float = math.inf,
@@ -140,7 +142,7 @@ class CandidateEvaluator:
             evaluate: accuracy of a network on all search images.
             calibration: batches of training images for batch-norm statistics (and reconstruction), on the model's
                 device; empty to leave the statistics as they are.
-            kind: what a plan's cost counts.
+            cost: what a plan costs, as an integer; multiply-adds if not given.
             few_images: evaluate functions on a share of the search images, by that share.
             journal: where evaluations are recorded; in memory if not given.
             max_evaluations: most evaluations that may be counted.
@@ -153,7 +155,8 @@ class CandidateEvaluator:
         Raises:
             ValueError: if a fidelity is not in ``(0, 1)``.
         """
-        self.model, self.graph, self.kind = model, graph, kind
+        self.model, self.graph = model, graph
+        self._cost: CostFunction = cost or (lambda policy: predict_cost(graph, policy))
         self.searcher, self.seed = searcher, seed
         self.max_evaluations = max_evaluations
         self.cache_hits = 0
@@ -332,7 +335,7 @@ class CandidateEvaluator:
             layers={name: layer.to_plain() for name, layer in policy.layers.items()},
             fidelity=fidelity,
             accuracy=accuracy,
-            cost=predict_cost(self.graph, policy, self.kind),
+            cost=self._cost(policy),
             seconds=time.perf_counter() - start,
             evaluations_used=self.evaluations_used + (0.0 if purpose == "dense" else fidelity),
         )

@@ -190,6 +190,7 @@ class Observer:
             "budget_is_params": float(space.cost.kind == "params"),
             "budget_is_bytes": float(space.cost.kind == "bytes"),
             "budget_is_bops": float(space.cost.kind == "bops"),
+            "budget_is_latency": float(space.cost.kind == "latency"),
             "budget_share": limit / dense,
             "cost_share": cost / dense,
             "remaining": (limit - spent) / free,

@@ -149,7 +149,7 @@ def _tuned(
     if own.tuned_file.exists():
         tuned.load_state_dict(load_file(own.tuned_file))
         return tuned.eval()
-    with hold_zeros(tuned, [layer for layer, how in policy.layers.items() if how.is_sparse]):
+    with hold_zeros(tuned, policy.sparse_layers):
         tune(
             tuned,
             subject.train_batches(recipe.batch_size),

@@ -135,7 +135,7 @@ class SearchProblem:
             self.graph,
             evaluate or scoring.evaluate,
             scoring.calibration,
-            kind=self.space.cost.kind,
+            cost=self.space.cost_of,
             few_images=None if evaluate else scoring.few_images,
             journal=self.journal,
             max_evaluations=max_evaluations,

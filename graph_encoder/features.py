@@ -80,6 +80,7 @@ GLOBAL_FEATURES = (
     "budget_is_params",  # 1 if the cost counts parameters; all of these are 0 for multiply-adds
     "budget_is_bytes",  # 1 if it counts bytes
     "budget_is_bops",  # 1 if it counts bit operations
+    "budget_is_latency",  # 1 if it is time, read from a table
     "budget_share",  # most allowed cost over the dense cost, 1 without a budget
     "cost_share",  # cost of the plan as it stands over the dense cost
     "remaining",  # share of what may be spent that is not yet spent by final decisions

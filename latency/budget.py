@@ -12,8 +12,10 @@ from .cost import FLOPS_PER_MAC, CostKind
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _PATTERN = re.compile(
-    r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(%|[kmgt])?\s*(macs|flops|params|bytes|b|bops)?\s*", re.IGNORECASE
+    r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(%|[kmgt])?\s*(macs|flops|params|bytes|b|bops|latency)?\s*", re.IGNORECASE
 )
+_TIME = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(ms|us|µs)\s*", re.IGNORECASE)
+_NS = {"ms": 10**6, "us": 10**3, "µs": 10**3}
 _KINDS: dict[str, CostKind] = {
     "": "macs",
     "macs": "macs",
@@ -22,7 +24,13 @@ _KINDS: dict[str, CostKind] = {
     "bytes": "bytes",
     "b": "bytes",
     "bops": "bops",
+    "latency": "latency",
 }
+
+
+def in_words(cost: int, kind: CostKind) -> str:
+    """A cost as a person reads it: ``"62,700,000 macs"``, ``"3.5 ms"``."""
+    return f"{cost / _NS['ms']:.4g} ms" if kind == "latency" else f"{cost:,} {kind}"
 
 
 class BudgetError(ValueError):
@@ -35,11 +43,11 @@ class Budget(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: CostKind = "macs"
-    """What is counted: multiply-adds for a batch of one, parameters, bytes or bit operations."""
+    """Multiply-adds for a batch of one, parameters, bytes, bit operations, or latency."""
     share: float | None = Field(default=None, gt=0, le=1)
     """Fraction of the dense network's cost, above 0 and at most 1."""
     absolute: int | None = Field(default=None, gt=0)
-    """Of what is counted."""
+    """Of what is counted; of latency, nanoseconds."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -54,17 +62,20 @@ class Budget(BaseModel):
 
         A percentage or a bare number up to 1 is a share of the dense network's cost: ``"50%"``, ``0.5``,
         ``"30% params"``. A number with a unit is absolute: ``"62.7M macs"``, ``"125M flops"`` (two flops are one
-        multiply-add), ``"400k params"``, ``"1.5 MB"`` (a megabyte is 10**6 bytes), ``"20G bops"``. Without a unit,
-        multiply-adds are meant.
+        multiply-add), ``"400k params"``, ``"1.5 MB"`` (a megabyte is 10**6 bytes), ``"20G bops"``, ``"3.5 ms"``.
+        Without a unit, multiply-adds are meant.
 
         Raises:
             BudgetError: if the text is none of these, or a share is not above 0 and at most 1.
         """
+        if time := _TIME.fullmatch(str(text)):
+            return cls(kind="latency", absolute=max(1, math.floor(float(time[1]) * _NS[time[2].lower()])))
         match = _PATTERN.fullmatch(str(text))
         if match is None:
             msg = (
                 f"budget '{text}' cannot be read; write a share of the dense network's cost such as '50%' or "
-                "'30% params', or a number such as '62.7M macs', '125M flops', '400k params', '1.5 MB' or '20G bops'"
+                "'30% params', or a number such as '62.7M macs', '125M flops', '400k params', '1.5 MB', '20G bops' or "
+                "'3.5 ms'"
             )
             raise BudgetError(msg)
         number, scale, unit = float(match[1]), (match[2] or "").lower(), (match[3] or "").lower()
@@ -99,12 +110,13 @@ class Budget(BaseModel):
         assert self.absolute is not None
         if self.absolute > dense_cost:
             msg = (
-                f"the budget of {self.absolute:,} {self.kind} is above what the dense network costs, {dense_cost:,}; "
-                f"there is nothing to remove, so pass less than {dense_cost:,}"
+                f"the budget of {in_words(self.absolute, self.kind)} is above what the dense network costs, "
+                f"{in_words(dense_cost, self.kind)}; there is nothing to remove, so pass less"
             )
             raise BudgetError(msg)
         return self.absolute
 
     def __str__(self) -> str:
-        amount = f"{self.share:.4g} of the dense" if self.share is not None else f"{self.absolute:,}"
-        return f"{amount} {self.kind}"
+        if self.absolute is not None:
+            return in_words(self.absolute, self.kind)
+        return f"{self.share:.4g} of the dense {self.kind}"

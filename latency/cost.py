@@ -18,10 +18,12 @@ from pruning.stored_size import SCALE_BYTES, ZERO_POINT_BYTES, parameter_bytes
 
 from .decision import FULL_DENSITY, LayerChoice, LayerDecision, layer_of
 
-CostKind = Literal["macs", "params", "bytes", "bops"]
+CountedKind = Literal["macs", "params", "bytes", "bops"]
 """Multiply-adds with a non-zero weight, for a batch of one; parameters that are not zero; bytes that the parameters
 take, with all that is needed to read them; bit operations, which are multiply-adds times the bits of the weight and of
 the value read (van Baalen et al. 2020, Bayesian Bits, section 4)."""
+CostKind = CountedKind | Literal["latency"]
+"""What a budget may be on; latency is in nanoseconds, see `latency.predict.LatencyModel`."""
 
 FLOPS_PER_MAC = 2
 BITS_PER_BYTE = 8
@@ -70,7 +72,7 @@ class CostModel:
     def __init__(
         self,
         graph: NetworkGraph,
-        kind: CostKind = "macs",
+        kind: CountedKind = "macs",
         groups: Sequence[str] | None = None,
         layers: Sequence[LayerDecision] = (),
         sparsity: str = "unstructured",
@@ -194,7 +196,7 @@ class CostMeter:
         return growth
 
 
-def predict_cost(graph: NetworkGraph, policy: CompressionPolicy, kind: CostKind = "macs") -> int:
+def predict_cost(graph: NetworkGraph, policy: CompressionPolicy, kind: CountedKind = "macs") -> int:
     """Cost of ``graph`` under ``policy``; densities are rounded up to whole percents.
 
     Raises:
@@ -218,11 +220,11 @@ def predict_cost(graph: NetworkGraph, policy: CompressionPolicy, kind: CostKind 
     return -(-sum(term.value(removed) for term in _terms(graph, kind, decisions)) // _scale(kind))
 
 
-def _scale(kind: CostKind) -> int:
+def _scale(kind: CountedKind) -> int:
     return FULL_DENSITY * (BITS_PER_BYTE if kind == "bytes" else 1)
 
 
-def _terms(graph: NetworkGraph, kind: CostKind, layers: Sequence[LayerDecision]) -> Iterator[Term]:
+def _terms(graph: NetworkGraph, kind: CountedKind, layers: Sequence[LayerDecision]) -> Iterator[Term]:
     """Terms of the cost in parts of ``1 / _scale(kind)``; decision ``i`` of ``layers`` has index ``groups + i``."""
     choices: dict[str, dict[str, LinearDim]] = {}
     for place, decision in enumerate(layers):

@@ -68,7 +68,7 @@ def make_space(model: nn.Module, budget: Budget | None = None, **options: object
 
 
 def make_evaluator(model: nn.Module, space: SearchSpace, **options: object) -> CandidateEvaluator:
-    options.setdefault("kind", space.cost.kind)
+    options.setdefault("cost", space.cost_of)
     options.setdefault("evaluate", remaining_share(model))
     return CandidateEvaluator(model, space.graph, calibration=[images(8)], **options)  # type: ignore[arg-type]
 

@@ -77,8 +77,8 @@ def test_impossible_budget_names_the_reachable_minimum(command: Command, tiny_ya
 
     assert done.code == 1
     assert re.search(
-        r"^error: a budget of [\d,]+ macs \(1\.0% of the dense [\d,]+\) cannot be met: with every decision at its least the "
-        r"network still costs [\d,]+ \([\d.]+%\)\. Pass at least [\d,]+ macs, or lower min_keep_ratio, the rounding or "
+        r"^error: a budget of [\d,]+ macs \(1\.0% of the dense [\d,]+ macs\) cannot be met: with every decision at its least the "
+        r"network still costs [\d,]+ macs \([\d.]+%\)\. Pass at least [\d,]+ macs, or lower min_keep_ratio, the rounding or "
         r"the protection$",
         done.err,
         re.MULTILINE,
@@ -96,7 +96,7 @@ def test_run_that_was_refused_leaves_no_folder(command: Command, tiny_yaml: Path
     [
         (
             "budget=1%",
-            "error: a budget of 818 macs (1.0% of the dense 81,828) cannot be met: with every decision at its least",
+            "error: a budget of 818 macs (1.0% of the dense 81,828 macs) cannot be met: with every decision at its least",
         ),
         ("budget=9M macs", "error: the budget of 9,000,000 macs is above what the dense network costs, 81,828"),
         ("search.protected=[stem]", "error: protected names no channel group of this network: ['stem']"),

@@ -21,6 +21,10 @@ from latency.budget import Budget, BudgetError
         ("25% bytes", Budget(kind="bytes", share=0.25)),
         ("800 b", Budget(kind="bytes", absolute=800)),
         ("2T bops", Budget(kind="bops", absolute=2 * 10**12)),
+        ("3.5 ms", Budget(kind="latency", absolute=3_500_000)),
+        ("0.5ms", Budget(kind="latency", absolute=500_000)),
+        ("800 us", Budget(kind="latency", absolute=800_000)),
+        ("35% latency", Budget(kind="latency", share=0.35)),
     ],
 )
 def test_parse(text: str | float, expected: Budget) -> None:
@@ -33,7 +37,7 @@ def test_parse(text: str | float, expected: Budget) -> None:
         (
             "half",
             "budget 'half' cannot be read; write a share of the dense network's cost such as '50%' or '30% params', "
-            "or a number such as '62.7M macs', '125M flops', '400k params', '1.5 MB' or '20G bops'",
+            "or a number such as '62.7M macs', '125M flops', '400k params', '1.5 MB', '20G bops' or '3.5 ms'",
         ),
         (
             "150%",
@@ -59,8 +63,8 @@ def test_limit_of_a_share_does_not_lose_a_unit_to_float_error() -> None:
 
 def test_budget_above_the_dense_cost_is_refused() -> None:
     message = (
-        "the budget of 2,000 macs is above what the dense network costs, 1,000; there is nothing to remove, "
-        "so pass less than 1,000"
+        "the budget of 2,000 macs is above what the dense network costs, 1,000 macs; there is nothing to remove, "
+        "so pass less"
     )
     with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
         Budget(absolute=2000).limit(1000)
