@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -14,7 +15,7 @@ from .layer_policy import LayerPolicy, PolicyError
 def sparsity_mask(weight: Tensor, layer: LayerPolicy, *, groups: int = 1) -> Tensor:
     """Which weights of a layer stay.
 
-    With ``k = max(1, round(density * n))`` (a half rounds to the even number, as Python does):
+    With ``k = max(1, floor(density * n))``, so that a budget on what is left is never missed:
 
     - unstructured: the ``k`` weights of largest magnitude of all ``n``;
     - blocks of B: the weights that B consecutive output channels hold at the same input channel and kernel position
@@ -64,7 +65,8 @@ def kept_weights(shape: torch.Size, layer: LayerPolicy) -> int:
     if layer.n_of_m is not None:
         n, m = layer.n_of_m
         return shape.numel() // m * n
-    return layer.block * max(1, round(layer.density * (shape.numel() // layer.block)))
+    # A density that was a count over a size must give that count back.
+    return layer.block * max(1, math.floor(layer.density * (shape.numel() // layer.block) + 1e-9))
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

@@ -126,9 +126,9 @@ def test_a_budget_that_cannot_be_met_is_refused_with_the_lowest_cost(model: Smal
     dense = make_space(model).cost.dense
     limit = int(0.01 * dense)
     message = (
-        f"a budget of {limit:,} macs ({limit / dense:.1%} of the dense {dense:,} macs) cannot be met: with every decision "
-        f"at its least the network still costs {lowest:,} macs ({lowest / dense:.1%}). Pass at least {lowest:,} macs, or "
-        "lower min_keep_ratio, the rounding or the protection"
+        f"a budget of {limit:,} macs ({limit / dense:.1%} of the dense {dense:,} macs) cannot be met: with every "
+        f"decision at its least the network still costs {lowest:,} macs ({lowest / dense:.1%}). Pass at least "
+        f"{lowest:,} macs, or lower min_keep_ratio, the rounding or the protection"
     )
     with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
         make_space(model, Budget(share=0.01))

@@ -215,9 +215,9 @@ def test_impossible_budget_is_refused_before_any_evaluation() -> None:
         secateur.compress(small_net(), images(), evaluate=evaluate, budget="1%")
 
     assert re.fullmatch(
-        r"a budget of [\d,]+ macs \(1\.0% of the dense [\d,]+ macs\) cannot be met: with every decision at its least the "
-        r"network still costs [\d,]+ macs \([\d.]+%\)\. Pass at least [\d,]+ macs, or lower min_keep_ratio, the rounding "
-        r"or the protection",
+        r"a budget of [\d,]+ macs \(1\.0% of the dense [\d,]+ macs\) cannot be met: with every decision at its least "
+        r"the network still costs [\d,]+ macs \([\d.]+%\)\. Pass at least [\d,]+ macs, or lower min_keep_ratio, the "
+        r"rounding or the protection",
         str(caught.value),
     )
 

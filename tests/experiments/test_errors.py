@@ -77,8 +77,8 @@ def test_impossible_budget_names_the_reachable_minimum(command: Command, tiny_ya
 
     assert done.code == 1
     assert re.search(
-        r"^error: a budget of [\d,]+ macs \(1\.0% of the dense [\d,]+ macs\) cannot be met: with every decision at its least the "
-        r"network still costs [\d,]+ macs \([\d.]+%\)\. Pass at least [\d,]+ macs, or lower min_keep_ratio, the rounding or "
+        r"^error: a budget of [\d,]+ macs \(1\.0% of the dense [\d,]+ macs\) cannot be met: with every decision at its least "
+        r"the network still costs [\d,]+ macs \([\d.]+%\)\. Pass at least [\d,]+ macs, or lower min_keep_ratio, the rounding or "
         r"the protection$",
         done.err,
         re.MULTILINE,

@@ -111,7 +111,7 @@ def test_pattern_tightens_as_the_schedule_says_and_never_opens_again() -> None:
 
     for step, zeros in enumerate(seen):
         # 18 blocks of 4 weights; 2 rows of 12 inputs, of which 4, 3 or 2 in 4 are left.
-        blocks = 18 - round(18 * SCHEDULE.density(0.25, step))
+        blocks = 18 - int(18 * SCHEDULE.density(0.25, step) + 1e-9)
         assert int(zeros["0"].sum()) == 4 * blocks
         n = next(n for n in (2, 3, 4) if n / 4 >= SCHEDULE.density(0.5, step) - 1e-6)
         assert int(zeros["4"].sum()) == 2 * 3 * (4 - n)
