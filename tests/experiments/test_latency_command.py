@@ -1,13 +1,17 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from envs.action import counts_of
 from experiments.latency_command import Subject, spearman
-from latency.table import LatencyTable
+from latency.predict import LatencyModel
+from latency.table import LatencyTable, build_table, needed_kinds, start_table
+from tests.latency.synthetic import FormulaDevice
 
 Command = Callable[..., Any]
 TINY = ("--model", "tests.experiments.tiny:network", "--shape", "1,8,8", "--classes", "3")
@@ -81,3 +85,26 @@ def test_another_machine_has_one_runtime_only(command: Command, tmp_path: Path) 
     assert done.err == (
         "error: another machine is timed with onnxruntime only, not with 'pytorch-eager'; leave out one of them\n"
     )
+
+
+@pytest.mark.parametrize("rounding", [1, 4])
+@pytest.mark.parametrize("share", [0.2, 0.45, 0.8])
+def test_a_latency_budget_is_met_by_construction(rounding: int, share: float) -> None:
+    subject = Subject.build("tests.experiments.tiny:network", "1,8,8", 3, rounding)
+    device = FormulaDevice()
+    table = build_table(start_table(device), device, needed_kinds(subject.graph, subject.steps, [32]))
+    cost = LatencyModel(subject.graph, table, subject.space.names)
+    lowest = cost(subject.space.minimum)
+    # Odd counts take slower kernels, so that the least network need not be the fastest.
+    limit = lowest + int(share * abs(cost.dense - lowest))
+    space = replace(subject.space, cost=cost, limit=limit)  # type: ignore[arg-type]
+    generator = np.random.default_rng(0)
+    for _ in range(10):
+        counts = counts_of(generator.uniform(-1, 1, space.n), space)
+        assert cost(counts) <= limit
+        if rounding == 4:
+            # With counts that are whole vectors the device is monotone: there is no step left that fits.
+            for index in range(space.n):
+                more = counts.copy()
+                more[index] = space.next_rung(index, int(counts[index]))
+                assert more[index] == counts[index] or cost(more) > limit

@@ -37,7 +37,7 @@ class FormulaDevice:
         self.calls += 1
         if self.stop_after is not None and self.calls > self.stop_after:
             raise KeyboardInterrupt
-        self.layers += len(networks) - 2
+        self.layers += len(networks) - 3
         load = 1 + 0.25 * ((self.calls - 1) % 3)
         return np.array([[self._one(network) * load] * n_runs for network, _ in networks])
 
