@@ -123,7 +123,7 @@ class Plan:
             holds_inputs: whether the inputs are the plan's own memory, holding noise, and `run` takes none: to time one
                 layer as it runs inside of a network.
         """
-        self._native = native
+        self._native, self._instruction_set = native, native.instruction_set
         self._alive: list[object] = []  # steps hold addresses
         self._sizes = dict(inputs) | {one.output: one.size for one in operators}
         self._layouts = {name: _Layout(_four(size), (0, 0)) for name, size in self._sizes.items()}
@@ -154,7 +154,18 @@ class Plan:
         self._lock = threading.Lock()
 
     def run(self, *inputs: Tensor) -> list[Tensor]:
-        """The outputs for ``inputs``, which are contiguous float32 of the prepared sizes: that is not checked again."""
+        """The outputs for ``inputs``, which are contiguous float32 of the prepared sizes: that is not checked again.
+
+        Raises:
+            RuntimeError: if the library has changed to another instruction set since.
+        """
+        if self._native.instruction_set != self._instruction_set:
+            # Their vectors are of different lengths, and so are the distances in memory.
+            msg = (
+                f"the plan was prepared for the instruction set '{self._instruction_set}', and "
+                f"'{self._native.instruction_set}' is in use now; prepare it again"
+            )
+            raise RuntimeError(msg)
         outputs = [torch.empty(self._sizes[name]) for name in self._outputs]
         with self._lock:
             for tensor, fields in zip((*inputs, *outputs), self._fields, strict=True):

@@ -24,7 +24,8 @@ struct Convolution {
   Convolution(const SecateurShape& shape, const SecateurWeight& weight, const SecateurEpilogue& epilogue,
               const SecateurView& x, const SecateurView& residual, const SecateurView& out, int64_t threads)
       : shape(shape), weight(weight), bias(epilogue.bias), activation(epilogue.activation), x(x), residual(residual),
-        out(out), planes(shape, x, out), tiles(weight.block), channel_parts(1), tile_parts(1) {
+        out(out), planes(shape, x, out),
+        tiles(weight.block, divide_up((planes.strip_rows - 1) * planes.pitch + shape.out_width, LANES)), channel_parts(1), tile_parts(1) {
     const int64_t strips = shape.batch * planes.strips(shape);
     if (strips % threads == 0 || strips >= 4 * threads) return;
     // Whichever is smaller, weights or activations, is read by every thread.
@@ -121,7 +122,8 @@ inline void add_tiles(const Convolution& c, const Strip& strip, int64_t first, i
                                   w.values + w.value_start[entry] + row,
                                   w.counts ? w.counts + entry * PATTERNS : nullptr,
                                   w.column_start[entry + 1] - w.column_start[entry],
-                                  w.block};
+                                  w.block,
+                                  w.value_start[entry + 1] - w.value_start[entry]};
           c.tiles.by_vectors[strip.cut.vectors_of(tile) - 1](operands, d);
         }
       }

@@ -33,9 +33,29 @@ inline void largest_of_rows(const SecateurStep& step, const float* x, const Wind
     for (int64_t row = rows.begin; row < rows.end; row += step.shape.dilation_h) {
       const float* from = x + row * step.x.row + column;
       const Vector value = count < LANES ? load_some(from, count) : load(from);
-      total = total > value ? total : value;  // NaN stays, as in PyTorch
+      total = (total != total) | (total > value) ? total : value;
     }
     store(largest + column, total);
+  }
+}
+
+// Windows along one row; STRIDE is 0 if it is neither 1 nor 2.
+template <int STRIDE>
+inline void largest_in_row(const SecateurStep& step, const float* from, float* to) {
+  const SecateurShape& s = step.shape;
+  for (int64_t j = 0; j < s.out_width; j += LANES) {
+    Vector total = splat(-__builtin_inff());
+    for (int64_t k = 0; k < s.kernel_w; ++k) {
+      const float* at = from + j * s.stride_w + k * s.dilation_w;
+      Vector value{};
+      if constexpr (STRIDE == 1) value = load(at);
+      else if constexpr (STRIDE == 2) value = every_second(at);
+      else
+        for (int64_t lane = 0; lane < smaller(LANES, s.out_width - j); ++lane) value[lane] = at[lane * s.stride_w];
+      total = (total != total) | (total > value) ? total : value;  // NaN stays, as in PyTorch
+    }
+    if (s.out_width - j < LANES) store_some(to + j, total, s.out_width - j);
+    else store(to + j, total);
   }
 }
 
@@ -43,7 +63,7 @@ inline bool max_pool_map(const SecateurStep& step, const float* x, float* out) {
   static thread_local Workspace workspace;
   const SecateurShape& s = step.shape;
   const int64_t left = divide_up(s.padding_w, LANES) * LANES, reach = s.out_width * s.stride_w + s.kernel_w * s.dilation_w;
-  const int64_t floats = left + divide_up(larger(s.width, reach), LANES) * LANES + LANES;
+  const int64_t floats = left + divide_up(larger(s.width, reach), LANES) * LANES + 4 * LANES;
   float* row = workspace.reserve(floats);
   if (!row) return false;
   const Vector lowest = splat(-__builtin_inff());
@@ -57,14 +77,9 @@ inline bool max_pool_map(const SecateurStep& step, const float* x, float* out) {
     for (int64_t j = s.width; j < divide_up(s.width, LANES) * LANES; ++j) row[left + j] = -__builtin_inff();
     const float* from = row + left - s.padding_w;
     float* to = out + i * step.out.row;
-    for (int64_t j = 0; j < s.out_width; ++j) to[j] = from[j * s.stride_w];
-    for (int64_t k = 1; k < s.kernel_w; ++k) {
-      const float* other = from + k * s.dilation_w;
-      for (int64_t j = 0; j < s.out_width; ++j) {
-        const float value = other[j * s.stride_w];
-        to[j] = to[j] > value || to[j] != to[j] ? to[j] : value;
-      }
-    }
+    if (s.stride_w == 1) largest_in_row<1>(step, from, to);
+    else if (s.stride_w == 2) largest_in_row<2>(step, from, to);
+    else largest_in_row<0>(step, from, to);
   }
   return true;
 }

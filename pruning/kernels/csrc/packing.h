@@ -41,7 +41,7 @@ struct Planes {
     const bool is_dense = s.kernel_h == 1 && s.kernel_w == 1 && s.height * s.width >= LANES;
     const bool has_room = x.has_slack || (has_strips && is_dense);
     in_place = s.stride_h == 1 && s.stride_w == 1 && s.padding_h <= x.border_h && s.padding_w <= x.border_w &&
-               x.column == 1 && has_room;
+               x.row >= s.out_width && x.column == 1 && has_room;
     strip_rows = s.out_height;
     if (in_place) {
       phases_h = phases_w = 1;
@@ -119,9 +119,12 @@ struct RowCut {
   void pack(const float* from, float* to) const {
     fill_zero(to, begin);
     if (stride == 1) copy_row(from + first, to + begin, end - begin);
-    else if (stride == 2)
-      for (int64_t i = begin; i < end; ++i) to[i] = from[first + 2 * (i - begin)];
-    else
+    else if (stride == 2) {
+      int64_t i = begin;
+      // Fewer than are left, so that nothing beyond the last value is read.
+      for (; i + LANES < end; i += LANES) store(to + i, every_second(from + first + 2 * (i - begin)));
+      for (; i < end; ++i) to[i] = from[first + 2 * (i - begin)];
+    } else
       for (int64_t i = begin; i < end; ++i) to[i] = from[first + stride * (i - begin)];
     fill_zero(to + end, count - end);
   }

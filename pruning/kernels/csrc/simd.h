@@ -137,6 +137,20 @@ inline void store_some(float* to, Vector vector, int64_t count) {
 #endif
 }
 
+// `from[0]`, `from[2]` and so on; reads one value beyond the last of them.
+inline Vector every_second(const float* from) {
+  IntVector index;
+  SECATEUR_UNROLL
+  for (int lane = 0; lane < LANES; ++lane) index[lane] = 2 * lane;
+#if defined(__clang__)
+  Vector result;
+  for (int lane = 0; lane < LANES; ++lane) result[lane] = from[2 * lane];
+  return result;
+#else
+  return __builtin_shuffle(load(from), load(from + LANES), index);
+#endif
+}
+
 inline void copy_row(const float* from, float* to, int64_t count) {
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));

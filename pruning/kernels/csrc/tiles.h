@@ -13,6 +13,7 @@ struct Operands {
   const int32_t* counts;  // of columns, by pattern (unstructured)
   int64_t columns;        // (block)
   int64_t block;          // distance of the values of two columns (block)
+  int64_t ahead;          // distance of the next entry's values (block), fetched early: large layers are in no near cache
 };
 
 // What is stored is `clamp(sum + bias[row] + from[row * from_stride + pixel])`; `bias` and `from` may be null. Each
@@ -53,6 +54,7 @@ void block_tile(const Operands& operands, const Destination& destination) {
   Vector sums[G][NV] = {};
   const float* values = operands.values;
   for (int64_t column = 0; column < operands.columns; ++column, values += operands.block) {
+    __builtin_prefetch(values + operands.ahead);
     const float* x = operands.x + operands.offsets[column];
     Vector pixels[NV];
     SECATEUR_UNROLL
@@ -120,7 +122,8 @@ struct Tiles {
   const Tile* by_vectors;
   int64_t most_vectors, rows;
 
-  explicit Tiles(int64_t block) {
+  // For weights of this block on strips of so many vectors.
+  Tiles(int64_t block, int64_t vectors) {
     rows = ROWS;
     if (block == 1) {
       by_vectors = PATTERN_ROWS;
@@ -130,7 +133,9 @@ struct Tiles {
     by_vectors = FOUR_ROWS;
     most_vectors = sizeof(FOUR_ROWS) / sizeof(Tile);
 #if SECATEUR_REGISTERS == 32
-    if (block >= 8) {
+    // Four rows, if they take the whole strip at once and eight do not.
+    const bool are_four_enough = vectors > 3 && vectors <= most_vectors;
+    if (block >= 8 && !are_four_enough) {
       rows = 8;
       by_vectors = EIGHT_ROWS;
       most_vectors = sizeof(EIGHT_ROWS) / sizeof(Tile);
