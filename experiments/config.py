@@ -172,6 +172,13 @@ class FinetuneConfig(TrainConfig):
     """Give the dense network the same fine-tuning and report it beside the others."""
 
 
+class LatencyConfig(_Section):
+    """Where a budget of latency reads times; see `secateur latency build`."""
+
+    table: Path | None = None
+    """Table of the device that the network is for, with the layers of this network."""
+
+
 class MeasureConfig(_Section):
     """Timing of the finished networks."""
 
@@ -202,6 +209,8 @@ class RunConfig(_Section):
     """The agent PPO."""
     ddpg: DDPGConfig = DDPGConfig()
     """The agent DDPG."""
+    latency: LatencyConfig = LatencyConfig()
+    """Budgets of latency."""
     measure: MeasureConfig = MeasureConfig()
     """Timing."""
     device: str = "cpu"

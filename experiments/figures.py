@@ -114,7 +114,7 @@ def keep_ratio_figure(rows: Sequence[MethodOutcome]) -> str:
 
 def pareto_figure(plans: Sequence[Plan], outcome: RunOutcome) -> str:
     """Accuracy against cost of every plan evaluated, with the front, and the last stretch below the limit."""
-    dense_cost = outcome.dense_cost
+    dense_cost = outcome.dense_cost or outcome.row(DENSE).macs
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
         near = near_limit(plans, outcome.cost_limit) if outcome.has_budget else []
@@ -219,7 +219,13 @@ def _zoom_to_limit(axes: Axes, near: Sequence[Plan], limit: int, dense_cost: int
 
 
 def _long(kind: str) -> str:
-    return {"macs": "multiply-adds", "params": "parameters", "bytes": "bytes", "bops": "bit operations"}[kind]
+    return {
+        "macs": "multiply-adds",
+        "params": "parameters",
+        "bytes": "bytes",
+        "bops": "bit operations",
+        "latency": "latency",
+    }[kind]
 
 
 def _svg(figure: Figure, name: str) -> str:

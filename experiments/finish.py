@@ -292,6 +292,7 @@ def _outcome(
         budget=budget_words(config.budget),
         budget_kind=space.cost.kind,
         cost_limit=space.limit if space.limit is not None else space.cost.dense,
+        dense_cost=space.cost.dense,
         seed=config.search.seed,
         command=folder.command,
         machine=folder.machine,

@@ -9,8 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
-from latency.budget import Budget
-from pruning.layer_policy import FULL_BITS
+from latency.budget import Budget, in_words
 
 from .machine import Machine
 
@@ -96,6 +95,9 @@ class RunOutcome(_Record):
     """In words, as `budget_words` says it."""
     budget_kind: str
     cost_limit: int
+    """Most that a plan could cost, in the budget's kind (latency in nanoseconds)."""
+    dense_cost: int = 0
+    """Cost of the untouched network, in the same kind; 0 in a record of channels alone from before it was kept."""
     seed: int
     command: str
     machine: Machine
@@ -130,17 +132,6 @@ class RunOutcome(_Record):
                 return row
         raise KeyError(method)
 
-    @property
-    def dense_cost(self) -> int:
-        """Cost of the untouched network, in the budget's kind."""
-        dense = self.row(DENSE)
-        return {
-            "macs": dense.macs,
-            "params": dense.params,
-            "bytes": dense.params * FULL_BITS // 8,
-            "bops": dense.macs * FULL_BITS**2,
-        }[self.budget_kind]
-
     @classmethod
     def load(cls, path: Path) -> RunOutcome:
         """Read results.json."""
@@ -151,10 +142,11 @@ def budget_words(budget: Budget | None) -> str:
     """A budget as a headline says it: ``at most 20% of its MACs``."""
     if budget is None:
         return NO_BUDGET
-    noun = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "bops": "bit operations"}[budget.kind]
-    return (
-        f"at most {100 * budget.share:.4g} % of its {noun}" if budget.share else f"at most {budget.absolute:,} {noun}"
-    )
+    nouns = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "bops": "bit operations", "latency": "latency"}
+    if budget.share:
+        return f"at most {100 * budget.share:.4g} % of its {nouns[budget.kind]}"
+    assert budget.absolute is not None
+    return f"at most {in_words(budget.absolute, budget.kind)}"
 
 
 def headings(outcome: RunOutcome) -> list[str]:

@@ -17,6 +17,7 @@ from envs.reward import RewardFunction, resolve_reward
 from graph_encoder.network import NetworkGraph
 from latency.budget import BudgetError
 from latency.decision import layer_decisions
+from latency.table import LatencyTable
 from pruning.files import FileWriteError, write_atomic
 from pruning.importance import rank_units
 
@@ -178,6 +179,7 @@ def search_space(config: RunConfig, graph: NetworkGraph, importance: Mapping[str
             protect_first=settings.protect_first,
             protected=settings.protected,
             span=settings.span,
+            table=LatencyTable.load(config.latency.table) if config.latency.table else None,
         )
     except BudgetError:
         raise

@@ -188,8 +188,8 @@ def test_journal_of_a_run_folder_is_refused(tmp_path: Path) -> None:
     [
         (
             {"method": "pppo"},
-            "unknown method 'pppo'; did you mean 'ppo'? Allowed: uniform, magnitude, sensitivity, random, cem, ppo, "
-            "ddpg",
+            "unknown method 'pppo'; did you mean 'ppo'? Allowed: uniform, magnitude, sensitivity, greedy, knapsack, "
+            "random, cem, ppo, ddpg",
         ),
         (
             {"environment": "layers"},
