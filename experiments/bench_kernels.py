@@ -31,8 +31,9 @@ from pruning.export import export_onnx
 from pruning.files import write_atomic
 from pruning.kernels.formats import SparseWeight, pack
 from pruning.kernels.functional import sparse_conv2d
+from pruning.kernels.lowering import lower
 from pruning.kernels.native import Library, library
-from pruning.kernels.operators import Convolution
+from pruning.kernels.operators import Convolution, Weighted
 from pruning.kernels.plan import Plan
 from pruning.sparse_network import SparseNetwork, sparsify
 
@@ -283,12 +284,9 @@ def bench_network(name: str, rounds: int, threads: int, with_compile: bool) -> s
     macs = count_macs(model, x)
     shares = {}
     for scheme in NETWORK_SCHEMES[name]:
-        pruned = copy.deepcopy(model)
-        convolutions = [module for module in pruned.modules() if isinstance(module, nn.Conv2d)]
-        for module in convolutions[1:]:
-            module.weight.data *= scheme.mask(module.weight.shape, generator)
+        pruned = prune(model, scheme, generator)
         sparse[str(scheme)] = sparsify(pruned, x)
-        first = copy.deepcopy(nn.Sequential(convolutions[0]))
+        first = nn.Sequential(next(module for module in pruned.modules() if isinstance(module, nn.Conv2d)))
         shares[str(scheme)] = scheme.density + (1 - scheme.density) * count_macs(first, x) / macs
     calls: dict[str, Callable[[], object]] = {label: partial(network, x) for label, network in sparse.items()}
     with torch.inference_mode():
@@ -318,6 +316,41 @@ def bench_network(name: str, rounds: int, threads: int, with_compile: bool) -> s
             f"{2 * macs * shares[label] / median / peak:.0%} |"
         )
     return "\n".join(lines)
+
+
+def prune(model: nn.Module, scheme: Scheme, generator: torch.Generator) -> nn.Module:
+    """A copy with random zeros in all convolutions but the first."""
+    pruned = copy.deepcopy(model)
+    for module in [module for module in pruned.modules() if isinstance(module, nn.Conv2d)][1:]:
+        module.weight.data *= scheme.mask(module.weight.shape, generator)
+    return pruned
+
+
+def profile(native: Library, name: str, scheme: Scheme, form: str, rounds: int) -> str:
+    """Processor time of every operator of a network on one thread, timed alone, as Markdown; alike ones in one row."""
+    model, x = NETWORKS[name]()
+    lowered = lower(prune(model, scheme, torch.Generator().manual_seed(0)), (x,))
+    sizes = {lowered.inputs[0]: tuple(x.shape)} | {one.output: one.size for one in lowered.operators}
+    rows: dict[str, list[float]] = {}
+    rates: dict[str, list[float]] = {}
+    for one in lowered.operators:
+        is_pruned = isinstance(one, Weighted) and bool((one.weight == 0).any())
+        forms = {one.output: form if is_pruned else "dense"}
+        plan = Plan(native, [one], {source: sizes[source] for source in one.inputs}, (), forms, holds_inputs=True)
+        _, busy = time_in_turn({"step": plan.run}, rounds)
+        seconds, added = float(np.median(busy["step"])), " + residual" if len(one.inputs) > 1 else ""
+        before, after = ("x".join(map(str, size[1:])) for size in (sizes[one.inputs[0]], one.size))
+        key = f"{type(one).__name__.lower()} {before} to {after}{added}{f', {form}' if is_pruned else ''}"
+        rows.setdefault(key, []).append(seconds)
+        if isinstance(one, Weighted):
+            flops = 2 * int((one.weight != 0).sum()) * math.prod(one.size[2:])
+            rates.setdefault(key, []).append(flops / seconds / native.peak_flops())
+    total = sum(map(sum, rows.values()))
+    lines = ["| operator | count | us, all of them | share | share of peak |", "|---|---|---|---|---|"]
+    for key, times in sorted(rows.items(), key=lambda row: -sum(row[1])):
+        rate = f"{np.mean(rates[key]):.0%}" if key in rates else ""
+        lines.append(f"| {key} | {len(times)} | {sum(times) * 1e6:.0f} | {sum(times) / total:.0%} | {rate} |")
+    return "\n".join([*lines, f"| all | {sum(map(len, rows.values()))} | {total * 1e6:.0f} | 100% | |"])
 
 
 def sparse_layers(network: SparseNetwork) -> str:
@@ -383,6 +416,13 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 
 
+PROFILES = [
+    ("ResNet-18, 224x224", Scheme(1, 1.0), "dense"),
+    ("ResNet-18, 224x224", Scheme(1, 0.1), "unstructured"),
+    ("ResNet-18, 224x224", Scheme(16, 0.1), "block 16"),
+]
+
+
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -393,6 +433,7 @@ def main() -> None:
     parser.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out, which takes long to compile"
     )
+    parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True, help="time each operator too")
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/kernels.md"), help="page to write")
     options = parser.parse_args()
     native = require_library()
@@ -400,6 +441,10 @@ def main() -> None:
     peak = f"one thread multiplies and adds at {native.peak_flops() / 1e9:.0f} GFLOP/s"
     sections = ["# Sparse kernels beside the best dense runtime", f"{cpu_name()}, {versions}; {peak}.", EXPLANATION]
     sections.append(f"Command: `python -m experiments.bench_kernels {' '.join(sys.argv[1:])}`.")
+    torch.set_num_threads(1)
+    for name, scheme, form in PROFILES if options.profile else ():
+        table = profile(native, name, scheme, form, options.rounds)
+        sections += [f"## Where the time of {name} goes: {scheme}, one thread, operators timed alone", table]
     for threads in options.threads:
         torch.set_num_threads(threads)
         for name in options.networks:
