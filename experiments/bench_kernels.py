@@ -13,7 +13,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -441,20 +441,29 @@ def main() -> None:
     peak = f"one thread multiplies and adds at {native.peak_flops() / 1e9:.0f} GFLOP/s"
     sections = ["# Sparse kernels beside the best dense runtime", f"{cpu_name()}, {versions}; {peak}.", EXPLANATION]
     sections.append(f"Command: `python -m experiments.bench_kernels {' '.join(sys.argv[1:])}`.")
-    torch.set_num_threads(1)
-    for name, scheme, form in PROFILES if options.profile else ():
-        table = profile(native, name, scheme, form, options.rounds)
-        sections += [f"## Where the time of {name} goes: {scheme}, one thread, operators timed alone", table]
+    options.page.parent.mkdir(parents=True, exist_ok=True)
+    for title, table in measured_sections(native, options):
+        sections += [f"## {title}", table]
+        # After each table: a run that is cut short keeps what it has.
+        write_atomic(options.page, ("\n\n".join(sections) + "\n").encode())
+
+
+def measured_sections(native: Library, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Title and table of everything that the options ask for, as it is measured."""
+    with_compile = not options.no_compile
     for threads in options.threads:
         torch.set_num_threads(threads)
         for name in options.networks:
-            table = bench_network(name, options.rounds, threads, not options.no_compile)
-            sections += [f"## {name}, {threads} thread(s)", table]
-        for network in options.layers:
-            table = bench(native, network, options.rounds, threads, not options.no_compile)
-            sections += [f"## Layers of {network}, {threads} thread(s)", table]
-    options.page.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.page, ("\n\n".join(sections) + "\n").encode())
+            yield f"{name}, {threads} thread(s)", bench_network(name, options.rounds, threads, with_compile)
+    torch.set_num_threads(1)
+    for name, scheme, form in PROFILES if options.profile else ():
+        title = f"Where the time of {name} goes: {scheme}, one thread, operators timed alone"
+        yield title, profile(native, name, scheme, form, options.rounds)
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for name in options.layers:
+            table = bench(native, name, options.rounds, threads, with_compile)
+            yield f"Layers of {name}, {threads} thread(s)", table
 
 
 if __name__ == "__main__":
