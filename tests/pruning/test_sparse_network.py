@@ -242,7 +242,7 @@ def test_without_the_library_pytorch_computes_the_same(name: str, monkeypatch: p
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_medians_are_of_as_many_calls_as_asked_for() -> None:
+def test_candidates_are_called_as_often_as_asked_for() -> None:
     calls = {"a": 0, "b": 0}
 
     def call(name: str) -> Callable[[], object]:
