@@ -128,7 +128,7 @@ def _put_marks(model: nn.Module) -> _Marks:
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
             if isinstance(child, ActQuantizer):
-                mark = places.setdefault(id(child), _Mark(f"{len(places)}"))
+                mark = places.setdefault(id(child), _Mark(f"values/{len(places)}"))
                 scale = np.array(child.scale.detach().float().numpy())
                 marks.values[mark.name] = _Scale(scale, int(child.zero_point))
                 parent._modules[child_name] = mark
@@ -162,7 +162,7 @@ class _Reader:
         """Remove every mark, and note what it stood on."""
         for node in [node for node in self._graph.node if node.domain == _DOMAIN]:
             name = next(a.s.decode() for a in node.attribute if a.name == "name")
-            if name in self._marks.weights and self._array(node.input[0]) is not None:
+            if name in self._marks.weights:
                 self._take_off_weight(node, name)
             else:
                 self._take_off_value(node, self._marks.values[name])
@@ -181,7 +181,8 @@ class _Reader:
         self._graph.node.remove(mark)
         # A tensor of its own: the exporter makes one of two that are equal, and their scales may differ.
         own = f"{name}.integer_weight"
-        self._graph.initializer.append(numpy_helper.from_array(weight, own))
+        if own not in self.weights:  # a layer that runs twice has two marks
+            self._graph.initializer.append(numpy_helper.from_array(weight, own))
         for reader in self._readers(output):
             _replace(reader.input, output, own)
             self.layers.append(reader.name)
@@ -203,10 +204,14 @@ class _Reader:
         self.values[source] = scale
 
     def fold_batch_norms(self) -> None:
-        """Fold every batch norm that alone reads a marked layer into that layer's weight, scale and bias."""
+        """Fold every batch norm that alone reads a marked layer into that layer's weight, scale and bias.
+
+        A layer that runs twice keeps its weight, for each run may have a batch norm of its own.
+        """
         for layer in [node for node in self._graph.node if node.name in set(self.layers)]:
             readers = self._readers(layer.output[0])
-            if layer.op_type not in ("Conv", "Gemm") or layer.output[0] in self.values:
+            runs_once = len(self._readers(layer.input[1])) == 1
+            if layer.op_type not in ("Conv", "Gemm") or layer.output[0] in self.values or not runs_once:
                 continue
             if len(readers) == 1 and readers[0].op_type == "BatchNormalization":
                 self._fold(layer, readers[0])

@@ -173,6 +173,31 @@ def test_network_that_cannot_be_traced_keeps_the_meaning_of_its_bits(tmp_path: P
     assert report.error < 0.01
 
 
+@pytest.mark.slow
+def test_layer_that_runs_twice_with_two_batch_norms_keeps_its_meaning(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.one, self.two = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.one(self.conv(x)).relu()
+            logits: Tensor = self.linear(self.two(self.conv(x)).relu().mean((2, 3)))
+            return logits
+
+    torch.manual_seed(0)
+    model = Twice().eval()
+    with torch.no_grad():
+        model.two.weight.copy_(torch.tensor([-1.0, 2.0, 3.0]))
+    quantized = quantize_layers(model, {"conv": INT8, "linear": INT8}, [IMAGES])
+    report = export_onnx(quantized, EXAMPLE, tmp_path / "model.onnx", images=IMAGES)
+
+    assert report is not None
+    assert report.error < 0.01
+
+
 def refused(layers: dict[str, LayerPolicy], tmp_path: Path, images: Tensor | None = IMAGES) -> str:
     quantized = quantize_layers(network(), layers, [IMAGES])
     with pytest.raises(ExportError) as caught:
