@@ -166,7 +166,8 @@ def table_cells(outcome: RunOutcome) -> list[list[str]]:
             _with_share(row.macs, dense.macs),
             _with_share(row.params, dense.params),
             f"{amount(row.size_bytes)}B",
-            *_times(row, 2),
+            _time(row, "pytorch"),
+            _time(row, "onnxruntime"),
             f"{row.evaluations:.4g}" if row.method != DENSE else "",
             f"{row.seconds:.1f}" if row.method != DENSE else "",
         ]
@@ -237,6 +238,5 @@ def significant(value: float, digits: int) -> str:
     return f"{round(value, decimals):.{max(0, decimals)}f}"
 
 
-def _times(row: MethodOutcome, n: int) -> list[str]:
-    times = [str(latency) for latency in row.latencies]
-    return (times + ["-"] * n)[:n]
+def _time(row: MethodOutcome, runtime: str) -> str:
+    return next((str(latency) for latency in row.latencies if latency.runtime.startswith(runtime)), "-")
