@@ -1,9 +1,6 @@
 """What bits cost and save: accuracy and latency of trained networks with 8-bit and 4-bit layers.
 
-Run as ``python -m experiments.bench_bits``. Accuracies are on the even-numbered test images. Latencies are of single
-images in ONNX Runtime, both networks in turn in one process, five calls a turn: what slows the machine down slows both.
-A ratio is one of medians, with the quartiles of the ratios turn by turn. Processor time, which one thread has, leaves
-out the time in which other processes ran.
+Run as ``python -m experiments.bench_bits``; what an earlier sitting measured is not measured again.
 """
 
 from __future__ import annotations
@@ -43,6 +40,9 @@ NETWORKS = {
 METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "entropy", "mse")
 N_CALIBRATION = 256
 EXAMPLE = torch.zeros(1, 3, 32, 32)
+EXPLANATION = """Accuracies are on the even-numbered test images. Latencies are of single images in ONNX Runtime, both
+networks in turn in one process, five calls a turn: what slows the machine down slows both. A ratio is one of medians, with the
+quartiles of the ratios turn by turn. Processor time, which one thread has, leaves out the time in which other processes ran."""
 
 
 def uniform_bits(model: nn.Module, bits: int) -> dict[str, LayerPolicy]:
@@ -180,7 +180,7 @@ def page(found: Sequence[tuple[str, dict[str, Any]]], options: argparse.Namespac
     head = [
         "# Bits, measured",
         f"{cpu_name()}, {versions}. 8-bit products saturate here: {'yes' if saturates() else 'no'}.",
-        f"{__doc__.partition(chr(10) * 2)[2].strip()}",  # type: ignore[union-attr]
+        EXPLANATION,
         f"Calibrated on {N_CALIBRATION} training images without augmentation, seed {options.seed}. 4 bits: the "
         f"first and the last layer have 8; trained: on {options.train_images} images, learning rate "
         f"{options.learning_rate:g}.",
