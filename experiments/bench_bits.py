@@ -41,8 +41,9 @@ METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "entropy", "mse")
 N_CALIBRATION = 256
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 EXPLANATION = """Accuracies are on the even-numbered test images. Latencies are of single images in ONNX Runtime, both
-networks in turn in one process, five calls a turn: what slows the machine down slows both. A ratio is one of medians, with the
-quartiles of the ratios turn by turn. Processor time, which one thread has, leaves out the time in which other processes ran."""
+networks in turn in one process, five calls a turn: what slows the machine down slows both. A ratio is one of medians,
+with the quartiles of the ratios turn by turn. Processor time, which one thread has, leaves out the time in which other
+processes ran."""
 
 
 def uniform_bits(model: nn.Module, bits: int) -> dict[str, LayerPolicy]:
