@@ -64,7 +64,7 @@ def test_unknown_section_without_a_near_name_lists_what_is_allowed(tmp_path: Pat
 
     assert str(caught.value) == (
         f"{path}: unknown key 'zzz' in the top level. Allowed: model, data, budget, search, train, finetune, ppo, "
-        "ddpg, measure, device, threads"
+        "ddpg, latency, measure, device, threads"
     )
 
 
@@ -95,7 +95,7 @@ def test_file_that_holds_no_mapping_is_told(tmp_path: Path) -> None:
 
     assert str(caught.value) == (
         f"{path} holds list; a mapping with the keys model, data, budget, search, train, finetune, ppo, ddpg, "
-        "measure, device, threads is needed"
+        "latency, measure, device, threads is needed"
     )
 
 

@@ -209,7 +209,7 @@ def test_mistyped_key_names_the_nearest(command: Command, tmp_path: Path) -> Non
     assert (done.code, done.err) == (
         1,
         f"error: {path}: unknown key 'serach' in the top level; did you mean 'search'? Allowed: model, data, budget, "
-        "search, train, finetune, ppo, ddpg, measure, device, threads\n",
+        "search, train, finetune, ppo, ddpg, latency, measure, device, threads\n",
     )
 
 

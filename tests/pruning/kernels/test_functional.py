@@ -195,7 +195,7 @@ def corrupt(**changes: Any) -> SparseWeight:
         (
             conv2d(activation="tanh"),
             "secateur::sparse_conv2d: expected an activation among none, relu, relu6, silu, gelu, hardswish, "
-            "got 'tanh'",
+            "sigmoid, hardsigmoid, got 'tanh'",
         ),
         (conv2d(bias=torch.ones(3)), "secateur::sparse_conv2d: expected bias of shape (4,), got (3,)"),
         (
