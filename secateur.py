@@ -1,4 +1,4 @@
-"""Secateur: prune PyTorch networks under a budget, by an agent that reads them as graphs.
+"""Secateur: compress PyTorch networks under a budget, by an agent that reads them as graphs.
 
 The project's public functions in one place::
 
@@ -43,10 +43,14 @@ from graph_encoder.network import NetworkGraph, TraceError  # noqa: E402
 from latency.budget import Budget, BudgetError  # noqa: E402
 from latency.cost import count_macs, count_params, size_bytes  # noqa: E402
 from latency.measure import measure_latency  # noqa: E402
+from latency.table import LatencyTable  # noqa: E402
 from pruning.batch_norm import reestimate_batch_norm  # noqa: E402
 from pruning.export import export_onnx, load_compressed, save_compressed  # noqa: E402
 from pruning.finetune import finetune  # noqa: E402
-from pruning.policy import CompressionPolicy, PolicyError  # noqa: E402
+from pruning.policy import CompressionPolicy, LayerPolicy, PolicyError  # noqa: E402
+from pruning.quantize import quantize_layers  # noqa: E402
+from pruning.sparse_network import sparsify  # noqa: E402
+from pruning.sparse_training import hold_zeros  # noqa: E402
 from pruning.surgery import apply_policy  # noqa: E402
 
 __all__ = [
@@ -54,6 +58,8 @@ __all__ = [
     "BudgetError",
     "Compressed",
     "CompressionPolicy",
+    "LatencyTable",
+    "LayerPolicy",
     "NetworkGraph",
     "PolicyError",
     "TraceError",
@@ -64,9 +70,12 @@ __all__ = [
     "count_params",
     "export_onnx",
     "finetune",
+    "hold_zeros",
     "load_compressed",
     "measure_latency",
+    "quantize_layers",
     "reestimate_batch_norm",
     "save_compressed",
     "size_bytes",
+    "sparsify",
 ]

@@ -19,6 +19,7 @@ from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 from latency.budget import Budget
 from latency.decision import DENSITIES, layer_decisions
+from latency.table import LatencyTable
 from pruning.importance import Criterion, rank_units
 from pruning.policy import CompressionPolicy
 
@@ -82,6 +83,7 @@ def compress(
     sparsity: str = "unstructured",
     densities: Sequence[int] = DENSITIES,
     bits: Sequence[int] = (8, 32),
+    table: LatencyTable | None = None,
     criterion: Criterion = "l1",
     importance: Mapping[str, Tensor] | None = None,
     rounding: int | None = None,
@@ -103,8 +105,8 @@ def compress(
         model: the trained network.
         example_inputs: what its ``forward`` takes, a batch of any size.
         evaluate: accuracy in ``[0, 1]`` of a network in evaluation mode.
-        budget: most that the result may cost: ``"50%"``, ``"30% params"``, ``"62.7M macs"``, a `Budget`; None weighs
-            cost against accuracy in the reward.
+        budget: most that the result may cost: ``"50%"``, ``"30% params"``, ``"62.7M macs"``, ``"1.5 MB"``,
+            ``"40% latency"``, a `Budget`; None weighs cost against accuracy in the reward.
         calibration: batches of training inputs for batch-norm statistics, prepared and augmented as in training;
             without them, a network with batch norms scores far below what it is worth.
         method: ``ppo``, ``ddpg``, ``cem``, ``random``, ``knapsack``, ``greedy``, ``sensitivity``, ``magnitude`` or
@@ -118,6 +120,7 @@ def compress(
         sparsity: pattern of the zeros: ``"unstructured"``, ``"block4"``, ``"block8"``, ``"block16"``, ``"2:4"``.
         densities: percents of a layer's weights that may stay, ascending, up to 100.
         bits: bits that may be chosen, ascending, up to 32.
+        table: times of the network's layers, for a budget of latency; see ``secateur latency build``.
         criterion: importance by which channels are ranked; ``taylor`` needs labels, so for it pass what
             `pruning.importance.rank_units` returns as ``importance``.
         importance: scores by group name in place of a criterion, higher is kept.
@@ -187,6 +190,7 @@ def compress(
         min_keep_ratio=min_keep_ratio,
         protect_first=protect_first,
         protected=protected,
+        table=table,
     )
     scoring = Scoring(
         evaluate=evaluate,

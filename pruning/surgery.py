@@ -26,7 +26,8 @@ def apply_policy(model: nn.Module, graph: NetworkGraph, policy: CompressionPolic
     Args:
         model: the captured network; neither it nor its tensors are touched or shared.
         graph: its graph.
-        policy: the units that stay, and the sparsity of layers at the sizes that are left.
+        policy: the units that stay, and the sparsity of layers at the sizes that are left. Its bits need calibration
+            data and are for `pruning.quantize.quantize_layers`, which takes what is returned here.
 
     Returns:
         The smaller network, in the training mode of ``model``; state-dict names are unchanged.
