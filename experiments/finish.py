@@ -14,6 +14,7 @@ from torch import nn
 from envs.journal import Journal
 from latency.cost import count_macs, count_params, predict_cost, size_bytes
 from latency.measure import measure_latency
+from latency.predict import LatencyModel
 from pruning.export import ExportError, export_onnx, save_compressed
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
@@ -23,6 +24,7 @@ from .config import AGENTS, RunConfig
 from .data import DataError
 from .figures import Plan
 from .interrupt import StopFlag
+from .measured_budget import kept_by_the_clock
 from .methods import MethodSearch, is_finalists
 from .outcome import DENSE, Latency, MethodOutcome, RunOutcome, budget_words
 from .problem import SearchProblem
@@ -121,6 +123,8 @@ def _finalists(
     found.append(Finalist(DENSE, CompressionPolicy({}), subject.model, tuned, None))
     for search in searches:
         policy = problem.policy(search)
+        if isinstance(problem.space.cost, LatencyModel):
+            policy = kept_by_the_clock(policy, folder.method(search.method), subject, problem.space, builder, display)
         same = next((other for other in found[1:] if other.policy.digest == policy.digest), None)
         if same:
             display.say(f"{search.method}: the same plan as {same.name}, so the same fine-tuned network")

@@ -103,13 +103,17 @@ class CompressionPolicy:
         """Kept share of each group named, in (0, 1]."""
         return {name: len(kept) / self.sizes[name] for name, kept in self.kept.items()}
 
-    def to_json(self) -> str:
-        """The policy as JSON text that `POLICY_SCHEMA` describes."""
+    def to_plain(self) -> dict[str, Any]:
+        """The policy as plain values that `POLICY_SCHEMA` describes."""
         groups = {name: {"size": self.sizes[name], "kept": list(kept)} for name, kept in self.kept.items()}
         plain: dict[str, Any] = {"format": "secateur-policy", "version": POLICY_VERSION, "groups": groups}
         if self.layers:
             plain["layers"] = {name: layer.to_plain() for name, layer in self.layers.items()}
-        return json.dumps(plain, indent=1)
+        return plain
+
+    def to_json(self) -> str:
+        """The same as JSON text."""
+        return json.dumps(self.to_plain(), indent=1)
 
     @staticmethod
     def from_json(text: str, where: str = "the policy") -> CompressionPolicy:
@@ -127,6 +131,11 @@ class CompressionPolicy:
         except json.JSONDecodeError as error:
             msg = f"{where} is not JSON (line {error.lineno}: {error.msg}); a policy is written by `secateur search`"
             raise PolicyError(msg) from error
+        return CompressionPolicy.from_plain(data, where)
+
+    @staticmethod
+    def from_plain(data: Any, where: str = "the policy") -> CompressionPolicy:
+        """Read what `to_plain` returned; `PolicyError` as `from_json`."""
         if not isinstance(data, dict) or data.get("format") != "secateur-policy":
             msg = f"{where} is not a compression policy: 'format' must be 'secateur-policy'"
             raise PolicyError(msg)
