@@ -150,13 +150,15 @@ def pareto_figure(plans: Sequence[Plan], outcome: RunOutcome) -> str:
 
 
 def latency_figure(rows: Sequence[MethodOutcome]) -> str:
-    """Measured time of one call, median and quartiles, a panel a runtime."""
+    """Measured time of one call, median and quartiles, a panel a runtime; a network that was not timed has no bar."""
     runtimes = [latency.runtime for latency in rows[0].latencies]
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.34 * len(rows) + 1.3), layout="constrained")
         panels = figure.subplots(1, len(runtimes), sharey=True, squeeze=False)[0]
         for axes, runtime in zip(panels, runtimes, strict=True):
-            times = [next(t for t in row.latencies if t.runtime == runtime) for row in rows]
+            places, times = zip(
+                *((y, t) for y, row in enumerate(rows) for t in row.latencies if t.runtime == runtime), strict=True
+            )
             median = np.array([t.median_ms for t in times])
             spread = np.array(
                 [
@@ -164,8 +166,8 @@ def latency_figure(rows: Sequence[MethodOutcome]) -> str:
                     [t.upper_quartile_ms - t.median_ms for t in times],
                 ]
             )
-            colours = [COLOURS.get(row.method, "#000000") for row in rows]
-            axes.barh(range(len(rows)), median, xerr=spread, color=colours, ecolor="#0f172a", height=0.68)
+            colours = [COLOURS.get(rows[y].method, "#000000") for y in places]
+            axes.barh(places, median, xerr=spread, color=colours, ecolor="#0f172a", height=0.68)
             axes.set_yticks(range(len(rows)), [row.method for row in rows])
             axes.grid(axis="y", visible=False)
             axes.set_xlabel("ms a call (median, quartiles)")
