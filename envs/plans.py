@@ -11,8 +11,12 @@ from .action import Ratios, SearchSpace
 
 
 def uniform(space: SearchSpace) -> Ratios:
-    """The same keep ratio in every group, shape ``(n,)``."""
-    return np.zeros(space.n)
+    """The same keep ratio in every group and the fewest bits in every layer, shape ``(n,)``."""
+    offsets = np.zeros(space.n)
+    for index, decision in enumerate(space.layers, start=len(space.groups)):
+        # Below every ratio that a shift can make of it: bits rise only where no unit and no weight fits any more.
+        offsets[index] = 0.0 if decision.choice == "density" else -1.0
+    return offsets
 
 
 def global_magnitude(space: SearchSpace) -> Ratios:

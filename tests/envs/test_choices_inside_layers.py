@@ -9,10 +9,10 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.action import SearchSpace, counts_of
+from envs.action import SearchSpace, counts_of, project
 from envs.layerwise_env import LayerwiseEnv
 from envs.network_env import NetworkEnv
-from envs.plans import global_magnitude
+from envs.plans import global_magnitude, uniform
 from graph_encoder.capture import capture
 from graph_encoder.features import NODE_FEATURES
 from graph_encoder.network import KINDS
@@ -129,6 +129,16 @@ def test_one_agent_action_a_decision_and_plans_differ_in_density() -> None:
     assert info["evaluation"].cost <= (space.limit or 0)
     ratios = dict(zip(space.names, info["kept_ratios"], strict=True))
     assert ratios[layers[-1].name] > ratios[layers[-2].name]
+
+
+def test_uniform_plan_has_the_fewest_bits_and_one_keep_ratio() -> None:
+    layers = layer_decisions(GRAPH, ["bits"])
+    space = SearchSpace.build(GRAPH, IMPORTANCE, Budget(kind="bytes", share=0.15), layers=layers, rounding=1)
+    ratios = project(uniform(space), space) / space.sizes
+
+    assert set(ratios[len(space.groups) :]) == {0.25}
+    # A unit more or less is the remainder of the budget.
+    assert np.ptp(ratios[: len(space.groups)]) <= 2 / min(space.sizes)
 
 
 def test_magnitude_leaves_choices_inside_layers_at_the_average() -> None:
