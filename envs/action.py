@@ -93,8 +93,8 @@ class SearchSpace:
             prior: keep-ratio offsets of the start plan, shape ``(n,)``; uniform if not given.
             channels: decide the channel groups; else they stay dense.
             layers: choices inside layers to decide beside them.
-            sparsity: pattern of the zeros where a density is below one; a block of output channels has to divide
-                what is left of the group that the layer writes, so rounding becomes a multiple of it.
+            sparsity: pattern of the zeros where a density is below one. A block has to divide the channels that a
+                sparse layer writes, the M of N:M those that it reads: groups keep counts that leave it so.
             rounding: units a group keeps are a multiple of this, for all groups or by name; by default 8 where a
                 group has 128 units or more, else 1.
             min_keep_ratio: least share of a group that stays; at least one unit always does.
@@ -111,15 +111,13 @@ class SearchSpace:
         """
         _check_options(graph, protected, min_keep_ratio, span)
         _check_layers(graph, layers)
-        groups = _decisions(graph, protect_first, protected) if channels else ()
+        groups = _decisions(graph, protect_first, protected, may_be_none=bool(layers)) if channels else ()
         if not groups and not layers:
             msg = "there is nothing to decide: neither channels nor a choice inside a layer; pass one of them"
             raise ValueError(msg)
-        block = LayerPolicy(sparsity).block
-        in_blocks = {decision.layer for decision in layers if decision.choice == "density"}
+        aligned = _aligned(graph, layers, sparsity)
         ladders = [
-            _ladder(group, rounding, min_keep_ratio, block if in_blocks & set(group.producers) else 1)
-            for group in groups
+            _ladder(group, rounding, min_keep_ratio, aligned.get(graph.group_index[group.name], ())) for group in groups
         ]
         ladders += [np.array(decision.levels, dtype=np.int64) for decision in layers]
         names = [group.name for group in groups]
@@ -143,6 +141,7 @@ class SearchSpace:
             sparsity=sparsity,
         )
         space._check_reachable()
+        space._check_seen()
         return space if prior is None else space.with_prior(prior)
 
     def with_prior(self, prior: ArrayLike) -> SearchSpace:
@@ -181,8 +180,25 @@ class SearchSpace:
 
     @cached_property
     def lowest_cost(self) -> int:
-        """Cost with every decision at its least."""
-        return self.cost(self.minimum)
+        """The lowest cost that a plan is known to have: for a counted cost, with every decision at its least."""
+        return self.cost(self.fastest)
+
+    @cached_property
+    def fastest(self) -> Counts:
+        """A plan of `lowest_cost`, shape ``(n,)``: by a table, from the least counts one decision at a time."""
+        counts = self.minimum.copy()
+        if not isinstance(self.cost, LatencyModel):
+            return counts
+        best, is_changed = self.cost(counts), True
+        while is_changed:
+            is_changed = False
+            for index, ladder in enumerate(self.ladders):
+                meter = self.cost.meter(counts)
+                costs = [meter.with_more(index, int(count - counts[index])) for count in ladder]
+                if min(costs) < best:
+                    best, is_changed = min(costs), True
+                    counts[index] = ladder[int(np.argmin(costs))]
+        return counts
 
     @cached_property
     def start(self) -> Counts:
@@ -230,6 +246,18 @@ class SearchSpace:
             msg = f"{what} holds {array[bad]} for decision '{self.names[bad]}'; every value must be finite"
             raise ValueError(msg)
         return array
+
+    def _check_seen(self) -> None:
+        """Refuse decisions that the cost does not depend on: nothing would ever be saved there."""
+        for index, decision in enumerate(self.layers, start=len(self.groups)):
+            counts = self.sizes.copy()
+            counts[index] = self.minimum[index]
+            if isinstance(self.cost, CostModel) and self.cost(counts) == self.cost(self.sizes):
+                msg = (
+                    f"{decision.name} changes nothing that {self.cost.kind} count; leave {decision.choice} out of what "
+                    "is decided, or take a budget of bytes (bits of weights) or bops (of weights and activations)"
+                )
+                raise ValueError(msg)
 
     def _check_reachable(self) -> None:
         if self.limit is None or self.lowest_cost <= self.limit:
@@ -284,10 +312,19 @@ def project(base: Ratios, space: SearchSpace) -> Counts:
     assert space.limit is not None
     shift = _largest_shift(base, space.limit, space)
     wanted = np.clip(base + shift, space.min_keep_ratio, 1) * space.sizes
+    counts = rounded_down(wanted, space)
+    if space.cost(counts) > space.limit:
+        # A table may know plans that keep more and take less: the least of all counts need not be the fastest.
+        counts = space.fastest
+    return fill(counts, wanted, space)
+
+
+def rounded_down(wanted: Ratios, space: SearchSpace) -> Counts:
+    """The largest counts of the ladders that are at most ``wanted``, else the least ones; shape ``(n,)``."""
     # A float error below its lowest rung must not take a decision to the last one, at -1.
     pairs = zip(space.ladders, wanted, strict=True)
     floored = [ladder[max(int(np.searchsorted(ladder, w, side="right")) - 1, 0)] for ladder, w in pairs]
-    return fill(np.array(floored, dtype=np.int64), wanted, space)
+    return np.array(floored, dtype=np.int64)
 
 
 def nearest(ratios: Ratios, space: SearchSpace) -> Counts:
@@ -314,16 +351,21 @@ def fill(counts: Counts, wanted: Ratios, space: SearchSpace) -> Counts:
         if above > now:
             heapq.heappush(queue, ((now - float(wanted[index])) / (above - now), index, above))
 
-    for index in range(space.n):
-        offer(index)
-    while queue:
-        _, index, above = heapq.heappop(queue)
-        units = above - filled[index]
-        # Cost never falls when another group grows, so a step that does not fit now never will: it is dropped.
-        if meter.with_more(index, units) <= space.limit:
-            meter.keep_more(index, units)
-            filled[index] = above
+    is_changed = True
+    while is_changed:
+        is_changed = False
+        for index in range(space.n):
             offer(index)
+        while queue:
+            _, index, above = heapq.heappop(queue)
+            units = above - filled[index]
+            # A counted cost never falls when another group grows, so a step that does not fit now never will.
+            if meter.with_more(index, units) <= space.limit:
+                meter.keep_more(index, units)
+                filled[index] = above
+                offer(index)
+                # A table may say that it falls: then what was dropped is offered again.
+                is_changed = isinstance(space.cost, LatencyModel)
     return np.array(filled, dtype=np.int64)
 
 
@@ -357,13 +399,15 @@ def _as_scores(importance: ArrayLike | Tensor) -> NDArray[np.float64]:
     return np.asarray(importance, dtype=np.float64)
 
 
-def _decisions(graph: NetworkGraph, protect_first: bool, protected: Collection[str]) -> tuple[ChannelGroup, ...]:
+def _decisions(
+    graph: NetworkGraph, protect_first: bool, protected: Collection[str], *, may_be_none: bool
+) -> tuple[ChannelGroup, ...]:
     first = next((operator.name for operator in graph.operators if operator.weight), "")
     left_dense = set(protected)
     if protect_first:
         left_dense |= {group.name for group in graph.groups if first in group.producers}
     groups = tuple(group for group in graph.prunable if group.name not in left_dense)
-    if not groups:
+    if not groups and not may_be_none:
         msg = (
             f"no channel group is left to decide: of {len(graph.groups)} groups {len(graph.prunable)} are prunable, "
             f"and these are protected: {sorted(left_dense)}; protect fewer, or see with `secateur check` why layers "
@@ -373,16 +417,42 @@ def _decisions(graph: NetworkGraph, protect_first: bool, protected: Collection[s
     return groups
 
 
-def _ladder(group: ChannelGroup, rounding: int | Mapping[str, int] | None, min_keep_ratio: float, block: int) -> Counts:
-    """Unit counts that a group may keep: multiples of its rounding and of ``block`` from its least, and everything."""
+def _aligned(graph: NetworkGraph, layers: Sequence[LayerDecision], sparsity: str) -> dict[int, list[tuple[int, int]]]:
+    """What a pattern asks of each group, by its index: pairs of channels a unit, and what must divide the channels.
+
+    A block has to divide the channels that a sparse layer writes, the M of N:M those that it reads. Each does so in the
+    dense network (`latency.decision.layer_decisions`), so what is removed of every group has to be divided too.
+    """
+    pattern = LayerPolicy(sparsity)
+    divisors = (pattern.block, pattern.n_of_m[1] if pattern.n_of_m else 1)
+    in_pattern = {f"{decision.layer}.weight" for decision in layers if decision.choice == "density"}
+    found: dict[int, list[tuple[int, int]]] = {}
+    for term in graph.param_terms:
+        if term.owner in in_pattern:
+            for dim, divisor in zip(term.dims, divisors, strict=False):
+                for group, channels in dim.per_unit if divisor > 1 else ():
+                    found.setdefault(group, []).append((channels, divisor))
+    return found
+
+
+def _ladder(
+    group: ChannelGroup,
+    rounding: int | Mapping[str, int] | None,
+    min_keep_ratio: float,
+    aligned: Sequence[tuple[int, int]],
+) -> Counts:
+    """Unit counts that a group may keep: multiples of its rounding from its least that suit patterns, and all."""
     default = WIDE_ROUNDING if group.size >= WIDE else 1
     step = rounding.get(group.name, default) if isinstance(rounding, Mapping) else (rounding or default)
     if step < 1:
         msg = f"rounding of group '{group.name}' is {step}; it must be at least 1 unit"
         raise ValueError(msg)
-    step = min(math.lcm(step, block), group.size)
+    step = min(step, group.size)
     least = max(1, math.ceil(min_keep_ratio * group.size - 1e-9))
-    return np.union1d(np.arange(-(-least // step) * step, group.size, step), [group.size]).astype(np.int64)
+    counts = np.arange(-(-least // step) * step, group.size, step)
+    for channels, divisor in aligned:
+        counts = counts[channels * (group.size - counts) % divisor == 0]
+    return np.union1d(counts, [group.size]).astype(np.int64)
 
 
 def _check_layers(graph: NetworkGraph, layers: Sequence[LayerDecision]) -> None:

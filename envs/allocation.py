@@ -37,10 +37,14 @@ def losses(space: SearchSpace, sensitivity: Sensitivity, floor: float) -> list[N
         counts_at = np.array(sorted(points))
         lost_at = np.maximum.accumulate(np.array([points[count] for count in counts_at])[::-1])[::-1]
         below = ladder[ladder < counts_at[0]]
-        # Below the lowest probe the line through it and the origin of no loss goes on.
-        slope = lost_at[0] / max(float(ladder[-1] - counts_at[0]), 1.0)
         lost = np.interp(ladder, counts_at, lost_at)
-        lost[: len(below)] += slope * (counts_at[0] - below)
+        if index >= len(space.groups) and space.layers[index - len(space.groups)].choice != "density":
+            # A bit less is a grid twice as coarse, and an error of four times the power.
+            lost[: len(below)] = np.minimum(lost_at[0] * 4.0 ** (counts_at[0] - below), 1.0)
+        else:
+            # Below the lowest probe the line through it and the origin of no loss goes on.
+            slope = lost_at[0] / max(float(ladder[-1] - counts_at[0]), 1.0)
+            lost[: len(below)] += slope * (counts_at[0] - below)
         found.append(lost)
     return found
 
@@ -95,12 +99,14 @@ def knapsack(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
     """
     limit = _limit(space, "the knapsack")
     ladders = [_thinned(ladder) for ladder in space.ladders]
+    # With nothing taken away; in bytes that is more than the dense network, which needs no places and scales.
+    full = space.cost(space.sizes)
     saved, price = [], []
     for index, ladder in enumerate(ladders):
         meter = space.cost.meter(space.sizes)
-        saved.append(np.array([space.cost.dense - meter.with_more(index, int(c - ladder[-1])) for c in ladder]))
+        saved.append(np.array([full - meter.with_more(index, int(c - ladder[-1])) for c in ladder]))
         price.append(np.interp(ladder, space.ladders[index], lost[index]))
-    low, high = float(space.cost.dense - limit), float(sum(s[0] for s in saved))
+    low, high = float(full - limit), float(sum(s[0] for s in saved))
     counts = np.array([ladder[0] for ladder in ladders], dtype=np.int64)
     # The truth lies between the savings added up and all of them: halve the interval until it is no wider than 1 %.
     asked = low

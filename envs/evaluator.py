@@ -19,6 +19,7 @@ from latency.cost import predict_cost
 from pruning.batch_norm import reestimate_batch_norm
 from pruning.policy import CompressionPolicy
 from pruning.quantize import quantize_layers
+from pruning.sparsity import apply_masks, sparse_weight
 from pruning.surgery import apply_policy
 
 from .action import SearchSpace, nearest
@@ -243,7 +244,10 @@ class CandidateEvaluator:
         if self._channels_last:
             candidate = candidate.to(memory_format=torch.channels_last)
         if self._reconstruct is not None:
+            masks = {name: sparse_weight(candidate, name)[0] != 0 for name in policy.sparse_layers}
             self._reconstruct(self.model, candidate, self.graph, policy, self._calibration)
+            # Least squares fits whole weights: what the plan made zero is zero again.
+            apply_masks(candidate, masks)
         if self._calibration:
             reestimate_batch_norm(candidate, self._calibration, autocast=self._autocast)
         if any(layer.is_quantized for layer in policy.layers.values()):

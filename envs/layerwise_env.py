@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from latency.predict import LatencyModel
+
 from .action import Counts, fill
 from .episode import CompressionEnv
 from .observation import Observation
@@ -76,7 +78,17 @@ class LayerwiseEnv(CompressionEnv):
         rungs = space.ladders[index]
         low, high = self.wall(index)
         inside = rungs[(rungs >= low) & (rungs <= high)]
+        if isinstance(space.cost, LatencyModel) and space.limit is not None:
+            inside = self._that_fit(index, inside)
         return int(inside[np.argmin(np.abs(inside - ratio * space.sizes[index]))])
+
+    def _that_fit(self, index: int, rungs: Counts) -> Counts:
+        """Those of ``rungs`` at which the later decisions at their least still fit; by a table, more may take less."""
+        counts = np.where(np.arange(self.space.n) > index, self.space.minimum, self._counts)
+        counts[index] = rungs[0]
+        meter, limit = self.space.cost.meter(counts), self.space.limit or 0
+        fitting = [rung for rung in rungs if meter.with_more(index, int(rung - rungs[0])) <= limit]
+        return np.array(fitting or rungs[:1], dtype=np.int64)
 
     def _largest_that_fits(self, index: int, others: Counts) -> int:
         """Most units that group ``index`` may keep beside ``others``; its least if none fits."""

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from .action import Ratios, SearchSpace
+from .action import Ratios, SearchSpace, rounded_down
 
 
 def uniform(space: SearchSpace) -> Ratios:
@@ -52,7 +52,7 @@ def global_magnitude(space: SearchSpace) -> Ratios:
     low, high = 0, len(thresholds)
     while low < high:
         middle = (low + high) // 2
-        if space.cost(np.rint(ratios(thresholds[middle]) * space.sizes).astype(np.int64)) <= space.limit:
+        if space.cost(rounded_down(ratios(thresholds[middle]) * space.sizes, space)) <= space.limit:
             high = middle
         else:
             low = middle + 1

@@ -10,7 +10,7 @@ import numpy as np
 from envs.action import decode
 from envs.evaluator import CandidateEvaluator
 from envs.journal import Journal
-from latency.cost import count_macs, count_params
+from latency.cost import count_macs, count_params, predict_cost
 from pruning.export import export_onnx, save_compressed
 from pruning.policy import CompressionPolicy
 
@@ -138,7 +138,10 @@ def _saved(subject: Subject, builder: CandidateEvaluator, policy: CompressionPol
         "dense_accuracy": evaluate(subject.model),
         "accuracy": evaluate(network),
         "dense_macs": subject.graph.macs,
-        "macs": count_macs(network, example),
+        # What zeros and bits save follows from the policy; no tensor is smaller for it.
+        "macs": predict_cost(subject.graph, policy) if policy.layers else count_macs(network, example),
         "dense_params": subject.graph.params,
-        "params": count_params(network),
+        "params": predict_cost(subject.graph, policy, "params") if policy.layers else count_params(network),
+        "dense_bytes": predict_cost(subject.graph, CompressionPolicy(), "bytes"),
+        "bytes": predict_cost(subject.graph, policy, "bytes"),
     }

@@ -207,6 +207,7 @@ def compress(
             calibration,
             importance or criterion,
             budget=f"{space.limit} {space.cost.kind}",
+            table=table.digest if table else None,
             environment=environment,
             start=start,
             decide=list(decide),

@@ -202,7 +202,8 @@ def _export_onnx(subject: Subject, finalist: Finalist, path: Path, display: RunD
 
 def _row(subject: Subject, problem: SearchProblem, finalist: Finalist) -> MethodOutcome:
     evaluate, search = subject.evaluate_on_validation(), finalist.search
-    policy, graph, inside = finalist.policy, subject.graph, bool(problem.space.layers)
+    policy, graph = finalist.policy, subject.graph
+    inside = bool(problem.space.layers) or problem.space.cost.kind == "bytes"
     row = MethodOutcome(
         method=finalist.name,
         validation_accuracy=evaluate(finalist.network),
@@ -224,6 +225,7 @@ def _row(subject: Subject, problem: SearchProblem, finalist: Finalist) -> Method
             "seconds_evaluating": search.seconds_evaluating,
             "search_accuracy": search.search_accuracy,
             "keep_ratios": problem.space.keep_ratios(policy),
+            "cost": problem.space.cost_of(policy),
         }
     )
 

@@ -69,11 +69,13 @@ class MethodOutcome(_Record):
     tuned_test_accuracy: float | None = None
     """The same after fine-tuning."""
     macs: int
-    """Multiply-adds of one image, counted on the network that was built."""
+    """Multiply-adds of one image with a weight that is not zero."""
     params: int
-    """Parameters of the network that was built."""
+    """Parameters that are not zero."""
     size_bytes: int
-    """Bytes of its parameters and buffers."""
+    """Bytes of its parameters and buffers; where zeros, bits or bytes are decided, those that parameters are stored in."""
+    cost: int = 0
+    """What the plan costs, in the budget's kind; 0 for the dense network."""
     keep_ratios: dict[str, float] = {}
     """What each decision left, in the network's order: share of channels by group, of weights and bits by layer."""
     latencies: tuple[Latency, ...] = ()
@@ -152,7 +154,9 @@ def budget_words(budget: Budget | None) -> str:
 def headings(outcome: RunOutcome) -> list[str]:
     """Headings of the table's columns."""
     accuracies = [f"{outcome.split} accuracy", f"{outcome.split}, fine-tuned"]
-    return ["method", *accuracies, "MACs", "params", "bytes", "eager ms", "onnx ms", "evaluations", "seconds"]
+    # The other kinds of budget have a column of their own anyway.
+    budget = {"bops": ["bit operations"], "latency": ["latency by the table"]}.get(outcome.budget_kind, [])
+    return ["method", *accuracies, *budget, "MACs", "params", "bytes", "eager ms", "onnx ms", "evaluations", "seconds"]
 
 
 def table_cells(outcome: RunOutcome) -> list[list[str]]:
@@ -163,6 +167,7 @@ def table_cells(outcome: RunOutcome) -> list[list[str]]:
             row.method,
             percent(row.test_accuracy if outcome.n_test else row.validation_accuracy),
             percent(row.tuned_test_accuracy if outcome.n_test else row.tuned_validation_accuracy),
+            *_cost(row, outcome),
             _with_share(row.macs, dense.macs),
             _with_share(row.params, dense.params),
             f"{amount(row.size_bytes)}B",
@@ -236,6 +241,15 @@ def significant(value: float, digits: int) -> str:
     """A positive number rounded to so many significant digits, without an exponent."""
     decimals = digits - 1 - math.floor(math.log10(value))
     return f"{round(value, decimals):.{max(0, decimals)}f}"
+
+
+def _cost(row: MethodOutcome, outcome: RunOutcome) -> list[str]:
+    """What the budget counts, where no other column shows it."""
+    if outcome.budget_kind not in ("bops", "latency"):
+        return []
+    cost = row.cost or outcome.dense_cost
+    words = in_words(cost, "latency") if outcome.budget_kind == "latency" else amount(cost)
+    return [words if cost == outcome.dense_cost else f"{words} ({cost / outcome.dense_cost:.1%})"]
 
 
 def _time(row: MethodOutcome, runtime: str) -> str:

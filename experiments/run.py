@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from latency.table import LatencyTable
 from pruning.files import write_atomic
 
 from .config import RunConfig, load_config
@@ -81,8 +82,14 @@ class RunFolder:
 
     @property
     def config(self) -> RunConfig:
-        """The configuration that the run was started with."""
-        return load_config(self.config_file)
+        """The configuration that the run was started with; its latency table is the run's own copy."""
+        kept = {"latency.table": str(self.table_file)} if self.table_file.exists() else None
+        return load_config(self.config_file, kept)
+
+    @property
+    def table_file(self) -> Path:
+        """The latency table, where latency is the budget."""
+        return self.root / "latency.json"
 
     @property
     def machine(self) -> Machine:
@@ -127,12 +134,16 @@ class RunFolder:
 
         Raises:
             RunError: if something is there already.
+            TableError: if the latency table cannot be read.
         """
         refuse_existing(root)
         root.mkdir(parents=True, exist_ok=True)
         folder = cls(root)
         write_atomic(folder.machine_file, machine.model_dump_json(indent=2).encode())
         write_atomic(root / "command.txt", shlex.join(command).encode())
+        if config.latency.table is not None:
+            # The run goes on with the times that it began with, whatever becomes of the table.
+            write_atomic(folder.table_file, LatencyTable.load(config.latency.table).to_json().encode())
         write_atomic(folder.config_file, config.to_yaml().encode())
         return folder
 

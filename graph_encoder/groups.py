@@ -42,19 +42,20 @@ class _Roots:
 
     def __init__(self, classes: LabelClasses) -> None:
         self._classes = classes
-        self._known: dict[LabelKey, IntArray] = {}
+        self._known: dict[LabelKey, tuple[Tensor, IntArray]] = {}
 
     @staticmethod
     def key(labels: Tensor) -> LabelKey:
-        """Equal for the same elements of the same memory; the record keeps all of them alive."""
+        """Equal for the same elements of the same memory, as long as that is alive."""
         return labels.data_ptr(), labels.shape, labels.stride()
 
     def of(self, labels: Tensor) -> IntArray:
         """The representatives, flattened."""
         key = self.key(labels)
         if key not in self._known:
-            self._known[key] = self._classes.find(labels.reshape(-1).numpy())
-        return self._known[key]
+            # With the labels, lest another array come to lie at the address of one that is gone.
+            self._known[key] = labels, self._classes.find(labels.reshape(-1).numpy())
+        return self._known[key][1]
 
 
 def _bind_loose_parameters(record: Record) -> None:
@@ -163,7 +164,7 @@ class _Places:
     def held(self, held: Held) -> HeldNumber | None:
         """The number as a count of units, or None if the dimension it stands for never shrinks."""
         rows = held.labels.flatten(1) if held.labels.dim() > 1 else held.labels[:, None]
-        roots = self._roots.of(rows).reshape(rows.shape)
+        roots = self._roots.of(held.labels).reshape(rows.shape)
         # A dimension whose positions hold several classes does not shrink: another one does.
         if (roots != roots[:, :1]).any():
             return None

@@ -53,6 +53,7 @@ class Operator:
         params: elements of the weight and the bias.
         weight: qualified name of the weight parameter, empty for a join.
         norm: qualified name of the batch norm that reads this operator's output directly, empty if none.
+        layer_type: class name of the torch.nn layer whose ``weight`` this is, and no other layer's; else empty.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Operator:
     params: int = 0
     weight: str = ""
     norm: str = ""
+    layer_type: str = ""
 
 
 @dataclass(frozen=True)

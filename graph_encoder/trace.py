@@ -95,6 +95,7 @@ class LabelPass(TorchDispatchMode):
         self.record = Record()
         self.with_labels = with_labels
         self._names: dict[int, str] = {}
+        self._holders: dict[int, int] = {}
         self._fixed: dict[str, str] = {}
         self._module_names: dict[int, str] = {}
         self._modules = dict(model.named_modules())
@@ -107,6 +108,7 @@ class LabelPass(TorchDispatchMode):
             for own, tensor in (*module._parameters.items(), *module._buffers.items()):
                 full_name = f"{name}.{own}" if name else own
                 self._names.setdefault(id(tensor), full_name)
+                self._holders[id(tensor)] = self._holders.get(id(tensor), 0) + 1
                 if holder:
                     self._fixed[full_name] = holder
         self._stack: list[str] = []
@@ -320,7 +322,7 @@ class LabelPass(TorchDispatchMode):
         macs = factor * math.prod(len(d) if isinstance(d, Tensor) else d for d in dims)
         params = weight.numel() + (bias.numel() if bias is not None else 0)
         index = self._add_operator(
-            name, kind, call.sources, macs=macs, params=params, weight=weight_name,
+            name, kind, call.sources, macs=macs, params=params, weight=weight_name, layer_type=self._layer_type(weight),
             out_size=_out_size(tuple(call.outputs[0].shape)), **values,
         )  # fmt: skip
         unique = self.record.operators[index].name
@@ -353,6 +355,12 @@ class LabelPass(TorchDispatchMode):
             name, kind, call.sources, in_channels=widest, out_channels=_channels(size), out_size=_out_size(size)
         )
         return frozenset({index})
+
+    def _layer_type(self, weight: Tensor) -> str:
+        holder, _, own = (self.name_of(weight) or "").rpartition(".")
+        if not holder or own != "weight" or self._holders[id(weight)] > 1:
+            return ""
+        return type(self._modules[holder]).__name__
 
     def note_norm(self, call: Call, x: Tensor, weight: Tensor | None) -> None:
         """Name the batch norm on the weighted operator whose output it reads."""

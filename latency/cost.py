@@ -245,11 +245,15 @@ def _terms(graph: NetworkGraph, kind: CountedKind, layers: Sequence[LayerDecisio
 
 
 def _overhead(graph: NetworkGraph, layers: Sequence[LayerDecision], sparsity: str) -> Iterator[Term]:
-    """Bytes beside the values, as terms like those of `_terms`: places of weights among zeros, scales of integers."""
+    """Bytes beside the values, as terms like those of `_terms`: places of weights among zeros, scales of integers.
+
+    And a byte for each decision, since every tensor is stored in whole ones.
+    """
     pattern, bit = LayerPolicy(sparsity), FULL_DENSITY
     by_tensor = {term.owner: term for term in graph.param_terms}
     for place, decision in enumerate(layers):
         term = by_tensor[f"{decision.layer}.weight"]
+        yield Term(term.owner, BITS_PER_BYTE * bit, ())
         if decision.choice == "density":
             share = LinearDim(FULL_DENSITY, ((len(graph.groups) + place, 1),))
             if pattern.n_of_m:

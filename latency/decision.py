@@ -16,7 +16,8 @@ FULL_DENSITY = 100
 """Densities are whole percents."""
 DENSITIES = (5, 10, 15, 20, 25, 30, 35, 40, 50, 60, 70, 80, FULL_DENSITY)
 EIGHT_BITS = 8
-_DECIDABLE = ("conv", "depthwise_conv", "linear")
+_DECIDABLE = ("Conv1d", "Conv2d", "Conv3d", "Linear")
+"""Layers of torch.nn whose weights can be sparse and quantized."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ def layer_decisions(
 ) -> tuple[LayerDecision, ...]:
     """The choices that the layers of a network offer, layer by layer in the network's order.
 
-    The last layer stays dense, as does the first unless asked for, and a layer whose channels the pattern does not
-    divide. Neither the first nor the last layer is offered fewer than 8 bits (Wang et al. 2019, HAQ, section 4).
+    Only layers of torch.nn whose weight is theirs alone offer any. The last one stays dense, as does the first unless
+    asked for, and one whose channels the pattern does not divide. Neither the first nor the last layer is offered fewer than 8 bits (Wang et al. 2019, HAQ, section 4).
 
     Args:
         graph: captured network.
@@ -95,7 +96,7 @@ def layer_decisions(
     if pattern.n_of_m:
         n, m = pattern.n_of_m
         densities = sorted({-(-FULL_DENSITY * n // m), FULL_DENSITY})
-    operators = {layer_of(o.weight): o for o in reversed(graph.operators) if o.kind in _DECIDABLE}
+    operators = {layer_of(o.weight): o for o in reversed(graph.operators) if o.layer_type in _DECIDABLE}
     layers = [name for name in weighted_layers(graph) if name in operators]
     found = []
     for layer in layers:
@@ -111,10 +112,11 @@ def layer_decisions(
 
 
 def _divides(pattern: LayerPolicy, operator: Operator) -> bool:
-    """Whether blocks and the M of N:M lie within the channels of a convolution group, as a policy demands."""
+    """Whether blocks divide the channels that a layer writes, and the M of N:M those that it reads."""
     n_of_m = pattern.n_of_m or (1, 1)
-    rows, columns = operator.out_channels // operator.groups, operator.in_channels // operator.groups
-    return operator.kind != "depthwise_conv" and rows % pattern.block == 0 and columns % n_of_m[1] == 0
+    if operator.groups > 1:
+        return operator.kind != "depthwise_conv" and pattern.block == n_of_m[1] == 1
+    return operator.out_channels % pattern.block == 0 and operator.in_channels % n_of_m[1] == 0
 
 
 def layer_policies(

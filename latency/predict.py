@@ -243,10 +243,10 @@ def _check_decisions(layers: Sequence[LayerDecision]) -> None:
                 "with neither; put bits in search.decide in its place"
             )
             raise LatencyError(msg)
-        if simulated := [bits for bits in decision.levels if bits < EIGHT_BITS]:
+        if untimed := [bits for bits in decision.levels if bits not in (EIGHT_BITS, FULL_BITS)]:
             msg = (
-                f"{decision.name} may be {simulated[0]} bits, which no runtime computes with: they are simulated, and "
-                "take no less time; keep to 8 and 32, or take a budget of bytes or bops"
+                f"{decision.name} may be {untimed[0]} bits, which no table times: below 8 they are simulated, and take "
+                "no less time; keep to 8 and 32, or take a budget of bytes or bops"
             )
             raise LatencyError(msg)
 

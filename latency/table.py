@@ -376,6 +376,15 @@ class LatencyTable:
 
     def save(self, path: Path) -> None:
         """Write the table as JSON, in one step; `FileWriteError` if that cannot be done."""
+        write_atomic(path, self.to_json().encode())
+
+    @property
+    def digest(self) -> str:
+        """Hash of all that it holds."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The table as JSON text that `load` reads from a file."""
         content = {
             "format_version": FORMAT_VERSION,
             "fingerprint": asdict(self.fingerprint),
@@ -395,7 +404,7 @@ class LatencyTable:
                 for key, c in sorted(self.calibrations.items())
             },
         }
-        write_atomic(path, (json.dumps(content) + "\n").encode())
+        return json.dumps(content) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> LatencyTable:

@@ -44,7 +44,7 @@ def _weight_bytes(term: Term, removed: Mapping[int, int], layer: LayerPolicy) ->
     n_weights, n_out = term.value(removed), term.dims[0].size(removed)
     bits = n_weights * layer.weight_bits
     if layer.is_sparse:
-        n_kept = math.ceil(n_weights * layer.density)
+        n_kept = max(1, math.floor(n_weights * layer.density + 1e-9))
         bits = min(bits, n_kept * layer.weight_bits + _place_bits(n_weights, n_kept, layer))
     total = math.ceil(bits / 8)
     if layer.weight_bits <= 8:

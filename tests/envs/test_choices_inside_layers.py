@@ -13,13 +13,17 @@ from envs.action import SearchSpace, counts_of, project
 from envs.layerwise_env import LayerwiseEnv
 from envs.network_env import NetworkEnv
 from envs.plans import global_magnitude, uniform
+from experiments.problem import least_squares
 from graph_encoder.capture import capture
 from graph_encoder.features import NODE_FEATURES
 from graph_encoder.network import KINDS
 from latency.budget import Budget
 from latency.cost import CostKind, predict_cost
-from latency.decision import LayerDecision, layer_decisions
+from latency.decision import LayerChoice, LayerDecision, layer_decisions
+from pruning.nonzeros import nonzero_macs
 from pruning.quantize import quantized_layers
+from pruning.stored_size import parameter_bytes
+from pruning.surgery import apply_policy
 
 from .conftest import SmallNetwork, images, l1_importance, make_evaluator
 
@@ -28,8 +32,17 @@ GRAPH = capture(MODEL, images())
 IMPORTANCE = l1_importance(MODEL, GRAPH)
 
 
+SEEN: dict[CostKind, list[LayerChoice]] = {
+    "macs": ["density"],
+    "params": ["density"],
+    "bytes": ["density", "weight_bits"],
+    "bops": ["density", "weight_bits", "act_bits"],
+}
+"""What each cost depends on."""
+
+
 def mixed_space(kind: CostKind, share: float, sparsity: str = "unstructured", **options: object) -> SearchSpace:
-    layers = layer_decisions(GRAPH, ["density", "weight_bits", "act_bits"], sparsity=sparsity, bits=(2, 4, 8, 32))
+    layers = layer_decisions(GRAPH, options.pop("choices", SEEN[kind]), sparsity=sparsity, bits=(2, 4, 8, 32))  # type: ignore[arg-type]
     budget = Budget(kind=kind, share=share)
     return SearchSpace.build(GRAPH, IMPORTANCE, budget, layers=layers, sparsity=sparsity, **options)  # type: ignore[arg-type]
 
@@ -47,10 +60,15 @@ def test_every_mixed_plan_meets_the_budget_as_its_policy_costs(
     space = mixed_space(kind, share, sparsity)
     counts = counts_of(np.random.default_rng(seed).uniform(-1, 1, space.n), space)
 
-    predicted = predict_cost(GRAPH, space.policy(counts), kind)
+    policy = space.policy(counts)
+    predicted = predict_cost(GRAPH, policy, kind)
     assert predicted <= space.cost(counts) <= (space.limit or 0)
     # Places and scales of layers that could have some are counted where they have none.
     assert predicted >= (0.8 if kind == "bytes" else 1) * space.cost(counts)
+    # Carried out, a pattern that does not fit is refused, and what is left is no more than was counted.
+    built = apply_policy(MODEL, GRAPH, policy)
+    if kind == "macs":
+        assert nonzero_macs(built, capture(built, images())) <= predicted
     for index, ladder in enumerate(space.ladders):
         assert counts[index] in ladder
         if counts[index] < ladder[-1]:
@@ -59,15 +77,73 @@ def test_every_mixed_plan_meets_the_budget_as_its_policy_costs(
             assert space.cost(more) > (space.limit or 0)
 
 
-def test_blocks_divide_what_is_left_of_every_group_that_a_sparse_layer_writes() -> None:
-    space = mixed_space("macs", 0.3, "block8")
-    sparse = {decision.layer for decision in space.layers if decision.choice == "density"}
+@pytest.mark.parametrize("choices", [["density"], ["weight_bits"], ["density", "weight_bits"]])
+def test_bytes_of_a_policy_never_exceed_the_budget(choices: list[LayerChoice]) -> None:
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        space = mixed_space("bytes", rng.uniform(0.3, 0.9), rounding=1, choices=choices)
+        policy = space.policy(counts_of(rng.uniform(-1, 1, space.n), space))
+        assert sum(parameter_bytes(GRAPH, policy).values()) <= (space.limit or 0)
+
+
+@pytest.mark.parametrize(("sparsity", "divisor"), [("block8", 8), ("2:4", 4)])
+def test_patterns_divide_what_is_left_of_groups_that_sparse_layers_write_and_read(sparsity: str, divisor: int) -> None:
+    space = mixed_space("macs", 0.4, sparsity, rounding=1)
+    sparse = {decision.layer for decision in space.layers}
+    seen = set()
     for seed in range(20):
         counts = counts_of(np.random.default_rng(seed).uniform(-1, 1, space.n), space)
         for group, count in zip(space.groups, counts.tolist(), strict=False):
-            assert count % 8 == 0 or not sparse & set(group.producers)
-        # Building it is the proof: a pattern that does not fit is refused there.
+            bound = group.producers if sparsity == "block8" else group.consumers
+            assert count % divisor == 0 or not sparse & set(bound)
+        seen.add(tuple(counts))
         make_evaluator(MODEL, space).build(space.policy(counts))
+    assert len(seen) > 5
+
+
+def test_reconstruction_leaves_zeros_zero() -> None:
+    space = mixed_space("macs", 0.6)
+    policy = space.policy(project(np.full(space.n, 0.0), space))
+
+    candidate = make_evaluator(MODEL, space, reconstruct=least_squares(0)).build(policy)
+
+    plain = apply_policy(MODEL, GRAPH, policy)
+    assert nonzero_macs(candidate, capture(candidate, images())) <= nonzero_macs(plain, capture(plain, images()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice", "message"),
+    [
+        ("macs", "weight_bits", "conv1:weight_bits changes nothing that macs count; leave weight_bits out of what is "),
+        (
+            "bytes",
+            "act_bits",
+            "conv1:act_bits changes nothing that bytes count; leave act_bits out of what is decided, ",
+        ),
+    ],
+)
+def test_a_decision_that_the_budget_does_not_see_is_refused(kind: CostKind, choice: LayerChoice, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        mixed_space(kind, 0.5, choices=[choice])
+
+
+def test_layers_whose_weight_is_shared_or_is_no_layers_decide_nothing() -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Linear(8, 8)
+            self.twin = torch.nn.Linear(8, 8)
+            self.twin.weight = self.first.weight
+            self.own = torch.nn.Parameter(torch.randn(8, 8))
+            self.plain = torch.nn.Linear(8, 8)
+            self.head = torch.nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.plain(torch.nn.functional.linear(self.twin(self.first(x)), self.own)))
+
+    found = layer_decisions(capture(Odd(), torch.zeros(2, 8)), ["bits"])
+
+    assert [decision.layer for decision in found] == ["plain", "head"]
 
 
 def test_zeros_of_the_candidate_are_those_of_the_plan() -> None:

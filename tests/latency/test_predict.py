@@ -145,7 +145,7 @@ def test_meter_and_bound_hold_for_channels_and_bits_together(mixed: LatencyModel
         ),
         (
             LayerDecision("inner", "bits", (4, 8, 32)),
-            "inner:bits may be 4 bits, which no runtime computes with: they are simulated, and take no less time; keep "
+            "inner:bits may be 4 bits, which no table times: below 8 they are simulated, and take no less time; keep "
             "to 8 and 32, or take a budget of bytes or bops",
         ),
     ],
