@@ -78,7 +78,8 @@ def layer_decisions(
     """The choices that the layers of a network offer, layer by layer in the network's order.
 
     Only layers of torch.nn whose weight is theirs alone offer any. The last one stays dense, as does the first unless
-    asked for, and one whose channels the pattern does not divide. Neither the first nor the last layer is offered fewer than 8 bits (Wang et al. 2019, HAQ, section 4).
+    asked for, and one whose channels the pattern does not divide. Neither the first nor the last layer is offered
+    fewer than 8 bits (Wang et al. 2019, HAQ, section 4).
 
     Args:
         graph: captured network.
