@@ -73,7 +73,7 @@ class MethodOutcome(_Record):
     params: int
     """Parameters that are not zero."""
     size_bytes: int
-    """Bytes of its parameters and buffers; with zeros, bits or a budget of bytes, those that parameters are stored in."""
+    """Bytes of parameters and buffers; with zeros, bits or a budget of bytes, what the parameters are stored in."""
     cost: int = 0
     """What the plan costs, in the budget's kind; 0 for the dense network."""
     keep_ratios: dict[str, float] = {}
