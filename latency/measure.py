@@ -177,7 +177,7 @@ def measure(
     cpus: Sequence[int] | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> LatencyReport:
-    """Time every variant, one call of each in turn, ``n_runs`` rounds.
+    """Time every variant, one call of each of a runtime's in turn, ``n_runs`` rounds, one runtime after the other.
 
     Taking turns makes the networks share whatever else the machine does, so that their ratios can be trusted where
     the times themselves drift. The report holds medians and quartiles, not means: one context switch moves a mean
@@ -205,13 +205,16 @@ def measure(
     threads = threads or torch.get_num_threads()
     runtimes = {name: find_runtime(name) for name in dict.fromkeys(variant.runtime for variant in variants)}
     with _affinity(cpus), torch_threads(threads), torch.inference_mode():
-        timers = [_timer(runtimes[v.runtime], v.artifact, values, threads, stopwatch) for v in variants]
-        elapsed, waited = interleave(timers, n_runs, n_warmup)
+        timed: dict[int, LatencyEntry] = {}
+        for name, runtime in runtimes.items():
+            # One runtime at a time: the idle threads of another one would spin on the processors that this one needs.
+            places = [place for place, variant in enumerate(variants) if variant.runtime == name]
+            timers = [_timer(runtime, variants[place].artifact, values, threads, stopwatch) for place in places]
+            elapsed, waited = interleave(timers, n_runs, n_warmup)
+            for place, own, waits in zip(places, elapsed, waited, strict=True):
+                timed[place] = summarise(variants[place].model, name, own, waits, threads)
         allowed = tuple(allowed_cpus())
-    entries = tuple(
-        summarise(variant.model, variant.runtime, own, waits, threads)
-        for variant, own, waits in zip(variants, elapsed, waited, strict=True)
-    )
+    entries = tuple(timed[place] for place in range(len(variants)))
     versions = {name: runtime.version() for name, runtime in runtimes.items()}
     return LatencyReport(entries, len(values[0]), threads, cpu_name(), allowed, versions)
 
