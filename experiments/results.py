@@ -130,8 +130,9 @@ class Sitting:
         common = {
             "model.weights": str(self.models / f"{cell.options['model.name']}-cifar10.safetensors"),
             "data.source": str(self.data),
+            # What is applied is chosen already: it is scored on the test images, and the others are not looked at.
             "data.validation": {"folder": "test", "list_file": str(odd if cell.plan else even)},
-            "data.test": {"folder": "test", "list_file": str(odd)},
+            "data.test": {"folder": "test", "list_file": str(even if cell.plan else odd)},
             "budget": "50%",
             "search.rounding": 1,
             "search.evaluations": EVALUATIONS,
