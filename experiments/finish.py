@@ -194,8 +194,11 @@ def _export_onnx(subject: Subject, finalist: Finalist, path: Path, display: RunD
         display.say(f"warning: {finalist.name} is not written as ONNX: {error}")
     else:
         if integers is not None:
+            n_more = max(0, integers.fused_layers - integers.layers)
+            others = f" (and {n_more} more, which the runtime quantizes by itself)" if n_more else ""
             display.say(
-                f"{finalist.name} as ONNX: {integers.fused_layers} of {integers.layers} 8-bit layers run in integers; "
+                f"{finalist.name} as ONNX: {integers.fused_layers - n_more} of {integers.layers} 8-bit layers run in "
+                f"integers{others}; "
                 f"the same class as in PyTorch for {integers.agreement:.1%} of {integers.images} images"
             )
 

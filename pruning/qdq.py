@@ -44,7 +44,8 @@ class IntegerReport:
 
     Attributes:
         layers: layers that were to run in integers.
-        fused_layers: of these, those for which the runtime has an integer kernel in its optimised graph.
+        fused_layers: layers for which the runtime has an integer kernel in its optimised graph. They can be more than
+            ``layers``: ONNX Runtime quantizes the weight of a float layer that stands between two integer tensors.
         kernels: integer kernels in that graph, by operator (``QLinearAdd`` and so on too).
         conversions: QuantizeLinear and DequantizeLinear that are left in it.
         error: root mean square of the difference to PyTorch's simulation on the given images, relative to that of the
