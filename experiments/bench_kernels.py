@@ -154,10 +154,17 @@ def dense_sides(layer: Layer, x: Tensor, threads: int, with_compile: bool) -> di
     conv = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel, layer.stride, padding).eval()
     last = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel, layer.stride, padding).eval()
     last = last.to(memory_format=torch.channels_last)
-    x_last = x.contiguous(memory_format=torch.channels_last)
-    session, feed = onnx_session(conv, x, threads), {"x": x.numpy()}
+    session = onnx_session(conv, x, threads)
+    return _sides(conv, last, x, session, with_compile)
+
+
+def _sides(
+    model: nn.Module, last: nn.Module, x: Tensor, session: onnxruntime.InferenceSession, with_compile: bool
+) -> dict[str, Callable[[], object]]:
+    """Calls of every dense side: ``model``, its channels-last copy ``last``, the session, and maybe a compiled one."""
+    x_last, feed = x.contiguous(memory_format=torch.channels_last), {session.get_inputs()[0].name: x.numpy()}
     sides: dict[str, Callable[[], object]] = {
-        "eager": lambda: conv(x),
+        "eager": lambda: model(x),
         "eager, channels last": lambda: last(x_last),
         "ONNX Runtime": lambda: session.run(None, feed),
     }
@@ -365,22 +372,11 @@ def dense_network_sides(
 ) -> dict[str, Callable[[], object]]:
     """The same dense network in every runtime."""
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    x_last = x.contiguous(memory_format=torch.channels_last)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
         export_onnx(model, x, path)
         session = onnxruntime.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    sides: dict[str, Callable[[], object]] = {
-        "eager": lambda: model(x),
-        "eager, channels last": lambda: last(x_last),
-        "ONNX Runtime": lambda: session.run(None, feed),
-    }
-    if with_compile:
-        torch.compiler.reset()
-        compiled = torch.compile(last)
-        sides["torch.compile"] = lambda: compiled(x_last)
-    return sides
+    return _sides(model, last, x, session, with_compile)
 
 
 def require_library() -> Library:

@@ -125,6 +125,8 @@ def _finalists(
         policy = problem.policy(search)
         if isinstance(problem.space.cost, LatencyModel):
             policy = kept_by_the_clock(policy, folder.method(search.method), subject, problem.space, builder, display)
+            # What is handed on to others is the plan of the network that is handed on.
+            policy.save(folder.method(search.method).policy_file)
         same = next((other for other in found[1:] if other.policy.digest == policy.digest), None)
         if same:
             display.say(f"{search.method}: the same plan as {same.name}, so the same fine-tuned network")

@@ -130,10 +130,6 @@ class LatencyReport:
         msg = f"'{model}' was not measured on '{runtime}'; measured: {[(e.model, e.runtime) for e in self.entries]}"
         raise KeyError(msg)
 
-    def speedup(self, model: str, baseline: str, runtime: str = PYTORCH) -> float:
-        """How many times faster ``model`` is than ``baseline`` on the same runtime, by medians."""
-        return self.entry(baseline, runtime).median_ms / self.entry(model, runtime).median_ms
-
     def compare(self, model: str, baseline: str, runtime: str = PYTORCH) -> Comparison:
         """Whether ``model`` is faster than ``baseline`` on the same runtime; see `compare`."""
         return compare(self.entry(model, runtime).times_ms, self.entry(baseline, runtime).times_ms)

@@ -1,17 +1,12 @@
-"""What zeros save on paper: the weights and multiply-adds that are left, and the bytes that hold them."""
+"""What zeros save on paper: the weights and multiply-adds that are left, counted on a network as built."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from graph_encoder.network import NetworkGraph
-
-from .layer_policy import LayerPolicy
-from .sparsity import sparse_weight
 
 
 @dataclass(frozen=True)
@@ -76,42 +71,3 @@ def nonzero_macs(model: nn.Module, graph: NetworkGraph) -> int:
     """
     unweighted = sum(operator.macs for operator in graph.operators if not operator.weight)
     return unweighted + sum(count.nonzero_macs for count in count_nonzeros(model, graph).values())
-
-
-def pattern_bits(shape: torch.Size, layer: LayerPolicy) -> int:
-    """Bits that say where the kept weights of a layer are: one for each place that the pattern leaves open.
-
-    N:M needs the index of each kept weight among its M, or a bit for each of the M, whichever is less.
-
-    Args:
-        shape: of the weight.
-        layer: its pattern, which fits it.
-    """
-    if not layer.is_sparse:
-        return 0
-    if layer.n_of_m is not None:
-        n, m = layer.n_of_m
-        return shape.numel() // m * min(m, n * (m - 1).bit_length())
-    return shape.numel() // layer.block
-
-
-def sparse_bytes(model: nn.Module, layers: Mapping[str, LayerPolicy]) -> int:
-    """Bytes of all parameters and buffers at their present types, sparse weights without their zeros.
-
-    Args:
-        model: the network as built; shared tensors count once.
-        layers: patterns by layer name; `pattern_bits` are added for each. Bits of values are not looked at.
-    """
-    patterns: dict[int, LayerPolicy] = {}
-    for name, layer in layers.items():
-        if layer.is_sparse:
-            patterns[id(sparse_weight(model, name)[0])] = layer
-    total = 0
-    for tensor in [*model.parameters(), *model.buffers()]:
-        pattern = patterns.get(id(tensor))
-        if pattern is None:
-            total += tensor.numel() * tensor.element_size()
-        else:
-            values = int(tensor.count_nonzero()) * tensor.element_size()
-            total += values + -(-pattern_bits(tensor.shape, pattern) // 8)
-    return total

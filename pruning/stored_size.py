@@ -45,7 +45,7 @@ def _weight_bytes(term: Term, removed: Mapping[int, int], layer: LayerPolicy) ->
     bits = n_weights * layer.weight_bits
     if layer.is_sparse:
         n_kept = max(1, math.floor(n_weights * layer.density + 1e-9))
-        bits = min(bits, n_kept * layer.weight_bits + _place_bits(n_weights, n_kept, layer))
+        bits = min(bits, n_kept * layer.weight_bits + _place_bits(n_weights, layer))
     total = math.ceil(bits / 8)
     if layer.weight_bits <= 8:
         shared = layer.quantizer == "kmeans"
@@ -55,9 +55,11 @@ def _weight_bytes(term: Term, removed: Mapping[int, int], layer: LayerPolicy) ->
     return total
 
 
-def _place_bits(n_weights: int, n_kept: int, layer: LayerPolicy) -> int:
+def _place_bits(n_weights: int, layer: LayerPolicy) -> int:
     if layer.n_of_m is not None:
-        return n_kept * math.ceil(math.log2(layer.n_of_m[1]))
+        # The index of each kept weight among its M, or a bit for each of the M, whichever is less.
+        n, m = layer.n_of_m
+        return n_weights // m * min(m, n * math.ceil(math.log2(m)))
     return math.ceil(n_weights / layer.block)
 
 

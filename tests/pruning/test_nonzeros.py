@@ -1,9 +1,8 @@
 import pytest
-import torch
 
 from graph_encoder.capture import capture
 from pruning.layer_policy import LayerPolicy
-from pruning.nonzeros import LayerCount, count_nonzeros, nonzero_macs, pattern_bits, sparse_bytes
+from pruning.nonzeros import LayerCount, count_nonzeros, nonzero_macs
 from pruning.policy import CompressionPolicy
 from pruning.sparsity import kept_weights
 from pruning.surgery import apply_policy
@@ -52,29 +51,3 @@ def test_number_kept_is_known_from_the_policy() -> None:
     for name, layer in LAYERS.items():
         weight = sparse.get_submodule(name).weight
         assert kept_weights(weight.shape, layer) == int(weight.count_nonzero())
-
-
-@pytest.mark.parametrize(
-    ("layer", "bits"),
-    [
-        (LayerPolicy(), 0),
-        (LayerPolicy("unstructured", 0.1), 96),
-        (LayerPolicy("block8", 0.5), 12),
-        (LayerPolicy("2:4"), 96),  # two indices of two bits each of the 24 fours
-        (LayerPolicy("1:4"), 48),
-        (LayerPolicy("3:4"), 96),  # four bits, since three indices would take six
-        (LayerPolicy("1:3"), 64),
-    ],
-)
-def test_bits_of_a_pattern(layer: LayerPolicy, bits: int) -> None:
-    assert pattern_bits(torch.Size([8, 12]), layer) == bits
-
-
-def test_bytes_of_a_sparse_network_by_hand() -> None:
-    model = build("Residual")
-    dense = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    assert sparse_bytes(model, {}) == dense
-    sparse = apply_policy(model, capture(model, EXAMPLE), CompressionPolicy(layers=LAYERS))
-    # conv1 and conv2 have 432 weights and keep 43 and 216; the head has 40 and keeps 20.
-    gone = 4 * (432 - 43 + 432 - 216 + 40 - 20)
-    assert sparse_bytes(sparse, LAYERS) == dense - gone + 432 // 8 + 14 + 5

@@ -42,5 +42,7 @@ def test_sparse_weight_is_stored_by_its_values_and_places_where_that_is_less() -
     assert bytes_of(sparsity="unstructured", density=0.25) == 54 * 4 + 216 // 8
     assert bytes_of(sparsity="block8", density=0.5) == 108 * 4 + 27 // 8 + 1
     assert bytes_of(sparsity="2:4") == 108 * 4 + 108 * 2 // 8
+    # Three indices of two bits would be more than a bit for each of the four.
+    assert bytes_of(sparsity="3:4") == 162 * 4 + 216 // 8
     # Half of the weights in one bit each and a bit for each place are as much as all weights: they stay as they are.
     assert bytes_of(sparsity="unstructured", density=0.5, weight_bits=1) == 27 + 32
