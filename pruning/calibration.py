@@ -88,13 +88,13 @@ class Observer:
         Raises:
             CalibrationError: if one is not finite.
         """
-        values = values.detach().float()
+        values = _as_it_lies(values.detach()).float()
         if self._counts:
-            filled = values[values != 0]
-            self.zeros += values.numel() - len(filled)
+            zeros = values.numel() - int(values.count_nonzero())
+            self.zeros += zeros
             if self.highest > self.lowest:
-                counts = torch.histc(filled, N_BINS, min=self.lowest, max=self.highest)
-                self.histogram += counts.double().cpu().numpy()
+                # Leaving the zeros out beforehand would take a copy of everything else.
+                self.histogram += self._histogram(values) - zeros * self._histogram(values.new_zeros(1))
             return
         lowest, highest = (float(end) for end in values.aminmax())
         self.batches += 1
@@ -126,6 +126,13 @@ class Observer:
         if method == "lsq":
             return self._learned_step(levels)
         return self._search(levels, self._divergence if method == "entropy" else self._squared_error)
+
+    def _histogram(self, values: Tensor) -> NDArray[np.float64]:
+        # Counts in single precision stop at 2 ** 24.
+        parts = values.flatten().split(2**24)
+        counts = [torch.histc(part, N_BINS, min=self.lowest, max=self.highest).double() for part in parts]
+        histogram: NDArray[np.float64] = torch.stack(counts).sum(0).cpu().numpy()
+        return histogram
 
     @property
     def _centers(self) -> NDArray[np.float64]:
@@ -182,6 +189,13 @@ class Observer:
         # A bin that only the gathered end fills would cost infinity: as much as an empty one may weigh.
         q = np.maximum(q, 1e-9)
         return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
+
+
+def _as_it_lies(values: Tensor) -> Tensor:
+    """The same values in the order of memory, where they lie with channels last: twice as fast to read."""
+    if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
+        return values.permute(0, 2, 3, 1)
+    return values
 
 
 def _last_least(costs: list[float]) -> int:

@@ -45,15 +45,17 @@ class _FakeQuantize(torch.autograd.Function):
         (gradient,) = gradients
         x, step, zero_point = ctx.saved_tensors
         low, high, scale = ctx.bounds
-        scaled, lowest, highest = x / step, low - zero_point, high - zero_point
-        is_inside = (scaled > lowest) & (scaled < highest)
-        of_step = torch.where(is_inside, scaled.round() - scaled, scaled.clamp(lowest, highest))
+        scaled = x / step
+        shifted = scaled + zero_point
+        is_inside = (shifted > low) & (shifted < high)
+        of_step = torch.where(is_inside, scaled.round() - scaled, shifted.clamp_(low, high).sub_(zero_point))
         of_step = (gradient * of_step).sum_to_size(step.shape) * scale
         return gradient * is_inside, of_step, None, None, None, None
 
 
 def _round_to_grid(x: Tensor, step: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    return (x / step).round_().clamp_(low - zero_point, high - zero_point).mul_(step)
+    # Bounds that are numbers, not tensors, are taken by a kernel several times as fast.
+    return (x / step).round_().add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(step)
 
 
 def _fake_quantize(x: Tensor, step: Tensor, zero_point: Tensor, low: int, high: int, scale: float) -> Tensor:
