@@ -247,7 +247,7 @@ def split(
         print(path)
 
 
-latency = typer.Typer(help="Tables of measured latency: what a layer costs on this device.", no_args_is_help=True)
+latency = typer.Typer(help="Measured latency: of layers, as tables, and of what a run saved.", no_args_is_help=True)
 app.add_typer(latency, name="latency")
 
 Networks = Annotated[list[str], typer.Option("--model", help="As for search; may be given several times.")]
@@ -332,6 +332,29 @@ def latency_check(
     if page:
         write_page(page, checks, " ".join(["secateur", *sys.argv[1:]]))
     _print_facts([check.to_dict() for check in checks], as_json)
+
+
+@latency.command("measure")
+def latency_measure(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    runtime: Annotated[str, typer.Option(help="onnxruntime or openvino.")] = "onnxruntime",
+    threads: Annotated[list[int], typer.Option(help="Threads of the runtime; may be given several times.")] = [1],  # noqa: B006 - typer copies it
+    rounds: Annotated[int, typer.Option(help="Timed calls of each network.", min=6)] = 100,
+    host: Host = None,
+    host_python: HostPython = "python3",
+    as_json: AsJson = False,
+) -> None:
+    """Time what a run saved beside its dense network, again and in turns."""
+    from .latency_command import Remote
+    from .measure_run import HEADINGS, measure_run
+    from .outcome import plain_lines
+
+    remote = Remote(host, host_python) if host else None
+    readings = measure_run(run, runtime=runtime, threads=threads, rounds=rounds, remote=remote, say=_to_stderr)
+    if as_json:
+        _print_facts([reading.to_dict() for reading in readings], as_json)
+    else:
+        print("\n".join(plain_lines([HEADINGS, *(reading.cells() for reading in readings)])))
 
 
 def main() -> None:

@@ -161,7 +161,7 @@ def build_named(
         TableError: if ``out`` is the table of another device, or not a table.
         LatencyError: if the runtime cannot be used here.
     """
-    device = _device(runtime, threads, remote)
+    device = device_for(runtime, threads, remote)
     if out.exists():
         table = LatencyTable.load(out)
         table.check_device(device.fingerprint)
@@ -261,7 +261,7 @@ def check_named(
         TableError: if the table cannot be read, is of another device, or lacks layers of the network.
     """
     table = LatencyTable.load(path)
-    device = _device(table.fingerprint.runtime, table.fingerprint.threads, remote)
+    device = device_for(table.fingerprint.runtime, table.fingerprint.threads, remote)
     table.check_device(device.fingerprint)
     subject = Subject.build(model, shape, n_classes, rounding)
     predicts = LatencyModel(subject.graph, table, subject.space.names)
@@ -324,8 +324,12 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return ranks
 
 
-def _device(runtime: str, threads: int, remote: Remote | None) -> Device:
-    """This machine, or another one; there is only ONNX Runtime on that."""
+def device_for(runtime: str, threads: int, remote: Remote | None) -> Device:
+    """This machine, or another one; there is only ONNX Runtime on that.
+
+    Raises:
+        LatencyError: if the runtime cannot be used.
+    """
     if remote is None:
         return LocalDevice(find_runtime(runtime), threads)
     if runtime != ONNXRUNTIME:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pruning.export import describe_misfit
 
+from .mobilenet import mobilenet_v2_cifar
 from .resnet import CifarResNet, resnet18_cifar
 from .user_function import call_function, is_reference
 
@@ -26,6 +27,7 @@ _BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "small_resnet": functools.partial(CifarResNet, 3, stem_stride=2),
     **{f"resnet{6 * n + 2}": functools.partial(CifarResNet, n) for n in (3, 5, 7, 9, 18)},
     "resnet18_cifar": resnet18_cifar,
+    "mobilenet_v2_cifar": mobilenet_v2_cifar,
 }
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 

@@ -68,15 +68,15 @@ def failure(action: Callable[[], object]) -> str:
 def test_unknown_name_gets_the_nearest_ones() -> None:
     assert failure(lambda: build_model("resnet65", 10)) == (
         "unknown model 'resnet65'; did you mean resnet56 or resnet50 or resnet152? Allowed: small_resnet, resnet20, "
-        "resnet32, resnet44, resnet56, resnet110, resnet18_cifar, a classification model of torchvision, or "
-        "package.module:function"
+        "resnet32, resnet44, resnet56, resnet110, resnet18_cifar, mobilenet_v2_cifar, a classification model of "
+        "torchvision, or package.module:function"
     )
 
 
 def test_torchvision_network_does_not_read_gray_images() -> None:
     assert failure(lambda: build_model("resnet50", 10, in_channels=1)) == (
         "torchvision's 'resnet50' reads images of 3 channels, the data has 1; use one of small_resnet, resnet20, "
-        "resnet32, resnet44, resnet56, resnet110, resnet18_cifar, or package.module:function"
+        "resnet32, resnet44, resnet56, resnet110, resnet18_cifar, mobilenet_v2_cifar, or package.module:function"
     )
 
 
@@ -238,3 +238,11 @@ def test_shared_resnet20_reaches_its_documented_accuracy_on_the_even_files(
     load_weights(model, SHARED / "models" / "resnet20-cifar10.safetensors")
 
     assert make_evaluate(ImageData(recipe).validation, recipe)(model) == pytest.approx(0.888, abs=1e-3)
+
+
+def test_mobilenet_for_small_images_ends_at_an_eighth_of_their_size() -> None:
+    model = build_model("mobilenet_v2_cifar", 10, in_channels=1).eval()
+    assert isinstance(model.features, nn.Sequential)
+    with torch.inference_mode():
+        assert model.features(torch.zeros(1, 1, 32, 32)).shape == (1, 1280, 4, 4)
+        assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 10)

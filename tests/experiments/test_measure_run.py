@@ -1,0 +1,58 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.config import RunConfig
+from experiments.interrupt import StopFlag
+from experiments.outcome import DENSE
+from experiments.progress import RunDisplay
+from experiments.search import start_run
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("measured") / "run"
+    with RunDisplay() as display:
+        config = tiny_config(search__methods=["uniform"], measure__onnx=True)
+        start_run(config, root, ["secateur", "search"], display, StopFlag())
+    return root
+
+
+def test_saved_networks_are_timed_beside_the_dense_one_with_each_number_of_threads(run: Path, command: Command) -> None:
+    done = command("latency", "measure", run, "--threads", "1", "--threads", "2", "--rounds", "20", "--json")
+    assert done.code == 0
+    readings = json.loads(done.out)
+    assert [(r["method"], r["threads"]) for r in readings] == [(DENSE, 1), ("uniform", 1), (DENSE, 2), ("uniform", 2)]
+    for reading in readings:
+        assert 0 < reading["lower_quartile_ms"] <= reading["median_ms"] <= reading["upper_quartile_ms"]
+        assert reading["low"] <= reading["ratio"] <= reading["high"]
+        assert reading["rounds"] == 20
+    assert {reading["ratio"] for reading in readings if reading["method"] == DENSE} == {1.0}
+    lines = command("latency", "measure", run, "--rounds", "20").out.splitlines()
+    assert [line.split()[0] for line in lines] == ["method", DENSE, "uniform"]
+
+
+def test_a_runtime_that_takes_no_files_is_refused(run: Path, command: Command) -> None:
+    done = command("latency", "measure", run, "--runtime", "pytorch-eager")
+    assert done.code == 1
+    assert done.err == (
+        "error: runtime 'pytorch-eager' takes no ONNX files, which is what a run saves; pass onnxruntime or openvino\n"
+    )
+
+
+def test_a_run_without_files_is_refused(run: Path, command: Command) -> None:
+    path = run / "methods" / "uniform" / "model" / "model.onnx"
+    content = path.read_bytes()
+    path.unlink()
+    done = command("latency", "measure", run)
+    path.write_bytes(content)
+    assert done.code == 1
+    assert done.err == (
+        f"error: run {run} holds no ONNX file of uniform: it was run with measure.onnx off, or the export failed, "
+        "which its output says\n"
+    )
