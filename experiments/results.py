@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,90 +21,24 @@ import typer
 
 from envs.journal import Journal
 from pruning.files import write_atomic
+from pruning.layer_policy import FULL_BITS
 
 from .apply import apply_saved
 from .config import Method, RunConfig, load_config
 from .image_folder import write_split_lists
 from .interrupt import Interrupted, StopFlag, stop_on_signals
+from .latency_command import build_named
+from .matrix import EVALUATIONS, SHORTCUT_GROUPS, Cell, matrix
 from .problem import PROBES
 from .progress import RunDisplay
 from .results_page import render_page
 from .run import RunBusyError, RunFolder
 from .search import create_run, resume_run
+from .standalone_training import train_named
 
-EVALUATIONS = 300
-LAYERWISE_EVALUATIONS = 60
-SEARCHERS: tuple[Method, ...] = ("ppo", "ddpg", "cem", "random")
-SHORTCUT_GROUPS = ["layer2.0.conv2", "layer3.0.conv2"]
-"""Left dense beside the first layer, so that what is decided is the inner channels of the blocks, as in the papers."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the matrix.
-
-    Attributes:
-        name: of its folder.
-        options: dotted configuration keys that set it apart.
-        agent: name of the cell whose trained agent is applied, frozen, in place of a search.
-        plan: name of the cell whose plan is applied in place of a search, with least-squares reconstruction, and the
-            method that found it. Nothing is chosen there, so it is scored on the test images at once.
-    """
-
-    name: str
-    options: dict[str, Any]
-    agent: str = ""
-    plan: tuple[str, Method] | None = None
-
-
-def matrix(agent: Method) -> Iterator[Cell]:
-    """All cells, the most telling first.
-
-    Args:
-        agent: the method whose plans are fine-tuned and which is carried to another network.
-    """
-    yield from _searches("resnet56", seed=0)
-    yield _tuned("resnet20", agent, epochs=15, seed=0)
-    # As it will be applied: from the uniform plan, without measured features, and knowing no decision by its place.
-    teacher = Cell(
-        "transfer-resnet20",
-        {"model.name": "resnet20", "search.methods": [agent], "search.start": "uniform", f"{agent}.n_frequencies": 0},
-    )
-    yield teacher
-    yield Cell("transfer-resnet56", {"model.name": "resnet56"}, agent=teacher.name)
-    yield from _searches("resnet56", seed=1)
-    yield from _searches("resnet56", seed=2)
-    for seed in range(1, 5):
-        yield _tuned("resnet20", agent, epochs=15, seed=seed)
-    for seed in range(3):
-        for method in (*SEARCHERS[:3], "sensitivity", "uniform"):
-            yield _reconstructed("resnet56", method, seed)
-    for method in ("ppo", "ddpg"):
-        layerwise = {"search.environment": "layerwise", "search.evaluations": LAYERWISE_EVALUATIONS}
-        yield _search("resnet56-layerwise", method, 0, layerwise)
-    for method in SEARCHERS:
-        yield _search("resnet56-uniform-start", method, 0, {"search.start": "uniform"})
-    yield _tuned("resnet56", agent, epochs=30, seed=0)
-
-
-def _searches(model: str, seed: int) -> Iterator[Cell]:
-    for method in ("uniform", "sensitivity", "magnitude", *SEARCHERS):
-        yield _search(model, method, seed, {})
-
-
-def _search(table: str, method: str, seed: int, options: dict[str, Any]) -> Cell:
-    own = {"model.name": table.partition("-")[0], "search.methods": [method], "search.seed": seed, "finetune.epochs": 0}
-    return Cell(f"{table}-{method}-seed{seed}", own | options)
-
-
-def _reconstructed(model: str, method: Method, seed: int) -> Cell:
-    options = {"model.name": model, "search.reconstruct": True, "search.seed": seed}
-    return Cell(f"{model}-reconstructed-{method}-seed{seed}", options, plan=(f"{model}-{method}-seed{seed}", method))
-
-
-def _tuned(model: str, agent: Method, epochs: int, seed: int) -> Cell:
-    own = {"model.name": model, "search.methods": ["uniform", agent], "search.seed": seed, "finetune.epochs": epochs}
-    return Cell(f"tuned-{model}-seed{seed}", own)
+TRAINING = {"train.epochs": 20, "train.autocast": True}
+"""Of a network that has no weights yet."""
+TIMED_ROUNDS = 200
 
 
 @dataclass(frozen=True)
@@ -124,11 +59,14 @@ class Sitting:
 
     def config(self, cell: Cell) -> RunConfig:
         """The configuration of one cell."""
+        return load_config(None, self._options(cell))
+
+    def _options(self, cell: Cell) -> dict[str, Any]:
         even, odd = self.root / "lists" / "test-even.txt", self.root / "lists" / "test-odd.txt"
         if not (even.exists() and odd.exists()):
             write_split_lists(self.data, "test", even.parent)
         common = {
-            "model.weights": str(self.models / f"{cell.options['model.name']}-cifar10.safetensors"),
+            "model.weights": str(self._weights(cell.options["model.name"])),
             "data.source": str(self.data),
             # What is applied is chosen already: it is scored on the test images, and the others are not looked at.
             "data.validation": {"folder": "test", "list_file": str(odd if cell.plan else even)},
@@ -141,12 +79,33 @@ class Sitting:
             "search.batch_size": 100,
             "threads": 1,
         }
-        return load_config(None, common | cell.options)
+        if cell.is_timed:
+            common["latency.table"] = str(self._table(cell.options["model.name"]))
+        return common | cell.options
+
+    def _weights(self, model: str) -> Path:
+        """Where the trained weights of a network are, or will be: among those handed in, or with the cells."""
+        name = f"{model.removesuffix('_cifar')}-cifar10.safetensors"
+        return self.models / name if (self.models / name).exists() else self.root / name
+
+    def _table(self, model: str) -> Path:
+        """Where the latencies of a network's layers are, or will be."""
+        return self.root / f"{model}-latency.json"
+
+    def prepare(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
+        """Train the cell's network, and time its layers, where that was not done before."""
+        model = cell.options["model.name"]
+        weights = self._weights(model)
+        if not weights.exists():
+            recipe = {"model.name": model, "budget": None, "latency.table": None, "model.weights": None} | TRAINING
+            train_named(load_config(None, self._options(cell) | recipe), weights, display, stop)
+        if cell.is_timed:
+            build_named(model, self._table(model), bits=(8, FULL_BITS), say=display.say)
 
     def is_done(self, cell: Cell) -> bool:
         """Whether the cell needs no more work."""
-        folder = self.root / cell.name
-        return (folder / ("applied.json" if cell.agent or cell.plan else "results.json")).exists()
+        last = "timed.json" if cell.is_timed else "applied.json" if cell.agent or cell.plan else "results.json"
+        return (self.root / cell.name / last).exists()
 
     def can_start(self, cell: Cell) -> bool:
         """Whether the cell that it applies is finished, if it applies one."""
@@ -164,8 +123,14 @@ class Sitting:
             return
         if not (folder / "config.yaml").exists():
             command = ["python", "-m", "experiments.results", "--only", cell.name]
+            self.prepare(cell, display, stop)
             self._share_probes(create_run(self.config(cell), folder, command))
         resume_run(folder, display, stop)
+        if cell.is_timed:
+            measure = [sys.executable, "-m", "experiments.cli", "latency", "measure", str(folder), "--json"]
+            rounds = ["--rounds", str(TIMED_ROUNDS), "--threads", "1", "--threads", "2"]
+            done = subprocess.run([*measure, *rounds], check=True, stdout=subprocess.PIPE)
+            write_atomic(folder / "timed.json", done.stdout)
 
     def _applied_in(self, cell: Cell) -> Path | None:
         if cell.plan:
@@ -187,7 +152,7 @@ class Sitting:
 def _probed_alike(one: RunConfig, other: RunConfig) -> bool:
     """Whether the probes of two runs score the same candidates on the same images."""
     unrelated = {"methods", "evaluations", "environment", "finalists", "start", "span"}
-    return (one.model, one.data, one.budget, one.device) == (other.model, other.data, other.budget, other.device) and (
+    return (one.model, one.data, one.device) == (other.model, other.data, other.device) and (
         one.search.model_dump(exclude=unrelated) == other.search.model_dump(exclude=unrelated)
     )
 

@@ -2,53 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .outcome import DENSE, MethodOutcome, RunOutcome, percent
+from .joint_page import joint_sections
+from .outcome import DENSE, MethodOutcome, percent
 from .progress import duration
-from .run import RunFolder
-
-NOT_RUN = "not run"
-
-_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""97.5 % quantile of Student's t by degrees of freedom."""
-
-
-class Cells:
-    """The finished cells of a matrix, by name."""
-
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
-        """Read what is finished of the cells ``names`` below ``root``."""
-        self.names = names
-        self.root = root
-        self.outcomes = {n: RunOutcome.load(p) for n in names if (p := root / n / "results.json").exists()}
-        self.applied = {n: json.loads(p.read_text()) for n in names if (p := root / n / "applied.json").exists()}
-
-    def methods(self, table: str) -> list[str]:
-        """Methods of the searches of one table, in the matrix's order, run or not."""
-        parts = [name.removeprefix(f"{table}-").split("-") for name in self.names if name.startswith(f"{table}-")]
-        return list(dict.fromkeys(method for method, *seed in parts if len(seed) == 1))
-
-    def seeds(self, table: str, method: str) -> list[str]:
-        """Names of the cells of one method in one table."""
-        return [name for name in self.names if name.rpartition("-seed")[0] == f"{table}-{method}"]
-
-    def rows(self, names: Iterable[str], method: str) -> list[MethodOutcome]:
-        """A method's rows of the finished ones of the cells ``names``."""
-        return [self.outcomes[name].row(method) for name in names if name in self.outcomes]
-
-    def judged(self, name: str, method: str) -> NDArray[np.float64]:
-        """1 or 0 for each test image that a finished cell's network classified rightly or not, shape ``(n,)``."""
-        digits = RunFolder(self.root / name).method(method).judged_file.read_bytes()
-        return np.array(list(digits), dtype=np.float64) - ord("0")
+from .results_cells import NOT_RUN, Cells, in_points, interval, markdown, spread
 
 
 def render_page(root: Path, names: Sequence[str]) -> str:
@@ -67,6 +31,9 @@ def render_page(root: Path, names: Sequence[str]) -> str:
     for model, text in (("resnet20", _TUNED_20), ("resnet56", _TUNED_56)):
         parts += [f"## {model} after fine-tuning", text, *_tuned_table(cells, f"tuned-{model}")]
     parts += ["## A frozen agent on another network", _TRANSFER, *_transfer_table(cells)]
+    parts += joint_sections(cells)
+    title, text = _JOINT_SEARCHES
+    parts += [f"## {title}", text, *_search_table(cells, "resnet18_cifar")]
     parts += ["## Every cell", *_records(cells)]
     return "\n\n".join(parts) + "\n"
 
@@ -98,6 +65,11 @@ _SEARCH_TABLES = (
     ),
 )
 
+_JOINT_SEARCHES = (
+    "ResNet-18 at 10 % of the latency, before fine-tuning",
+    "Channels and bits by the table, scored on 2,000 of the even-numbered files, 150 evaluations each, the probes "
+    "among them. Columns as in the first table.",
+)
 _RECONSTRUCTED = """The plans of the first table, their pruned layers fitted to the dense network's outputs by least
 squares (AMC's method) before batch norms are re-estimated. The plans were found without it."""
 _TUNED_20 = """15 epochs for each network, the dense one too: SGD with Nesterov momentum, cosine schedule, the same
@@ -144,7 +116,7 @@ def _search_table(cells: Cells, table: str) -> list[str]:
     if dense:
         head = [DENSE, percent(dense[0].test_accuracy), "-", "-", percent(dense[0].validation_accuracy)]
         lines.insert(0, [*head, *["-"] * 4])
-    return [_markdown(heads, lines)]
+    return [markdown(heads, lines)]
 
 
 def _against_cem(cells: Cells, table: str, method: str) -> str:
@@ -181,7 +153,7 @@ def _tuned_table(cells: Cells, table: str) -> list[str]:
         )
     others = [f"against {other}, {over}" for over in ("seeds", "images") for other in ("uniform", DENSE)]
     heads = ["network", "before", "fine-tuned", *others]
-    return [f"{len(done)} of {len(names)} seeds.", _markdown(heads, lines)]
+    return [f"{len(done)} of {len(names)} seeds.", markdown(heads, lines)]
 
 
 def _paired(cells: Cells, names: Sequence[str], own: Sequence[float | None]) -> list[str]:
@@ -200,7 +172,7 @@ def _paired_by_image(cells: Cells, names: Sequence[str], method: str, other: str
     if len(mean) < 2 or not mean.any():
         return "-"
     half = 1.96 * mean.std(ddof=1) / math.sqrt(len(mean))
-    return _in_points(float(mean.mean()), half)
+    return in_points(float(mean.mean()), half)
 
 
 def _reconstructed_table(cells: Cells) -> list[str]:
@@ -212,7 +184,7 @@ def _reconstructed_table(cells: Cells) -> list[str]:
         with_it = spread([cells.applied[name]["accuracy"] for name in done]) if done else NOT_RUN
         without = spread([row.test_accuracy for row in plain]) if done else "-"
         lines.append([method, with_it, without, f"{len(done)} of {len(names)}"])
-    return [_markdown(["method", "test accuracy", "without reconstruction", "seeds"], lines)]
+    return [markdown(["method", "test accuracy", "without reconstruction", "seeds"], lines)]
 
 
 def _transfer_table(cells: Cells) -> list[str]:
@@ -223,7 +195,7 @@ def _transfer_table(cells: Cells) -> list[str]:
         if name.startswith("transfer-")
         for plan, key in (("dense", "dense_"), ("uniform", "uniform_"), ("agent", ""))
     ]
-    return [_markdown(heads, lines)] if lines else [NOT_RUN]
+    return [markdown(heads, lines)] if lines else [NOT_RUN]
 
 
 def _records(cells: Cells) -> list[str]:
@@ -241,33 +213,9 @@ def _records(cells: Cells) -> list[str]:
     processors = sorted({outcome.machine.processor for outcome in cells.outcomes.values()})
     total = math.fsum(row.seconds for outcome in cells.outcomes.values() for row in outcome.rows)
     return [
-        _markdown(heads, lines),
+        markdown(heads, lines),
         f"Searching took {duration(total)} in all, on: {', '.join(processors) or 'nothing yet'}.",
     ]
-
-
-def spread(values: Sequence[float | None]) -> str:
-    """Mean and standard deviation of accuracies, in percent; one value alone as it is."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    mean = percent(statistics.mean(known))
-    return mean if len(known) == 1 else f"{mean} ± {100 * statistics.stdev(known):.2f}"
-
-
-def interval(differences: Sequence[float]) -> str:
-    """Mean difference in points, with a 95 % interval from two values on."""
-    if not differences or not any(differences):
-        return "-"
-    mean = statistics.mean(differences)
-    if len(differences) == 1:
-        return f"{100 * mean:+.2f}"
-    half = _STUDENT[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
-    return _in_points(mean, half)
-
-
-def _in_points(mean: float, half: float) -> str:
-    return f"{100 * mean:+.2f} [{100 * (mean - half):+.2f}, {100 * (mean + half):+.2f}]"
 
 
 def _each(row: MethodOutcome) -> float | None:
@@ -277,8 +225,3 @@ def _each(row: MethodOutcome) -> float | None:
 def _mean_of(values: Sequence[float | None]) -> float:
     known = [value for value in values if value is not None]
     return statistics.mean(known) if known else math.nan
-
-
-def _markdown(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (heads, rule, *lines))

@@ -1,9 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 
-from experiments.results import matrix
-from experiments.results_page import interval, render_page, spread
+from experiments.matrix import matrix
+from experiments.results_cells import interval, spread
+from experiments.results_page import render_page
 from experiments.run import RunFolder
 
 from .outcomes import outcome, row
@@ -31,7 +33,7 @@ def test_matrix_holds_every_method_and_seed_once_and_the_most_telling_first() ->
     assert len(set(NAMES)) == len(NAMES)
     assert NAMES[:3] == ["resnet56-uniform-seed0", "resnet56-sensitivity-seed0", "resnet56-magnitude-seed0"]
     assert [f"tuned-resnet20-seed{seed}" in NAMES for seed in range(6)] == [True] * 5 + [False]
-    assert NAMES[-1] == "tuned-resnet56-seed0"
+    assert NAMES.index("resnet18_cifar-joint") == NAMES.index("tuned-resnet56-seed0") + 1
 
 
 def test_cells_that_were_not_run_are_said_to_be(tmp_path: Path) -> None:
@@ -89,6 +91,23 @@ def test_reconstructed_plans_stand_beside_the_same_plans_without(tmp_path: Path)
 
     assert "| ppo | 87.50 % ± 0.71 | 83.00 % ± 1.41 | 2 of 3 |" in table
     assert "| uniform | not run | - | 0 of 3 |" in table
+
+
+def test_what_was_found_for_latency_is_shown_with_the_times_of_its_files(tmp_path: Path) -> None:
+    finish(tmp_path, "resnet18_cifar-joint", {}, ppo=0.79)
+    reading = {"method": "ppo", "threads": 1, "median_ms": 0.5, "ratio": 0.101, "low": 0.1, "high": 0.102}
+    dense = {"method": "dense", "threads": 1, "median_ms": 5.0, "ratio": 1.0, "low": 1.0, "high": 1.0}
+    (tmp_path / "resnet18_cifar-joint" / "timed.json").write_text(json.dumps([dense, reading]))
+
+    page = render_page(tmp_path, NAMES)
+
+    lines = page.split("### resnet18_cifar at 10 % of the latency\n")[1].splitlines()
+    cells = {line.split(" | ")[0]: line.split(" | ") for line in lines[3:5]}
+    assert cells["| dense"][1:4] == ["90.00 %", "91.00 %", "-"]
+    assert cells["| dense"][5:] == ["5 ms", "- |"]
+    assert cells["| ppo"][1:4] == ["79.00 %", "89.00 %", "-2.00"]
+    assert cells["| ppo"][5:] == ["10.1% [10.0%, 10.2%], 0.5 ms", "- |"]
+    assert page.split("### resnet56 at 45 % of the latency\n")[1].strip().startswith("not run")
 
 
 def test_methods_of_one_table_do_not_appear_in_another(tmp_path: Path) -> None:

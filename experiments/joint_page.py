@@ -1,0 +1,99 @@
+"""The sections of docs/results.md on channels and bits under a budget of latency."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .matrix import CURVE_SHARES, JOINT_SHARES, SAME_MACS
+from .outcome import DENSE, MethodOutcome, amount, percent
+from .results_cells import NOT_RUN, Cells, in_points, markdown
+
+_JOINT = """Channels and bits (8 or 32) of every layer, chosen together under a share of the dense network's latency in
+ONNX Runtime in single precision. Searches spend the table's milliseconds; *latency* is that of the saved files, timed
+beside the dense one in a fresh process, 200 rounds in turn: the median ratio with its 95 % interval. All networks, the
+dense one too, were then fine-tuned for 5 epochs on the same batches; bits take part in that."""
+_CURVES = """One search of 150 evaluations (seed 0) for each budget, then 5 epochs. Deciding bits alone, no plan is
+faster than 8 bits in every layer; channels alone stay in single precision."""
+_SAME = """Inner channels of ResNet-56 in single precision, rounding 1, 150 evaluations, seed 0: searched under half of
+the multiply-adds, and under half of the multiply-adds and half of the latency."""
+
+
+def joint_sections(cells: Cells) -> list[str]:
+    """The sections as Markdown, finished or not."""
+    parts = ["## Channels and bits under a latency budget", _JOINT]
+    for model, share in JOINT_SHARES.items():
+        parts += [f"### {model} at {share} % of the latency", *_joint_table(cells, f"{model}-joint")]
+    parts += ["### Channels, bits, and both: ResNet-18", _CURVES, _curves(cells)]
+    parts += ["### The same multiply-adds, found for latency", _SAME, _same_macs(cells)]
+    return parts
+
+
+def _joint_table(cells: Cells, name: str) -> list[str]:
+    if name not in cells.outcomes:
+        return [NOT_RUN]
+    rows = cells.outcomes[name].rows
+    control = next((row.tuned_test_accuracy for row in rows if row.method == DENSE), None)
+    heads = ["network", "before", "fine-tuned", "points of dense", "multiply-adds", *_latency_heads()]
+    lines = [
+        [
+            row.method,
+            percent(row.test_accuracy),
+            percent(row.tuned_test_accuracy),
+            _points(row.tuned_test_accuracy, control),
+            amount(row.macs),
+            *_latencies(cells, name, row.method),
+        ]
+        for row in rows
+    ]
+    return [markdown(heads, lines)]
+
+
+def _curves(cells: Cells) -> str:
+    heads = ["decided", "budget", "before", "fine-tuned", "multiply-adds", *_latency_heads()]
+    lines = []
+    for what, shares in CURVE_SHARES.items():
+        for share in shares:
+            name = f"resnet18_cifar-curve-{what}-{share}"
+            lines.append([what, f"{share} %", *_found(cells, name)])
+    return markdown(heads, lines)
+
+
+def _same_macs(cells: Cells) -> str:
+    heads = ["budget", "before", "fine-tuned", "multiply-adds", *_latency_heads()]
+    return markdown(heads, [[budget, *_found(cells, f"resnet56-{name}")] for name, budget in SAME_MACS.items()])
+
+
+def _found(cells: Cells, name: str) -> list[str]:
+    """What the only method of a cell found."""
+    if name not in cells.outcomes:
+        return [NOT_RUN, *["-"] * (2 + len(_latency_heads()))]
+    row = _only(cells.outcomes[name].rows)
+    own = [percent(row.test_accuracy), percent(row.tuned_test_accuracy), amount(row.macs)]
+    return [*own, *_latencies(cells, name, row.method)]
+
+
+def _only(rows: tuple[MethodOutcome, ...]) -> MethodOutcome:
+    (row,) = (row for row in rows if row.method != DENSE)
+    return row
+
+
+def _latency_heads() -> list[str]:
+    return ["latency, 1 thread", "latency, 2 threads"]
+
+
+def _latencies(cells: Cells, name: str, method: str) -> list[str]:
+    readings = [reading for reading in cells.timed.get(name, []) if reading["method"] == method]
+    return [_latency(readings, threads) for threads in (1, 2)]
+
+
+def _latency(readings: list[dict[str, Any]], threads: int) -> str:
+    for reading in readings:
+        if reading["threads"] == threads:
+            times = f"{reading['median_ms']:.3g} ms"
+            share = f"{reading['ratio']:.1%} [{reading['low']:.1%}, {reading['high']:.1%}]"
+            return times if reading["method"] == DENSE else f"{share}, {times}"
+    return "-"
+
+
+def _points(own: float | None, control: float | None) -> str:
+    return "-" if own is None or control is None or own == control else in_points(own - control)

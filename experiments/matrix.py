@@ -1,0 +1,136 @@
+"""The cells of docs/results.md: what is run, in order of worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .config import Method
+
+EVALUATIONS = 300
+LAYERWISE_EVALUATIONS = 60
+SEARCHERS: tuple[Method, ...] = ("ppo", "ddpg", "cem", "random")
+SHORTCUT_GROUPS = ["layer2.0.conv2", "layer3.0.conv2"]
+"""Left dense beside the first layer, so that what is decided is the inner channels of the blocks, as in the papers."""
+JOINT_EVALUATIONS = 150
+JOINT_METHODS: tuple[Method, ...] = ("uniform", "greedy", "knapsack", "random", "cem", "ppo", "ddpg")
+JOINT_SHARES = {"resnet18_cifar": 10, "resnet56": 45, "mobilenet_v2_cifar": 35}
+"""Latencies asked for, in percent of the dense network's in single precision."""
+DECIDED = {"channels": ["channels"], "bits": ["bits"], "both": ["channels", "bits"]}
+CURVE_SHARES = {"channels": (20, 30, 50), "bits": (27, 40, 60), "both": (14, 20, 30)}
+"""The same for the curves of ResNet-18, where 8 bits in every layer leave about 25."""
+SAME_MACS = {"macs": "50% macs", "macs-and-latency": "50% macs, 50% latency"}
+"""Budgets of channels alone: found for multiply-adds, and for latency at no more of them."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the matrix.
+
+    Attributes:
+        name: of its folder.
+        options: dotted configuration keys that set it apart.
+        agent: name of the cell whose trained agent is applied, frozen, in place of a search.
+        plan: name of the cell whose plan is applied in place of a search, with least-squares reconstruction, and the
+            method that found it. Nothing is chosen there, so it is scored on the test images at once.
+        is_timed: its budget is one of latency, or what it saves is compared by latency: the networks are timed in a
+            process of their own when it is finished.
+    """
+
+    name: str
+    options: dict[str, Any]
+    agent: str = ""
+    plan: tuple[str, Method] | None = None
+    is_timed: bool = False
+
+
+def matrix(agent: Method) -> Iterator[Cell]:
+    """All cells, the most telling first.
+
+    Args:
+        agent: the method whose plans are fine-tuned and which is carried to another network.
+    """
+    yield from _searches("resnet56", seed=0)
+    yield _tuned("resnet20", agent, epochs=15, seed=0)
+    # As it will be applied: from the uniform plan, without measured features, and knowing no decision by its place.
+    teacher = Cell(
+        "transfer-resnet20",
+        {"model.name": "resnet20", "search.methods": [agent], "search.start": "uniform", f"{agent}.n_frequencies": 0},
+    )
+    yield teacher
+    yield Cell("transfer-resnet56", {"model.name": "resnet56"}, agent=teacher.name)
+    yield from _searches("resnet56", seed=1)
+    yield from _searches("resnet56", seed=2)
+    for seed in range(1, 5):
+        yield _tuned("resnet20", agent, epochs=15, seed=seed)
+    for seed in range(3):
+        for method in (*SEARCHERS[:3], "sensitivity", "uniform"):
+            yield _reconstructed("resnet56", method, seed)
+    for method in ("ppo", "ddpg"):
+        layerwise = {"search.environment": "layerwise", "search.evaluations": LAYERWISE_EVALUATIONS}
+        yield _search("resnet56-layerwise", method, 0, layerwise)
+    for method in SEARCHERS:
+        yield _search("resnet56-uniform-start", method, 0, {"search.start": "uniform"})
+    yield _tuned("resnet56", agent, epochs=30, seed=0)
+    yield from joint(agent)
+
+
+def joint(agent: Method) -> Iterator[Cell]:
+    """The cells of channels and bits under a budget of latency.
+
+    Args:
+        agent: the method whose plans are fine-tuned.
+    """
+    control = {"finetune.epochs": 5, "finetune.dense_control": True}
+    chosen: tuple[Method, ...] = ("uniform", "knapsack", agent)
+    for model, share in JOINT_SHARES.items():
+        yield _timed(f"{model}-joint", model, chosen, {"budget": f"{share}% latency"} | control)
+    for what, decided in DECIDED.items():
+        for share in CURVE_SHARES[what]:
+            own = {"budget": f"{share}% latency", "search.decide": decided, "finetune.epochs": 5}
+            yield _timed(f"resnet18_cifar-curve-{what}-{share}", "resnet18_cifar", [agent], own)
+    same = {"search.decide": DECIDED["channels"], "search.rounding": 1, "search.protected": SHORTCUT_GROUPS}
+    for name, budget in SAME_MACS.items():
+        yield _timed(f"resnet56-{name}", "resnet56", [agent], same | {"budget": budget})
+    for seed in range(3):
+        for method in JOINT_METHODS:
+            own = {"budget": f"{JOINT_SHARES['resnet18_cifar']}% latency", "search.seed": seed}
+            yield _timed(f"resnet18_cifar-{method}-seed{seed}", "resnet18_cifar", [method], own)
+
+
+def _searches(model: str, seed: int) -> Iterator[Cell]:
+    for method in ("uniform", "sensitivity", "magnitude", *SEARCHERS):
+        yield _search(model, method, seed, {})
+
+
+def _search(table: str, method: str, seed: int, options: dict[str, Any]) -> Cell:
+    own = {"model.name": table.partition("-")[0], "search.methods": [method], "search.seed": seed, "finetune.epochs": 0}
+    return Cell(f"{table}-{method}-seed{seed}", own | options)
+
+
+def _reconstructed(model: str, method: Method, seed: int) -> Cell:
+    options = {"model.name": model, "search.reconstruct": True, "search.seed": seed}
+    return Cell(f"{model}-reconstructed-{method}-seed{seed}", options, plan=(f"{model}-{method}-seed{seed}", method))
+
+
+def _tuned(model: str, agent: Method, epochs: int, seed: int) -> Cell:
+    own = {"model.name": model, "search.methods": ["uniform", agent], "search.seed": seed, "finetune.epochs": epochs}
+    return Cell(f"tuned-{model}-seed{seed}", own)
+
+
+def _timed(name: str, model: str, methods: Sequence[Method], options: dict[str, Any]) -> Cell:
+    """A search of channels and bits, unless ``options`` say otherwise."""
+    own = {
+        "model.name": model,
+        "search.methods": list(methods),
+        "search.decide": DECIDED["both"],
+        "search.evaluations": JOINT_EVALUATIONS,
+        "search.search_images": 2000,
+        "search.calibration_images": 500,
+        "search.protected": [],
+        "search.rounding": 8,
+        "finetune.autocast": True,
+        "finetune.dense_control": False,
+    }
+    return Cell(name, own | options, is_timed=True)
