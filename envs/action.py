@@ -17,6 +17,7 @@ from latency.budget import Budget, BudgetError, in_words
 from latency.cost import CostKind, CostModel, predict_cost
 from latency.decision import LayerDecision, layer_policies, weighted_layers
 from latency.predict import LatencyModel
+from latency.runtimes import LatencyError
 from latency.table import LatencyTable
 from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
@@ -28,10 +29,48 @@ WIDE_ROUNDING = 8
 Counts = NDArray[np.int64]
 Ratios = NDArray[np.float64]
 
+_CHANGED_BY: dict[CostKind, str] = {
+    "macs": "channels or density",
+    "params": "channels or density",
+    "bytes": "channels, density or bits of weights",
+    "bops": "channels, density or bits",
+    "latency": "channels or bits",
+}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A budget in numbers.
+
+    Attributes:
+        cost: what is counted, over the decisions of a space.
+        limit: the most of it that a plan may cost.
+    """
+
+    cost: CostModel | LatencyModel
+    limit: int
+
+
+class Meters:
+    """Whether a plan that changes one decision at a time keeps every budget."""
+
+    def __init__(self, bounds: Sequence[Bound], counts: Counts) -> None:
+        """Start from a plan; use `SearchSpace.meters`."""
+        self._meters = [(bound.cost.meter(counts), bound.limit) for bound in bounds]
+
+    def fit_with_more(self, decision: int, units: int) -> bool:
+        """Whether all budgets are kept if ``decision`` leaves ``units`` more."""
+        return all(meter.with_more(decision, units) <= limit for meter, limit in self._meters)
+
+    def keep_more(self, decision: int, units: int) -> None:
+        """Let ``decision`` leave ``units`` more than it does."""
+        for meter, _ in self._meters:
+            meter.keep_more(decision, units)
+
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Every plan that may be chosen for one network under one budget; build it with `SearchSpace.build`.
+    """Every plan that may be chosen for one network under its budgets; build it with `SearchSpace.build`.
 
     A plan is a vector of counts, one for each decision: the units that a channel group keeps, or the level of a
     choice inside a layer (percents of its weights, bits). A keep ratio is a count over that of the untouched network.
@@ -41,9 +80,8 @@ class SearchSpace:
         groups: the first decisions, in network order: prunable groups that are not protected.
         layers: the decisions after them: choices inside layers.
         importance: scores of shape ``(size,)`` by group name, higher is kept longer.
-        cost: cost of a plan, over ``groups`` and ``layers``.
-        budget: what was asked for, or None.
-        limit: most that a plan may cost, or None without a budget.
+        cost: cost of a plan, over ``groups`` and ``layers``: that of the first budget, which rewards and figures show.
+        bounds: every budget, in the order asked for; a plan keeps them all. Empty without a budget.
         ladders: counts that each decision may take, ascending; the last is the untouched network's.
         prior: keep-ratio offsets of the start plan, shape ``(n,)``: the plan of an action of zeros.
         span: how far an action of 1 moves a keep ratio.
@@ -55,8 +93,7 @@ class SearchSpace:
     layers: tuple[LayerDecision, ...]
     importance: Mapping[str, NDArray[np.floating]]
     cost: CostModel | LatencyModel
-    budget: Budget | None
-    limit: int | None
+    bounds: tuple[Bound, ...]
     ladders: tuple[Counts, ...]
     prior: Ratios
     span: float = 0.5
@@ -67,7 +104,7 @@ class SearchSpace:
         cls,
         graph: NetworkGraph,
         importance: Mapping[str, ArrayLike | Tensor],
-        budget: Budget | None,
+        budget: Budget | Sequence[Budget] | None,
         *,
         kind: CostKind = "macs",
         prior: ArrayLike | None = None,
@@ -88,7 +125,8 @@ class SearchSpace:
         Args:
             graph: captured network.
             importance: scores of shape ``(size,)`` for each prunable group, higher is kept longer.
-            budget: most that a plan may cost; None to let the reward weigh cost against accuracy.
+            budget: most that a plan may cost, or several such, each of another kind; None to let the reward weigh cost
+                against accuracy.
             kind: what is counted where there is no budget to say it.
             prior: keep-ratio offsets of the start plan, shape ``(n,)``; uniform if not given.
             channels: decide the channel groups; else they stay dense.
@@ -104,9 +142,9 @@ class SearchSpace:
             table: times of the network's layers, for a budget of latency.
 
         Raises:
-            BudgetError: if the budget cannot be met, with the lowest reachable cost, or is above the dense cost; or if
+            BudgetError: if a budget cannot be met, with the lowest reachable cost, or is above the dense cost; or if
                 it is one of latency and there is no table.
-            LatencyError: if the table lacks a layer, or a decision changes nothing that takes time.
+            LatencyError: if the table lacks a layer, or latency alone is bounded and a decision takes no time.
             ValueError: if no group is left to decide, or an argument is out of range.
         """
         _check_options(graph, protected, min_keep_ratio, span)
@@ -121,20 +159,21 @@ class SearchSpace:
         ]
         ladders += [np.array(decision.levels, dtype=np.int64) for decision in layers]
         names = [group.name for group in groups]
-        counted = budget.kind if budget else kind
-        cost = (
-            LatencyModel(graph, _needed(table), names, layers)
-            if counted == "latency"
-            else CostModel(graph, counted, names, layers, sparsity)
-        )
+        budgets = (budget,) if isinstance(budget, Budget) else tuple(budget or ())
+
+        def model(kind: CostKind) -> CostModel | LatencyModel:
+            if kind == "latency":
+                return LatencyModel(graph, _needed(table), names, layers)
+            return CostModel(graph, kind, names, layers, sparsity)
+
+        costs = [model(one.kind) for one in budgets]
         space = cls(
             graph=graph,
             groups=groups,
             layers=tuple(layers),
             importance={group.name: _as_scores(importance[group.name]) for group in groups},
-            cost=cost,
-            budget=budget,
-            limit=budget.limit(cost.dense) if budget else None,
+            cost=costs[0] if costs else model(kind),
+            bounds=tuple(Bound(cost, one.limit(cost.dense)) for cost, one in zip(costs, budgets, strict=True)),
             ladders=tuple(ladders),
             prior=np.zeros(len(ladders)),
             span=span,
@@ -147,6 +186,21 @@ class SearchSpace:
     def with_prior(self, prior: ArrayLike) -> SearchSpace:
         """The same space with another start plan; ``prior`` has shape ``(n,)`` and finite values."""
         return replace(self, prior=self._checked(prior, "prior"))
+
+    def with_limit(self, kind: CostKind, limit: int) -> SearchSpace:
+        """The same space with another limit of one kind; the other budgets stay."""
+        bounds = tuple(replace(bound, limit=limit) if bound.cost.kind == kind else bound for bound in self.bounds)
+        return replace(self, bounds=bounds)
+
+    @property
+    def limit(self) -> int | None:
+        """Most that a plan may cost of the first budget, None without any."""
+        return self.bounds[0].limit if self.bounds else None
+
+    @property
+    def timed(self) -> Bound | None:
+        """The budget of latency, None if there is none."""
+        return next((bound for bound in self.bounds if isinstance(bound.cost, LatencyModel)), None)
 
     @property
     def n(self) -> int:
@@ -180,25 +234,43 @@ class SearchSpace:
 
     @cached_property
     def lowest_cost(self) -> int:
-        """The lowest cost that a plan is known to have: for a counted cost, with every decision at its least."""
-        return self.cost(self.fastest)
+        """The lowest `cost` that a plan is known to have, see `lowest_of`."""
+        return self.lowest_of(self.cost)
+
+    def lowest_of(self, cost: CostModel | LatencyModel) -> int:
+        """The lowest cost that a plan is known to have: with every decision at its least; by a table, of `fastest`."""
+        return cost(self.fastest if isinstance(cost, LatencyModel) else self.minimum)
 
     @cached_property
     def fastest(self) -> Counts:
-        """A plan of `lowest_cost`, shape ``(n,)``: by a table, from the least counts one decision at a time."""
+        """A plan that takes the least time known, shape ``(n,)``: the least counts, but where a table says otherwise.
+
+        By a table, decisions are taken one at a time from there, within the budgets of other kinds.
+        """
         counts = self.minimum.copy()
-        if not isinstance(self.cost, LatencyModel):
+        latency = self.timed.cost if self.timed else self.cost
+        if not isinstance(latency, LatencyModel):
             return counts
-        best, is_changed = self.cost(counts), True
+        others = [bound for bound in self.bounds if bound.cost is not latency]
+        best, is_changed = latency(counts), True
         while is_changed:
             is_changed = False
             for index, ladder in enumerate(self.ladders):
-                meter = self.cost.meter(counts)
-                costs = [meter.with_more(index, int(count - counts[index])) for count in ladder]
+                meter, within = latency.meter(counts), Meters(others, counts)
+                more = [int(count - counts[index]) for count in ladder]
+                costs = [meter.with_more(index, m) if within.fit_with_more(index, m) else best for m in more]
                 if min(costs) < best:
                     best, is_changed = min(costs), True
                     counts[index] = ladder[int(np.argmin(costs))]
         return counts
+
+    def fits(self, counts: Counts) -> bool:
+        """Whether a plan keeps every budget."""
+        return all(bound.cost(counts) <= bound.limit for bound in self.bounds)
+
+    def meters(self, counts: Counts) -> Meters:
+        """Every budget, for a plan that starts from ``counts`` and changes one decision at a time."""
+        return Meters(self.bounds, counts)
 
     @cached_property
     def start(self) -> Counts:
@@ -220,12 +292,18 @@ class SearchSpace:
             layers=layer_policies(self.layers, levels, self.sparsity),
         )
 
-    def cost_of(self, policy: CompressionPolicy) -> int:
-        """Cost of a plan, whoever proposed it: as `cost`, but for bytes, which are exact here and bounded there."""
-        if isinstance(self.cost, CostModel):
-            return predict_cost(self.graph, policy, self.cost.kind)
+    def cost_of(self, policy: CompressionPolicy, cost: CostModel | LatencyModel | None = None) -> int:
+        """Cost of a plan, whoever proposed it: as by `cost`, but for bytes, which are exact here and bounded there.
+
+        Args:
+            policy: the plan.
+            cost: of the budget that is meant; the first if not given.
+        """
+        cost = cost or self.cost
+        if isinstance(cost, CostModel):
+            return predict_cost(self.graph, policy, cost.kind)
         ratios = self.keep_ratios(policy)
-        return self.cost(np.rint([ratios[name] for name in self.names] * self.sizes).astype(np.int64))
+        return cost(np.rint([ratios[name] for name in self.names] * self.sizes).astype(np.int64))
 
     def keep_ratios(self, policy: CompressionPolicy) -> dict[str, float]:
         """What ``policy`` leaves of each decision, in (0, 1], by name and in the order of the decisions."""
@@ -248,26 +326,53 @@ class SearchSpace:
         return array
 
     def _check_seen(self) -> None:
-        """Refuse decisions that the cost does not depend on: nothing would ever be saved there."""
+        """Refuse decisions that no cost depends on: nothing would ever be saved there."""
+        costs = [bound.cost for bound in self.bounds] or [self.cost]
         for index, decision in enumerate(self.layers, start=len(self.groups)):
             counts = self.sizes.copy()
             counts[index] = self.minimum[index]
-            if isinstance(self.cost, CostModel) and self.cost(counts) == self.cost(self.sizes):
+            if any(
+                decision.choice == "bits" if isinstance(cost, LatencyModel) else cost(counts) != cost(self.sizes)
+                for cost in costs
+            ):
+                continue
+            if isinstance(costs[0], LatencyModel) and len(costs) == 1:
                 msg = (
-                    f"{decision.name} changes nothing that {self.cost.kind} count; leave {decision.choice} out of what "
-                    "is decided, or take a budget of bytes (bits of weights) or bops (of weights and activations)"
+                    f"zeros in layer '{decision.layer}' do not change what this runtime computes, so a latency budget "
+                    "cannot buy them; leave density out of search.decide, or take a budget of macs, params or bytes, "
+                    "alone or beside it"
                 )
-                raise ValueError(msg)
+                raise LatencyError(msg)
+            msg = (
+                f"{decision.name} changes nothing that {' or '.join(cost.kind for cost in costs)} count; leave "
+                f"{decision.choice} out of what is decided, or take a budget of bytes (bits of weights) or bops (of "
+                "weights and activations)"
+            )
+            raise ValueError(msg)
 
     def _check_reachable(self) -> None:
-        if self.limit is None or self.lowest_cost <= self.limit:
+        # Counted costs first: a plan is fastest only within these.
+        for bound in sorted(self.bounds, key=lambda bound: isinstance(bound.cost, LatencyModel)):
+            self._check_bound(bound)
+
+    def _check_bound(self, bound: Bound) -> None:
+        kind, dense, lowest = bound.cost.kind, bound.cost.dense, self.lowest_of(bound.cost)
+        if lowest <= bound.limit:
             return
-        kind, dense, lowest = self.cost.kind, self.cost.dense, self.lowest_cost
+        asked = f"a budget of {in_words(bound.limit, kind)} ({bound.limit / dense:.1%} of the dense"
+        if bound.cost(self.minimum) == bound.cost(self.sizes):
+            names = ", ".join(dict.fromkeys(["channels"] * bool(self.groups) + [each.choice for each in self.layers]))
+            msg = (
+                f"{asked} {in_words(dense, kind)}) cannot be met: nothing that is decided ({names}) changes it; decide "
+                f"{_CHANGED_BY[kind]}, or leave {kind} out of the budget"
+            )
+            raise BudgetError(msg)
+        others = [in_words(other.limit, other.cost.kind) for other in self.bounds if other is not bound]
+        within = f" within {' and '.join(others)}" if others and isinstance(bound.cost, LatencyModel) else ""
         msg = (
-            f"a budget of {in_words(self.limit, kind)} ({self.limit / dense:.1%} of the dense {in_words(dense, kind)}) "
-            f"cannot be met: with every decision at its least the network still costs {in_words(lowest, kind)} "
-            f"({lowest / dense:.1%}). Pass at least {in_words(lowest, kind)}, or lower min_keep_ratio, the rounding or "
-            "the protection"
+            f"{asked} {in_words(dense, kind)}) cannot be met: with every decision at its least{within} the network "
+            f"still costs {in_words(lowest, kind)} ({lowest / dense:.1%}). Pass at least {in_words(lowest, kind)}, or "
+            "lower min_keep_ratio, the rounding or the protection"
         )
         raise BudgetError(msg)
 
@@ -280,8 +385,8 @@ def decode(action: ArrayLike, space: SearchSpace) -> CompressionPolicy:
 def counts_of(action: ArrayLike, space: SearchSpace, base: Ratios | None = None) -> Counts:
     """Count of each decision, shape ``(n,)``.
 
-    With a budget, the keep ratios are ``clip(base + span * action + shift, least, 1)``, where one ``shift`` for all
-    groups is found so that the budget is met (`project`). Without one, an action of -1 keeps the least, 1 keeps
+    With budgets, the keep ratios are ``clip(base + span * action + shift, least, 1)``, where one ``shift`` for all
+    groups is found so that each is met (`project`). Without any, an action of -1 keeps the least, 1 keeps
     everything, and ``base`` is added.
 
     Args:
@@ -294,26 +399,26 @@ def counts_of(action: ArrayLike, space: SearchSpace, base: Ratios | None = None)
     """
     scores = np.clip(space._checked(action, "action"), -1, 1)
     base = space.prior if base is None else base
-    if space.limit is not None:
+    if space.bounds:
         return project(base + space.span * scores, space)
     ratios = base + (1 + space.min_keep_ratio) / 2 + scores * (1 - space.min_keep_ratio) / 2
     return nearest(ratios, space)
 
 
 def project(base: Ratios, space: SearchSpace) -> Counts:
-    """The plan closest in shape to the ratios ``base + shift`` that spends the budget to the last rounding step.
+    """The plan closest in shape to the ratios ``base + shift`` that spends the budgets to the last rounding step.
 
-    ``shift`` is the largest at which the unrounded plan meets the budget. Its ratios are rounded down, and then
-    single rounding steps are added, largest remainder first, until none fits.
+    ``shift`` is the largest at which the unrounded plan meets every budget. Its ratios are rounded down, and then
+    single rounding steps are added, largest shortfall first, until none fits. What one budget leaves of another goes to
+    the decisions that the first does not count, in the same steps.
 
     Returns:
-        Units of each group, shape ``(n,)``: at or under the budget, and no further single step fits.
+        Units of each group, shape ``(n,)``: at or under every budget, and no further single step fits them all.
     """
-    assert space.limit is not None
-    shift = _largest_shift(base, space.limit, space)
-    wanted = np.clip(base + shift, space.min_keep_ratio, 1) * space.sizes
+    assert space.bounds
+    wanted = np.clip(base + _largest_shift(base, space), space.min_keep_ratio, 1) * space.sizes
     counts = rounded_down(wanted, space)
-    if space.cost(counts) > space.limit:
+    if not space.fits(counts):
         # A table may know plans that keep more and take less: the least of all counts need not be the fastest.
         counts = space.fastest
     return fill(counts, wanted, space)
@@ -338,12 +443,13 @@ def fill(counts: Counts, wanted: Ratios, space: SearchSpace) -> Counts:
     """Add single rounding steps, the group farthest below ``wanted`` (in steps) first, until none fits.
 
     Args:
-        counts: plan at or under the budget, shape ``(n,)``.
+        counts: plan at or under every budget, shape ``(n,)``.
         wanted: units that each group would keep without rounding, shape ``(n,)``.
         space: what may be chosen, with a budget.
     """
-    assert space.limit is not None
-    filled, meter = counts.tolist(), space.cost.meter(counts)
+    assert space.bounds
+    filled, meters = counts.tolist(), space.meters(counts)
+    may_fall = space.timed is not None
     queue: list[tuple[float, int, int]] = []
 
     def offer(index: int) -> None:
@@ -360,23 +466,23 @@ def fill(counts: Counts, wanted: Ratios, space: SearchSpace) -> Counts:
             _, index, above = heapq.heappop(queue)
             units = above - filled[index]
             # A counted cost never falls when another group grows, so a step that does not fit now never will.
-            if meter.with_more(index, units) <= space.limit:
-                meter.keep_more(index, units)
+            if meters.fit_with_more(index, units):
+                meters.keep_more(index, units)
                 filled[index] = above
                 offer(index)
                 # A table may say that it falls: then what was dropped is offered again.
-                is_changed = isinstance(space.cost, LatencyModel)
+                is_changed = may_fall
     return np.array(filled, dtype=np.int64)
 
 
-def _largest_shift(base: Ratios, limit: int, space: SearchSpace) -> float:
-    """Largest shift at which the unrounded plan costs at most ``limit``, by bisection into 64 parts at a time."""
+def _largest_shift(base: Ratios, space: SearchSpace) -> float:
+    """Largest shift at which the unrounded plan meets every budget, by bisection into 64 parts at a time."""
     low = float(np.min(space.min_keep_ratio - base))
     high = float(np.max(1 - base))
     for _ in range(5):
         shifts = np.linspace(low, high, 65)
         ratios = np.clip(base + shifts[:, None], space.min_keep_ratio, 1)
-        fits = np.flatnonzero(space.cost.of_ratios(ratios) <= limit)
+        fits = np.flatnonzero(np.all([b.cost.of_ratios(ratios) <= b.limit for b in space.bounds], axis=0))
         # The lowest shift keeps the least of every group, which was checked to fit; float error may deny it.
         best = int(fits[-1]) if len(fits) else 0
         low, high = float(shifts[best]), float(shifts[min(best + 1, 64)])

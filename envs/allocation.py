@@ -6,9 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from .action import Counts, Ratios, SearchSpace, nearest
+from .action import Bound, Counts, Ratios, SearchSpace, nearest
 from .evaluator import Sensitivity
 
+_NOTHING = 1e-15
+"""Least share of what is lacking that a step counts as saving: below one unit of any cost."""
 KNAPSACK_LEVELS = 12
 """Counts a decision that the integer program chooses among; finer steps are left to `envs.action.fill`."""
 
@@ -50,7 +52,9 @@ def losses(space: SearchSpace, sensitivity: Sensitivity, floor: float) -> list[N
 
 
 def greedy(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
-    """Take the step that loses least for what it saves, again and again, until the budget is met.
+    """Take the step that loses least for what it saves, again and again, until every budget is met.
+
+    With several, a step saves the sum of the shares that it takes off what each budget that is not met yet still lacks.
 
     Args:
         space: the decisions, with a budget.
@@ -62,30 +66,32 @@ def greedy(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
     Raises:
         ValueError: if the space has no budget.
     """
-    limit = _limit(space, "greedy allocation")
+    _check_bounds(space, "greedy allocation")
     rungs = [len(ladder) - 1 for ladder in space.ladders]
-    meter = space.cost.meter(space.sizes)
-    while meter.cost > limit:
+    meters = [(bound.cost.meter(space.sizes), bound.limit) for bound in space.bounds]
+    # By a table the least counts need not be the fastest: then the steps end before the budget is met.
+    while (over := [(meter, meter.cost - limit) for meter, limit in meters if meter.cost > limit]) and any(rungs):
         best, step = np.inf, (-1, 0)
         for index, ladder in enumerate(space.ladders):
             if not (rung := rungs[index]):
                 continue
             units = int(ladder[rung - 1] - ladder[rung])
-            saved = meter.cost - meter.with_more(index, units)
-            price = (lost[index][rung - 1] - lost[index][rung]) / max(saved, 1e-9)
+            saved = sum((meter.cost - meter.with_more(index, units)) / lacking for meter, lacking in over)
+            price = (lost[index][rung - 1] - lost[index][rung]) / max(saved, _NOTHING)
             if price < best:
                 best, step = price, (index, units)
-        meter.keep_more(*step)
+        for meter, _ in meters:
+            meter.keep_more(*step)
         rungs[step[0]] -= 1
     counts = np.array([ladder[rung] for ladder, rung in zip(space.ladders, rungs, strict=True)])
     return np.asarray(counts / space.sizes, dtype=np.float64)
 
 
 def knapsack(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
-    """The least sum of losses that meets the budget, by an integer program over one choice of each decision.
+    """The least sum of losses that meets every budget, by an integer program over one choice of each decision.
 
-    The program adds up what each decision saves alone. Two that share a layer save less together, so that the sum
-    asked for is raised until the plan meets the budget by its true cost.
+    The program adds up what each decision saves alone, a constraint for each budget. Two that share a layer save less
+    together, so that the sums asked for are raised until the plan meets the budgets by its true costs.
 
     Args:
         space: the decisions, with a budget.
@@ -97,40 +103,56 @@ def knapsack(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
     Raises:
         ValueError: if the space has no budget.
     """
-    limit = _limit(space, "the knapsack")
+    _check_bounds(space, "the knapsack")
     ladders = [_thinned(ladder) for ladder in space.ladders]
+    price = [np.interp(ladder, space.ladders[index], lost[index]) for index, ladder in enumerate(ladders)]
     # With nothing taken away; in bytes that is more than the dense network, which needs no places and scales.
-    full = space.cost(space.sizes)
-    saved, price = [], []
-    for index, ladder in enumerate(ladders):
-        meter = space.cost.meter(space.sizes)
-        saved.append(np.array([full - meter.with_more(index, int(c - ladder[-1])) for c in ladder]))
-        price.append(np.interp(ladder, space.ladders[index], lost[index]))
-    low, high = float(full - limit), float(sum(s[0] for s in saved))
+    full = [bound.cost(space.sizes) for bound in space.bounds]
+    saved = [_saved_alone(bound, ladders, space) for bound in space.bounds]
+    low = np.array([f - bound.limit for f, bound in zip(full, space.bounds, strict=True)], dtype=np.float64)
+    high = np.array([sum(choices[0] for choices in each) for each in saved], dtype=np.float64)
+    tolerance = np.array([0.01 * bound.cost.dense for bound in space.bounds])
     counts = np.array([ladder[0] for ladder in ladders], dtype=np.int64)
-    # The truth lies between the savings added up and all of them: halve the interval until it is no wider than 1 %.
-    asked = low
+    # The truth lies between the savings added up and all of them: halve the intervals until they are no wider than 1 %.
+    asked = low.copy()
     while True:
-        tried = _choose(ladders, saved, price, min(asked, high))
-        if space.cost(tried) <= limit:
-            counts, high = tried, asked
+        tried = _choose(ladders, saved, price, np.minimum(asked, high))
+        is_over = np.array([bound.cost(tried) > bound.limit for bound in space.bounds])
+        if is_over.any():
+            low = np.where(is_over, asked, low)
         else:
-            low = asked
-        if high - low <= 0.01 * space.cost.dense:
+            counts, high = tried, asked
+        is_open = high - low > tolerance
+        if not (is_open & is_over).any() and (is_over.any() or not is_open.any()):
             return np.asarray(counts / space.sizes, dtype=np.float64)
-        asked = (low + high) / 2
+        # What is kept already is asked for again as it was, until all are kept.
+        asked = np.where(is_over if is_over.any() else is_open, (low + high) / 2, asked)
+
+
+def _saved_alone(bound: Bound, ladders: list[Counts], space: SearchSpace) -> list[NDArray[np.int64]]:
+    """What each choice of each decision alone saves of one budget."""
+    meter = bound.cost.meter(space.sizes)
+    full = meter.cost
+    return [
+        np.array([full - meter.with_more(index, int(count - ladder[-1])) for count in ladder])
+        for index, ladder in enumerate(ladders)
+    ]
 
 
 def _choose(
-    ladders: list[Counts], saved: list[NDArray[np.int64]], price: list[NDArray[np.float64]], at_least: float
+    ladders: list[Counts],
+    saved: list[list[NDArray[np.int64]]],
+    price: list[NDArray[np.float64]],
+    at_least: NDArray[np.float64],
 ) -> Counts:
-    """One count of each ladder: the cheapest that save ``at_least`` in all."""
+    """One count of each ladder: the cheapest that save ``at_least`` of each budget in all."""
     sizes = [len(ladder) for ladder in ladders]
     starts = np.concatenate([[0], np.cumsum(sizes)])
     one_each = np.zeros((len(sizes), starts[-1]))
     for row, (start, size) in enumerate(zip(starts, sizes, strict=False)):
         one_each[row, start : start + size] = 1
-    scale = max(at_least, 1.0)
+    scale = np.maximum(at_least, 1.0)
+    savings = np.stack([np.concatenate(each) for each in saved])
     solution = milp(
         np.concatenate(price),
         integrality=np.ones(starts[-1]),
@@ -138,7 +160,7 @@ def _choose(
         constraints=[
             LinearConstraint(one_each, 1, 1),
             # The last digit of the largest sum would be lost in the solver's tolerance.
-            LinearConstraint(np.concatenate(saved)[None] / scale, at_least / scale - 1e-9, np.inf),
+            LinearConstraint(savings / scale[:, None], at_least / scale - 1e-9, np.inf),
         ],
         options={"mip_rel_gap": 1e-4},
     )
@@ -154,8 +176,7 @@ def _thinned(ladder: Counts) -> Counts:
     return np.asarray(ladder[picked], dtype=np.int64)
 
 
-def _limit(space: SearchSpace, what: str) -> int:
-    if space.limit is None:
+def _check_bounds(space: SearchSpace, what: str) -> None:
+    if not space.bounds:
         msg = f"{what} needs a budget to stop at; build the search space with one"
         raise ValueError(msg)
-    return space.limit

@@ -7,8 +7,6 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from latency.predict import LatencyModel
-
 from .action import Counts, fill
 from .episode import CompressionEnv
 from .observation import Observation
@@ -21,7 +19,7 @@ class LayerwiseEnv(CompressionEnv):
     plus ``span`` times the score (without a budget: -1 keeps the least, 1 everything, plus the prior), rounded to the
     nearest allowed count inside the wall. Scores outside the box are clipped. An episode of zeros is the start plan.
 
-    **The wall** has two sides. From above: the later groups at their least must still fit the budget. From below: the
+    **The wall** has two sides. From above: the later groups at their least must still fit all budgets. From below: the
     later groups at their most must not leave room for another step of this one. Units left over after the last
     group are handed out as in `envs.action.fill`, so that the plan meets what the whole-network environment meets: at
     or under the budget, and no further rounding step fits.
@@ -62,7 +60,7 @@ class LayerwiseEnv(CompressionEnv):
         """Fewest and most units that group ``index`` may keep, given the groups before it."""
         space = self.space
         least, most = int(space.minimum[index]), int(space.sizes[index])
-        if space.limit is None:
+        if not space.bounds:
             return least, most
         later = np.arange(space.n) > index
         most = self._largest_that_fits(index, np.where(later, space.minimum, self._counts))
@@ -71,14 +69,14 @@ class LayerwiseEnv(CompressionEnv):
     def _decide(self, index: int, score: float) -> int:
         space = self.space
         least_ratio = float(space.min_keep_ratio[index])
-        if space.limit is not None:
+        if space.bounds:
             ratio = space.start[index] / space.sizes[index] + space.span * score
         else:
             ratio = space.prior[index] + (1 + least_ratio) / 2 + score * (1 - least_ratio) / 2
         rungs = space.ladders[index]
         low, high = self.wall(index)
         inside = rungs[(rungs >= low) & (rungs <= high)]
-        if isinstance(space.cost, LatencyModel) and space.limit is not None:
+        if space.timed is not None:
             inside = self._that_fit(index, inside)
         return int(inside[np.argmin(np.abs(inside - ratio * space.sizes[index]))])
 
@@ -86,8 +84,8 @@ class LayerwiseEnv(CompressionEnv):
         """Those of ``rungs`` at which the later decisions at their least still fit; by a table, more may take less."""
         counts = np.where(np.arange(self.space.n) > index, self.space.minimum, self._counts)
         counts[index] = rungs[0]
-        meter, limit = self.space.cost.meter(counts), self.space.limit or 0
-        fitting = [rung for rung in rungs if meter.with_more(index, int(rung - rungs[0])) <= limit]
+        meters = self.space.meters(counts)
+        fitting = [rung for rung in rungs if meters.fit_with_more(index, int(rung - rungs[0]))]
         return np.array(fitting or rungs[:1], dtype=np.int64)
 
     def _largest_that_fits(self, index: int, others: Counts) -> int:
@@ -95,12 +93,12 @@ class LayerwiseEnv(CompressionEnv):
         space, least = self.space, int(self.space.minimum[index])
         counts = others.copy()
         counts[index] = least
-        meter = space.cost.meter(counts)
+        meters = space.meters(counts)
         rungs = space.ladders[index]
         fitting, above = 0, len(rungs)
         while above - fitting > 1:
             middle = (fitting + above) // 2
-            if meter.with_more(index, int(rungs[middle]) - least) <= (space.limit or 0):
+            if meters.fit_with_more(index, int(rungs[middle]) - least):
                 fitting = middle
             else:
                 above = middle
@@ -108,7 +106,7 @@ class LayerwiseEnv(CompressionEnv):
 
     def _finish(self) -> tuple[float, dict[str, Any]]:
         """Hand out what is left, and score the plan."""
-        if self.space.limit is not None:
+        if self.space.bounds:
             self._counts = fill(self._counts, self._counts.astype(np.float64), self.space)
         return self._score()
 

@@ -21,7 +21,7 @@ class NetworkEnv(CompressionEnv):
 
     | budget | what a score does |
     |---|---|
-    | yes | moves the group's keep ratio by up to ``span``; a common shift meets the budget (`envs.action.project`) |
+    | yes | moves the group's keep ratio by up to ``span``; a common shift meets all budgets (`envs.action.project`) |
     | no | -1 keeps the least allowed, 1 keeps everything, plus the offset of the base plan |
 
     The base plan is the search space's prior in the first step of an episode, and the plan as it stands in any
@@ -48,8 +48,8 @@ class NetworkEnv(CompressionEnv):
 
     **End**: terminated after ``refinement_steps`` steps; never truncated.
 
-    **info** of a step: ``accuracy`` (0 to 1), ``cost`` (in the budget's unit), ``policy`` (group name to the units
-    kept), ``kept_ratios`` (shape ``(n,)``), ``budget_spent`` (whether another evaluation would raise) and
+    **info** of a step: ``accuracy`` (0 to 1), ``cost`` (in the first budget's unit), ``policy`` (group name to the
+    units kept), ``kept_ratios`` (shape ``(n,)``), ``budget_spent`` (whether another evaluation would raise) and
     ``evaluation``, an `Evaluation` with ``cached``, ``seconds`` and ``evaluations_used``. These three depend on what
     was scored before, not on the episode, and so do not take part in its comparison.
 
@@ -94,7 +94,7 @@ class NetworkEnv(CompressionEnv):
             return self.space.prior
         ratios = self._counts / self.space.sizes
         # Without a budget an action of 0 means the middle of the range, so the base is the distance from it.
-        return ratios if self.space.limit is not None else ratios - (1 + self.space.min_keep_ratio) / 2
+        return ratios if self.space.bounds else ratios - (1 + self.space.min_keep_ratio) / 2
 
     def _own(self, action: NDArray[np.float32]) -> NDArray[np.float64]:
         """The scores of the network's own decisions."""

@@ -26,7 +26,7 @@ from graph_encoder.features import (
 )
 from graph_encoder.network import KINDS
 
-from .action import Counts, SearchSpace
+from .action import Bound, Counts, SearchSpace
 from .evaluator import Sensitivity
 
 Observation = dict[str, NDArray[np.float32]]
@@ -180,20 +180,22 @@ class Observer:
         return totals
 
     def _globals(self, progress: Progress) -> list[float]:
+        """What is counted has a flag for each budget; shares are those of the first, and the least is what remains."""
         space, graph = self.space, self.space.graph
-        dense, cost = space.cost.dense, space.cost(progress.counts)
-        spent = space.cost(np.where(progress.decided, progress.counts, space.minimum))
-        limit = dense if space.limit is None else space.limit
-        free = max(limit - space.lowest_cost, 1)
+        bounds = space.bounds or (Bound(space.cost, space.cost.dense),)
+        kinds = {bound.cost.kind for bound in bounds}
+        spent = np.where(progress.decided, progress.counts, space.minimum)
+        remaining = [(b.limit - b.cost(spent)) / max(b.limit - space.lowest_of(b.cost), 1) for b in bounds]
+        dense = space.cost.dense
         values = {
-            "has_budget": float(space.limit is not None),
-            "budget_is_params": float(space.cost.kind == "params"),
-            "budget_is_bytes": float(space.cost.kind == "bytes"),
-            "budget_is_bops": float(space.cost.kind == "bops"),
-            "budget_is_latency": float(space.cost.kind == "latency"),
-            "budget_share": limit / dense,
-            "cost_share": cost / dense,
-            "remaining": (limit - spent) / free,
+            "has_budget": float(bool(space.bounds)),
+            "budget_is_params": float("params" in kinds),
+            "budget_is_bytes": float("bytes" in kinds),
+            "budget_is_bops": float("bops" in kinds),
+            "budget_is_latency": float("latency" in kinds),
+            "budget_share": bounds[0].limit / dense,
+            "cost_share": space.cost(progress.counts) / dense,
+            "remaining": min(remaining),
             "dense_accuracy": progress.dense_accuracy,
             "last_accuracy": progress.last_accuracy,
             "progress": progress.progress,

@@ -23,7 +23,7 @@ def global_magnitude(space: SearchSpace) -> Ratios:
     """Keep ratios left by one threshold on the importance of all units, each over the mean of its group.
 
     The division makes layers comparable: raw norms grow with the fan-in and with whatever scale a batch norm takes
-    back. The threshold is the lowest at which the budget is met, the groups' least being kept. Magnitude says nothing
+    back. The threshold is the lowest at which every budget is met, the groups' least being kept. Magnitude says nothing
     of choices inside layers: they have the ratio that all weights have on average.
 
     Returns:
@@ -32,7 +32,7 @@ def global_magnitude(space: SearchSpace) -> Ratios:
     Raises:
         ValueError: if the space has no budget, or no channel group.
     """
-    if space.limit is None:
+    if not space.bounds:
         msg = "global magnitude needs a budget to place its threshold; build the search space with one"
         raise ValueError(msg)
     if not space.groups:
@@ -52,7 +52,7 @@ def global_magnitude(space: SearchSpace) -> Ratios:
     low, high = 0, len(thresholds)
     while low < high:
         middle = (low + high) // 2
-        if space.cost(rounded_down(ratios(thresholds[middle]) * space.sizes, space)) <= space.limit:
+        if space.fits(rounded_down(ratios(thresholds[middle]) * space.sizes, space)):
             high = middle
         else:
             low = middle + 1

@@ -60,7 +60,7 @@ def apply_saved(
         raise ConfigError(msg)
     device = set_up_device(config.device, config.threads)
     if source.suffix == ".pt":
-        if config.budget is None:
+        if not config.budget:
             msg = "an agent plans for a budget; pass --budget"
             raise ConfigError(msg)
         subject = prepare_subject(config, device, display, stop, check=lambda graph: check_budget(config, graph))

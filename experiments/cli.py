@@ -36,7 +36,12 @@ Data = Annotated[
     str | None, typer.Option(help="bundled, cifar10, cifar100, an image folder or archive, or package.module:function.")
 ]
 Download = Annotated[bool | None, typer.Option("--download", help="Let torchvision fetch CIFAR if it is not there.")]
-BudgetText = Annotated[str | None, typer.Option("--budget", help="50%, 30% params, 62.7M macs, 400k params or none.")]
+BudgetText = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", help="50%, 30% params, 62.7M macs, 40% latency, several by commas (50%, 20% bytes), or none."
+    ),
+]
 Evaluations = Annotated[int | None, typer.Option(help="Evaluations of each method.")]
 Criterion = Annotated[str | None, typer.Option(help="Importance: l1, l2, fpgm, taylor or bn_scale.")]
 Rounding = Annotated[int | None, typer.Option(help="Keep multiples of so many channels.")]

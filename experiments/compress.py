@@ -17,7 +17,7 @@ from envs.journal import Journal, JournalEntry
 from envs.reward import RewardFunction, resolve_reward
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
-from latency.budget import Budget
+from latency.budget import BudgetLike, read_budgets
 from latency.decision import DENSITIES, layer_decisions
 from latency.table import LatencyTable
 from pruning.importance import Criterion, rank_units
@@ -72,7 +72,7 @@ def compress(
     example_inputs: Tensor | tuple[Tensor, ...],
     *,
     evaluate: EvaluateFunction,
-    budget: Budget | str | float | None,
+    budget: BudgetLike,
     calibration: Sequence[Tensor] = (),
     method: Method = "ppo",
     evaluations: int = 300,
@@ -106,7 +106,8 @@ def compress(
         example_inputs: what its ``forward`` takes, a batch of any size.
         evaluate: accuracy in ``[0, 1]`` of a network in evaluation mode.
         budget: most that the result may cost: ``"50%"``, ``"30% params"``, ``"62.7M macs"``, ``"1.5 MB"``,
-            ``"40% latency"``, a `Budget`; None weighs cost against accuracy in the reward.
+            ``"40% latency"``, a `Budget`, or several, each of another kind (``"50% macs, 20% bytes"``); None weighs
+            cost against accuracy in the reward.
         calibration: batches of training inputs for batch-norm statistics, prepared and augmented as in training;
             without them, a network with batch norms scores far below what it is worth.
         method: ``ppo``, ``ddpg``, ``cem``, ``random``, ``knapsack``, ``greedy``, ``sensitivity``, ``magnitude`` or
@@ -163,7 +164,8 @@ def compress(
     if reconstruct and not calibration:
         msg = "reconstruct fits layers on training inputs; pass some batches as calibration"
         raise ConfigError(msg)
-    if budget is None and method in ONE_SHOT:
+    budgets = read_budgets(budget)
+    if not budgets and method in ONE_SHOT:
         msg = f"the method '{method}' needs a budget; without one choose among ppo, ddpg, cem and random"
         raise ConfigError(msg)
     if criterion == "taylor" and importance is None:
@@ -171,11 +173,10 @@ def compress(
         raise ConfigError(msg)
     graph = capture(model, example_inputs)
     scores = importance or rank_units(model, graph, criterion)
-    parsed = Budget.parse(budget) if isinstance(budget, str | float | int) else budget
     space = SearchSpace.build(
         graph,
         {name: values.detach().cpu().numpy() for name, values in scores.items()},
-        parsed,
+        budgets,
         channels="channels" in decide,
         layers=layer_decisions(
             graph,
@@ -206,7 +207,7 @@ def compress(
             graph,
             calibration,
             importance or criterion,
-            budget=f"{space.limit} {space.cost.kind}",
+            budget=", ".join(f"{bound.limit} {bound.cost.kind}" for bound in space.bounds) or f"None {space.cost.kind}",
             table=table.digest if table else None,
             environment=environment,
             start=start,

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from agent.config import AgentConfig, DDPGConfig, PPOConfig
-from latency.budget import Budget
+from latency.budget import Budget, read_budgets
 from latency.decision import DENSITIES, LayerChoice
 from pruning.importance import Criterion
 from pruning.layer_policy import FULL_BITS, LayerPolicy
@@ -197,8 +197,9 @@ class RunConfig(_Section):
     """The network."""
     data: DataRecipe = DataRecipe()
     """Images, their splits and their preparation."""
-    budget: Budget | None = Budget(share=0.5)
-    """The cost that no plan may exceed, as ``50%``, ``30% params``, ``62.7M macs``; none weighs cost in the reward."""
+    budget: tuple[Budget, ...] = (Budget(share=0.5),)
+    """The cost that no plan may exceed, as ``50%``, ``30% params``, ``62.7M macs``, or several at once, each of another
+    kind: ``50% macs, 20% bytes``; none weighs cost in the reward."""
     search: SearchSettings = SearchSettings()
     """The search."""
     train: TrainConfig = TrainConfig()
@@ -221,14 +222,14 @@ class RunConfig(_Section):
     @field_validator("budget", mode="before")
     @classmethod
     def _budget_as_text(cls, budget: object) -> object:
-        if budget == "none":
-            return None
-        return Budget.parse(budget) if isinstance(budget, str | float | int) else budget
+        listed: Sequence[Any] = budget if isinstance(budget, list | tuple) else [] if budget is None else [budget]
+        # What a run wrote is read back as mappings.
+        return read_budgets([Budget.model_validate(one) if isinstance(one, dict) else one for one in listed])
 
     @model_validator(mode="after")
     def _budget_where_needed(self) -> Self:
         needing = [method for method in self.search.methods if method in ONE_SHOT]
-        if self.budget is None and needing:
+        if not self.budget and needing:
             searching = [method for method in METHODS if method not in ONE_SHOT]
             msg = f"search.methods: {', '.join(needing)} need a budget; without one choose among {', '.join(searching)}"
             raise ValueError(msg)

@@ -14,7 +14,6 @@ from torch import nn
 from envs.journal import Journal
 from latency.cost import count_macs, count_params, predict_cost, size_bytes
 from latency.measure import measure_latency
-from latency.predict import LatencyModel
 from pruning.export import ExportError, export_onnx, save_compressed
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
@@ -26,7 +25,7 @@ from .figures import Plan
 from .interrupt import StopFlag
 from .measured_budget import kept_by_the_clock
 from .methods import MethodSearch, is_finalists
-from .outcome import DENSE, Latency, MethodOutcome, RunOutcome, budget_words
+from .outcome import DENSE, Allowance, Latency, MethodOutcome, RunOutcome, budget_words
 from .problem import SearchProblem
 from .progress import RunDisplay
 from .report import render_report
@@ -123,7 +122,7 @@ def _finalists(
     found.append(Finalist(DENSE, CompressionPolicy({}), subject.model, tuned, None))
     for search in searches:
         policy = problem.policy(search)
-        if isinstance(problem.space.cost, LatencyModel):
+        if problem.space.timed is not None:
             policy = kept_by_the_clock(policy, folder.method(search.method), subject, problem.space, builder, display)
             # What is handed on to others is the plan of the network that is handed on.
             policy.save(folder.method(search.method).policy_file)
@@ -208,7 +207,8 @@ def _export_onnx(subject: Subject, finalist: Finalist, path: Path, display: RunD
 def _row(subject: Subject, problem: SearchProblem, finalist: Finalist) -> MethodOutcome:
     evaluate, search = subject.evaluate_on_validation(), finalist.search
     policy, graph = finalist.policy, subject.graph
-    inside = bool(problem.space.layers) or problem.space.cost.kind == "bytes"
+    space = problem.space
+    inside = bool(space.layers) or "bytes" in [bound.cost.kind for bound in space.bounds]
     row = MethodOutcome(
         method=finalist.name,
         validation_accuracy=evaluate(finalist.network),
@@ -229,8 +229,9 @@ def _row(subject: Subject, problem: SearchProblem, finalist: Finalist) -> Method
             "seconds": search.seconds,
             "seconds_evaluating": search.seconds_evaluating,
             "search_accuracy": search.search_accuracy,
-            "keep_ratios": problem.space.keep_ratios(policy),
-            "cost": problem.space.cost_of(policy),
+            "keep_ratios": space.keep_ratios(policy),
+            "cost": space.cost_of(policy),
+            "further_costs": {bound.cost.kind: space.cost_of(policy, bound.cost) for bound in space.bounds[1:]},
         }
     )
 
@@ -306,6 +307,10 @@ def _outcome(
         budget_kind=space.cost.kind,
         cost_limit=space.limit if space.limit is not None else space.cost.dense,
         dense_cost=space.cost.dense,
+        further_budgets=tuple(
+            Allowance(kind=bound.cost.kind, limit=bound.limit, dense_cost=bound.cost.dense)
+            for bound in space.bounds[1:]
+        ),
         seed=config.search.seed,
         command=folder.command,
         machine=folder.machine,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,27 +117,28 @@ def within_measured_budget(
     """The plan, or one of the same shape that is small enough for the clock too.
 
     Where the clock says more than the budget, the plan is projected again to the budget scaled by predicted over
-    measured, up to `MOST_PROJECTIONS` times.
+    measured, up to `MOST_PROJECTIONS` times. Budgets of other kinds stay as they are, and are kept by every plan.
 
     Args:
         policy: plan within the budget by the table.
-        space: its decisions, with a budget of latency.
+        space: its decisions, with a budget of latency, alone or among others.
         time_share: measures a plan.
         file: where readings are kept: a continued run reads them there and looks at no clock again.
     """
     if file.exists():
         known = MeasuredPlan.model_validate_json(file.read_text())
         return CompressionPolicy.from_plain(known.policy, f"the plan in '{file}'"), known
-    assert space.limit is not None
-    allowed = space.limit / space.cost.dense
+    assert space.timed is not None
+    limit, cost = space.timed.limit, space.timed.cost
+    allowed = limit / cost.dense
     found = space.keep_ratios(policy)
     base = np.array([found[name] for name in space.names])
     readings = [_reading(policy, space, time_share)]
     while readings[-1].measured > allowed and len(readings) <= MOST_PROJECTIONS:
-        limit = math.floor(space.limit * readings[-1].predicted / readings[-1].measured)
-        if limit < space.lowest_cost:
+        smaller = math.floor(limit * readings[-1].predicted / readings[-1].measured)
+        if smaller < space.lowest_of(cost):
             break
-        policy = space.policy(project(base, replace(space, limit=limit)))
+        policy = space.policy(project(base, space.with_limit("latency", smaller)))
         readings.append(_reading(policy, space, time_share))
     plan = MeasuredPlan(policy=policy.to_plain(), readings=tuple(readings), allowed=allowed)
     write_atomic(file, plan.model_dump_json(indent=2).encode())
@@ -146,7 +146,9 @@ def within_measured_budget(
 
 
 def _reading(policy: CompressionPolicy, space: SearchSpace, time_share: TimeShare) -> Reading:
-    return Reading(predicted=space.cost_of(policy) / space.cost.dense, measured=time_share(policy))
+    assert space.timed is not None
+    cost = space.timed.cost
+    return Reading(predicted=space.cost_of(policy, cost) / cost.dense, measured=time_share(policy))
 
 
 def _as_taken(runtime: Runtime, network: nn.Module, subject: Subject) -> Artifact:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from latency.budget import Budget, in_words
+from latency.cost import CostKind
 
 from .machine import Machine
 
@@ -75,7 +76,9 @@ class MethodOutcome(_Record):
     size_bytes: int
     """Bytes of parameters and buffers; with zeros, bits or a budget of bytes, what the parameters are stored in."""
     cost: int = 0
-    """What the plan costs, in the budget's kind; 0 for the dense network."""
+    """What the plan costs, in the first budget's kind; 0 for the dense network."""
+    further_costs: dict[CostKind, int] = {}
+    """What it costs in the kinds of the other budgets; none for the dense network."""
     keep_ratios: dict[str, float] = {}
     """What each decision left, in the network's order: share of channels by group, of weights and bits by layer."""
     latencies: tuple[Latency, ...] = ()
@@ -87,6 +90,17 @@ class MethodOutcome(_Record):
         return 1 - self.seconds_evaluating / self.seconds if self.seconds > 0 else None
 
 
+class Allowance(_Record):
+    """One budget of a run, in numbers."""
+
+    kind: CostKind
+    """What is counted."""
+    limit: int
+    """Most that a plan could cost (latency in nanoseconds)."""
+    dense_cost: int
+    """What the untouched network costs."""
+
+
 class RunOutcome(_Record):
     """Everything that results.json holds."""
 
@@ -95,11 +109,14 @@ class RunOutcome(_Record):
     data: str
     budget: str
     """In words, as `budget_words` says it."""
-    budget_kind: str
+    budget_kind: CostKind
+    """What the first budget counts; without one, what the reward weighs."""
     cost_limit: int
-    """Most that a plan could cost, in the budget's kind (latency in nanoseconds)."""
+    """Most that a plan could cost, in that kind (latency in nanoseconds)."""
     dense_cost: int = 0
     """Cost of the untouched network, in the same kind; 0 in a record of channels alone from before it was kept."""
+    further_budgets: tuple[Allowance, ...] = ()
+    """The budgets after the first, all of which every plan kept."""
     seed: int
     command: str
     machine: Machine
@@ -123,6 +140,14 @@ class RunOutcome(_Record):
         return f"{self.n_test or self.n_validation:,} {self.split} images"
 
     @property
+    def budgets(self) -> tuple[Allowance, ...]:
+        """Every budget; without any, what the reward weighs, up to all of the dense network's."""
+        return (
+            Allowance(kind=self.budget_kind, limit=self.cost_limit, dense_cost=self.dense_cost),
+            *self.further_budgets,
+        )
+
+    @property
     def has_budget(self) -> bool:
         """Whether plans had a limit to keep."""
         return self.budget != NO_BUDGET
@@ -140,23 +165,28 @@ class RunOutcome(_Record):
         return cls.model_validate_json(path.read_text())
 
 
-def budget_words(budget: Budget | None) -> str:
-    """A budget as a headline says it: ``at most 20% of its MACs``."""
-    if budget is None:
-        return NO_BUDGET
+def budget_words(budgets: Sequence[Budget]) -> str:
+    """Budgets as a headline says them: ``at most 50 % of its MACs and 20 % of its bytes``."""
+    return f"at most {' and '.join(map(_most_words, budgets))}" if budgets else NO_BUDGET
+
+
+def _most_words(budget: Budget) -> str:
     nouns = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "bops": "bit operations", "latency": "latency"}
     if budget.share:
-        return f"at most {100 * budget.share:.4g} % of its {nouns[budget.kind]}"
+        return f"{100 * budget.share:.4g} % of its {nouns[budget.kind]}"
     assert budget.absolute is not None
-    return f"at most {in_words(budget.absolute, budget.kind)}"
+    return in_words(budget.absolute, budget.kind)
+
+
+_OWN_COLUMN = {"bops": "bit operations", "latency": "latency by the table"}
+"""Kinds of budget that get a column; the other kinds have one anyway."""
 
 
 def headings(outcome: RunOutcome) -> list[str]:
     """Headings of the table's columns."""
     accuracies = [f"{outcome.split} accuracy", f"{outcome.split}, fine-tuned"]
-    # The other kinds of budget have a column of their own anyway.
-    budget = {"bops": ["bit operations"], "latency": ["latency by the table"]}.get(outcome.budget_kind, [])
-    return ["method", *accuracies, *budget, "MACs", "params", "bytes", "eager ms", "onnx ms", "evaluations", "seconds"]
+    budgets = [_OWN_COLUMN[budget.kind] for budget in outcome.budgets if budget.kind in _OWN_COLUMN]
+    return ["method", *accuracies, *budgets, "MACs", "params", "bytes", "eager ms", "onnx ms", "evaluations", "seconds"]
 
 
 def table_cells(outcome: RunOutcome) -> list[list[str]]:
@@ -167,10 +197,10 @@ def table_cells(outcome: RunOutcome) -> list[list[str]]:
             row.method,
             percent(row.test_accuracy if outcome.n_test else row.validation_accuracy),
             percent(row.tuned_test_accuracy if outcome.n_test else row.tuned_validation_accuracy),
-            *_cost(row, outcome),
+            *(_cost(row, outcome, budget) for budget in outcome.budgets if budget.kind in _OWN_COLUMN),
             _with_share(row.macs, dense.macs),
             _with_share(row.params, dense.params),
-            f"{amount(row.size_bytes)}B",
+            _bytes(row, outcome),
             _time(row, "pytorch"),
             _time(row, "onnxruntime"),
             f"{row.evaluations:.4g}" if row.method != DENSE else "",
@@ -243,13 +273,20 @@ def significant(value: float, digits: int) -> str:
     return f"{round(value, decimals):.{max(0, decimals)}f}"
 
 
-def _cost(row: MethodOutcome, outcome: RunOutcome) -> list[str]:
-    """What the budget counts, where no other column shows it."""
-    if outcome.budget_kind not in ("bops", "latency"):
-        return []
-    cost = row.cost or outcome.dense_cost
-    words = in_words(cost, "latency") if outcome.budget_kind == "latency" else amount(cost)
-    return [words if cost == outcome.dense_cost else f"{words} ({cost / outcome.dense_cost:.1%})"]
+def _cost(row: MethodOutcome, outcome: RunOutcome, budget: Allowance) -> str:
+    """What a budget counts, where no other column shows it."""
+    cost = (row.cost if budget.kind == outcome.budget_kind else row.further_costs.get(budget.kind, 0)) or (
+        budget.dense_cost
+    )
+    words = in_words(cost, "latency") if budget.kind == "latency" else amount(cost)
+    return words if cost == budget.dense_cost else f"{words} ({cost / budget.dense_cost:.1%})"
+
+
+def _bytes(row: MethodOutcome, outcome: RunOutcome) -> str:
+    """Bytes, with their share where they are a budget."""
+    dense = next((budget.dense_cost for budget in outcome.budgets if budget.kind == "bytes"), 0)
+    share = f" ({row.size_bytes / dense:.1%})" if dense and row.method != DENSE else ""
+    return f"{amount(row.size_bytes)}B{share}"
 
 
 def _time(row: MethodOutcome, runtime: str) -> str:

@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from latency.budget import in_words
+
 from .config import METHODS, ONE_SHOT
 from .figures import COLOURS, Plan, keep_ratio_figure, latency_figure, near_limit, pareto_figure, reward_figure
 from .outcome import DENSE, MethodOutcome, RunOutcome, amount, headings, percent, significant, speed_notes, table_cells
@@ -191,7 +193,8 @@ def _comparison(outcome: RunOutcome) -> str:
 def _close_note(outcome: RunOutcome, plans: Sequence[Plan]) -> str:
     if not outcome.has_budget or near_limit(plans, outcome.cost_limit):
         return ""
-    return " No plan costs nearly as much as the limit allows: one rounding step more would be over it."
+    over = "another budget" if outcome.further_budgets else "it"
+    return f" No plan costs nearly as much as the limit allows: one rounding step more would be over {over}."
 
 
 def _cost_note(outcome: RunOutcome) -> str:
@@ -242,7 +245,7 @@ def _provenance(outcome: RunOutcome) -> str:
         "device, threads": f"{machine.device}, {machine.threads}",
         "system": f"{machine.system}, Python {machine.python}",
         "packages": ", ".join(f"{name} {version}" for name, version in machine.packages.items()),
-        "limit": f"{outcome.cost_limit:,} {outcome.budget_kind} ({outcome.budget})",
+        "limit": f"{', '.join(in_words(b.limit, b.kind) for b in outcome.budgets)} ({outcome.budget})",
         "images": f"{outcome.n_validation:,} validation, {outcome.n_test:,} test",
     }
     return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"

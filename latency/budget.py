@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -120,3 +121,44 @@ class Budget(BaseModel):
         if self.absolute is not None:
             return in_words(self.absolute, self.kind)
         return f"{self.share:.4g} of the dense {self.kind}"
+
+
+BudgetLike = Budget | str | float | Sequence[Budget | str | float] | None
+"""How a person asks for budgets: one, several in one text, a list, or none."""
+
+
+def read_budgets(value: BudgetLike) -> tuple[Budget, ...]:
+    """Every budget that is asked for: ``"50%"``, ``"50% macs, 20% bytes"``, a list of such, or none at all.
+
+    Args:
+        value: budgets, or texts as `Budget.parse` reads them, separated by commas; ``"none"`` and None are no budget.
+
+    Raises:
+        BudgetError: if one cannot be read, or two are of the same kind.
+    """
+    if value is None or value == "none":
+        return ()
+    if isinstance(value, str):
+        return _of_different_kinds(_in_text(value))
+    if isinstance(value, Budget | float | int):
+        return (value if isinstance(value, Budget) else Budget.parse(value),)
+    return _of_different_kinds([budget for each in value for budget in read_budgets(each)])
+
+
+def _in_text(text: str) -> list[Budget]:
+    parts = text.split(",")
+    try:
+        return [Budget.parse(part.strip()) for part in parts]
+    except BudgetError as error:
+        if len(parts) > 1:
+            msg = f"'{text}': {error} (commas separate budgets; write numbers without them)"
+            raise BudgetError(msg) from None
+        raise
+
+
+def _of_different_kinds(budgets: Sequence[Budget]) -> tuple[Budget, ...]:
+    for budget in budgets:
+        if len(same := [str(other) for other in budgets if other.kind == budget.kind]) > 1:
+            msg = f"there are {len(same)} budgets of {budget.kind}: {', '.join(same)}; give one of each kind"
+            raise BudgetError(msg)
+    return tuple(budgets)

@@ -31,8 +31,9 @@ class LatencyModel:
 
     Attributes:
         kind: ``"latency"``.
-        groups: names of the decisions that a vector of counts stands for: channel groups, then bits of layers.
-        sizes: int64 of shape ``(decisions,)``: units of each group, bits of an untouched layer.
+        groups: names of the decisions that a vector of counts stands for: channel groups, then layer decisions. Zeros
+            change nothing: the runtimes compute them as any other weight.
+        sizes: int64 of shape ``(decisions,)``: units of each group, level of each untouched layer.
         dense: nanoseconds of the untouched network.
         calibration: how the sum over layers becomes the network's time.
         owners: names of the operators that the table times, in network order.
@@ -54,12 +55,12 @@ class LatencyModel:
             graph: captured network.
             table: times of its layer kinds.
             groups: names of the groups that may lose units; the prunable ones if not given.
-            layers: decisions on the bits of layers, weights and activations together, among those of the table.
+            layers: decisions inside layers; bits are those of weights and activations together, among the table's.
             calibration: the table's own for this network if not given; without one, the plain sum and an empty call.
 
         Raises:
             TableError: if the table lacks a layer kind.
-            LatencyError: if a decision is none that changes how fast a runtime computes.
+            LatencyError: if a decision is on bits that no runtime computes with.
         """
         _check_decisions(layers)
         names = tuple(group.name for group in graph.prunable) if groups is None else tuple(groups)
@@ -83,26 +84,27 @@ class LatencyModel:
         names: Sequence[str],
         layers: Sequence[LayerDecision],
     ) -> None:
-        """A row for each distinct number of channels, then one for the bits of each decision."""
+        """A row for each distinct number of channels, then one for each layer whose bits are decided."""
         row_of: dict[LinearDim, int] = {}
         self._rows = [tuple(row_of.setdefault(dim, len(row_of)) for dim in pair) for pair in dims]
         column = {graph.group_index[name]: index for index, name in enumerate(names)}
-        self._full = np.array([dim.full for dim in row_of] + [decision.size for decision in layers], dtype=np.int64)
+        bits = [place for place, decision in enumerate(layers) if decision.choice == "bits"]
+        self._full = np.array([dim.full for dim in row_of] + [layers[place].size for place in bits], dtype=np.int64)
         self._per_unit = np.zeros((len(self._full), len(self.groups)))
         for dim, row in row_of.items():
             for group, channels in dim.per_unit:
                 if group in column:
                     self._per_unit[row, column[group]] += channels
-        for place in range(len(layers)):
-            self._per_unit[len(row_of) + place, len(names) + place] = 1
-        self._bits_row = {decision.layer: len(row_of) + place for place, decision in enumerate(layers)}
+        for row, place in enumerate(bits, start=len(row_of)):
+            self._per_unit[row, len(names) + place] = 1
+        self._bits_row = {layers[place].layer: row for row, place in enumerate(bits, start=len(row_of))}
 
     def _read_kinds(
         self, graph: NetworkGraph, timed: Sequence[Layer], table: LatencyTable, layers: Sequence[LayerDecision]
     ) -> None:
         """Times of every layer at each of its bits."""
         layer_of_owner = {operator.name: layer_of(operator.weight) for operator in graph.operators}
-        levels = {decision.layer: decision.levels for decision in layers}
+        levels = {decision.layer: decision.levels for decision in layers if decision.choice == "bits"}
         self._times: list[KindTimes] = []
         self._known: list[dict[tuple[int, int], int]] = []
         self._gates: list[int] = []
@@ -232,11 +234,7 @@ class LatencyMeter:
 def _check_decisions(layers: Sequence[LayerDecision]) -> None:
     for decision in layers:
         if decision.choice == "density":
-            msg = (
-                f"zeros in layer '{decision.layer}' do not change what this runtime computes, so a latency budget "
-                "cannot buy them; leave density out of search.decide, or take a budget of macs, params or bytes"
-            )
-            raise LatencyError(msg)
+            continue
         if decision.choice != "bits":
             msg = (
                 f"{decision.name} decides weights and activations apart, and runtimes compute with both in integers or "

@@ -22,7 +22,7 @@ def test_options_override_the_file_and_leave_the_rest_of_it(tmp_path: Path) -> N
 
 def test_configuration_written_as_yaml_is_read_back_equal(tmp_path: Path) -> None:
     config = load_config(
-        None, {"budget": "30% params", "search.methods": ["ppo", "cem"], "model.weights": "w.safetensors"}
+        None, {"budget": "30% params, 3 ms", "search.methods": ["ppo", "cem"], "model.weights": "w.safetensors"}
     )
 
     assert load_config(written(tmp_path, config.to_yaml())) == config
@@ -31,14 +31,18 @@ def test_configuration_written_as_yaml_is_read_back_equal(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "budget"),
     [
-        ("50%", Budget(share=0.5)),
-        ("30% params", Budget(kind="params", share=0.3)),
-        ("125M flops", Budget(absolute=62_500_000)),
-        (0.25, Budget(share=0.25)),
-        ("none", None),
+        ("50%", (Budget(share=0.5),)),
+        ("30% params", (Budget(kind="params", share=0.3),)),
+        ("125M flops", (Budget(absolute=62_500_000),)),
+        (0.25, (Budget(share=0.25),)),
+        ("none", ()),
+        (None, (Budget(share=0.5),)),
+        ("50% macs, 20% bytes", (Budget(share=0.5), Budget(kind="bytes", share=0.2))),
+        (["50%", "3 ms"], (Budget(share=0.5), Budget(kind="latency", absolute=3_000_000))),
+        ({"kind": "params", "share": 0.3}, (Budget(kind="params", share=0.3),)),
     ],
 )
-def test_budget_is_read_as_a_person_writes_it(text: str | float, budget: Budget | None) -> None:
+def test_budget_is_read_as_a_person_writes_it(text: object, budget: tuple[Budget, ...]) -> None:
     config = load_config(None, {"budget": text, "search.methods": ["cem"]})
 
     assert config.budget == budget
@@ -102,6 +106,16 @@ def test_file_that_holds_no_mapping_is_told(tmp_path: Path) -> None:
 def test_budget_that_cannot_be_read_is_told() -> None:
     with pytest.raises((ConfigError, BudgetError), match="budget 'half' cannot be read"):
         load_config(None, {"budget": "half"})
+
+
+def test_two_budgets_of_one_kind_are_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {"budget": ["50% macs", "125M flops"]})
+
+    assert str(caught.value) == (
+        "the options: budget: there are 2 budgets of macs: 0.5 of the dense macs, 62,500,000 macs; give one of each "
+        "kind"
+    )
 
 
 def test_value_that_a_message_quotes_is_not_told_twice() -> None:

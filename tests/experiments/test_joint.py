@@ -10,7 +10,7 @@ import torch
 import secateur
 from experiments.config import ConfigError, RunConfig, load_config
 from experiments.interrupt import StopFlag
-from experiments.outcome import RunOutcome
+from experiments.outcome import RunOutcome, headings, table_cells
 from experiments.progress import RunDisplay
 from experiments.search import resume_run, start_run
 from pruning.export import load_compressed
@@ -65,6 +65,25 @@ def test_bytes_of_the_table_are_those_of_the_policy_and_within_the_budget(joint_
         assert set(row.keep_ratios) == {"3", "6", "9"} | {f"{n}:bits" for n in (0, 3, 6, 9, 14)} | {
             f"{n}:density" for n in (3, 6, 9)
         }
+
+
+def test_a_run_under_several_budgets_keeps_and_shows_each(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = tiny_config(**JOINT | {"budget": "50% macs, 20% bytes, 10% bops", "finetune__epochs": 0})
+    with RunDisplay(quiet=True) as display:
+        outcome = start_run(config, tmp_path / "run", ["secateur"], display, StopFlag())
+
+    assert outcome.budget == "at most 50 % of its MACs and 20 % of its bytes and 10 % of its bit operations"
+    assert [budget.kind for budget in outcome.budgets] == ["macs", "bytes", "bops"]
+    for row in outcome.rows[1:]:
+        costs = {"macs": row.macs, "bytes": row.size_bytes, "bops": row.further_costs["bops"]}
+        assert all(costs[budget.kind] <= budget.limit for budget in outcome.budgets)
+        assert row.cost == row.macs and row.further_costs["bytes"] == row.size_bytes
+    cells = dict(zip(headings(outcome), table_cells(outcome)[1], strict=True))
+    for column in ("MACs", "bytes", "bit operations"):
+        assert cells[column].endswith("%)")
+    assert "bit operations" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_resuming_a_finished_joint_search_replays_its_journal(joint_run: Path) -> None:

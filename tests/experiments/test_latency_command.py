@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from envs.action import counts_of
+from envs.action import Bound, counts_of
 from experiments.latency_command import Subject, spearman
 from latency.predict import LatencyModel
 from latency.table import LatencyTable, build_table, needed_kinds, start_table
@@ -97,7 +97,7 @@ def test_a_latency_budget_is_met_by_construction(rounding: int, share: float) ->
     lowest = cost(subject.space.minimum)
     # Odd counts take slower kernels, so that the least network need not be the fastest.
     limit = lowest + int(share * abs(cost.dense - lowest))
-    space = replace(subject.space, cost=cost, limit=limit)  # type: ignore[arg-type]
+    space = replace(subject.space, cost=cost, bounds=(Bound(cost, limit),))
     generator = np.random.default_rng(0)
     for _ in range(10):
         counts = counts_of(generator.uniform(-1, 1, space.n), space)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,14 @@ def space() -> SearchSpace:
     )
 
 
+@pytest.fixture(scope="module")
+def beside_bytes(space: SearchSpace) -> SearchSpace:
+    """The same under a budget of bytes, too, which leaves less than the latency does."""
+    budget = Budget(kind="bytes", share=0.5)
+    counted = SearchSpace.build(space.graph, space.importance, budget, rounding=1, protect_first=False)
+    return replace(space, bounds=(*space.bounds, *counted.bounds))
+
+
 def by_the_table(space: SearchSpace, policy: CompressionPolicy) -> float:
     return space.cost_of(policy) / space.cost.dense
 
@@ -54,6 +63,22 @@ def test_a_plan_that_the_clock_finds_slower_is_made_smaller_until_it_keeps_the_b
         pytest.approx(1.5 * by_the_table(space, each)) for each in (policy, kept)
     ]
     assert len(kept.kept) > 0 and by_the_table(space, kept) <= measured.allowed / 1.5
+
+
+def test_a_smaller_plan_keeps_the_other_budgets_and_only_the_time_is_cut(
+    beside_bytes: SearchSpace, tmp_path: Path
+) -> None:
+    policy = beside_bytes.policy(beside_bytes.start)
+    share = beside_bytes.cost_of(policy) / beside_bytes.cost.dense
+
+    # So slow that the plan, which bytes made small, is over the time by a tenth.
+    kept, measured = within_measured_budget(
+        policy, beside_bytes, lambda p: 0.66 / share * by_the_table(beside_bytes, p), tmp_path / "m.json"
+    )
+
+    bound = beside_bytes.bounds[1]
+    assert measured.is_within and len(measured.readings) > 1
+    assert beside_bytes.cost_of(kept, bound.cost) <= bound.limit
 
 
 def test_it_ends_where_the_clock_never_agrees(space: SearchSpace, tmp_path: Path) -> None:

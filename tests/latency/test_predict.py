@@ -134,11 +134,6 @@ def test_meter_and_bound_hold_for_channels_and_bits_together(mixed: LatencyModel
     ("decision", "message"),
     [
         (
-            LayerDecision("inner", "density", (50, 100)),
-            "zeros in layer 'inner' do not change what this runtime computes, so a latency budget cannot buy them; "
-            "leave density out of search.decide, or take a budget of macs, params or bytes",
-        ),
-        (
             LayerDecision("inner", "weight_bits", (8, 32)),
             "inner:weight_bits decides weights and activations apart, and runtimes compute with both in integers or "
             "with neither; put bits in search.decide in its place",
