@@ -245,13 +245,22 @@ class SearchSpace:
     def fastest(self) -> Counts:
         """A plan that takes the least time known, shape ``(n,)``: the least counts, but where a table says otherwise.
 
-        By a table, decisions are taken one at a time from there, within the budgets of other kinds.
+        By a table, decisions are changed one at a time within the budgets of other kinds, from the least counts and
+        from these with every layer's bits and weights as they are.
         """
-        counts = self.minimum.copy()
         latency = self.timed.cost if self.timed else self.cost
         if not isinstance(latency, LatencyModel):
-            return counts
+            return self.minimum.copy()
         others = [bound for bound in self.bounds if bound.cost is not latency]
+        layers_whole = np.append(self.minimum[: len(self.groups)], self.sizes[len(self.groups) :])
+        found = [self._faster(latency, others, self.minimum)]
+        if all(bound.cost(layers_whole) <= bound.limit for bound in others):
+            found.append(self._faster(latency, others, layers_whole))
+        return min(found, key=latency)
+
+    def _faster(self, latency: LatencyModel, others: Sequence[Bound], start: Counts) -> Counts:
+        """A plan that no change of a single decision makes faster, from ``start``, within the other budgets."""
+        counts = start.copy()
         best, is_changed = latency(counts), True
         while is_changed:
             is_changed = False
@@ -360,7 +369,11 @@ class SearchSpace:
         if lowest <= bound.limit:
             return
         asked = f"a budget of {in_words(bound.limit, kind)} ({bound.limit / dense:.1%} of the dense"
-        if bound.cost(self.minimum) == bound.cost(self.sizes):
+        has_bits = any(decision.choice == "bits" for decision in self.layers)
+        is_changed = bound.cost(self.minimum) != bound.cost(self.sizes)
+        if isinstance(bound.cost, LatencyModel):
+            is_changed = bool(self.groups) or has_bits
+        if not is_changed:
             names = ", ".join(dict.fromkeys(["channels"] * bool(self.groups) + [each.choice for each in self.layers]))
             msg = (
                 f"{asked} {in_words(dense, kind)}) cannot be met: nothing that is decided ({names}) changes it; decide "
@@ -369,10 +382,11 @@ class SearchSpace:
             raise BudgetError(msg)
         others = [in_words(other.limit, other.cost.kind) for other in self.bounds if other is not bound]
         within = f" within {' and '.join(others)}" if others and isinstance(bound.cost, LatencyModel) else ""
+        bits = "" if has_bits or not isinstance(bound.cost, LatencyModel) else ", or decide bits too"
         msg = (
             f"{asked} {in_words(dense, kind)}) cannot be met: with every decision at its least{within} the network "
             f"still costs {in_words(lowest, kind)} ({lowest / dense:.1%}). Pass at least {in_words(lowest, kind)}, or "
-            "lower min_keep_ratio, the rounding or the protection"
+            f"lower min_keep_ratio, the rounding or the protection{bits}"
         )
         raise BudgetError(msg)
 
@@ -493,7 +507,7 @@ def _needed(table: LatencyTable | None) -> LatencyTable:
     if table is None:
         msg = (
             "a budget of latency is projected with a table of this device, and there is none; make one with `secateur "
-            "latency build` and name it as latency.table"
+            "latency build` and name it with --latency-table (latency.table)"
         )
         raise BudgetError(msg)
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,20 @@ from torch import Tensor, nn
 from envs.action import SearchSpace
 from graph_encoder.capture import capture
 from graph_encoder.network import ChannelGroup, NetworkGraph
+from latency.budget import Budget, BudgetError
 from latency.cost import CostKind
 from pruning.proof import Proof, prove
 
-from .config import ConfigError
+from .config import ConfigError, RunConfig
+from .floor import LatencyFloors, find_floors
 from .models import build_model, load_weights
 from .outcome import amount
+from .search import check_budget
 from .user_function import is_reference
 
 COST_KINDS: tuple[CostKind, ...] = ("macs", "params")
+N_IMAGES = 8
+"""Random images that the networks of the latency floor are calibrated on: time does not depend on values."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,21 @@ class CheckReport:
         proof: one result for all groups at once, then one a group that is offered.
         lowest: lowest reachable cost by kind, with what is protected by default, None if nothing can be removed.
         decided: names of the groups that a search decides by default.
+        floors: the least latency, where a table was given.
+        refusal: why the budget that was asked for is refused, None if it can be met or there is none.
     """
 
     graph: NetworkGraph
     proof: tuple[Proof, ...]
     lowest: dict[CostKind, int | None]
     decided: frozenset[str]
+    floors: LatencyFloors | None = None
+    refusal: str | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether removing equals masking for every group offered."""
-        return all(result.holds for result in self.proof)
+        """Whether removing equals masking for every group offered, and the budget can be met."""
+        return all(result.holds for result in self.proof) and self.refusal is None
 
     def lines(self) -> list[str]:
         """The report as a person reads it."""
@@ -61,6 +70,7 @@ class CheckReport:
             f"multiply-adds   {amount(graph.macs)}",
             f"parameters      {amount(graph.params)}",
             *(self._range(kind) for kind in COST_KINDS),
+            *(self.floors.lines() if self.floors else ()),
             *_offered("groups decided", decided, "by a search"),
             *_offered(
                 "groups spared", spared, "by default: the first layer's (decided with search.protect_first=false)"
@@ -71,6 +81,7 @@ class CheckReport:
             *(f"  {name}: {reason}" for name, reason in graph.skipped.items()),
             f"proof           removing equals masking in {len(self.proof) - len(failed)} of {len(self.proof)} trials",
             *(f"  FAILED: {result.subject}: {_failure(result)}" for result in failed),
+            *([f"budget refused  {self.refusal}"] if self.refusal else ()),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,6 +91,8 @@ class CheckReport:
             "macs": graph.macs,
             "params": graph.params,
             "lowest": self.lowest,
+            "latency": self.floors and self.floors.to_dict(),
+            "refusal": self.refusal,
             "groups": [
                 {
                     "name": g.name,
@@ -106,7 +119,15 @@ class CheckReport:
         return f"{label}{amount(lowest)} ({lowest / dense:.1%}) to {amount(dense)} (100%)"
 
 
-def check_named(name: str, shape: str | None, n_classes: int, weights: Path | None, seed: int) -> CheckReport:
+def check_named(
+    name: str,
+    shape: str | None,
+    n_classes: int,
+    weights: Path | None,
+    seed: int,
+    config: RunConfig | None = None,
+    budgets: Sequence[Budget] = (),
+) -> CheckReport:
     """Check a network as `secateur check` names it.
 
     Args:
@@ -116,11 +137,16 @@ def check_named(name: str, shape: str | None, n_classes: int, weights: Path | No
         n_classes: outputs.
         weights: trained weights; none draws them by ``seed``.
         seed: of weights, inputs and the units removed in the proof.
+        config: what a search of the budgets may do; its defaults if not given.
+        budgets: asked for; what of them cannot be met is in the report. Those of latency need ``config.latency.table``,
+            with which the floor is found and timed, with or without a budget.
 
     Raises:
         ConfigError: if the shape is not three numbers.
         TraceError: if the network cannot be captured.
+        TableError: if the table does not hold the layers of the network.
     """
+    config = config or RunConfig()
     bundled = not is_reference(name) and name not in torchvision.models.list_models()
     shape = shape or ("3,32,32" if bundled else "3,224,224")
     parts = shape.replace("x", ",").split(",")
@@ -133,8 +159,18 @@ def check_named(name: str, shape: str | None, n_classes: int, weights: Path | No
         model = build_model(name, n_classes, channels).eval()
     if weights:
         load_weights(model, weights)
-    x = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(seed))
-    return check_network(model, x, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    report = check_network(model, torch.randn(2, channels, height, width, generator=generator), seed=seed)
+    try:
+        if config.latency.table is None:
+            if budgets:
+                check_budget(config.model_copy(update={"budget": tuple(budgets)}), report.graph)
+            return report
+        images = torch.randn(N_IMAGES, channels, height, width, generator=generator)
+        floors = find_floors(model, report.graph, config, budgets, images)
+    except BudgetError as error:
+        return replace(report, refusal=str(error))
+    return replace(report, floors=floors, refusal=floors.refusal)
 
 
 def check_network(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, seed: int = 0) -> CheckReport:

@@ -42,6 +42,9 @@ BudgetText = Annotated[
         "--budget", help="50%, 30% params, 62.7M macs, 40% latency, several by commas (50%, 20% bytes), or none."
     ),
 ]
+Table = Annotated[
+    Path | None, typer.Option("--latency-table", help="Times of the layers on the device, from 'latency build'.")
+]
 Evaluations = Annotated[int | None, typer.Option(help="Evaluations of each method.")]
 Criterion = Annotated[str | None, typer.Option(help="Importance: l1, l2, fpgm, taylor or bn_scale.")]
 Rounding = Annotated[int | None, typer.Option(help="Keep multiples of so many channels.")]
@@ -64,6 +67,7 @@ def search(
     data: Data = None,
     download: Download = None,
     budget: BudgetText = None,
+    latency_table: Table = None,
     methods: Annotated[
         str | None, typer.Option(help="Of uniform,magnitude,sensitivity,random,cem,ppo,ddpg; separated by commas.")
     ] = None,
@@ -92,6 +96,7 @@ def search(
         "data.source": data,
         "data.download": download,
         "budget": budget,
+        "latency.table": latency_table,
         "search.methods": methods.split(",") if methods else None,
         "search.evaluations": evaluations,
         "search.environment": environment,
@@ -135,6 +140,7 @@ def apply(
     weights: Weights = None,
     data: Data = None,
     budget: BudgetText = None,
+    latency_table: Table = None,
     criterion: Criterion = None,
     rounding: Rounding = None,
     evaluations: Annotated[int, typer.Option(help="Evaluations to refine an agent's plan with; 0 for none.")] = 0,
@@ -153,6 +159,7 @@ def apply(
         "model.weights": weights,
         "data.source": data,
         "budget": budget,
+        "latency.table": latency_table,
         "search.criterion": criterion,
         "search.rounding": rounding,
         "search.seed": seed,
@@ -227,13 +234,20 @@ def check(
     shape: Annotated[str | None, typer.Option(help="Channels, height and width of an image: 3,224,224.")] = None,
     classes: Annotated[int, typer.Option(help="Outputs of the network.")] = 10,
     weights: Weights = None,
+    budget: BudgetText = None,
+    latency_table: Table = None,
+    rounding: Rounding = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, inputs and removals.")] = 0,
+    settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what may be removed from a network and what may not, and prove it group by group."""
+    """Show what may be removed from a network and what may not, prove it, and tell whether a budget can be met."""
+    from latency.budget import read_budgets
+
     from .check import check_named
 
-    found = check_named(model, shape, classes, weights, seed)
+    config = _configuration(None, {"latency.table": latency_table, "search.rounding": rounding}, settings)
+    found = check_named(model, shape, classes, weights, seed, config, read_budgets(budget))
     print(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
     if not found.passed:
         raise typer.Exit(1)

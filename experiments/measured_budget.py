@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from torch import nn
 
 from envs.action import SearchSpace, project
 from envs.evaluator import CandidateEvaluator
-from latency.measure import Variant, measure
-from latency.runtimes import Artifact, Runtime, find_runtime
-from latency.table import LatencyTable, LocalDevice
-from pruning.export import export_onnx
+from latency.table import LatencyTable, TableError
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
 
+from .clock import Clock
 from .outcome import DENSE
 from .progress import RunDisplay
 from .run import MethodFolder
 from .subject import Subject
 
-ROUNDS = 60
-"""Rounds in which a finalist and the dense network take turns."""
 MOST_PROJECTIONS = 3
 """Times that a plan which comes out slower than the table said is made smaller."""
 
@@ -83,19 +77,18 @@ def kept_by_the_clock(
         display: told what was read.
     """
     assert subject.config.latency.table is not None
-    name, fingerprint = own.root.name, LatencyTable.load(subject.config.latency.table).fingerprint
-    runtime = find_runtime(fingerprint.runtime)
-    here = LocalDevice(runtime, fingerprint.threads).fingerprint
-    if here != fingerprint:
-        display.say(f"warning: {name} is not measured: the table is of {fingerprint}, and this is {here}")
+    name = own.root.name
+    try:
+        clock = Clock.of_table(LatencyTable.load(subject.config.latency.table))
+    except TableError as error:
+        display.say(f"warning: {name} is not measured: {error}")
         return policy
-    x, dense = subject.example(1).cpu(), _as_taken(runtime, subject.model, subject)
+    images = subject.calibration()[0]
+    dense = clock.artifact(subject.model, images)
 
     def time_share(plan: CompressionPolicy) -> float:
-        network = _as_taken(runtime, builder.build(plan), subject)
-        variants = [Variant(DENSE, runtime.name, dense), Variant(name, runtime.name, network)]
-        report = measure(variants, x, n_runs=ROUNDS, threads=fingerprint.threads)
-        return report.compare(name, DENSE, runtime.name).ratio
+        networks = {DENSE: dense, name: clock.artifact(builder.build(plan), images)}
+        return clock.time(networks, images).compare(name, DENSE, clock.runtime.name).ratio
 
     policy, measured = within_measured_budget(policy, space, time_share, own.measured_file)
     last, n_more = measured.readings[-1], len(measured.readings) - 1
@@ -149,13 +142,3 @@ def _reading(policy: CompressionPolicy, space: SearchSpace, time_share: TimeShar
     assert space.timed is not None
     cost = space.timed.cost
     return Reading(predicted=space.cost_of(policy, cost) / cost.dense, measured=time_share(policy))
-
-
-def _as_taken(runtime: Runtime, network: nn.Module, subject: Subject) -> Artifact:
-    """The network as ``runtime`` takes it."""
-    if runtime.takes == "module":
-        return network
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "model.onnx"
-        export_onnx(network, subject.example(2), path, images=subject.calibration()[0])
-        return path.read_bytes()
