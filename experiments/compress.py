@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from envs.action import SearchSpace
 from envs.evaluator import EvaluateFunction, Evaluation
 from envs.journal import Journal, JournalEntry
-from envs.reward import RewardFunction, resolve_reward
+from envs.reward import GALEN, GALEN_BETA, RewardFunction, resolve_reward
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 from latency.budget import BudgetLike, read_budgets
@@ -92,6 +92,8 @@ def compress(
     protected: Sequence[str] = (),
     reconstruct: bool = False,
     reward: str | RewardFunction | None = None,
+    target: str | None = None,
+    beta: float = GALEN_BETA,
     n_images: int = 1000,
     journal: Path | None = None,
     on_evaluation: OnEvaluation | None = None,
@@ -130,7 +132,10 @@ def compress(
         protect_first: leave the groups dense that the first layer writes.
         protected: further groups to leave dense.
         reconstruct: fit the pruned layers' outputs to the dense network's by least squares; needs ``calibration``.
-        reward: ``"accuracy"``, ``"accuracy_guaranteed"`` or a function (accuracy, cost, limit) -> float.
+        reward: ``"accuracy"``, ``"accuracy_guaranteed"`` or a function (accuracy, cost, limit) -> float; or
+            ``"galen"``, without a budget: ``accuracy + beta * abs(cost / target - 1)``.
+        target: cost that the reward galen aims at, as a budget is written: ``"20% latency"``.
+        beta: what missing that target by its own size is worth, in accuracy; below 0.
         n_images: images that ``evaluate`` scores on: what the probes can tell from noise.
         journal: file in which every evaluation is recorded; a second call with the same file and arguments goes on
             where the first one stopped. The file keeps methods and seeds apart and lets ``evaluations`` grow; for
@@ -150,7 +155,7 @@ def compress(
     _check_choice("environment", environment, get_args(Environment))
     _check_choice("start", start, get_args(Start))
     _check_choice("criterion", criterion, get_args(Criterion))
-    asked = {
+    asked: dict[str, Any] = {
         "evaluations": evaluations,
         "seed": seed,
         "environment": environment,
@@ -160,7 +165,13 @@ def compress(
         "densities": densities,
         "bits": bits,
     }
+    if target is not None or reward == GALEN:
+        asked |= {"reward": GALEN, "target": target, "beta": beta}
     settings = validated(SearchSettings, asked, "compress")
+    if (settings.target is not None) != (reward == GALEN) or (settings.target and budget is not None):
+        msg = f"the reward '{GALEN}' aims at a target and takes no budget; pass the three together: reward='{GALEN}', "
+        msg += "target='20% latency', budget=None"
+        raise ConfigError(msg)
     if reconstruct and not calibration:
         msg = "reconstruct fits layers on training inputs; pass some batches as calibration"
         raise ConfigError(msg)
@@ -177,6 +188,7 @@ def compress(
         graph,
         {name: values.detach().cpu().numpy() for name, values in scores.items()},
         budgets,
+        kind=settings.target.kind if settings.target else "macs",
         channels="channels" in decide,
         layers=layer_decisions(
             graph,
@@ -197,7 +209,12 @@ def compress(
         evaluate=evaluate,
         calibration=calibration,
         n_images=n_images,
-        reward=resolve_reward(reward, space.limit),
+        reward=resolve_reward(
+            reward,
+            space.limit,
+            target=settings.target.limit(space.cost.dense) if settings.target else None,
+            beta=beta,
+        ),
         reconstruct=least_squares(seed) if reconstruct else None,
     )
     identity = None
@@ -220,7 +237,7 @@ def compress(
             protect_first=protect_first,
             protected=sorted(protected),
             reconstruct=reconstruct,
-            reward=getattr(reward, "__qualname__", reward),
+            reward=f"{reward} {beta:g} {target}" if settings.target else getattr(reward, "__qualname__", reward),
             n_images=n_images,
         )
     with Journal(journal, search=identity) as opened:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from agent.config import AgentConfig, DDPGConfig, PPOConfig
+from envs.reward import GALEN, GALEN_BETA
 from latency.budget import Budget, read_budgets
 from latency.decision import DENSITIES, LayerChoice
 from pruning.importance import Criterion
@@ -88,7 +89,12 @@ class SearchSettings(_Section):
     span: float = Field(default=0.5, gt=0)
     """How far an action of 1 moves a keep ratio from the start plan."""
     reward: str | None = None
-    """accuracy, accuracy_guaranteed (AMC, without a budget) or package.module:function; unset goes by the budget."""
+    """accuracy, accuracy_guaranteed (AMC) or galen, these two without a budget, or package.module:function; unset goes
+    by the budget."""
+    target: Budget | None = None
+    """Cost that the reward galen aims at, as a budget is written: ``20% latency``."""
+    beta: float = Field(default=GALEN_BETA, lt=0)
+    """What missing that target by its own size is worth, in accuracy: at -1 one percent weighs one point."""
     measured_dropout: float = Field(default=0.0, ge=0, le=1)
     """Share of an agent's episodes that do not show the probes' result, so that it learns to do without."""
     reconstruct: bool = False
@@ -103,6 +109,11 @@ class SearchSettings(_Section):
     """Images a forward pass while scoring."""
     autocast: bool = False
     """Re-estimate statistics and score candidates in bfloat16."""
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _target_as_text(cls, target: object) -> object:
+        return Budget.parse(target) if isinstance(target, str | float | int) else target
 
     @field_validator("decide")
     @classmethod
@@ -232,6 +243,24 @@ class RunConfig(_Section):
         if not self.budget and needing:
             searching = [method for method in METHODS if method not in ONE_SHOT]
             msg = f"search.methods: {', '.join(needing)} need a budget; without one choose among {', '.join(searching)}"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _target_where_aimed_at(self) -> Self:
+        search, budgets = self.search, ", ".join(map(str, self.budget))
+        if search.reward == GALEN and (search.target is None or self.budget):
+            found = "no search.target" if search.target is None else f"the budget {budgets}"
+            msg = (
+                f"search.reward: {GALEN} aims at search.target and takes no budget; found {found}. Set search.target, "
+                "such as '20% latency', and budget none"
+            )
+            raise ValueError(msg)
+        if search.reward != GALEN and search.target is not None:
+            msg = (
+                f"search.target: {search.target} is what the reward {GALEN} aims at; set search.reward to {GALEN}, or "
+                "pass a budget, which every plan keeps"
+            )
             raise ValueError(msg)
         return self
 

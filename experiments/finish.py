@@ -303,7 +303,7 @@ def _outcome(
     return RunOutcome(
         model=config.model.name,
         data=Path(config.data.source).name,
-        budget=budget_words(config.budget),
+        budget=budget_words(config.budget, config.search.target),
         budget_kind=space.cost.kind,
         cost_limit=space.limit if space.limit is not None else space.cost.dense,
         dense_cost=space.cost.dense,

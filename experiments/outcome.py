@@ -150,7 +150,7 @@ class RunOutcome(_Record):
     @property
     def has_budget(self) -> bool:
         """Whether plans had a limit to keep."""
-        return self.budget != NO_BUDGET
+        return not self.budget.startswith(NO_BUDGET)
 
     def row(self, method: str) -> MethodOutcome:
         """The row of one method; `KeyError` if it was not run."""
@@ -165,9 +165,11 @@ class RunOutcome(_Record):
         return cls.model_validate_json(path.read_text())
 
 
-def budget_words(budgets: Sequence[Budget]) -> str:
-    """Budgets as a headline says them: ``at most 50 % of its MACs and 20 % of its bytes``."""
-    return f"at most {' and '.join(map(_most_words, budgets))}" if budgets else NO_BUDGET
+def budget_words(budgets: Sequence[Budget], target: Budget | None = None) -> str:
+    """Budgets, or the target of a search without one, as a headline says them: ``at most 50 % of its MACs``."""
+    if not budgets:
+        return f"{NO_BUDGET}, aiming at {_most_words(target)}" if target else NO_BUDGET
+    return f"at most {' and '.join(map(_most_words, budgets))}"
 
 
 def _most_words(budget: Budget) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from latency.table import LatencyTable
 from pruning.files import FileWriteError, write_atomic
 from pruning.importance import rank_units
 
-from .config import ONE_SHOT, PROBING, ConfigError, Method, RunConfig
+from .config import ONE_SHOT, PROBING, ConfigError, Method, RunConfig, SearchSettings
 from .finish import finish_run
 from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
@@ -32,7 +33,7 @@ from .progress import RunDisplay, Stage, count
 from .run import RunFolder
 from .scalars import EvaluationScalars
 from .subject import Subject, prepare_subject, report_dense
-from .user_function import is_reference, load_function
+from .user_function import call, is_reference, load_function
 
 
 def start_run(config: RunConfig, root: Path, command: Sequence[str], display: RunDisplay, stop: StopFlag) -> RunOutcome:
@@ -142,7 +143,7 @@ def build_problem(subject: Subject, importance: dict[str, torch.Tensor], journal
         evaluate=subject.evaluate_on_search_images(),
         calibration=subject.calibration(),
         n_images=subject.n_search,
-        reward=_reward(settings.reward, space.limit),
+        reward=_reward(settings, space),
         few_images={share: subject.evaluate_on_search_images(share)} if share < 1 else None,
         reconstruct=least_squares(settings.seed) if settings.reconstruct else None,
         channels_last=True,
@@ -164,6 +165,7 @@ def search_space(config: RunConfig, graph: NetworkGraph, importance: Mapping[str
             graph,
             {name: scores.numpy() for name, scores in importance.items()},
             config.budget,
+            kind=settings.target.kind if settings.target else "macs",
             channels="channels" in settings.decide,
             layers=layer_decisions(
                 graph,
@@ -302,5 +304,18 @@ class Watch:
         return f"best {percent(self._best)}{repeats}"
 
 
-def _reward(name: str | None, limit: int | None) -> RewardFunction:
-    return load_function(name) if name and is_reference(name) else resolve_reward(name, limit)
+def _reward(settings: SearchSettings, space: SearchSpace) -> RewardFunction:
+    """What the configuration calls a reward; of a user's own function failures are told with its name and place."""
+    name = settings.reward
+    if name is None or not is_reference(name):
+        target = settings.target.limit(space.cost.dense) if settings.target else None
+        return resolve_reward(name, space.limit, target=target, beta=settings.beta)
+    function = load_function(name)
+
+    def reward(accuracy: float, cost: int, limit: int | None) -> float:
+        what = f"the reward function '{name}', called with ({accuracy}, {cost}, {limit}),"
+        return call(what, partial(function, accuracy, cost, limit), {})  # type: ignore[no-any-return]
+
+    # Named where its value is refused.
+    reward.__name__ = name
+    return reward

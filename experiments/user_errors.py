@@ -2,6 +2,7 @@
 
 from envs.evaluator import EvaluateError, ReplayError
 from envs.journal import JournalError
+from envs.reward import RewardError
 from graph_encoder.network import TraceError
 from latency.budget import BudgetError
 from latency.runtimes import LatencyError
@@ -34,6 +35,7 @@ USER_ERRORS = (
     NearChanceError,
     PolicyError,
     ReplayError,
+    RewardError,
     RunError,
     TraceError,
     UserFunctionError,
