@@ -152,9 +152,13 @@ class Sitting:
 def _probed_alike(one: RunConfig, other: RunConfig) -> bool:
     """Whether the probes of two runs score the same candidates on the same images."""
     unrelated = {"methods", "evaluations", "environment", "finalists", "start", "span"}
-    return (one.model, one.data, one.device) == (other.model, other.data, other.device) and (
-        one.search.model_dump(exclude=unrelated) == other.search.model_dump(exclude=unrelated)
-    )
+
+    def asked(config: RunConfig) -> tuple[object, ...]:
+        # What a candidate costs is in the journal: its kinds count, and how much of them is allowed does not.
+        kinds = [budget.kind for budget in config.budget]
+        return config.model, config.data, config.device, kinds, config.search.model_dump(exclude=unrelated)
+
+    return asked(one) == asked(other)
 
 
 def main(
