@@ -1,0 +1,109 @@
+"""Whether scoring in bfloat16 ranks plans as single precision does, and what it saves.
+
+Run as ``python -m experiments.bench_precision run.yaml --plans 40``: the configuration is that of a search.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+
+from envs.action import counts_of
+from envs.evaluator import CandidateEvaluator
+from envs.journal import Journal
+from pruning.files import write_atomic
+
+from .config import RunConfig, load_config, parse_setting
+from .interrupt import StopFlag
+from .latency_command import spearman
+from .machine import describe_machine, set_up_device
+from .outcome import budget_words
+from .problem import SearchProblem
+from .progress import RunDisplay
+from .results_cells import markdown
+from .search import build_problem, check_budget, importance_of
+from .subject import prepare_subject
+
+SPREAD = 0.5
+"""Standard deviation of the actions that the plans come from."""
+
+_PAGE = """# Scoring in bfloat16
+
+`search.autocast` re-estimates batch norms and scores candidates in bfloat16. The same plans were scored both ways, in
+turn, on the same images: random actions around the uniform plan, all within the budget.
+
+"""
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="Configuration of a search.")],
+    plans: Annotated[int, typer.Option(help="Random plans.", min=3)] = 40,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="As for search.")] = None,
+    page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/benchmarks/precision.md"),
+) -> None:
+    """Score random plans in single precision and in bfloat16."""
+    options = dict(parse_setting(text) for text in settings or [])
+    with RunDisplay() as display:
+        problems = [
+            _problem(load_config(config, options | {"search.autocast": autocast}), display)
+            for autocast in (False, True)
+        ]
+        accuracies, seconds = _scored(problems, plans, display)
+    full, half = accuracies
+    difference = 100 * (half - full)
+    asked, machine = load_config(config, options), describe_machine(torch.device("cpu"))
+    lines = [
+        ["network, budget", f"{asked.model.name}, {budget_words(asked.budget)}"],
+        ["plans, decisions", f"{plans}, {problems[0].space.n}"],
+        ["images", f"{problems[0].scoring.n_images:,}"],
+        ["accuracies in single precision", f"{full.min():.2%} to {full.max():.2%}"],
+        ["rank correlation (Spearman)", f"{spearman(full, half):.3f}"],
+        ["bfloat16 less single precision, points", f"{difference.mean():+.2f} ± {difference.std(ddof=1):.2f}"],
+        ["best plan by either, scored in single precision", f"{full.max():.2%}, {full[half.argmax()]:.2%}"],
+        ["time, single precision over bfloat16 (quartiles)", _ratio(seconds[0] / seconds[1])],
+    ]
+    command = f"Command: `python -m experiments.bench_precision {config.name} --plans {plans}`."
+    record = f"Seed {asked.search.seed}; {machine.processor}, torch {torch.__version__}, commit {machine.commit}."
+    text = _PAGE + "\n\n".join([markdown(["what", "found"], lines), command, record]) + "\n"
+    write_atomic(page, text.encode())
+
+
+def _problem(config: RunConfig, display: RunDisplay) -> SearchProblem:
+    device = set_up_device(config.device, config.threads)
+    subject = prepare_subject(config, device, display, StopFlag(), check=lambda graph: check_budget(config, graph))
+    return build_problem(subject, importance_of(subject), Journal())
+
+
+def _scored(
+    problems: list[SearchProblem], n_plans: int, display: RunDisplay
+) -> tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]:
+    """Accuracies and seconds of each plan, one array a precision."""
+    space = problems[0].space
+    generator = np.random.default_rng(problems[0].seed)
+    evaluators: list[CandidateEvaluator] = [problem.evaluator("", lambda _: None) for problem in problems]
+    found = np.zeros((len(problems), n_plans))
+    seconds = np.zeros_like(found)
+    with display.stage("plans, both ways", n_plans, "evaluation") as stage:
+        for place in range(n_plans):
+            policy = space.policy(counts_of(np.clip(SPREAD * generator.standard_normal(space.n), -1, 1), space))
+            for row, evaluator in enumerate(evaluators):
+                start = time.perf_counter()
+                found[row, place] = evaluator.score(policy).accuracy
+                seconds[row, place] = time.perf_counter() - start
+            stage.advance(1, float(seconds[:, place].sum()), "")
+    return list(found), list(seconds)
+
+
+def _ratio(ratios: NDArray[np.float64]) -> str:
+    lower, median, upper = np.percentile(ratios, [25, 50, 75])
+    return f"{median:.2f} ({lower:.2f} to {upper:.2f})"
+
+
+if __name__ == "__main__":
+    typer.run(main)
