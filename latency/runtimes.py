@@ -1,11 +1,11 @@
-"""What a network is timed on: PyTorch, ONNX Runtime, OpenVINO, and whatever another package adds."""
+"""What a network is timed on: PyTorch, ONNX Runtime, OpenVINO, our sparse plan, and what another package adds."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -15,7 +15,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .worker import Stopwatch, Timer, onnx_call
+from pruning.kernels.lowering import LoweringError
+from pruning.kernels.native import library
+from pruning.sparse_network import SparseNetwork, SparseNetworkError, sparsify
+
+from .worker import Stopwatch, Timer, interleave, onnx_call
 
 Artifact = nn.Module | bytes | Path
 """A network as a runtime takes it: a module, or an ONNX file by content or path."""
@@ -25,6 +29,7 @@ COMPILED = "pytorch-compile"
 CUDA = "pytorch-cuda"
 ONNXRUNTIME = "onnxruntime"
 OPENVINO = "openvino"
+SPARSE = "sparse"
 ENTRY_POINTS = "secateur.runtimes"
 """Group of entry points under which a package offers its own `Runtime` classes, by name."""
 
@@ -180,7 +185,68 @@ class OpenVino(Runtime):
         return lambda: request.infer()
 
 
-_BUILT_IN: tuple[type[Runtime], ...] = (PyTorchEager, PyTorchCompiled, PyTorchCuda, OnnxRuntime, OpenVino)
+class Sparse(Runtime):
+    """Our own plan of sparse and dense kernels in one native call, chosen layer by layer: `pruning.sparse_network`."""
+
+    name = SPARSE
+    takes = "module"
+
+    def check_installed(self) -> None:
+        """Raise `LatencyError` if the kernels are not compiled."""
+        if library() is None:
+            msg = (
+                f"the runtime '{self.name}' needs the compiled kernels, which the install makes where it finds a C++ "
+                f"compiler; install g++ or clang++ and secateur again"
+            )
+            raise LatencyError(msg)
+
+    def version(self) -> str:
+        """Version of PyTorch, whose threads it uses, and the instruction set of the kernels."""
+        native = library()
+        return f"{torch.__version__}, kernels for {native.instruction_set}" if native else str(torch.__version__)
+
+    def load(self, artifact: Artifact, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:
+        """A call of the prepared network; one that is prepared already is taken as it is."""
+        if not isinstance(artifact, nn.Module):
+            msg = f"the runtime '{self.name}' takes a torch.nn.Module, got {type(artifact).__name__}"
+            raise LatencyError(msg)
+        prepared = artifact if isinstance(artifact, SparseNetwork) else prepare_sparse(artifact, inputs)
+        return lambda: prepared(*inputs)
+
+
+def prepare_sparse(model: nn.Module, inputs: tuple[Tensor, ...]) -> SparseNetwork:
+    """Prepare a network as the runtime ``sparse`` runs it, each layer in the form that `fastest_calls` finds.
+
+    Args:
+        model: network in evaluation mode, in float32 on the CPU; untouched.
+        inputs: its positional inputs; it takes such sizes only.
+
+    Raises:
+        LatencyError: if the network cannot be prepared.
+    """
+    try:
+        with torch.inference_mode(mode=False):  # the exporter needs tensors that can be traced
+            return sparsify(model, [x.clone() for x in inputs], measure=fastest_calls)
+    except (SparseNetworkError, LoweringError) as error:
+        msg = f"the runtime '{SPARSE}' cannot prepare {type(model).__name__}: {_first_line(error)}"
+        raise LatencyError(msg) from error
+
+
+def fastest_calls(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds of the fastest of 15 calls of each candidate, called in turn, for `sparsify` to choose by.
+
+    With one thread, the time that a call waited for a processor is taken off, as in all times of this room.
+    """
+    stopwatch = Stopwatch()
+    elapsed, waited = interleave([stopwatch.timer(call) for call in candidates.values()], n_runs=15, n_warmup=3)
+    corrects = torch.get_num_threads() == 1
+    return {
+        name: min(ns - (wait if corrects else 0) for ns, wait in zip(own, waits, strict=True)) / 1e9
+        for name, own, waits in zip(candidates, elapsed, waited, strict=True)
+    }
+
+
+_BUILT_IN: tuple[type[Runtime], ...] = (PyTorchEager, PyTorchCompiled, PyTorchCuda, OnnxRuntime, OpenVino, Sparse)
 
 
 def runtime_names() -> tuple[str, ...]:

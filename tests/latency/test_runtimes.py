@@ -71,7 +71,7 @@ def test_a_runtime_of_another_package_that_does_not_load_is_named(plugin: None) 
 def test_an_unknown_runtime_is_answered_with_the_nearest_name() -> None:
     message = (
         "unknown runtime 'onnx-runtime'; did you mean onnxruntime? Allowed: pytorch-eager, pytorch-compile, "
-        "pytorch-cuda, onnxruntime, openvino"
+        "pytorch-cuda, onnxruntime, openvino, sparse"
     )
     with pytest.raises(LatencyError, match=f"^{re.escape(message)}"):
         find_runtime("onnx-runtime")
