@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import NetworkGraph
@@ -19,15 +21,86 @@ from graph_encoder.resize import removed_positions
 
 from .policy import CompressionPolicy
 
+_SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+_LEAST_GAIN = 0.05
+"""Least factor of a batch norm, over its largest, that a residual is divided by."""
+
 
 @dataclass(frozen=True)
 class _Target:
-    """Sampled outputs of one dense layer: which positions, and the values there, ``(samples, channels)``."""
+    """Sampled outputs of one dense layer: which positions, and the values there, ``(samples, channels)``.
+
+    Attributes:
+        image: index of the image of each sample.
+        row: its row.
+        column: its column.
+        values: what the layer put out there.
+        addend: what the dense network added to it there, directly or after its batch norm; None where nothing was.
+        gain: factor of that batch norm for each channel, 1 without one.
+    """
 
     image: Tensor
     row: Tensor
     column: Tensor
     values: Tensor
+    addend: Tensor | None = None
+    gain: Tensor | None = None
+
+    def at(self, values: Tensor) -> Tensor:
+        """The sampled positions of another tensor, ``(samples, channels)``."""
+        return _as_grid(values)[self.image, :, self.row, self.column].float()
+
+    def without(self, gone: Tensor | None) -> _Target:
+        """The target of a layer that has lost the output channels ``gone``."""
+        if gone is None:
+            return self
+        kept = torch.ones(self.values.shape[1], dtype=torch.bool)
+        kept[gone] = False
+        addend = None if self.addend is None else self.addend[:, kept]
+        gain = None if self.gain is None else self.gain[kept]
+        return replace(self, values=self.values[:, kept], addend=addend, gain=gain)
+
+    def beside(self, addend: Tensor) -> _Target:
+        """The target where the sum is what counts: what ``addend`` lacks of the dense one, the layer makes up for."""
+        assert self.addend is not None
+        lacking = self.addend - self.at(addend)
+        return replace(self, values=self.values + (lacking if self.gain is None else lacking / self.gain))
+
+
+class _Sums(TorchFunctionMode):
+    """Tells where the marked output of a layer is added to another tensor of its shape.
+
+    Args:
+        at_sum: given the mark and the other tensor; what it returns, if anything, takes the output's place.
+    """
+
+    def __init__(self, at_sum: Callable[[str, Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self._at_sum = at_sum
+        self._marked: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+
+    def mark(self, name: str, output: Tensor) -> None:
+        """Wait for ``output``, unless it is changed in place before."""
+        self._marked[id(output)] = weakref.ref(output), output._version, name
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in _SUMS and len(args) == 2 and not kwargs and _are_alike(*args):
+            one, other = args
+            # Both may be outputs to fit: the second is then fitted beside what the first has become.
+            one = self._instead_of(one, beside=other)
+            args = one, self._instead_of(other, beside=one)
+        return func(*args, **(kwargs or {}))
+
+    def _instead_of(self, output: Tensor, *, beside: Tensor) -> Tensor:
+        mark = self._marked.pop(id(output), None)
+        if mark is None or mark[0]() is not output or mark[1] != output._version:
+            return output
+        better = self._at_sum(mark[2], beside)
+        return output if better is None else better
+
+
+def _are_alike(one: object, other: object) -> bool:
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape
 
 
 def reconstruct(
@@ -44,9 +117,10 @@ def reconstruct(
     """Refit, in place, the weights of every layer of ``candidate`` that lost input channels.
 
     Layers are refitted in one forward pass, each on inputs that come through the layers refitted before it, with
-    batch norms using the statistics of the batch. The target is the dense layer's output on the same images. Estimate
-    the batch norms again afterwards. Ordinary `nn.Conv2d` and `nn.Linear` layers that
-    run once are refitted, others are not.
+    batch norms using the statistics of the batch. The target is the dense layer's output on the same images; where it
+    is added to another branch, directly or after its batch norm, the target is the dense sum less what the other
+    branch has become, so that errors do not pile up along a residual stream. Estimate the batch norms again
+    afterwards. Ordinary `nn.Conv2d` and `nn.Linear` layers that run once are refitted, others are not.
 
     Args:
         dense: the captured network; not changed.
@@ -58,36 +132,60 @@ def reconstruct(
         n_positions: output positions sampled an image and layer.
         ridge: weight of the pull towards the weights before, as a share of the inputs' mean variance.
 
-    Source: Channel pruning (He, Zhang and Sun 2017, section 3.1) as used by AMC (He et al. 2018). Departures:
-    no rescaling of channels beforehand, and the ridge term.
+    Source: Channel pruning (He, Zhang and Sun 2017, section 3.1, and 3.2 for the sums) as used by AMC (He et al.
+    2018). Departures: no rescaling of channels beforehand, and the ridge term.
     """
     removed = removed_positions(graph, policy.masks(graph))
     uses = Counter(operator.weight for operator in graph.operators)
-    layers = [
-        operator.weight.removesuffix(".weight")
+    layers = {
+        operator.weight.removesuffix(".weight"): operator.norm
         for operator in graph.operators
         # A weight used twice has two outputs to fit, which one solution does not serve.
         if operator.kind in ("conv", "linear") and 1 in removed.get(operator.weight, {}) and uses[operator.weight] == 1
-    ]
-    layers = [name for name in layers if _is_refittable(dense.get_submodule(name))]
-    normed = {operator.weight for operator in graph.operators if operator.norm}
+    }
+    layers = {name: norm for name, norm in layers.items() if _is_refittable(dense.get_submodule(name))}
     targets = _sample_outputs(dense, layers, images, n_positions, generator)
-    handles = []
-    for name in layers:
-        target = targets[name]
-        gone = removed.get(f"{name}.weight", {}).get(0)
-        if gone is not None:
-            is_kept = torch.ones(target.values.shape[1], dtype=torch.bool)
-            is_kept[gone] = False
-            target = _Target(target.image, target.row, target.column, target.values[:, is_kept])
-        layer = candidate.get_submodule(name)
-        handles.append(layer.register_forward_pre_hook(_refit_with(target, ridge, f"{name}.weight" in normed)))
-    try:
-        with torch.no_grad(), _batch_statistics(candidate):
-            candidate(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    targets = {name: target.without(removed.get(f"{name}.weight", {}).get(0)) for name, target in targets.items()}
+    _Refit(candidate, layers, targets, ridge).run(images)
+
+
+class _Refit:
+    """The forward pass of a candidate in which its layers are fitted to their targets."""
+
+    def __init__(self, candidate: nn.Module, layers: dict[str, str], targets: dict[str, _Target], ridge: float) -> None:
+        self._candidate, self._layers, self._targets, self._ridge = candidate, layers, targets, ridge
+        self._inputs: dict[str, Tensor] = {}
+
+    def run(self, images: Tensor) -> None:
+        sums = _Sums(self._fit_to_sum)
+        handles = []
+        for name, norm in self._layers.items():
+            layer = self._candidate.get_submodule(name)
+            handles.append(layer.register_forward_pre_hook(lambda _, inputs, name=name: self._fit(name, inputs[0])))
+            if self._targets[name].addend is not None:
+                last = self._candidate.get_submodule(norm or name)
+                handles.append(last.register_forward_hook(lambda _, __, output, name=name: sums.mark(name, output)))
+        try:
+            with torch.no_grad(), _batch_statistics(self._candidate), sums:
+                self._candidate(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _fit(self, name: str, inputs: Tensor) -> None:
+        if self._targets[name].addend is not None:
+            self._inputs[name] = inputs
+        # A bias, or a batch norm after the layer, makes up for the means; nothing else does.
+        layer, is_normed = self._candidate.get_submodule(name), bool(self._layers[name])
+        _fit_layer(layer, inputs, self._targets[name], self._ridge, is_normed=is_normed)
+
+    def _fit_to_sum(self, name: str, addend: Tensor) -> Tensor:
+        inputs, norm = self._inputs.pop(name), self._layers[name]
+        layer = self._candidate.get_submodule(name)
+        _fit_layer(layer, inputs, self._targets[name].beside(addend), self._ridge, is_normed=bool(norm))
+        # Not called as modules, whose hooks are done.
+        output: Tensor = layer.forward(inputs)
+        return self._candidate.get_submodule(norm).forward(output) if norm else output
 
 
 def _is_refittable(layer: nn.Module) -> bool:
@@ -97,32 +195,47 @@ def _is_refittable(layer: nn.Module) -> bool:
 
 
 def _sample_outputs(
-    dense: nn.Module, layers: list[str], images: Tensor, n_positions: int, generator: torch.Generator
+    dense: nn.Module, layers: dict[str, str], images: Tensor, n_positions: int, generator: torch.Generator
 ) -> dict[str, _Target]:
     targets: dict[str, _Target] = {}
 
-    def sample(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            if name in targets:
-                return
-            grid = _as_grid(output)
-            height, width = grid.shape[2:]
-            n = min(n_positions, height * width)
-            image = torch.arange(grid.shape[0]).repeat_interleave(n)
-            row = torch.randint(height, (len(image),), generator=generator)
-            column = torch.randint(width, (len(image),), generator=generator)
-            targets[name] = _Target(image, row, column, grid[image, :, row, column].float())
+    def sample(name: str, output: Tensor) -> None:
+        if name in targets:
+            return
+        grid = _as_grid(output)
+        height, width = grid.shape[2:]
+        n = min(n_positions, height * width)
+        image = torch.arange(grid.shape[0]).repeat_interleave(n)
+        row = torch.randint(height, (len(image),), generator=generator)
+        column = torch.randint(width, (len(image),), generator=generator)
+        targets[name] = _Target(image, row, column, grid[image, :, row, column].float())
 
-        return hook
+    def keep_addend(name: str, addend: Tensor) -> None:
+        norm = dense.get_submodule(layers[name]) if layers[name] else None
+        targets[name] = replace(targets[name], addend=targets[name].at(addend), gain=_gain(norm))
 
-    handles = [dense.get_submodule(name).register_forward_hook(sample(name)) for name in layers]
+    sums = _Sums(keep_addend)
+    handles = []
+    for name, norm in layers.items():
+        layer, last = dense.get_submodule(name), dense.get_submodule(norm or name)
+        handles.append(layer.register_forward_hook(lambda _, __, output, name=name: sample(name, output)))
+        handles.append(last.register_forward_hook(lambda _, __, output, name=name: sums.mark(name, output)))
     try:
-        with evaluation_mode(dense), torch.no_grad():
+        with evaluation_mode(dense), torch.no_grad(), sums:
             dense(images)
     finally:
         for handle in handles:
             handle.remove()
     return targets
+
+
+def _gain(norm: nn.Module | None) -> Tensor | None:
+    """What a batch norm multiplies each channel by, held away from zero."""
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+        return None
+    gain = (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight)
+    least = _LEAST_GAIN * gain.abs().max()
+    return torch.where(gain < 0, -1.0, 1.0) * gain.abs().clamp(min=least)
 
 
 def _as_grid(values: Tensor) -> Tensor:
@@ -134,24 +247,20 @@ def _as_grid(values: Tensor) -> Tensor:
     return values.flatten(1, -2).transpose(1, 2).unsqueeze(-1)
 
 
-def _refit_with(target: _Target, ridge: float, is_normed: bool) -> Any:
-    def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        patches = _patches(layer, inputs[0], target)
-        assert isinstance(layer.weight, Tensor)
-        before = layer.weight.flatten(1).t().float()
-        x, y = patches, target.values
-        # A bias, or a batch norm after the layer, makes up for the means; nothing else does.
-        if isinstance(layer.bias, Tensor) or is_normed:
-            x, y = x - x.mean(0), y - y.mean(0)
-        gram = x.t() @ x
-        pull = ridge * gram.diagonal().mean() + 1e-8
-        gram.diagonal().add_(pull)
-        fitted = torch.linalg.solve(gram, x.t() @ y + pull * before)
-        layer.weight.data = fitted.t().reshape(layer.weight.shape).to(layer.weight.dtype)
-        if isinstance(layer.bias, Tensor):
-            layer.bias.data = (target.values.mean(0) - patches.mean(0) @ fitted).to(layer.bias.dtype)
-
-    return hook
+def _fit_layer(layer: nn.Module, inputs: Tensor, target: _Target, ridge: float, *, is_normed: bool) -> None:
+    patches = _patches(layer, inputs, target)
+    assert isinstance(layer.weight, Tensor)
+    before = layer.weight.flatten(1).t().float()
+    x, y = patches, target.values
+    if isinstance(layer.bias, Tensor) or is_normed:
+        x, y = x - x.mean(0), y - y.mean(0)
+    gram = x.t() @ x
+    pull = ridge * gram.diagonal().mean() + 1e-8
+    gram.diagonal().add_(pull)
+    fitted = torch.linalg.solve(gram, x.t() @ y + pull * before)
+    layer.weight.data = fitted.t().reshape(layer.weight.shape).to(layer.weight.dtype)
+    if isinstance(layer.bias, Tensor):
+        layer.bias.data = (target.values.mean(0) - patches.mean(0) @ fitted).to(layer.bias.dtype)
 
 
 def _patches(layer: nn.Module, inputs: Tensor, target: _Target) -> Tensor:
