@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from envs.action import decode
 from envs.evaluator import CandidateEvaluator
 from envs.journal import Journal
 from latency.cost import count_macs, count_params, predict_cost
+from latency.measure import measure_latency
 from pruning.export import export_onnx, save_compressed
 from pruning.policy import CompressionPolicy
 
@@ -19,11 +23,14 @@ from .config import ConfigError, RunConfig
 from .interrupt import StopFlag
 from .machine import set_up_device
 from .methods import ranked_plans
+from .outcome import DENSE, Latency, Speed
 from .problem import least_squares
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
 from .search import Watch, build_problem, check_budget, importance_of
 from .subject import Subject, prepare_subject, report_dense
+
+COMPRESSED = "the compressed network"
 
 
 def apply_saved(
@@ -133,6 +140,8 @@ def _saved(subject: Subject, builder: CandidateEvaluator, policy: CompressionPol
     network = builder.build(policy)
     save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
     export_onnx(network, example, out / "model.onnx", images=subject.calibration()[0])
+    speeds = _speeds(subject, network, policy, out / "model.onnx")
+    missing = [str(speed) for speed in speeds if speed.verdict != "faster"]
     return {
         "network": str(out),
         "dense_accuracy": evaluate(subject.model),
@@ -144,4 +153,27 @@ def _saved(subject: Subject, builder: CandidateEvaluator, policy: CompressionPol
         "params": predict_cost(subject.graph, policy, "params") if policy.layers else count_params(network),
         "dense_bytes": predict_cost(subject.graph, CompressionPolicy(), "bytes"),
         "bytes": predict_cost(subject.graph, policy, "bytes"),
+        **{f"speed_on_{speed.runtime}": f"{speed.verdict}, {speed.quartiles}" for speed in speeds},
+        **({"no_speedup": "; ".join(missing)} if missing else {}),
     }
+
+
+def _speeds(subject: Subject, network: nn.Module, policy: CompressionPolicy, onnx: Path) -> list[Speed]:
+    """The compressed network against the dense one, in turns on PyTorch (floats only) and on ONNX Runtime."""
+    with tempfile.TemporaryDirectory() as scratch:
+        dense_onnx = Path(scratch) / "dense.onnx"
+        export_onnx(subject.model, subject.example(2), dense_onnx)
+        # PyTorch only simulates integers, and takes longer for it: that time says nothing.
+        is_simulated = any(layer.is_quantized for layer in policy.layers.values())
+        modules = {} if is_simulated else {DENSE: subject.model, COMPRESSED: network}
+        report = measure_latency(
+            {name: copy.deepcopy(module).cpu() for name, module in modules.items()},
+            subject.example(subject.config.measure.batch_size).cpu(),
+            onnx={DENSE: dense_onnx, COMPRESSED: onnx},
+            n_runs=subject.config.measure.n_runs,
+        )
+    dense = {entry.runtime: entry for entry in report.entries if entry.model == DENSE}
+    own = [entry for entry in report.entries if entry.model == COMPRESSED]
+    return [
+        Latency.of(each, dense[each.runtime]).speed(COMPRESSED, Latency.of(dense[each.runtime], None)) for each in own
+    ]

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .outcome import RunOutcome
     from .progress import RunDisplay
 
+NO_SPEEDUP = 3
+"""Exit code of a command whose networks are not faster than the dense one, where that is asked for."""
+
 app = typer.Typer(
     help="Prune PyTorch networks under a budget, by an agent that reads them as graphs.",
     rich_markup_mode=None,
@@ -56,6 +59,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Any other key of the configuration: --set search.finalists=5.")
 ]
+RequireSpeedup = Annotated[
+    bool, typer.Option("--require-speedup", help="End with code 3 unless all networks are faster than the dense one.")
+]
 RunPath = Annotated[Path, typer.Argument(help="Folder of the run.")]
 
 
@@ -84,9 +90,11 @@ def search(
     threads: Threads = None,
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; by default the next runs/NAME-N.")] = None,
+    require_speedup: RequireSpeedup = False,
     as_json: AsJson = False,
 ) -> None:
     """Search how to prune a network under a budget, fine-tune what was found, and report."""
+    from .outcome import missing_speedups
     from .run import numbered_folder
     from .search import start_run
 
@@ -112,15 +120,18 @@ def search(
     stem = Path(config).stem if config else resolved.model.name.rpartition(":")[2]
     root = out or numbered_folder(Path("runs"), stem)
     command = ["secateur", *sys.argv[1:]]
-    _run(as_json, lambda display, stop: start_run(resolved, root, command, display, stop), resolved)
+    outcome = _run(as_json, lambda display, stop: start_run(resolved, root, command, display, stop), resolved)
+    _end_without_speedup(missing_speedups(outcome) if require_speedup else [])
 
 
 @app.command()
-def resume(run: RunPath, as_json: AsJson = False) -> None:
+def resume(run: RunPath, require_speedup: RequireSpeedup = False, as_json: AsJson = False) -> None:
     """Continue a run that was stopped or killed."""
+    from .outcome import missing_speedups
     from .search import resume_run
 
-    _run(as_json, lambda display, stop: resume_run(run, display, stop))
+    outcome = _run(as_json, lambda display, stop: resume_run(run, display, stop))
+    _end_without_speedup(missing_speedups(outcome) if require_speedup else [])
 
 
 @app.command()
@@ -149,6 +160,7 @@ def apply(
     threads: Threads = None,
     settings: Settings = None,
     out: Annotated[Path, typer.Option(help="Folder for the compressed network.")] = Path("compressed"),
+    require_speedup: RequireSpeedup = False,
     as_json: AsJson = False,
 ) -> None:
     """Apply a saved policy to its network, or a trained agent, frozen, to another one."""
@@ -167,7 +179,10 @@ def apply(
         "threads": threads,
     }
     resolved = _configuration(config, options, settings)
-    _tell(as_json, lambda display, stop: apply_saved(source, resolved, out, evaluations, display, stop), resolved)
+    facts = _tell(
+        as_json, lambda display, stop: apply_saved(source, resolved, out, evaluations, display, stop), resolved
+    )
+    _end_without_speedup([facts["no_speedup"]] if require_speedup and "no_speedup" in facts else [])
 
 
 @app.command()
@@ -401,7 +416,9 @@ def _configuration(config: str | None, options: dict[str, Any], settings: list[s
     return load_config(config_file(config) if config else None, options | others)
 
 
-def _run(as_json: bool, work: Callable[[RunDisplay, StopFlag], RunOutcome], config: RunConfig | None = None) -> None:
+def _run(
+    as_json: bool, work: Callable[[RunDisplay, StopFlag], RunOutcome], config: RunConfig | None = None
+) -> RunOutcome:
     """Carry out a run and print its outcome; ``config`` is that of a run which starts."""
     from rich.console import Console
 
@@ -418,17 +435,25 @@ def _run(as_json: bool, work: Callable[[RunDisplay, StopFlag], RunOutcome], conf
     console = Console()
     if as_json:
         print(outcome.model_dump_json(indent=2))
-        return
+        return outcome
     if console.is_terminal:
         console.print(result_table(outcome))
     else:
         print("\n".join(plain_lines([headings(outcome), *table_cells(outcome)])))
     for note in speed_notes(outcome):
         print(note)
+    return outcome
 
 
-def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]], config: RunConfig) -> None:
-    """Carry out one step and print what it returns."""
+def _end_without_speedup(missing: list[str]) -> None:
+    """End the command with `NO_SPEEDUP` if any network is not faster than the dense one for sure."""
+    if missing:
+        print("\n".join(["no speed-up:", *(f"  {line}" for line in missing)]), file=sys.stderr)
+        raise typer.Exit(NO_SPEEDUP)
+
+
+def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]], config: RunConfig) -> dict[str, Any]:
+    """Carry out one step, and print and return what it returns."""
     from .interrupt import Interrupted, stop_on_signals
     from .progress import RunDisplay
 
@@ -445,6 +470,7 @@ def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]],
             )
             raise Interrupted(msg) from None
     print(json.dumps(facts, indent=2) if as_json else "\n".join(_fact(name, value) for name, value in facts.items()))
+    return facts
 
 
 def _fact(name: str, value: Any) -> str:

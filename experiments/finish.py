@@ -253,19 +253,11 @@ def _with_latencies(
     started = time.perf_counter()
     report = measure_latency(networks, x, onnx=onnx, n_runs=settings.n_runs)
     display.say(f"timed {len(finalists)} networks in turn, {time.perf_counter() - started:.1f} s")
+    dense = {entry.runtime: entry for entry in report.entries if entry.model == DENSE}
     timed = []
     for row in rows:
         own = [entry for entry in report.entries if entry.model == row.method]
-        latencies = tuple(
-            Latency(
-                runtime=entry.runtime,
-                median_ms=entry.median_ms,
-                lower_quartile_ms=entry.lower_quartile_ms,
-                upper_quartile_ms=entry.upper_quartile_ms,
-                n_runs=entry.n_runs,
-            )
-            for entry in own
-        )
+        latencies = tuple(Latency.of(entry, dense.get(entry.runtime)) for entry in own)
         timed.append(row.model_copy(update={"latencies": latencies}))
     return timed
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from latency.budget import Budget, in_words
 from latency.cost import CostKind
+from latency.measure import LatencyEntry
 
 from .machine import Machine
 
@@ -31,9 +35,33 @@ class Latency(_Record):
     upper_quartile_ms: float
     n_runs: int
 
-    def differs_from(self, other: Latency) -> bool:
-        """Whether the quartile ranges are apart; where they overlap, a ratio of medians says little."""
-        return self.upper_quartile_ms < other.lower_quartile_ms or other.upper_quartile_ms < self.lower_quartile_ms
+    ratio: tuple[float, float, float] | None = None
+    """Lower quartile, median and upper quartile of its time over the dense network's in the same round."""
+
+    @classmethod
+    def of(cls, entry: LatencyEntry, dense: LatencyEntry | None) -> Latency:
+        """What was measured of a network, beside the dense one on the same runtime where that was timed too."""
+        quartiles = None
+        if dense is not None:
+            lower, median, upper = np.percentile(np.divide(entry.times_ms, dense.times_ms), [25, 50, 75]).tolist()
+            quartiles = (lower, median, upper)
+        return cls(
+            runtime=entry.runtime,
+            median_ms=entry.median_ms,
+            lower_quartile_ms=entry.lower_quartile_ms,
+            upper_quartile_ms=entry.upper_quartile_ms,
+            n_runs=entry.n_runs,
+            ratio=quartiles,
+        )
+
+    def speed(self, method: str, dense: Latency) -> Speed:
+        """How the network of ``method`` compares with the dense one; records without ratios have ranges of times."""
+        lower, ratio, upper = self.ratio or (
+            self.lower_quartile_ms / dense.upper_quartile_ms,
+            self.median_ms / dense.median_ms,
+            self.upper_quartile_ms / dense.lower_quartile_ms,
+        )
+        return Speed(method, self.runtime, lower, ratio, upper)
 
     def __str__(self) -> str:
         # Two digits where the calls scatter by more than a tenth: a third would only show the noise.
@@ -42,6 +70,41 @@ class Latency(_Record):
             significant(ms, digits) for ms in (self.median_ms, self.lower_quartile_ms, self.upper_quartile_ms)
         )
         return f"{median} [{lower}-{upper}]"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A network's time over the dense one's on one runtime, in turns.
+
+    Attributes:
+        method: what found the network.
+        runtime: what ran it.
+        lower: lower quartile of the ratio.
+        ratio: its median; below 1 is faster.
+        upper: its upper quartile.
+    """
+
+    method: str
+    runtime: str
+    lower: float
+    ratio: float
+    upper: float
+
+    @property
+    def verdict(self) -> Literal["faster", "slower", "unclear"]:
+        """On which side of 1 the quartiles lie; unclear where they lie on both."""
+        if self.upper < 1:
+            return "faster"
+        return "slower" if self.lower > 1 else "unclear"
+
+    @property
+    def quartiles(self) -> str:
+        """The ratio in words."""
+        return f"{self.ratio:.3g} of the dense network's time (quartiles {self.lower:.3g} to {self.upper:.3g})"
+
+    def __str__(self) -> str:
+        verdict = "cannot be told from the dense network" if self.verdict == "unclear" else self.verdict
+        return f"{self.method} on {self.runtime}: {verdict}, {self.quartiles}"
 
 
 class MethodOutcome(_Record):
@@ -203,8 +266,8 @@ def table_cells(outcome: RunOutcome) -> list[list[str]]:
             _with_share(row.macs, dense.macs),
             _with_share(row.params, dense.params),
             _bytes(row, outcome),
-            _time(row, "pytorch"),
-            _time(row, "onnxruntime"),
+            _time(row, dense, "pytorch"),
+            _time(row, dense, "onnxruntime"),
             f"{row.evaluations:.4g}" if row.method != DENSE else "",
             f"{row.seconds:.1f}" if row.method != DENSE else "",
         ]
@@ -222,22 +285,43 @@ def result_table(outcome: RunOutcome) -> Table:
     return table
 
 
+def speeds(outcome: RunOutcome) -> list[Speed]:
+    """Every compressed network against the dense one, on each runtime that both were timed on."""
+    dense = {latency.runtime: latency for latency in outcome.row(DENSE).latencies}
+    return [
+        latency.speed(row.method, dense[latency.runtime])
+        for row in outcome.rows
+        for latency in row.latencies
+        if row.method != DENSE and latency.runtime in dense
+    ]
+
+
 def speed_notes(outcome: RunOutcome) -> list[str]:
-    """Where the measured times do not tell a pruned network from the dense one, a sentence a runtime."""
-    notes = []
-    for dense in outcome.row(DENSE).latencies:
-        alike = [
-            row.method
-            for row in outcome.rows
-            for latency in row.latencies
-            if row.method != DENSE and latency.runtime == dense.runtime and not latency.differs_from(dense)
-        ]
+    """Networks that are slower than the dense one, or cannot be told from it, a sentence a runtime."""
+    notes, found = [], speeds(outcome)
+    for runtime in dict.fromkeys(speed.runtime for speed in found):
+        slower = [s for s in found if s.runtime == runtime and s.verdict == "slower"]
+        alike = [s.method for s in found if s.runtime == runtime and s.verdict == "unclear"]
+        if slower:
+            named = ", ".join(f"{speed.method} takes {speed.quartiles}" for speed in slower)
+            notes.append(f"Slower than the dense network on {runtime}: {named}.")
         if alike:
             notes.append(
-                f"Times on {dense.runtime}: the quartile ranges of {', '.join(alike)} overlap the dense network's. The "
-                "machine was too noisy, or the saving too small, to tell them apart."
+                f"Times on {runtime}: the quartiles of {', '.join(alike)} lie on both sides of the dense network's. "
+                "The machine was too noisy, or the saving too small, to tell them apart."
             )
     return notes
+
+
+def missing_speedups(outcome: RunOutcome) -> list[str]:
+    """Every network and runtime without a speed-up that is sure, in words; a network that nothing timed is one, too."""
+    found = speeds(outcome)
+    timed = {speed.method for speed in found}
+    untimed = [row.method for row in outcome.rows if row.method != DENSE and row.method not in timed]
+    return [
+        *(str(speed) for speed in found if speed.verdict != "faster"),
+        *(f"{method}: not timed on any runtime" for method in untimed),
+    ]
 
 
 def plain_lines(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -291,5 +375,10 @@ def _bytes(row: MethodOutcome, outcome: RunOutcome) -> str:
     return f"{amount(row.size_bytes)}B{share}"
 
 
-def _time(row: MethodOutcome, runtime: str) -> str:
-    return next((str(latency) for latency in row.latencies if latency.runtime.startswith(runtime)), "-")
+def _time(row: MethodOutcome, dense: MethodOutcome, runtime: str) -> str:
+    latency = next((latency for latency in row.latencies if latency.runtime.startswith(runtime)), None)
+    if latency is None:
+        return "-"
+    whole = next((other for other in dense.latencies if other.runtime == latency.runtime), None)
+    is_slower = whole is not None and row is not dense and latency.speed(row.method, whole).verdict == "slower"
+    return f"{latency} slower" if is_slower else str(latency)

@@ -91,12 +91,13 @@ def _cards(outcome: RunOutcome) -> str:
     for before in dense.latencies:
         if (after := times.get(before.runtime)) is None:
             continue
-        if after.differs_from(before):
-            cards.append(
-                (f"{significant(before.median_ms / after.median_ms, 2)}x", f"measured speed, {before.runtime}")
-            )
+        speed = after.speed(best.method, before)
+        label = f"measured speed, {before.runtime}"
+        if speed.verdict == "unclear":
+            cards.append(("unclear", f"{label}: the times overlap with the dense network's"))
         else:
-            cards.append(("unclear", f"measured speed, {before.runtime}: the times overlap with the dense network's"))
+            slower = ": slower than the dense network" if speed.verdict == "slower" else ""
+            cards.append((f"{significant(1 / speed.ratio, 2)}x", f"{label}{slower}"))
     return "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in cards
     )

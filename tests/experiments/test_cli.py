@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from experiments.interrupt import StopFlag
 from experiments.outcome import RunOutcome
 from experiments.progress import RunDisplay
 from experiments.search import start_run
+from pruning.policy import CompressionPolicy
 
 Command = Callable[..., Any]
 
@@ -91,6 +94,66 @@ def test_finished_run_is_resumed_at_once(command: Command, finished_run: Path) -
 
     assert RunOutcome.model_validate_json(done.out) == RunOutcome.load(finished_run / "results.json")
     assert (finished_run / "journal.jsonl").read_bytes() == journal
+
+
+def with_ratio(run: Path, folder: Path, *ratio: float) -> Path:
+    """A copy of a finished run whose networks all took so many times the dense one's time: quartiles of the ratio."""
+    copy = shutil.copytree(run, folder)
+    outcome = RunOutcome.load(copy / "results.json")
+    rows = [
+        row.model_copy(update={"latencies": tuple(t.model_copy(update={"ratio": ratio}) for t in row.latencies)})
+        for row in outcome.rows
+    ]
+    (copy / "results.json").write_text(outcome.model_copy(update={"rows": tuple(rows)}).model_dump_json())
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("ratio", "code", "words"),
+    [
+        ((0.7, 0.71, 0.72), 0, ""),
+        ((1.1, 1.2, 1.3), 3, "slower, 1.2 of the dense network's time (quartiles 1.1 to 1.3)"),
+        (
+            (0.9, 0.99, 1.1),
+            3,
+            "cannot be told from the dense network, 0.99 of the dense network's time (quartiles 0.9 to 1.1)",
+        ),
+    ],
+)
+def test_a_speedup_that_is_required_and_missing_ends_with_code_3(
+    command: Command, finished_run: Path, tmp_path: Path, ratio: tuple[float, float, float], code: int, words: str
+) -> None:
+    run = with_ratio(finished_run, tmp_path / "run", *ratio)
+
+    required, asked_for_nothing = command("resume", run, "--require-speedup"), command("resume", run)
+
+    assert (required.code, asked_for_nothing.code) == (code, 0)
+    timed = [(method, runtime) for method in ("uniform", "random") for runtime in ("pytorch-eager", "onnxruntime")]
+    missing = [f"  {method} on {runtime}: {words}" for method, runtime in timed] if words else []
+    assert [line for line in required.err.splitlines() if line.startswith("  ")] == missing
+    assert ("Slower than the dense network on pytorch-eager: uniform takes 1.2 of" in asked_for_nothing.out) is (
+        ratio[0] > 1
+    )
+
+
+def test_apply_tells_the_speed_and_ends_with_code_3_where_it_is_required_and_missing(
+    command: Command, finished_run: Path, tmp_path: Path
+) -> None:
+    # A plan that keeps everything is the dense network, which is not faster than itself.
+    whole = tmp_path / "whole.json"
+    CompressionPolicy({}).save(whole)
+    options = (finished_run / "config.yaml", "--weights", finished_run / "dense.safetensors", "--require-speedup")
+
+    done = command("apply", whole, *options, "--out", tmp_path / "out", "--json")
+
+    told = json.loads(done.out)
+    assert {"speed_on_pytorch-eager", "speed_on_onnxruntime"} <= told.keys()
+    assert re.fullmatch(
+        r"(faster|slower|unclear), [\d.]+ of the dense network's time \(quartiles [\d.]+ to [\d.]+\)",
+        told["speed_on_onnxruntime"],
+    )
+    assert done.code == (3 if "no_speedup" in told else 0)
+    assert done.err.startswith("no speed-up:\n  the compressed network on ") == (done.code == 3)
 
 
 def test_policy_of_a_run_is_applied_to_the_same_network(command: Command, finished_run: Path, tmp_path: Path) -> None:

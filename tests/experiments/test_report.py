@@ -1,20 +1,25 @@
 import re
+from html import escape
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from experiments.figures import Plan, keep_ratio_figure, pareto_front
 from experiments.outcome import (
     Latency,
+    MethodOutcome,
     RunOutcome,
     amount,
     headings,
+    missing_speedups,
     plain_lines,
     significant,
     speed_notes,
     table_cells,
 )
 from experiments.report import render_report, verdict
+from latency.measure import LatencyEntry
 
 from .outcomes import outcome, plans, row
 
@@ -123,11 +128,62 @@ def test_times_that_overlap_give_no_ratio_but_a_reason() -> None:
     page = render_report(found, plans(), "")
 
     assert speed_notes(found) == [
-        "Times on eager: the quartile ranges of ppo overlap the dense network's. The machine was too noisy, or the "
-        "saving too small, to tell them apart."
+        "Times on eager: the quartiles of ppo lie on both sides of the dense network's. The machine was too noisy, or "
+        "the saving too small, to tell them apart."
     ]
     assert "<b>unclear</b>" in page
     assert "2.0x" not in page
+
+
+def entry(model: str, *times_ms: float) -> LatencyEntry:
+    lower, median, upper = np.percentile(times_ms, [25, 50, 75]).tolist()
+    return LatencyEntry(model, "eager", median, lower, upper, len(times_ms), 0.0, times_ms)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    # The machine gets three times slower and the network is always a tenth faster: times overlap, ratios do not.
+    dense = entry("dense", 1.0, 1.5, 2.0, 2.5, 3.0)
+    found = Latency.of(entry("ppo", 0.9, 1.35, 1.8, 2.25, 2.7), dense)
+
+    assert found.ratio == pytest.approx((0.9, 0.9, 0.9))
+    assert found.speed("ppo", Latency.of(dense, None)).verdict == "faster"
+
+
+def test_a_network_that_is_slower_is_called_so_in_table_and_report() -> None:
+    found = measured(timed(1.9, 2.0, 2.1), timed(2.3, 2.4, 2.5).model_copy(update={"ratio": (1.15, 1.2, 1.25)}))
+    page = render_report(found, plans(), "")
+
+    note = "Slower than the dense network on eager: ppo takes 1.2 of the dense network's time (quartiles 1.15 to 1.25)."
+    assert speed_notes(found) == [note]
+    assert escape(note) in page
+    assert "<b>0.83x</b><span>measured speed, eager: slower than the dense network</span>" in page
+    eager = found.model_copy(
+        update={
+            "rows": tuple(
+                row.model_copy(
+                    update={"latencies": tuple(t.model_copy(update={"runtime": "pytorch"}) for t in row.latencies)}
+                )
+                for row in found.rows
+            )
+        }
+    )
+    assert [cells[6] for cells in table_cells(eager)] == ["2.0 [1.9-2.1]", "2.40 [2.30-2.50] slower"]
+
+
+def test_speedups_that_are_missing_are_named_with_ratio_and_quartiles() -> None:
+    def with_ratio(name: str, *ratio: float) -> MethodOutcome:
+        return row(name, 0.8, 0.88, latencies=(timed(1, 2, 3).model_copy(update={"ratio": ratio}),))
+
+    rows = with_ratio("cem", 0.5, 0.51, 0.53), with_ratio("ppo", 1.1, 1.2, 1.3), with_ratio("ddpg", 0.9, 0.98, 1.02)
+    whole = outcome(*rows, row("random", 0.8, 0.88, latencies=()))
+    dense = whole.rows[0].model_copy(update={"latencies": (timed(1, 2, 3),)})
+
+    assert missing_speedups(whole.model_copy(update={"rows": (dense, *whole.rows[1:])})) == [
+        "ppo on eager: slower, 1.2 of the dense network's time (quartiles 1.1 to 1.3)",
+        "ddpg on eager: cannot be told from the dense network, 0.98 of the dense network's time (quartiles 0.9 to "
+        "1.02)",
+        "random: not timed on any runtime",
+    ]
 
 
 @pytest.mark.parametrize(
