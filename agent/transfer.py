@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +13,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.policies import BasePolicy
 
+from graph_encoder.features import GLOBAL_FEATURES, NODE_FEATURES
 from pruning.files import CheckpointError
 
 from .checkpoint import read_state, write_state
@@ -23,38 +24,107 @@ from .policies import GraphActorCriticPolicy
 _CONFIGS: dict[Algorithm, type[AgentConfig]] = {"ppo": PPOConfig, "ddpg": DDPGConfig}
 
 
+FEATURES = (*NODE_FEATURES, *GLOBAL_FEATURES)
+"""What an agent of this version reads."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an agent plans, beside the network; what a file of an older version does not say is empty.
+
+    Attributes:
+        environment: "network" for a plan of a whole network at once, "layerwise" for one group a step.
+        start: kind of plan that its scores correct, "sensitivity" or "uniform".
+        decide: what is decided: "channels", and choices inside layers.
+        budgets: kinds of the budgets, "none" alone without any.
+        sparsity: pattern of the zeros, where densities are decided.
+        densities: percents of a layer's weights to choose among, where they are decided.
+        bits: bits to choose among, where they are decided.
+    """
+
+    environment: str
+    start: str
+    decide: tuple[str, ...] = ()
+    budgets: tuple[str, ...] = ()
+    sparsity: str = ""
+    densities: tuple[int, ...] = ()
+    bits: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class Training:
     """What an agent saw and decided while it was trained, on which its plans for other networks depend.
 
     Attributes:
-        environment: "network" where it planned a whole network at once, "layerwise" where one group a step.
-        start: kind of plan that its scores correct, "sensitivity" or "uniform".
+        task: what it planned.
         measured_dropout: share of its episodes that did not show measured features; 1 if none did.
+        features: names of what it read of nodes and of the whole, in order; empty where its file does not say.
     """
 
-    environment: str
-    start: str
+    task: Task
     measured_dropout: float
+    features: tuple[str, ...] = FEATURES
 
-    def differences(self, environment: str, start: str, *, shows_measured: bool) -> list[str]:
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Training:
+        """Read what `dataclasses.asdict` made, or what versions wrote that recorded three values alone."""
+        if "task" not in state:
+            return cls(Task(state["environment"], state["start"]), state["measured_dropout"], ())
+        return cls(Task(**state["task"]), state["measured_dropout"], tuple(state["features"]))
+
+    def refusal(self, here: Task) -> str | None:
+        """Why it cannot plan ``here`` at all: it never decided what is to be decided; None if it can."""
+        unknown = [choice for choice in here.decide if choice not in self.task.decide]
+        if not self.task.decide or not unknown:
+            return None
+        return (
+            f"it learned to decide {_listed(self.task.decide)} and is to decide {_listed(here.decide)} here, but knows "
+            f"nothing of {_listed(unknown)}; train one with search.decide [{', '.join(here.decide)}], or let this one "
+            f"decide with --set 'search.decide=[{', '.join(self.task.decide)}]'"
+        )
+
+    def differences(self, here: Task, *, shows_measured: bool) -> list[str]:
         """What it was not trained for where it is to plan, one sentence each with what to do; empty if nothing."""
-        found = []
-        if self.environment != environment:
+        found, there = [], self.task
+        if there.environment != here.environment:
             found.append(
-                f"it was trained in the {self.environment} environment and plans in the {environment} one here; train "
-                f"it with search.environment {environment}"
+                f"it was trained in the {there.environment} environment and plans in the {here.environment} one here; "
+                f"train it with search.environment {here.environment}"
             )
-        if self.start != start:
+        if there.start != here.start:
             found.append(
-                f"it learned to correct a {self.start} plan and corrects a {start} one here; train it with "
-                f"search.start {start}"
+                f"it learned to correct a {there.start} plan and corrects a {here.start} one here; train it with "
+                f"search.start {here.start}"
             )
+        found += self._other_choices(here)
         if not shows_measured and self.measured_dropout == 0:
             found.append(
                 "it saw measured sensitivities in every episode of its training and sees none here; train it with "
                 "search.measured_dropout above 0"
             )
+        return found
+
+    def _other_choices(self, here: Task) -> list[str]:
+        there, found = self.task, []
+        if not there.decide:
+            return ["its file is of an older version, which does not say what it decided and under what budget"]
+        if set(there.decide) != set(here.decide):
+            found.append(
+                f"it learned to decide {_listed(there.decide)} together and decides {_listed(here.decide)} here; train "
+                f"it with search.decide [{', '.join(here.decide)}]"
+            )
+        if set(there.budgets) != set(here.budgets):
+            found.append(
+                f"it was trained under a budget of {_listed(there.budgets)} and plans under one of "
+                f"{_listed(here.budgets)} here; train it with the same kind of budget"
+            )
+        for name in ("sparsity", "densities", "bits"):
+            before, now = getattr(there, name), getattr(here, name)
+            if before and now and before != now:
+                found.append(
+                    f"it was trained with search.{name} {_value(before)} and plans with {_value(now)} here; train it "
+                    f"with search.{name} {_value(now)}"
+                )
         return found
 
 
@@ -122,10 +192,33 @@ def load_agent(path: Path, observation_space: spaces.Dict, action_space: spaces.
     algorithm: Algorithm = state["algorithm"]
     config = _CONFIGS[algorithm].model_validate(state["config"])
     policy = build_policy(config, observation_space, action_space)
+    training = Training.from_state(state["training"]) if "training" in state else None
+    if training is not None and training.features:
+        _check_features(training.features, path)
     load_weights(policy, state["policy"], path)
     policy.set_training_mode(False)
-    training = Training(**state["training"]) if "training" in state else None
     return SavedAgent(config, policy, training)
+
+
+def _check_features(features: Sequence[str], path: Path) -> None:
+    """Refuse an agent that reads other features, by their names."""
+    if tuple(features) == FEATURES:
+        return
+    gone, new = set(features) - set(FEATURES), set(FEATURES) - set(features)
+    changed = [f"without {_listed(sorted(gone))}"] * bool(gone) + [f"with {_listed(sorted(new))} new"] * bool(new)
+    msg = (
+        f"the agent in '{path}' reads {len(features)} features and this version has {len(FEATURES)}, "
+        f"{' and '.join(changed) or 'in another order'}; train it again, or use the version that trained it"
+    )
+    raise CheckpointError(msg)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else "".join(names)
+
+
+def _value(value: str | Sequence[int]) -> str:
+    return value if isinstance(value, str) else f"[{', '.join(map(str, value))}]"
 
 
 def load_weights(policy: BasePolicy, weights: Mapping[str, torch.Tensor], path: Path) -> None:

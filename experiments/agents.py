@@ -12,11 +12,12 @@ from gymnasium import spaces
 from agent.checkpoint import warn
 from agent.config import AgentConfig, DDPGConfig
 from agent.train import train_agent
-from agent.transfer import Training, act, load_agent, save_agent
+from agent.transfer import Task, Training, act, load_agent, save_agent
 from envs.action import decode
 from envs.evaluator import CandidateEvaluator
 from envs.layerwise_env import LayerwiseEnv
 from envs.network_env import NetworkEnv
+from pruning.files import CheckpointError
 from pruning.policy import CompressionPolicy
 
 from .config import SearchSettings, Start
@@ -77,16 +78,17 @@ def search_by_agent(
         notify=notify,
     )
     if files:
-        training = Training(
-            environment=settings.environment,
-            start=_start(problem),
-            measured_dropout=settings.measured_dropout if problem.starts_from_probes else 1.0,
-        )
+        dropout = settings.measured_dropout if problem.starts_from_probes else 1.0
+        training = Training(_task(problem, settings), dropout)
         save_agent(files.agent_file, result.config, result.policy, training)
 
 
 def plan_by_agent(
-    path: Path, problem: SearchProblem, evaluator: CandidateEvaluator, notify: Callable[[str], None]
+    path: Path,
+    problem: SearchProblem,
+    evaluator: CandidateEvaluator,
+    settings: SearchSettings,
+    notify: Callable[[str], None],
 ) -> tuple[AgentConfig, CompressionPolicy]:
     """The plan of a trained agent, frozen, for the network of ``problem``: one forward pass, no evaluation.
 
@@ -94,25 +96,44 @@ def plan_by_agent(
         path: the agent's file.
         problem: network, decisions and start.
         evaluator: not asked to score anything but the dense network.
+        settings: what is decided; the plan is made for the whole network at once, whatever environment they name.
         notify: told what the agent was not trained for, or that its file does not say.
 
     Returns:
         The agent's hyper-parameters, and its plan.
 
     Raises:
-        CheckpointError: if the file is no agent, or one that reads other features.
+        CheckpointError: if the file is no agent, or one that reads other features or never decided what is decided.
     """
-    settings = SearchSettings()
+    settings = settings.model_copy(update={"environment": "network"})
     env = search_env(problem, evaluator, settings)
     agent = load_agent(path, cast("spaces.Dict", env.observation_space), cast("spaces.Box", env.action_space))
     if agent.training is None:
         notify(f"the agent in '{path}' does not say what it was trained on, as its file is of an older version")
     else:
-        shown = problem.starts_from_probes
-        for difference in agent.training.differences(settings.environment, _start(problem), shows_measured=shown):
+        here = _task(problem, settings)
+        if refusal := agent.training.refusal(here):
+            msg = f"the agent in '{path}' cannot plan here: {refusal}"
+            raise CheckpointError(msg)
+        for difference in agent.training.differences(here, shows_measured=problem.starts_from_probes):
             notify(f"the agent in '{path}' is not used as it was trained: {difference}")
     observation, _ = env.reset(seed=problem.seed)
     return agent.config, decode(act(agent.policy, observation), problem.space)
+
+
+def _task(problem: SearchProblem, settings: SearchSettings) -> Task:
+    """What an agent plans in this problem."""
+    decides_bits = set(settings.decide) & {"bits", "weight_bits", "act_bits"}
+    decides_density = "density" in settings.decide
+    return Task(
+        environment=settings.environment,
+        start=_start(problem),
+        decide=settings.decide,
+        budgets=tuple(bound.cost.kind for bound in problem.space.bounds) or ("none",),
+        sparsity=settings.sparsity if decides_density else "",
+        densities=settings.densities if decides_density else (),
+        bits=settings.bits if decides_bits else (),
+    )
 
 
 def _start(problem: SearchProblem) -> Start:

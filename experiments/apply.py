@@ -97,12 +97,15 @@ def _apply_agent(
 ) -> dict[str, Any]:
     problem = build_problem(subject, importance_of(subject), Journal())
     evaluator = problem.evaluator("agent", lambda _: None)
-    config, policy = plan_by_agent(source, problem, evaluator, lambda message: display.say(f"warning: {message}"))
+    settings = subject.config.search
+    config, policy = plan_by_agent(
+        source, problem, evaluator, settings, lambda message: display.say(f"warning: {message}")
+    )
     if evaluations:
         with display.stage("refining", evaluations, "evaluation") as stage:
             evaluator = problem.evaluator("refining", Watch(stage, problem, stop), max_evaluations=evaluations)
             evaluator.score(policy)
-            search_by_agent(problem, evaluator, subject.config.search, config, None, None, start_from=source)
+            search_by_agent(problem, evaluator, settings, config, None, None, start_from=source)
         policy = problem.policy(ranked_plans(problem, evaluator)[0])
     uniform = decode(np.zeros(problem.space.n), problem.space)
     evaluate = subject.evaluate_on_validation()

@@ -101,9 +101,7 @@ class GraphEncoder(nn.Module):
             leaves them out, which suits an agent that is meant for other networks.
     """
 
-    def __init__(
-        self, observation_space: spaces.Dict, *, hidden: int = 64, n_layers: int = 3, n_frequencies: int = 6
-    ) -> None:
+    def __init__(self, observation_space: spaces.Dict, *, hidden: int, n_layers: int, n_frequencies: int) -> None:
         super().__init__()
         n_features = _box(observation_space, "nodes").shape[-1]
         n_globals = _box(observation_space, "globals").shape[-1]

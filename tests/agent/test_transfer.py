@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from gymnasium import spaces
 from agent.checkpoint import read_state, write_state
 from agent.config import AgentConfig, DDPGConfig, PPOConfig
 from agent.train import train_agent
-from agent.transfer import Training, act, build_policy, load_agent, save_agent
+from agent.transfer import FEATURES, Task, Training, act, build_policy, load_agent, save_agent
 from pruning.files import CheckpointError
 from tests.agent.synthetic import TargetEnv
 
 SMALL: dict[str, Any] = {"hidden": 8, "n_layers": 1, "n_frequencies": 0}
 CONFIGS = [PPOConfig(updates=5, **SMALL), DDPGConfig(updates=1, batch_size=8, **SMALL)]
-TRAINING = Training(environment="network", start="sensitivity", measured_dropout=0.25)
+CHANNELS = Task("network", "sensitivity", decide=("channels",), budgets=("macs",))
+TRAINING = Training(CHANNELS, measured_dropout=0.25)
 
 
 def trained(config: AgentConfig, path: Path) -> TargetEnv:
@@ -97,20 +99,96 @@ def test_an_agent_of_a_version_that_recorded_no_training_is_read(tmp_path: Path)
 
 
 def test_an_agent_that_is_used_as_it_was_trained_has_nothing_to_say() -> None:
-    blind = Training(environment="network", start="uniform", measured_dropout=1.0)
+    uniform = replace(CHANNELS, start="uniform")
 
-    assert TRAINING.differences("network", "sensitivity", shows_measured=True) == []
-    assert TRAINING.differences("network", "sensitivity", shows_measured=False) == []
-    assert blind.differences("network", "uniform", shows_measured=False) == []
+    assert TRAINING.differences(CHANNELS, shows_measured=True) == []
+    assert TRAINING.differences(CHANNELS, shows_measured=False) == []
+    assert Training(uniform, measured_dropout=1.0).differences(uniform, shows_measured=False) == []
+    assert TRAINING.refusal(CHANNELS) is None
 
 
 def test_an_agent_tells_everything_that_it_was_not_trained_for() -> None:
-    training = Training(environment="layerwise", start="sensitivity", measured_dropout=0.0)
+    training = Training(replace(CHANNELS, environment="layerwise"), measured_dropout=0.0)
 
-    assert training.differences("network", "uniform", shows_measured=False) == [
+    assert training.differences(replace(CHANNELS, start="uniform"), shows_measured=False) == [
         "it was trained in the layerwise environment and plans in the network one here; train it with "
         "search.environment network",
         "it learned to correct a sensitivity plan and corrects a uniform one here; train it with search.start uniform",
         "it saw measured sensitivities in every episode of its training and sees none here; train it with "
         "search.measured_dropout above 0",
     ]
+
+
+JOINT = Task(
+    "network",
+    "sensitivity",
+    decide=("channels", "density", "bits"),
+    budgets=("bytes",),
+    sparsity="block16",
+    densities=(10, 100),
+    bits=(8, 32),
+)
+
+
+def test_an_agent_that_never_decided_what_is_to_be_decided_is_refused_with_both_named() -> None:
+    assert TRAINING.refusal(JOINT) == (
+        "it learned to decide channels and is to decide channels, density and bits here, but knows nothing of density "
+        "and bits; train one with search.decide [channels, density, bits], or let this one decide with --set "
+        "'search.decide=[channels]'"
+    )
+    assert Training(JOINT, 1.0).refusal(CHANNELS) is None
+
+
+def test_other_budgets_levels_and_patterns_are_told_with_both_named() -> None:
+    training = Training(JOINT, 1.0)
+    here = replace(JOINT, budgets=("macs", "latency"), sparsity="2:4", densities=(50, 100), bits=(4, 8, 32))
+
+    assert training.differences(here, shows_measured=True) == [
+        "it was trained under a budget of bytes and plans under one of macs and latency here; train it with the same "
+        "kind of budget",
+        "it was trained with search.sparsity block16 and plans with 2:4 here; train it with search.sparsity 2:4",
+        "it was trained with search.densities [10, 100] and plans with [50, 100] here; train it with search.densities "
+        "[50, 100]",
+        "it was trained with search.bits [8, 32] and plans with [4, 8, 32] here; train it with search.bits [4, 8, 32]",
+    ]
+    assert training.differences(replace(CHANNELS, budgets=("bytes",)), shows_measured=True) == [
+        "it learned to decide channels, density and bits together and decides channels here; train it with "
+        "search.decide [channels]"
+    ]
+
+
+def test_what_an_agent_was_trained_for_is_in_its_file(tmp_path: Path) -> None:
+    env = TargetEnv(2)
+    policy = build_policy(CONFIGS[0], env.observation_space, env.action_space)  # type: ignore[arg-type]
+    save_agent(tmp_path / "agent.pt", CONFIGS[0], policy, Training(JOINT, 0.5))
+
+    loaded = load_agent(tmp_path / "agent.pt", env.observation_space, env.action_space)  # type: ignore[arg-type]
+
+    assert loaded.training == Training(JOINT, 0.5, FEATURES)
+
+
+def test_an_agent_of_a_version_that_recorded_less_says_so(tmp_path: Path) -> None:
+    env = trained(CONFIGS[0], tmp_path / "agent.pt")
+    state = read_state(tmp_path / "agent.pt")
+    before = {"environment": "network", "start": "sensitivity", "measured_dropout": 1.0}
+    write_state(tmp_path / "old.pt", {**state, "training": before})
+
+    old = load_agent(tmp_path / "old.pt", env.observation_space, env.action_space).training  # type: ignore[arg-type]
+
+    assert old is not None and old.refusal(JOINT) is None
+    assert old.differences(JOINT, shows_measured=True) == [
+        "its file is of an older version, which does not say what it decided and under what budget"
+    ]
+
+
+def test_features_that_came_or_went_are_named(tmp_path: Path) -> None:
+    env = TargetEnv(2)
+    policy = build_policy(CONFIGS[0], env.observation_space, env.action_space)  # type: ignore[arg-type]
+    save_agent(tmp_path / "agent.pt", CONFIGS[0], policy, Training(JOINT, 0.5, (*FEATURES[1:], "colour")))
+
+    with pytest.raises(CheckpointError) as caught:
+        load_agent(tmp_path / "agent.pt", env.observation_space, env.action_space)  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        f"the agent in '{tmp_path / 'agent.pt'}' reads {len(FEATURES)} features and this version has {len(FEATURES)}, "
+        f"without colour and with {FEATURES[0]} new; train it again, or use the version that trained it"
+    )

@@ -191,6 +191,35 @@ def apply_agent(command: Command, run: Path, yaml: Path, out: Path, *options: ob
     return dict(json.loads(done.out))
 
 
+def test_agent_of_channels_is_refused_where_bits_are_to_be_decided(
+    command: Command, agent_run: Path, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    agent, out = agent_run / "methods" / "ppo", tmp_path / "out"
+    bits = ("--budget", "20% bytes", "--set", "search.decide=[channels, bits]")
+
+    done = command("apply", agent, tiny_yaml, *bits, "--out", out)
+
+    assert done.code == 1
+    assert (
+        f"error: the agent in '{agent / 'agent.pt'}' cannot plan here: it learned to decide channels and is to decide "
+        "channels and bits here, but knows nothing of bits; train one with search.decide [channels, bits], or let this "
+        "one decide with --set 'search.decide=[channels]'"
+    ) in done.err
+    assert not out.exists()
+
+
+def test_agent_of_another_kind_of_budget_warns_with_both_named(
+    command: Command, agent_run: Path, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    done = command("apply", agent_run / "methods" / "ppo", tiny_yaml, "--budget", "50% params", "--out", tmp_path / "o")
+
+    assert done.code == 0
+    assert (
+        "is not used as it was trained: it was trained under a budget of macs and plans under one of params here; "
+        "train it with the same kind of budget"
+    ) in done.err
+
+
 def test_frozen_agent_plans_another_network(command: Command, agent_run: Path, tiny_yaml: Path, tmp_path: Path) -> None:
     told = apply_agent(command, agent_run, tiny_yaml, tmp_path / "out")
 

@@ -17,6 +17,8 @@ from graph_encoder.encoders import (
 )
 from tests.agent.synthetic import N_FEATURES, chain_observation, chain_space
 
+SMALL = {"hidden": 8, "n_layers": 3, "n_frequencies": 6}
+
 
 def batch_of(*observations: dict[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: torch.as_tensor(np.stack([o[name] for o in observations])) for name in observations[0]}
@@ -28,7 +30,7 @@ def features(n_decisions: int, seed: int) -> np.ndarray:
 
 def encoder(n_decisions: int = 4, **options: int) -> GraphEncoder:
     torch.manual_seed(0)
-    return GraphEncoder(chain_space(n_decisions), hidden=8, **options)
+    return GraphEncoder(chain_space(n_decisions), **SMALL | options)
 
 
 def test_union_shifts_each_graph_by_its_nodes_and_drops_padding() -> None:
@@ -77,7 +79,7 @@ def test_pooling_ignores_masked_positions() -> None:
 @pytest.mark.parametrize("garbage", [0.0, 3.0, 7.0])
 def test_padding_changes_neither_embeddings_nor_gradients(garbage: float) -> None:
     plain = encoder()
-    padded = GraphEncoder(chain_space(4, padding=5), hidden=8)
+    padded = GraphEncoder(chain_space(4, padding=5), **SMALL)
     padded.load_state_dict(plain.state_dict())
     rows = features(4, 1)
 
@@ -156,4 +158,4 @@ def test_an_observation_that_is_no_box_is_refused_by_name() -> None:
     with pytest.raises(
         TypeError, match=r"^observation 'globals' is a Discrete; the encoder reads Boxes, so declare it as one$"
     ):
-        GraphEncoder(space)
+        GraphEncoder(space, **SMALL)
