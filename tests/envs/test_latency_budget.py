@@ -1,0 +1,130 @@
+"""Plans under a budget of latency, from a table whose times rise and fall with whole vectors of channels."""
+
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from envs.action import SearchSpace, project
+from envs.allocation import greedy, knapsack
+from envs.layerwise_env import LayerwiseEnv
+from envs.plans import global_magnitude, uniform
+from graph_encoder.capture import capture
+from graph_encoder.features import GLOBAL_FEATURES
+from latency.budget import Budget
+from latency.decision import layer_decisions
+from latency.table import LatencyTable, build_table, needed_kinds, start_table
+from tests.latency.synthetic import IntegerFormulaDevice
+
+from .conftest import SmallNetwork, images, l1_importance, make_evaluator
+
+MODEL = SmallNetwork(width=16).eval()
+GRAPH = capture(MODEL, images())
+IMPORTANCE = l1_importance(MODEL, GRAPH)
+
+
+@pytest.fixture(scope="module")
+def table() -> LatencyTable:
+    device = IntegerFormulaDevice()
+    needed = needed_kinds(GRAPH, {group.name: 1 for group in GRAPH.prunable}, [8, 32])
+    return build_table(start_table(device), device, needed)
+
+
+def space_of(table: LatencyTable, share: float, *, rounding: int, bits: bool) -> SearchSpace:
+    layers = layer_decisions(GRAPH, ["bits"]) if bits else ()
+    budget = Budget(kind="latency", share=share)
+    return SearchSpace.build(
+        GRAPH, IMPORTANCE, budget, layers=layers, rounding=rounding, protect_first=False, table=table
+    )
+
+
+def assert_no_step_is_left(space: SearchSpace, counts: np.ndarray) -> None:
+    for index in range(space.n):
+        more = counts.copy()
+        more[index] = space.next_rung(index, int(counts[index]))
+        assert more[index] == counts[index] or not space.fits(more)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "bits", "share"),
+    # Channels alone cannot be as fast as 0.4.
+    [
+        (1, False, 0.6),
+        (1, False, 0.9),
+        (4, False, 0.6),
+        (4, True, 0.4),
+        (4, True, 0.6),
+        (16, True, 0.4),
+        (16, True, 0.9),
+    ],
+)
+def test_layer_by_layer_every_plan_keeps_a_latency_budget_to_the_last_step(
+    table: LatencyTable, rounding: int, bits: bool, share: float
+) -> None:
+    space = space_of(table, share, rounding=rounding, bits=bits)
+    env = LayerwiseEnv(space, make_evaluator(MODEL, space, evaluate=lambda _: 0.5))
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(25):
+        actions = rng.choice([-1.0, 1.0], space.n) if rng.random() < 0.5 else rng.uniform(-1, 1, space.n)
+        env.reset(seed=0)
+        for action in actions:
+            *_, info = env.step(np.array([action], dtype=np.float32))
+        counts = np.rint(info["kept_ratios"] * space.sizes).astype(np.int64)
+        assert info["cost"] == space.cost(counts) <= (space.limit or 0)
+        assert_no_step_is_left(space, counts)
+        seen.add(tuple(counts))
+    # A stair of 16 channels costs the same all over, so that few plans are left to choose among.
+    assert len(seen) > 1
+
+
+def test_layerwise_environment_passes_the_checks_under_a_latency_budget(table: LatencyTable) -> None:
+    space = space_of(table, 0.5, rounding=4, bits=True)
+    env = LayerwiseEnv(space, make_evaluator(MODEL, space, evaluate=lambda _: 0.5))
+    check_env(env, skip_render_check=True)
+
+    obs, _ = env.reset(seed=0)
+    seen = dict(zip(GLOBAL_FEATURES, obs["globals"].tolist(), strict=True))
+    assert (seen["has_budget"], seen["budget_is_latency"], seen["budget_is_bytes"]) == (1, 1, 0)
+    assert seen["budget_share"] == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("bits", [False, True])
+def test_one_shot_plans_keep_a_latency_budget(table: LatencyTable, bits: bool) -> None:
+    space = space_of(table, 0.7, rounding=4, bits=bits)
+    rng = np.random.default_rng(0)
+    lost = [np.sort(rng.random(len(ladder)))[::-1] for ladder in space.ladders]
+
+    for ratios in (uniform(space), global_magnitude(space), greedy(space, lost), knapsack(space, lost)):
+        counts = project(ratios, space)
+        assert space.fits(counts)
+        assert_no_step_is_left(space, counts)
+
+
+def test_magnitude_under_a_latency_budget_cuts_all_groups_at_the_lowest_threshold_that_fits(
+    table: LatencyTable,
+) -> None:
+    # With whole vectors of 16 the table is monotone, so that a lower threshold is never within the budget.
+    space = space_of(table, 0.7, rounding=16, bits=False)
+    ratios = global_magnitude(space)
+    scores = {name: np.sort(space.importance[name] / space.importance[name].mean())[::-1] for name in space.names}
+    counts = np.rint(ratios * space.sizes).astype(np.int64)
+
+    free = [
+        (name, int(count))
+        for name, count, least in zip(space.names, counts, space.minimum, strict=True)
+        if count > least
+    ]
+    cut = [(name, count) for name, count in free if count < len(scores[name])]
+    assert len(cut) > 1
+    kept, removed = (np.array([scores[name][count + at] for name, count in cut]) for at in (-1, 0))
+    assert kept.min() > removed.max()
+
+
+def test_greedy_ends_where_no_step_is_left_although_the_budget_is_not_met(table: LatencyTable) -> None:
+    """Least counts that are no whole vectors are slower than the budget, and more channels are within it."""
+    space = space_of(table, 0.9, rounding=1, bits=False)
+    slowest_least = space.with_limit("latency", space.lowest_cost)
+    assert space.cost(space.minimum) > space.lowest_cost
+
+    ratios = greedy(slowest_least, [np.linspace(1, 0, len(ladder)) for ladder in space.ladders])
+
+    assert slowest_least.fits(project(ratios, slowest_least))
