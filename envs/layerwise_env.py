@@ -19,10 +19,10 @@ class LayerwiseEnv(CompressionEnv):
     plus ``span`` times the score (without a budget: -1 keeps the least, 1 everything, plus the prior), rounded to the
     nearest allowed count inside the wall. Scores outside the box are clipped. An episode of zeros is the start plan.
 
-    **The wall** has two sides. From above: the later groups at their least must still fit all budgets. From below: the
-    later groups at their most must not leave room for another step of this one. Units left over after the last
-    group are handed out as in `envs.action.fill`, so that the plan meets what the whole-network environment meets: at
-    or under the budget, and no further rounding step fits.
+    **The wall** has two sides. From above: the later groups at their least (by a table of latency, at their fastest)
+    must still fit all budgets. From below: the later groups at their most must not leave room for another step of this
+    one. Units left over after the last group are handed out as in `envs.action.fill`, so that the plan meets what the
+    whole-network environment meets: at or under every budget, and no further rounding step fits.
 
     **Observation**: as `NetworkEnv`, with one entry in ``decisions``: the node of the present group (after the last
     step, of the last group). ``keep_ratio`` is that of the start plan for groups not yet decided.
@@ -75,18 +75,21 @@ class LayerwiseEnv(CompressionEnv):
             ratio = space.prior[index] + (1 + least_ratio) / 2 + score * (1 - least_ratio) / 2
         rungs = space.ladders[index]
         low, high = self.wall(index)
-        inside = rungs[(rungs >= low) & (rungs <= high)]
-        if space.timed is not None:
-            inside = self._that_fit(index, inside)
+        if space.timed is None:
+            inside = rungs[(rungs >= low) & (rungs <= high)]
+        else:
+            fitting = self._that_fit(index)
+            inside = fitting[fitting >= low] if (fitting >= low).any() else fitting
         return int(inside[np.argmin(np.abs(inside - ratio * space.sizes[index]))])
 
-    def _that_fit(self, index: int, rungs: Counts) -> Counts:
-        """Those of ``rungs`` at which the later decisions at their least still fit; by a table, more may take less."""
-        counts = np.where(np.arange(self.space.n) > index, self.space.minimum, self._counts)
+    def _that_fit(self, index: int) -> Counts:
+        """Counts beside which the later decisions at their fastest fit, never none: by a table, more may take less."""
+        rungs = self.space.ladders[index]
+        counts = np.where(np.arange(self.space.n) > index, self.space.fastest, self._counts)
         counts[index] = rungs[0]
         meters = self.space.meters(counts)
-        fitting = [rung for rung in rungs if meters.fit_with_more(index, int(rung - rungs[0]))]
-        return np.array(fitting or rungs[:1], dtype=np.int64)
+        # The fastest count is among them, as it fitted beside those decided before.
+        return np.array([rung for rung in rungs if meters.fit_with_more(index, int(rung - rungs[0]))], dtype=np.int64)
 
     def _largest_that_fits(self, index: int, others: Counts) -> int:
         """Most units that group ``index`` may keep beside ``others``; its least if none fits."""

@@ -30,7 +30,13 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Config = Annotated[str | None, typer.Argument(help="YAML file, or the name of a bundled configuration: digits.")]
+Config = Annotated[
+    str | None,
+    typer.Argument(
+        help="YAML file, or the name of a bundled configuration: digits, galen_pruning, galen_bits, galen_joint, "
+        "haq_latency or haq_size."
+    ),
+]
 Model = Annotated[
     str | None, typer.Option(help="torchvision name, small_resnet, resnet20, resnet56, ... or package.module:function.")
 ]
