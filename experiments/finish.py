@@ -13,7 +13,8 @@ from torch import nn
 
 from envs.journal import Journal
 from latency.cost import count_macs, count_params, predict_cost, size_bytes
-from latency.measure import measure_latency
+from latency.measure import Variant, measure
+from latency.runtimes import ONNXRUNTIME, PYTORCH, SPARSE
 from pruning.export import ExportError, export_onnx, save_compressed
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
@@ -31,6 +32,7 @@ from .progress import RunDisplay
 from .report import render_report
 from .run import MethodFolder, RunFolder
 from .scalars import log_final_metrics
+from .sparse_times import layer_forms, prepared_networks
 from .subject import Subject
 from .training import tune
 
@@ -250,15 +252,23 @@ def _with_latencies(
     simulated = {f.name for f in finalists if any(layer.is_quantized for layer in f.policy.layers.values())}
     networks = {f.name: copy.deepcopy(f.product).cpu() for f in finalists if f.name not in simulated}
     onnx = {f.name: path for f in finalists if (path := folder.method(f.name).model / _ONNX).exists()}
+    has_zeros = any(f.policy.sparse_layers for f in finalists if f.name in networks)
+    prepared = prepared_networks(networks, x, display) if has_zeros else {}
+    variants = [
+        Variant(name, runtime, artifact)
+        for runtime, artifacts in ((PYTORCH, networks), (ONNXRUNTIME, onnx), (SPARSE, prepared))
+        for name, artifact in artifacts.items()
+    ]
     started = time.perf_counter()
-    report = measure_latency(networks, x, onnx=onnx, n_runs=settings.n_runs)
+    report = measure(variants, x, n_runs=settings.n_runs)
     display.say(f"timed {len(finalists)} networks in turn, {time.perf_counter() - started:.1f} s")
     dense = {entry.runtime: entry for entry in report.entries if entry.model == DENSE}
     timed = []
     for row in rows:
         own = [entry for entry in report.entries if entry.model == row.method]
         latencies = tuple(Latency.of(entry, dense.get(entry.runtime)) for entry in own)
-        timed.append(row.model_copy(update={"latencies": latencies}))
+        forms = layer_forms(prepared[row.method]) if row.method in prepared else ()
+        timed.append(row.model_copy(update={"latencies": latencies, "layer_forms": forms}))
     return timed
 
 

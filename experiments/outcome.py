@@ -15,6 +15,7 @@ from rich.table import Table
 from latency.budget import Budget, in_words
 from latency.cost import CostKind
 from latency.measure import LatencyEntry
+from latency.runtimes import ONNXRUNTIME, SPARSE
 
 from .machine import Machine
 
@@ -107,6 +108,19 @@ class Speed:
         return f"{self.method} on {self.runtime}: {verdict}, {self.quartiles}"
 
 
+class LayerForm(_Record):
+    """In what form `pruning.sparse_network.sparsify` runs one layer, and why."""
+
+    layer: str
+    form: str
+    """``dense``, ``unstructured``, or ``block 4``, ``block 8``, ``block 16``."""
+    density: float
+    """Share of the weights that are not zero."""
+    stored: float
+    """Share of the weights that the form stores."""
+    reason: str
+
+
 class MethodOutcome(_Record):
     """One row of the table: the dense network, a baseline or an agent."""
 
@@ -145,7 +159,9 @@ class MethodOutcome(_Record):
     keep_ratios: dict[str, float] = {}
     """What each decision left, in the network's order: share of channels by group, of weights and bits by layer."""
     latencies: tuple[Latency, ...] = ()
-    """Measured times, one a runtime."""
+    """Measured times, one a runtime; through `sparsify` too where a method decided densities."""
+    layer_forms: tuple[LayerForm, ...] = ()
+    """What `sparsify` chose, layer by layer, where the network was timed through it."""
 
     @property
     def overhead(self) -> float | None:
@@ -251,7 +267,7 @@ def headings(outcome: RunOutcome) -> list[str]:
     """Headings of the table's columns."""
     accuracies = [f"{outcome.split} accuracy", f"{outcome.split}, fine-tuned"]
     budgets = [_OWN_COLUMN[budget.kind] for budget in outcome.budgets if budget.kind in _OWN_COLUMN]
-    return ["method", *accuracies, *budgets, "MACs", "params", "bytes", "eager ms", "onnx ms", "evaluations", "seconds"]
+    return ["method", *accuracies, *budgets, "MACs", "params", "bytes", *_times(outcome), "evaluations", "seconds"]
 
 
 def table_cells(outcome: RunOutcome) -> list[list[str]]:
@@ -266,8 +282,7 @@ def table_cells(outcome: RunOutcome) -> list[list[str]]:
             _with_share(row.macs, dense.macs),
             _with_share(row.params, dense.params),
             _bytes(row, outcome),
-            _time(row, dense, "pytorch"),
-            _time(row, dense, "onnxruntime"),
+            *(_time(row, dense, runtime) for runtime in _times(outcome).values()),
             f"{row.evaluations:.4g}" if row.method != DENSE else "",
             f"{row.seconds:.1f}" if row.method != DENSE else "",
         ]
@@ -382,3 +397,9 @@ def _time(row: MethodOutcome, dense: MethodOutcome, runtime: str) -> str:
     whole = next((other for other in dense.latencies if other.runtime == latency.runtime), None)
     is_slower = whole is not None and row is not dense and latency.speed(row.method, whole).verdict == "slower"
     return f"{latency} slower" if is_slower else str(latency)
+
+
+def _times(outcome: RunOutcome) -> dict[str, str]:
+    """How the runtimes of the table begin, by the heading of their column."""
+    is_sparse = any(latency.runtime == SPARSE for row in outcome.rows for latency in row.latencies)
+    return {"eager ms": "pytorch", "onnx ms": ONNXRUNTIME} | ({"sparse ms": SPARSE} if is_sparse else {})

@@ -13,6 +13,7 @@ from .config import METHODS, ONE_SHOT
 from .figures import COLOURS, Plan, keep_ratio_figure, latency_figure, near_limit, pareto_figure, reward_figure
 from .outcome import DENSE, MethodOutcome, RunOutcome, amount, headings, percent, significant, speed_notes, table_cells
 from .progress import count, duration
+from .sparse_times import sparse_section
 
 Score = Callable[[MethodOutcome, RunOutcome], float | None]
 
@@ -34,7 +35,7 @@ def render_report(outcome: RunOutcome, plans: Sequence[Plan], configuration: str
         cards=_cards(outcome),
         verdict=escape(verdict(outcome)),
         table=_result_table(outcome),
-        figures="".join(_figure_sections(outcome, plans)),
+        figures="".join([*_figure_sections(outcome, plans), sparse_section(outcome)]),
         cost_note=escape(_cost_note(outcome)),
         cost_table=_cost_table(outcome),
         provenance=_provenance(outcome),

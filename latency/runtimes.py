@@ -210,7 +210,8 @@ class Sparse(Runtime):
         if not isinstance(artifact, nn.Module):
             msg = f"the runtime '{self.name}' takes a torch.nn.Module, got {type(artifact).__name__}"
             raise LatencyError(msg)
-        prepared = artifact if isinstance(artifact, SparseNetwork) else prepare_sparse(artifact, inputs)
+        is_prepared = isinstance(artifact, SparseNetwork)
+        prepared = artifact if is_prepared else prepare_sparse(copy.deepcopy(artifact).eval(), inputs)
         return lambda: prepared(*inputs)
 
 
