@@ -37,7 +37,8 @@ def sparse_conv2d(
         activation: one of `ACTIVATIONS`.
 
     Returns:
-        Float32 of shape ``(batch, out, out_height, out_width)``, contiguous.
+        Float32 of shape ``(batch, out, out_height, out_width)``; channels last if ``x`` is so and there is no
+        ``residual``, else contiguous.
 
     Raises:
         ValueError: naming the argument that does not fit.

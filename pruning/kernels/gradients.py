@@ -9,6 +9,14 @@ from torch import Tensor
 
 from .reference import activation_grad
 
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Whether a convolution reads ``x`` channels last; where both layouts are the same one, channels first."""
+    is_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
 _OF_OUTPUT = ("none", "relu", "relu6")
 """Activations whose derivative can be read off their output."""
 
@@ -26,7 +34,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if output is None:
         # Keeping the sums of every layer would cost as much memory as the activations do; they are computed again.
         output = torch.ops.secateur.sparse_conv2d(x, *pattern, bias, residual, grad.shape[1], *ctx.window, "none")
-    grad = activation_grad(grad, output, ctx.activation).contiguous()
+    grad = activation_grad(grad, output, ctx.activation).contiguous(memory_format=layout_of(x))
     needs = ctx.needs_input_grad
     grad_x = grad_values = None
     if needs[0]:

@@ -32,6 +32,7 @@ class Shape(ctypes.Structure):
         *((name, _Int) for name in ("out_channels", "out_height", "out_width")),
         *((name, _Int) for name in ("kernel_h", "kernel_w", "stride_h", "stride_w")),
         *((name, _Int) for name in ("padding_h", "padding_w", "dilation_h", "dilation_w")),
+        ("channels_last", _Int),
     ]
 
 
@@ -87,6 +88,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "choose": (ctypes.c_char_p, [ctypes.c_char_p]),
     "input_floats": (_Int, [ctypes.POINTER(Shape)]),
     "offsets": (None, [ctypes.POINTER(Shape), _Int, _Pointer, _Pointer]),
+    "gradient_offsets": (None, [ctypes.POINTER(Shape), _Int, _Pointer, _Pointer]),
     "step_floats": (_Int, [ctypes.POINTER(Step)]),
     "step_offsets": (None, [ctypes.POINTER(Step), _Int, _Pointer, _Pointer]),
     "run_plan": (ctypes.c_int, [ctypes.POINTER(Step), _Int, _Pointer, _Int]),
@@ -153,6 +155,13 @@ class Library:
         _check_floats(self._library.secateur_input_floats(shape))
         offsets = torch.empty_like(columns)
         self._library.secateur_offsets(shape, len(columns), pointer(columns), pointer(offsets))
+        return offsets
+
+    def gradient_offsets(self, shape: Shape, columns: Tensor) -> Tensor:
+        """The same in the input as `values_grad` packs it."""
+        _check_floats(self._library.secateur_input_floats(shape))
+        offsets = torch.empty_like(columns)
+        self._library.secateur_gradient_offsets(shape, len(columns), pointer(columns), pointer(offsets))
         return offsets
 
     def step_offsets(self, step: Step, columns: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Sparse layers as PyTorch operators: schema, checks, fake implementation, gradients.
 
-Usable in eager mode, under `torch.compile` and in `torch.export`. All are for float32 on the CPU. An input that is not
-contiguous is copied; weights never are. Where the compiled library is missing, the same operators run on
+Usable in eager mode, under `torch.compile` and in `torch.export`. All are for float32 on the CPU. Convolutions give
+their output channels last where the input is so and no residual is added. An input in any other layout is copied;
+weights never are. Where the compiled library is missing, the same operators run on
 `reference.py`. Gradients of gradients are not defined.
 """
 
@@ -17,7 +18,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from . import reference
 from .checks import check_epilogue, check_fake_quantize, check_grad, check_values, conv2d_size, linear_size
 from .formats import positions_of, unpack
-from .gradients import register_gradients
+from .gradients import layout_of, register_gradients
 from .native import Epilogue, Library, Shape, library, pointer
 from .patterns import Pattern, pattern_of
 from .reference import ACTIVATIONS
@@ -70,11 +71,14 @@ class _Conv2d(NamedTuple):
         op, window = "sparse_conv2d", (self.kernel_size, self.stride, self.padding, self.dilation)
         out_size = conv2d_size(op, self.x, self.out_channels, *window)
         check_epilogue(op, self.bias, self.residual, self.out_channels, out_size, self.activation)
-        return self.x.new_empty(out_size)
+        return _empty(self.x, out_size, self._layout())
+
+    def _layout(self) -> torch.memory_format:
+        return layout_of(self.x) if self.residual is None else torch.contiguous_format
 
     def real(self) -> Tensor:
         """Run the operator."""
-        out = self.fake()
+        out, layout = self.fake(), self._layout()
         weight_shape = (self.out_channels, self.x.shape[1], *self.kernel_size)
         pattern = pattern_of("sparse_conv2d", self.columns, self.counts, weight_shape, self.block)
         check_values("sparse_conv2d", self.values, pattern.n_values)
@@ -84,9 +88,10 @@ class _Conv2d(NamedTuple):
             window = (list(self.stride), list(self.padding), list(self.dilation))
             return reference.sparse_conv2d(
                 self.x, weight, self.bias, self.residual, *window, self.activation
-            ).contiguous()
-        shape = Shape(*self.x.shape, *out.shape[1:], *self.kernel_size, *self.stride, *self.padding, *self.dilation)
-        x, values, bias = self.x.contiguous(), self.values.contiguous(), _contiguous(self.bias)
+            ).contiguous(memory_format=layout)
+        window = (*self.kernel_size, *self.stride, *self.padding, *self.dilation)
+        shape = Shape(*self.x.shape, *out.shape[1:], *window, layout == torch.channels_last)
+        x, values, bias = self.x.contiguous(memory_format=layout), self.values.contiguous(), _contiguous(self.bias)
         return _run_conv2d(native, shape, pattern, x, values, bias, _contiguous(self.residual), self.activation)
 
 
@@ -100,7 +105,8 @@ def _run_conv2d(
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
-    out = x.new_empty(shape.batch, shape.out_channels, shape.out_height, shape.out_width)
+    size = (shape.batch, shape.out_channels, shape.out_height, shape.out_width)
+    out = _empty(x, size, torch.channels_last if shape.channels_last else torch.contiguous_format)
     if out.numel():
         weight = pattern.native(values, pattern.offsets(native, shape))
         epilogue = Epilogue(pointer(bias), pointer(residual), ACTIVATIONS.index(activation))
@@ -131,13 +137,14 @@ def _conv2d_input_grad(
         weight = unpack(values, columns, counts, pattern.shape, block)
         window = (list(stride), list(padding), list(dilation))
         grad_x: Tensor = conv2d_input(list(input_size), weight, grad, *window)
-        return grad_x.contiguous()
+        return grad_x.contiguous(memory_format=layout_of(grad))
     reach = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
     spread, rest = _spread(grad, input_size[2:], reach, stride, padding)
     transposed = pattern.transposed()
     back_shape = (input_size[1], grad.shape[1], *kernel_size)
     back = pattern_of(op, transposed.columns, transposed.counts, back_shape, 1)
-    shape = Shape(*spread.shape, *input_size[1:], *kernel_size, 1, 1, *rest, *dilation)
+    is_last = layout_of(grad) == torch.channels_last
+    shape = Shape(*spread.shape, *input_size[1:], *kernel_size, 1, 1, *rest, *dilation, is_last)
     return _run_conv2d(native, shape, back, spread, values[transposed.order], None, None, "none")
 
 
@@ -148,15 +155,16 @@ def _spread(
 
     A stride becomes zeros between the values; padding wider than the kernel reaches cuts the border off.
     """
+    layout = layout_of(grad)
     sizes = [n + 2 * p - r for n, p, r in zip(input_size, padding, reach, strict=True)]
     if tuple(stride) != (1, 1):
-        spread = grad.new_zeros(*grad.shape[:2], *sizes)
+        spread = _empty(grad, (*grad.shape[:2], *sizes), layout).zero_()
         spread[:, :, :: stride[0], :: stride[1]] = grad
         grad = spread
     rest = [r - p for r, p in zip(reach, padding, strict=True)]
     top, left = (max(0, -left_over) for left_over in rest)
     grad = grad[:, :, top : sizes[0] - top, left : sizes[1] - left]
-    return grad.contiguous(), [max(0, left_over) for left_over in rest]
+    return grad.contiguous(memory_format=layout), [max(0, left_over) for left_over in rest]
 
 
 def _conv2d_values_grad(
@@ -182,9 +190,12 @@ def _conv2d_values_grad(
         return dense.reshape(-1)[positions_of(columns, counts, block, dense[0].numel())]
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
     if out.numel() and grad.numel():
-        shape = Shape(*x.shape, *grad.shape[1:], *kernel_size, *stride, *padding, *dilation)
-        weight_struct = pattern.native(values, pattern.offsets(native, shape))
-        native.values_grad(shape, weight_struct, x.contiguous(), grad.contiguous(), out)
+        layout = layout_of(x)
+        window = (*kernel_size, *stride, *padding, *dilation)
+        shape = Shape(*x.shape, *grad.shape[1:], *window, layout == torch.channels_last)
+        x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
+        weight_struct = pattern.native(values, pattern.gradient_offsets(native, shape))
+        native.values_grad(shape, weight_struct, x, grad, out)
     return out
 
 
@@ -225,7 +236,7 @@ class _Linear(NamedTuple):
             native.linear_rows(pattern.native(values, self.columns), epilogue, rows.contiguous(), sums)
             return out
         # Many rows are the pixels of a 1x1 convolution.
-        shape = Shape(1, in_features, 1, len(rows), self.out_features, 1, len(rows), 1, 1, 1, 1, 0, 0, 1, 1)
+        shape = Shape(1, in_features, 1, len(rows), self.out_features, 1, len(rows), 1, 1, 1, 1, 0, 0, 1, 1, 0)
         turned = None if added is None else added.t().contiguous()
         image = _run_conv2d(native, shape, pattern, rows.t().contiguous(), values, bias, turned, self.activation)
         return image.reshape(self.out_features, -1).t().contiguous().reshape(out.shape)
@@ -248,7 +259,7 @@ def _mask_fake_quantize(
 def _conv2d_input_grad_fake(
     grad: Tensor, values: Tensor, columns: Tensor, counts: Tensor, input_size: Sequence[int], *_: Any
 ) -> Tensor:
-    return grad.new_empty(input_size)
+    return _empty(grad, input_size, layout_of(grad))
 
 
 def _conv2d_values_grad_fake(grad: Tensor, x: Tensor, values: Tensor, *_: Any) -> Tensor:
@@ -260,6 +271,10 @@ def _mask_fake_quantize_fake(
 ) -> tuple[Tensor, Tensor]:
     check_fake_quantize(weight, mask, scale, lowest, highest)
     return weight.new_empty(weight.shape), mask.new_empty(mask.shape)
+
+
+def _empty(like: Tensor, size: Sequence[int], layout: torch.memory_format) -> Tensor:
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

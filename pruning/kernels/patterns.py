@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -65,10 +66,19 @@ class Pattern:
 
     def offsets(self, library: Library, shape: Shape) -> Tensor:
         """Where the columns lie in an input of ``shape``."""
+        return self._offsets_by(library.offsets, library, shape, 0)
+
+    def gradient_offsets(self, library: Library, shape: Shape) -> Tensor:
+        """Where `Library.values_grad` finds them."""
+        return self._offsets_by(library.gradient_offsets, library, shape, shape.batch)
+
+    def _offsets_by(
+        self, compute: Callable[[Shape, Tensor], Tensor], library: Library, shape: Shape, batch: int
+    ) -> Tensor:
         sizes = (shape.height, shape.width, shape.stride_h, shape.stride_w, shape.padding_h, shape.padding_w)
-        key = (library.instruction_set, *sizes, shape.dilation_h, shape.dilation_w)
+        key = (library.instruction_set, batch, *sizes, shape.dilation_h, shape.dilation_w, shape.channels_last)
         if key not in self._offsets:
-            self._offsets[key] = library.offsets(shape, self.columns)
+            self._offsets[key] = compute(shape, self.columns)
         return self._offsets[key]
 
     def transposed(self) -> Transposed:

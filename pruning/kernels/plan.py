@@ -356,7 +356,7 @@ def _fields_within(steps: ctypes.Array[Step], tensor: Tensor) -> list[tuple[View
 
 
 def _shape(before: tuple[int, int, int, int], after: tuple[int, int, int, int]) -> Shape:
-    return Shape(*before, *after[1:], 1, 1, 1, 1, 0, 0, 1, 1)
+    return Shape(*before, *after[1:], 1, 1, 1, 1, 0, 0, 1, 1, 0)
 
 
 def _set_window(

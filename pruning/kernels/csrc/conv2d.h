@@ -47,7 +47,7 @@ struct Convolution {
   // Sums of a strip of `rows` can live in the output itself if its rows are as far apart as those of the planes, and if
   // what tiles write beyond the strip's last pixel is nobody's.
   bool is_home(int64_t rows) const {
-    if (planes.pitch != out.row) return false;
+    if (planes.pitch != out.row || out.column != 1) return false;
     if (residual.data && (residual.row != out.row || residual.has_slack < out.has_slack)) return false;
     if (out.has_slack) return planes.strips(shape) == 1;
     const int64_t pixels = rows * out.row;
@@ -131,6 +131,18 @@ inline void add_tiles(const Convolution& c, const Strip& strip, int64_t first, i
   }
 }
 
+// The same for an output whose channels lie side by side; the rows are activated where they are.
+inline void finish_pixels(Rows rows, int64_t activation, int64_t column, float* out) {
+  float* sums = const_cast<float*>(rows.from);
+  rows.to = sums;
+  rows.stride = rows.from_stride;
+  if (activation != NONE) finish_rows(rows, activation);
+  for (int64_t channel = 0; channel < rows.rows; channel += LANES)
+    for (int64_t i = 0; i < rows.count; i += LANES)
+      transpose(sums + channel * rows.from_stride + i, rows.from_stride, smaller(LANES, rows.rows - channel),
+                smaller(LANES, rows.count - i), out + i * column + channel, column);
+}
+
 // What is left to do for the tiles just summed: out of scratch, without the columns that are no pixels, and activated.
 inline void finish_tiles(const Convolution& c, const Strip& strip, int64_t first, int64_t count) {
   if (strip.is_home && c.is_clamp()) return;
@@ -156,7 +168,8 @@ inline void finish_tiles(const Convolution& c, const Strip& strip, int64_t first
         if (strip.residual)
           rows.residual = strip.residual + first_channel * c.residual.channel + row * c.residual.row + column;
       }
-      finish_rows(rows, c.activation);
+      if (c.out.column == 1) finish_rows(rows, c.activation);
+      else finish_pixels(rows, c.activation, c.out.column, strip.out + first_channel + row * c.out.row + column * c.out.column);
     }
   }
 }

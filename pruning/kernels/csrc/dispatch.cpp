@@ -71,7 +71,13 @@ SECATEUR_EXPORT void secateur_offsets(const SecateurShape* shape, int64_t count,
   chosen->offsets(*shape, count, columns, offsets);
 }
 
-// The same two for a convolution of a plan.
+// The same for the gradient of the values, which packs several images.
+SECATEUR_EXPORT void secateur_gradient_offsets(const SecateurShape* shape, int64_t count, const int32_t* columns,
+                                               int32_t* offsets) {
+  chosen->gradient_offsets(*shape, count, columns, offsets);
+}
+
+// The first two for a convolution of a plan.
 SECATEUR_EXPORT int64_t secateur_step_floats(const SecateurStep* step) { return chosen->step_floats(*step); }
 
 SECATEUR_EXPORT void secateur_step_offsets(const SecateurStep* step, int64_t count, const int32_t* columns,

@@ -7,19 +7,24 @@
 
 namespace {
 
-inline float sum_lanes(Vector vector) {
-  float lanes[LANES];
-  memcpy(lanes, &vector, sizeof lanes);
-  for (int half = LANES / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+constexpr int64_t RUN_FLOATS = 1024;
+
+template <int COUNT>
+inline __attribute__((always_inline)) float sum_lanes(Vector vector) {
+  if constexpr (COUNT == 1) return vector[0];
+  else {
+    IntVector index;
+    SECATEUR_UNROLL
+    for (int lane = 0; lane < LANES; ++lane) index[lane] = (lane + COUNT / 2) % LANES;
+    return sum_lanes<COUNT / 2>(vector + shuffle(vector, vector, index));
+  }
 }
 
-// Adds the products of one run of pixels with R rows of gradients to `out`. Few rows take several sums each, because
-// one sum waits for its last addition.
+// Adds the products of a run of pixels with those of R rows of gradients to `out`. Few rows take several sums each,
+// because one sum waits for its last addition.
 template <int R>
 void add_products(const float* x, const float* const* rows, int64_t pixels, float* out) {
-  constexpr int SUMS = R == 1 ? 4 : R == 4 ? 1 : 2;
+  constexpr int SUMS = R == 1 ? 4 : R == 8 ? 1 : 2;
   Vector sums[R][SUMS] = {};
   int64_t i = 0;
   for (; i + SUMS * LANES <= pixels; i += SUMS * LANES) {
@@ -41,18 +46,27 @@ void add_products(const float* x, const float* const* rows, int64_t pixels, floa
   for (int r = 0; r < R; ++r) {
     Vector total = sums[r][0];
     for (int s = 1; s < SUMS; ++s) total += sums[r][s];
-    out[r] += sum_lanes(total);
+    out[r] += sum_lanes<LANES>(total);
   }
 }
 
 using AddProducts = void (*)(const float*, const float* const*, int64_t, float*);
 constexpr AddProducts ADD_PRODUCTS[] = {add_products<1>, add_products<2>, add_products<3>, add_products<4>};
 
+// Several small maps follow each other in the planes, since adding up lanes costs more than the products of one of them:
+// as many as stay in the first-level cache with the rows of their gradients, and in the second with all channels.
+inline Planes gradient_planes(const SecateurShape& s) {
+  Planes planes(s);
+  if (planes.in_place || planes.strips(s) > 1) return planes;
+  const int64_t phases = planes.phases_h * planes.phases_w, channels = larger(s.in_channels * phases, s.out_channels);
+  planes.hold(larger(1, smaller(s.batch, smaller(RUN_FLOATS, STRIP_FLOATS / channels) / planes.plane)));
+  return planes;
+}
+
 struct Gradient {
   const SecateurShape& shape;
   const SecateurWeight& weight;
-  const float* x;
-  const float* grad_out;
+  SecateurView x, grad_out;
   float* grad_values;
   Planes planes;
   int64_t parts;
@@ -63,12 +77,14 @@ struct Gradient {
 inline void add_block_group(const Gradient& g, int64_t entry, const float* planes, const float* gradient,
                             int64_t row_floats, int64_t pixels) {
   const SecateurWeight& w = g.weight;
+  const int64_t together = smaller(w.block, 8);
+  const AddProducts add = together == 8 ? add_products<8> : add_products<4>;
   float* out = g.grad_values + w.value_start[entry];
   for (int64_t column = w.column_start[entry]; column < w.column_start[entry + 1]; ++column, out += w.block) {
-    for (int64_t row = 0; row < w.block; row += 4) {
-      const float* rows[4];
-      for (int64_t r = 0; r < 4; ++r) rows[r] = gradient + (row + r) * row_floats;
-      add_products<4>(planes + w.offsets[column], rows, pixels, out + row);
+    for (int64_t row = 0; row < w.block; row += together) {
+      const float* rows[8];
+      for (int64_t r = 0; r < together; ++r) rows[r] = gradient + (row + r) * row_floats;
+      add(planes + w.offsets[column], rows, pixels, out + row);
     }
   }
 }
@@ -93,38 +109,46 @@ inline bool run_gradient_part(const Gradient& g, int64_t part) {
   static thread_local Workspace packed, gradient;
   const SecateurShape& s = g.shape;
   const SecateurWeight& w = g.weight;
-  const int64_t group_rows = w.block == 1 ? ROWS : w.block;
+  const Planes& planes = g.planes;
+  const int64_t group_rows = w.block == 1 ? ROWS : w.block, strips = planes.strips(s);
   const int64_t first_group = w.groups * part / g.parts, last_group = w.groups * (part + 1) / g.parts;
-  const int64_t row_floats = divide_up(g.planes.strip_rows * g.planes.pitch, LANES) * LANES;
-  float* rows = gradient.reserve(group_rows * row_floats);
-  float* buffer = g.planes.in_place ? nullptr : packed.reserve(g.planes.floats(s));
-  if (!rows || (!buffer && !g.planes.in_place)) return false;
-  const RowCut cut(s.out_width, 0, 1, g.planes.pitch);
-  const int64_t strips = g.planes.strips(s);
-  for (int64_t unit = 0; unit < s.batch * strips; ++unit) {
-    const int64_t image = unit / strips, first_row = unit % strips * g.planes.strip_rows;
-    const float* input = g.x + image * s.in_channels * s.height * s.width;
-    if (buffer) pack(s, g.planes, input_of(s, input), input, s.in_channels, first_row, buffer);
-    const int64_t strip_rows = smaller(g.planes.strip_rows, s.out_height - first_row);
-    const int64_t pixels = (strip_rows - 1) * g.planes.pitch + s.out_width;
-    for (int64_t group = first_group; group < last_group; ++group) {
-      for (int64_t row = 0; row < smaller(group_rows, s.out_channels - group * group_rows); ++row) {
-        const int64_t channel = image * s.out_channels + group * group_rows + row;
-        const float* from = g.grad_out + (channel * s.out_height + first_row) * s.out_width;
-        for (int64_t i = 0; i < strip_rows; ++i)
-          cut.pack(from + i * s.out_width, rows + row * row_floats + i * g.planes.pitch);
-      }
+  const int64_t first_channel = first_group * group_rows, rows = (last_group - first_group) * group_rows;
+  const int64_t channels = smaller(rows, s.out_channels - first_channel);
+  const int64_t row_floats = divide_up(planes.images * planes.plane, LANES) * LANES;
+  float* grads = gradient.reserve(rows * row_floats);
+  float* buffer = planes.in_place ? nullptr : packed.reserve(planes.floats(s));
+  if (!grads || (!buffer && !planes.in_place)) return false;
+  const RowCut cut(s.out_width, 0, 1, planes.pitch);
+  for (int64_t unit = 0; unit < s.batch * strips; unit += planes.images) {
+    const int64_t first_image = unit / strips, first_row = unit % strips * planes.strip_rows;
+    const int64_t images = smaller(planes.images, s.batch - first_image);
+    const int64_t strip_rows = smaller(planes.strip_rows, s.out_height - first_row);
+    const float* input = g.x.data + first_image * g.x.image;
+    const float* from = g.grad_out.data + first_image * g.grad_out.image + first_channel * g.grad_out.channel +
+                        first_row * g.grad_out.row;
+    for (int64_t image = 0; image < images; ++image) {
+      const int64_t at = image * planes.plane, floats = strip_rows * planes.pitch;
+      if (buffer) pack(s, planes, g.x, input + image * g.x.image, s.in_channels, first_row, buffer + at);
+      for (int64_t i = 0; i < strip_rows; ++i)
+        cut.pack(from + image * g.grad_out.image + i * g.grad_out.row, g.grad_out, channels,
+                 grads + at + i * planes.pitch, row_floats);
+      for (int64_t channel = 0; channel < channels && image + 1 < images; ++channel)
+        fill_zero(grads + channel * row_floats + at + floats, planes.plane - floats);
+    }
+    const int64_t pixels = (images - 1) * planes.plane + (strip_rows - 1) * planes.pitch + s.out_width;
+    for (int64_t group = first_group; group < last_group; ++group)
       for (int64_t chunk = 0; chunk < w.chunks; ++chunk)
         (w.block == 1 ? add_pattern_group : add_block_group)(g, chunk * w.groups + group, buffer ? buffer : input,
-                                                             rows, row_floats, pixels);
-    }
+                                                             grads + (group - first_group) * group_rows * row_floats,
+                                                             row_floats, pixels);
   }
   return true;
 }
 
 int values_grad(const SecateurShape& shape, const SecateurWeight& weight, const float* x, const float* grad_out,
                 float* grad_values, const Threads& threads) {
-  Gradient g{shape, weight, x, grad_out, grad_values, Planes(shape), smaller(weight.groups, threads.count), false};
+  Gradient g{shape,       weight,        input_of(shape, x),                    output_of(shape, grad_out),
+             grad_values, gradient_planes(shape), smaller(weight.groups, threads.count), false};
   memset(grad_values, 0, weight.value_start[weight.groups * weight.chunks] * sizeof(float));
   const auto range = [](int64_t begin, int64_t end, void* context) {
     Gradient& g = *static_cast<Gradient*>(context);

@@ -9,9 +9,17 @@ namespace {
 
 constexpr int MULTIPLY_ADDS = 12 * LANES;
 
-void offsets(const SecateurShape& shape, int64_t count, const int32_t* columns, int32_t* out) {
-  const Planes planes(shape);
+void write_offsets(const SecateurShape& shape, const Planes& planes, int64_t count, const int32_t* columns,
+                   int32_t* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(planes.offset(shape, columns[i]));
+}
+
+void offsets(const SecateurShape& shape, int64_t count, const int32_t* columns, int32_t* out) {
+  write_offsets(shape, Planes(shape), count, columns, out);
+}
+
+void gradient_offsets(const SecateurShape& shape, int64_t count, const int32_t* columns, int32_t* out) {
+  write_offsets(shape, gradient_planes(shape), count, columns, out);
 }
 
 // What a share of peak is a share of: `rounds * MULTIPLY_ADDS` multiply-adds that wait for nothing but each other.
@@ -40,6 +48,6 @@ int64_t input_floats(const SecateurShape& shape) { return Planes(shape).floats(s
 #define SECATEUR_STRING(name) SECATEUR_TEXT(name)
 
 extern const InstructionSet SECATEUR_TABLE(SECATEUR_NAME);
-const InstructionSet SECATEUR_TABLE(SECATEUR_NAME) = {SECATEUR_STRING(SECATEUR_NAME), input_floats, offsets,
+const InstructionSet SECATEUR_TABLE(SECATEUR_NAME) = {SECATEUR_STRING(SECATEUR_NAME), input_floats, offsets, gradient_offsets,
                                                       step_floats, step_offsets, run_plan, conv2d, values_grad,
                                                       linear_rows, mask_fake_quantize, multiply_add};

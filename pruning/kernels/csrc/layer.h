@@ -1,6 +1,6 @@
 // The native interface: plain pointers and small structs, no library but the C++ standard one.
 //
-// One call runs one layer on contiguous tensors, or a whole network as a list of steps on buffers of its own. All values
+// One call runs one layer on contiguous tensors (channels first or last), or a whole network as a list of steps on buffers of its own. All values
 // are float32; sizes and distances count elements.
 #pragma once
 
@@ -15,6 +15,7 @@ struct SecateurShape {
   int64_t batch, in_channels, height, width;
   int64_t out_channels, out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int64_t channels_last;  // set if input and output have their channels beside each other; steps have views for that
 };
 
 // Non-zero weights. Rows (output channels) come in groups: of `block` rows that share their zeros, or, if `block` is 1,
@@ -50,7 +51,7 @@ struct SecateurView {
 // What happens to a sum before it is stored: `activation(sum + bias[channel] + residual)`.
 struct SecateurEpilogue {
   const float* bias;      // (out_channels) or null
-  const float* residual;  // shaped like the output, or null; it may not overlap the output
+  const float* residual;  // shaped like the output, or null; it may not overlap the output; null if channels are last
   int64_t activation;
 };
 
@@ -101,6 +102,7 @@ struct InstructionSet {
   const char* name;
   int64_t (*input_floats)(const SecateurShape&);
   void (*offsets)(const SecateurShape&, int64_t count, const int32_t* columns, int32_t* out);
+  void (*gradient_offsets)(const SecateurShape&, int64_t count, const int32_t* columns, int32_t* out);
   int64_t (*step_floats)(const SecateurStep&);
   void (*step_offsets)(const SecateurStep&, int64_t count, const int32_t* columns, int32_t* out);
   int (*run_plan)(const SecateurStep*, int64_t steps, SecateurProgress*, const Threads&);

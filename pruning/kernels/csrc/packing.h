@@ -17,22 +17,26 @@ namespace {
 // Packed input of one strip stays in the second-level cache beside the weights.
 constexpr int64_t STRIP_FLOATS = 80 * 1024;
 
-inline SecateurView contiguous(const float* data, int64_t channels, int64_t height, int64_t width) {
-  const int64_t map = height * width;
-  return {const_cast<float*>(data), channels * map, map, width, 1, 0, 0, false, nullptr};
+// The view of a whole tensor; one whose channels lie beside each other has as many columns between its pixels.
+inline SecateurView view_of(const SecateurShape& s, const float* data, int64_t channels, int64_t height,
+                            int64_t width) {
+  const int64_t image = channels * height * width;
+  if (s.channels_last) return {const_cast<float*>(data), image, 1, width * channels, channels, 0, 0, false, nullptr};
+  return {const_cast<float*>(data), image, height * width, width, 1, 0, 0, false, nullptr};
 }
 
 inline SecateurView input_of(const SecateurShape& s, const float* x) {
-  return contiguous(x, s.in_channels, s.height, s.width);
+  return view_of(s, x, s.in_channels, s.height, s.width);
 }
 
 inline SecateurView output_of(const SecateurShape& s, const float* out) {
-  return contiguous(out, s.out_channels, s.out_height, s.out_width);
+  return view_of(s, out, s.out_channels, s.out_height, s.out_width);
 }
 
 struct Planes {
   bool in_place;  // the input is read where it lies
   int64_t phases_h, phases_w, pitch, strip_rows, plane, channel_stride;
+  int64_t images = 1;  // that follow each other in every phase of a channel, `plane` apart
 
   explicit Planes(const SecateurShape& s) : Planes(s, input_of(s, nullptr), output_of(s, nullptr)) {}
 
@@ -60,7 +64,13 @@ struct Planes {
     strip_rows = divide_up(s.out_height, larger(strips, 1));
     const int64_t tail = s.stride_w == 1 ? s.padding_w : 0;
     plane = (strip_rows + reach_h / s.stride_h) * pitch + tail;
-    channel_stride = divide_up(phases_h * phases_w * plane, LANES) * LANES;
+    hold(1);
+  }
+
+  // Makes room for so many images, if the input is not read in place.
+  void hold(int64_t count) {
+    images = count;
+    channel_stride = divide_up(phases_h * phases_w * count * plane, LANES) * LANES;
     // Channels a multiple of 4 KiB apart would all fall into the same few sets of the first-level cache.
     if (channel_stride % 1024 == 0) channel_stride += LANES;
   }
@@ -75,7 +85,7 @@ struct Planes {
     const int64_t kh = column / s.kernel_w % s.kernel_h * s.dilation_h;
     const int64_t channel = column / (s.kernel_w * s.kernel_h);
     const int64_t phase = kh % s.stride_h * phases_w + kw % s.stride_w;
-    return channel * channel_stride + phase * plane + kh / s.stride_h * pitch + kw / s.stride_w;
+    return channel * channel_stride + phase * images * plane + kh / s.stride_h * pitch + kw / s.stride_w;
   }
 
   int64_t strips(const SecateurShape& s) const { return divide_up(s.out_height, strip_rows); }
@@ -102,7 +112,9 @@ struct Workspace {
 };
 
 inline void fill_zero(float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, Vector{});
+  if (i < count) store_some(to + i, Vector{}, count - i);
 }
 
 // Which values of an input row go into a row of a plane, and where: every `stride`-th one, between zeros.
@@ -116,8 +128,17 @@ struct RowCut {
     first = start + begin * stride;
   }
 
-  void pack(const float* from, float* to) const {
-    fill_zero(to, begin);
+  // The same row of several channels, which `view` says where to find.
+  void pack(const float* from, const SecateurView& view, int64_t channels, float* to, int64_t channel_stride) const {
+    if (view.channel == 1) pack_pixels(from, view.column, channels, to, channel_stride);
+    for (int64_t channel = 0; channel < channels; ++channel, to += channel_stride) {
+      fill_zero(to, begin);
+      if (view.channel != 1) pack_channel(from + channel * view.channel, to);
+      fill_zero(to + end, count - end);
+    }
+  }
+
+  void pack_channel(const float* from, float* to) const {
     if (stride == 1) copy_row(from + first, to + begin, end - begin);
     else if (stride == 2) {
       int64_t i = begin;
@@ -126,7 +147,14 @@ struct RowCut {
       for (; i < end; ++i) to[i] = from[first + 2 * (i - begin)];
     } else
       for (int64_t i = begin; i < end; ++i) to[i] = from[first + stride * (i - begin)];
-    fill_zero(to + end, count - end);
+  }
+
+  void pack_pixels(const float* from, int64_t column, int64_t channels, float* to, int64_t channel_stride) const {
+    from += first * column;
+    for (int64_t channel = 0; channel < channels; channel += LANES)
+      for (int64_t i = begin; i < end; i += LANES)
+        transpose(from + (i - begin) * stride * column + channel, stride * column, smaller(LANES, end - i),
+                  smaller(LANES, channels - channel), to + channel * channel_stride + i, channel_stride);
   }
 };
 
@@ -135,17 +163,20 @@ inline void pack(const SecateurShape& s, const Planes& planes, const SecateurVie
                  int64_t channels, int64_t first_row, float* packed) {
   const int64_t rows = planes.strip_rows + (s.kernel_h - 1) * s.dilation_h / s.stride_h;
   const int64_t tail = planes.plane - rows * planes.pitch;
+  const int64_t together = view.channel == 1 ? LANES : 1;
   for (int64_t phase_w = 0; phase_w < planes.phases_w; ++phase_w) {
     const RowCut cut(s.width, phase_w - s.padding_w, s.stride_w, planes.pitch);
-    for (int64_t channel = 0; channel < channels; ++channel) {
+    for (int64_t channel = 0; channel < channels; channel += together) {
+      const int64_t count = smaller(together, channels - channel);
       for (int64_t phase_h = 0; phase_h < planes.phases_h; ++phase_h) {
-        float* to = packed + channel * planes.channel_stride + (phase_h * planes.phases_w + phase_w) * planes.plane;
+        float* to = packed + channel * planes.channel_stride + (phase_h * planes.phases_w + phase_w) * planes.images * planes.plane;
         for (int64_t i = 0; i < rows; ++i, to += planes.pitch) {
           const int64_t row = (first_row + i) * s.stride_h + phase_h - s.padding_h;
-          if (row < 0 || row >= s.height) fill_zero(to, planes.pitch);
-          else cut.pack(x + channel * view.channel + row * view.row, to);
+          const bool is_inside = row >= 0 && row < s.height;
+          if (is_inside) cut.pack(x + channel * view.channel + row * view.row, view, count, to, planes.channel_stride);
+          for (int64_t c = 0; !is_inside && c < count; ++c) fill_zero(to + c * planes.channel_stride, planes.pitch);
         }
-        fill_zero(to, tail);
+        for (int64_t c = 0; c < count; ++c) fill_zero(to + c * planes.channel_stride, tail);
       }
     }
   }

@@ -137,18 +137,62 @@ inline void store_some(float* to, Vector vector, int64_t count) {
 #endif
 }
 
+// Lanes of `a`, and from `LANES` on of `b`.
+inline Vector shuffle(Vector a, Vector b, IntVector index) {
+#if defined(__clang__)
+  Vector result;
+  for (int lane = 0; lane < LANES; ++lane) result[lane] = index[lane] < LANES ? a[index[lane]] : b[index[lane] - LANES];
+  return result;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
 // `from[0]`, `from[2]` and so on; reads one value beyond the last of them.
 inline Vector every_second(const float* from) {
   IntVector index;
   SECATEUR_UNROLL
   for (int lane = 0; lane < LANES; ++lane) index[lane] = 2 * lane;
-#if defined(__clang__)
-  Vector result;
-  for (int lane = 0; lane < LANES; ++lane) result[lane] = from[2 * lane];
-  return result;
-#else
-  return __builtin_shuffle(load(from), load(from + LANES), index);
-#endif
+  return shuffle(load(from), load(from + LANES), index);
+}
+
+// Exchanges blocks of SIZE by SIZE values across the diagonal, and then those within them.
+template <int SIZE>
+inline __attribute__((always_inline)) void exchange(Vector (&rows)[LANES]) {
+  if constexpr (SIZE > 0) {
+    IntVector upper, lower;
+    SECATEUR_UNROLL
+    for (int lane = 0; lane < LANES; ++lane) {
+      upper[lane] = lane & SIZE ? LANES + lane - SIZE : lane;
+      lower[lane] = lane & SIZE ? LANES + lane : lane + SIZE;
+    }
+    SECATEUR_UNROLL
+    for (int row = 0; row < LANES; ++row) {
+      if (row & SIZE) continue;
+      const Vector a = rows[row], b = rows[row + SIZE];
+      rows[row] = shuffle(a, b, upper);
+      rows[row + SIZE] = shuffle(a, b, lower);
+    }
+    exchange<SIZE / 2>(rows);
+  }
+}
+
+// `to[j * to_stride + i] = from[i * from_stride + j]` for up to LANES rows of up to LANES values.
+inline void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                      int64_t to_stride) {
+  Vector block[LANES];
+  SECATEUR_UNROLL
+  for (int i = 0; i < LANES; ++i) {
+    if (i < rows) block[i] = columns == LANES ? load(from + i * from_stride) : load_some(from + i * from_stride, columns);
+    else block[i] = Vector{};
+  }
+  exchange<LANES / 2>(block);
+  SECATEUR_UNROLL
+  for (int j = 0; j < LANES; ++j) {
+    if (j >= columns) break;
+    if (rows == LANES) store(to + j * to_stride, block[j]);
+    else store_some(to + j * to_stride, block[j], rows);
+  }
 }
 
 inline void copy_row(const float* from, float* to, int64_t count) {
