@@ -11,6 +11,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,14 +24,20 @@ from graph_encoder.modes import evaluation_mode
 
 from .density import DensitySchedule, at_density
 from .files import CheckpointError
+from .kernels.formats import BLOCKS, SparseWeight, pack, positions_of
+from .kernels.functional import sparse_conv2d
+from .kernels.native import library
 from .layer_policy import LayerPolicy, PolicyError
 from .sparsity import layer_masks, sparse_weight
 
 _DROPPED, _PROGRESS = "_secateur_dropped", "_secateur_progress"
 
+MOST_KEPT = 1 / 3
+"""With a larger share of its weights, a layer trains no faster by sparse kernels than by dense ones."""
+
 
 @contextmanager
-def hold_zeros(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+def hold_zeros(model: nn.Module, layers: Iterable[str], *, skip: bool = False) -> Iterator[None]:
     """Keep the weights that are zero now at zero, whatever trains the network meanwhile.
 
     Use it around `finetune` for what `apply_policy` made: ``with hold_zeros(model, policy.sparse_layers):
@@ -39,13 +46,22 @@ def hold_zeros(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     Args:
         model: the network; on return it has the buffers and hooks that it had before.
         layers: qualified names of convolutions and linear layers.
+        skip: also run two-dimensional convolutions of those by the sparse kernels, forward and backward, so that steps
+            get faster: those of one group that keep at most `MOST_KEPT` of their weights, in float32 on the CPU. The
+            others, and all of them without the compiled kernels, run as before. Results differ by rounding.
 
     Raises:
         PolicyError: if a layer is missing or cannot be sparse.
     """
     held = _Held(model, layers, "zeros as they are")
     held.drop({name: weight == 0 for name, weight in held.weights.items()}, None)
-    with held.attached(lambda _step: {}):
+    with held.attached(lambda _step: {}), ExitStack() as stack:
+        if skip and library() is not None:
+            for name in held.weights:
+                layer = model.get_submodule(name)
+                if isinstance(layer, nn.Conv2d) and _has_plain_window(layer):
+                    layer._conv_forward = _SkippingForward(layer)  # type: ignore[method-assign, assignment]
+                    stack.callback(delattr, layer, "_conv_forward")
         yield
 
 
@@ -270,3 +286,61 @@ class _Held:
 def _silence(layer: nn.Module, weight: Tensor) -> None:
     assert weight.grad is not None
     weight.grad.masked_fill_(layer.get_buffer(_DROPPED), 0)
+
+
+class _SkippingForward:
+    """In place of ``Conv2d._conv_forward``: the same by the sparse kernels, as long as they take the tensors."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self._layer = layer
+        self._read: tuple[Tensor, int] | None = None
+        self._pattern: tuple[SparseWeight, Tensor] | None = None
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        layer = self._layer
+        pattern = self._current_pattern()
+        is_plain = x.dim() == 4 and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, weight))
+        if pattern is None or not is_plain or torch.is_autocast_enabled("cpu"):
+            dense: Tensor = nn.Conv2d._conv_forward(layer, x, weight, bias)
+            return dense
+        packed, positions = pattern
+        values = weight.reshape(-1).index_select(0, positions)
+        (stride_h, stride_w), (dilation_h, dilation_w) = layer.stride, layer.dilation
+        padding_h, padding_w = (int(side) for side in layer.padding)
+        return sparse_conv2d(
+            x,
+            replace(packed, values=values),
+            bias,
+            stride=(stride_h, stride_w),
+            padding=(padding_h, padding_w),
+            dilation=(dilation_h, dilation_w),
+        )
+
+    def _current_pattern(self) -> tuple[SparseWeight, Tensor] | None:
+        """The pattern, and the position of each value in the weight; None if too many weights are left."""
+        dropped = self._layer.get_buffer(_DROPPED)
+        # Loading a checkpoint writes into the buffer, and moving the network makes another one.
+        if self._read is None or self._read[0] is not dropped or self._read[1] != dropped._version:
+            self._read, self._pattern = (dropped, dropped._version), _pattern(~dropped.cpu())
+        return self._pattern
+
+
+def _pattern(kept: Tensor) -> tuple[SparseWeight, Tensor] | None:
+    """In the largest block whose channels share all of their zeros."""
+    if not 0 < float(kept.float().mean()) <= MOST_KEPT:
+        return None
+    kept = kept.contiguous()
+    for block in sorted(BLOCKS, reverse=True):
+        if len(kept) % block:
+            continue
+        shared = kept.reshape(-1, block, *kept.shape[1:])
+        if torch.equal(shared.any(1), shared.all(1)):
+            packed = pack(kept.float(), block, kept)
+            return packed, positions_of(packed.columns, packed.counts, block, kept[0].numel())
+    msg = "a block of one channel shares its zeros"
+    raise AssertionError(msg)
+
+
+def _has_plain_window(layer: nn.Conv2d) -> bool:
+    is_own = type(layer).forward is nn.Conv2d.forward and type(layer)._conv_forward is nn.Conv2d._conv_forward
+    return is_own and layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)

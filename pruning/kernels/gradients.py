@@ -10,14 +10,13 @@ from torch import Tensor
 from .reference import activation_grad
 
 
-
 def layout_of(x: Tensor) -> torch.memory_format:
     """Whether a convolution reads ``x`` channels last; where both layouts are the same one, channels first."""
     is_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_last else torch.contiguous_format
 
 
-_OF_OUTPUT = ("none", "relu", "relu6")
+_OF_OUTPUT = ("relu", "relu6")
 """Activations whose derivative can be read off their output."""
 
 
@@ -31,10 +30,12 @@ def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, columns, counts, bias, residual, output = ctx.saved_tensors
     pattern = (values, columns, counts)
-    if output is None:
-        # Keeping the sums of every layer would cost as much memory as the activations do; they are computed again.
-        output = torch.ops.secateur.sparse_conv2d(x, *pattern, bias, residual, grad.shape[1], *ctx.window, "none")
-    grad = activation_grad(grad, output, ctx.activation).contiguous(memory_format=layout_of(x))
+    if ctx.activation != "none":
+        if output is None:
+            # Keeping the sums of every layer would cost as much memory as the activations do; they are computed again.
+            output = torch.ops.secateur.sparse_conv2d(x, *pattern, bias, residual, grad.shape[1], *ctx.window, "none")
+        grad = activation_grad(grad, output, ctx.activation)
+    grad = grad.contiguous(memory_format=layout_of(x))
     needs = ctx.needs_input_grad
     grad_x = grad_values = None
     if needs[0]:
@@ -54,9 +55,10 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, columns, counts, bias, residual, output = ctx.saved_tensors
     pattern = (values, columns, counts)
-    if output is None:
-        output = torch.ops.secateur.sparse_linear(x, *pattern, bias, residual, grad.shape[-1], ctx.block, "none")
-    grad = activation_grad(grad, output, ctx.activation)
+    if ctx.activation != "none":
+        if output is None:
+            output = torch.ops.secateur.sparse_linear(x, *pattern, bias, residual, grad.shape[-1], ctx.block, "none")
+        grad = activation_grad(grad, output, ctx.activation)
     needs = ctx.needs_input_grad
     # The rows of a linear layer are the pixels of one image of a 1x1 convolution.
     window = ([1, 1], [1, 1], [0, 0], [1, 1], ctx.block)

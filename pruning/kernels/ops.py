@@ -89,8 +89,8 @@ class _Conv2d(NamedTuple):
             return reference.sparse_conv2d(
                 self.x, weight, self.bias, self.residual, *window, self.activation
             ).contiguous(memory_format=layout)
-        window = (*self.kernel_size, *self.stride, *self.padding, *self.dilation)
-        shape = Shape(*self.x.shape, *out.shape[1:], *window, layout == torch.channels_last)
+        sizes = (*self.kernel_size, *self.stride, *self.padding, *self.dilation)
+        shape = Shape(*self.x.shape, *out.shape[1:], *sizes, layout == torch.channels_last)
         x, values, bias = self.x.contiguous(memory_format=layout), self.values.contiguous(), _contiguous(self.bias)
         return _run_conv2d(native, shape, pattern, x, values, bias, _contiguous(self.residual), self.activation)
 
@@ -191,8 +191,8 @@ def _conv2d_values_grad(
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
     if out.numel() and grad.numel():
         layout = layout_of(x)
-        window = (*kernel_size, *stride, *padding, *dilation)
-        shape = Shape(*x.shape, *grad.shape[1:], *window, layout == torch.channels_last)
+        sizes = (*kernel_size, *stride, *padding, *dilation)
+        shape = Shape(*x.shape, *grad.shape[1:], *sizes, layout == torch.channels_last)
         x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
         weight_struct = pattern.native(values, pattern.gradient_offsets(native, shape))
         native.values_grad(shape, weight_struct, x, grad, out)

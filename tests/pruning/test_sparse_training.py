@@ -1,3 +1,4 @@
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from pruning.finetune import CheckpointError, finetune
 from pruning.layer_policy import LayerPolicy, PolicyError
 from pruning.sparse_training import corrected_dropout, dropout_sources, hold_zeros, l1_penalty, prune_along
 from pruning.sparsity import zero_weights
+from tests.pruning.kernels.layers import compiled
 from tests.pruning.test_finetune import Blobs, KilledError, network, states_are_equal
 
 LAYERS = {"0": LayerPolicy("block4", 0.25), "4": LayerPolicy("2:4")}
@@ -82,6 +84,83 @@ def test_kept_weights_train_as_they_would_with_the_mask_in_the_forward_pass() ->
 
     torch.testing.assert_close(model[0].weight, (weights[0] * mask).detach())
     torch.testing.assert_close(model[2].weight, weights[2].detach())
+
+
+SKIPPED = {"0": LayerPolicy("unstructured", 0.3), "2": LayerPolicy("block8", 0.25)}
+
+
+def convolutions() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 16, (3, 1), stride=2, dilation=(2, 1), bias=False),
+            nn.ReLU(),
+            nn.Conv2d(16, 4, 1),
+        )
+    zero_weights(model, SKIPPED)
+    return model
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+    model.zero_grad()
+    x.grad = None
+    model(x).pow(2).sum().backward()
+    return {name: p.grad for name, p in [*model.named_parameters(), ("x", x)]}
+
+
+@compiled
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_skipped_zeros_give_the_gradients_of_dense_layers_whose_zeros_are_held(layout: torch.memory_format) -> None:
+    model = convolutions()
+    x = torch.randn(5, 3, 9, 8, generator=torch.Generator().manual_seed(1))
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    with hold_zeros(model, SKIPPED):
+        expected = gradients(model, x)
+
+    with hold_zeros(model, SKIPPED, skip=True):
+        found = gradients(model, x)
+
+    assert all(bool((found[f"{name}.weight"] != 0).any()) for name in SKIPPED)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@compiled
+def test_zeros_are_skipped_only_where_the_kernels_take_the_layer_and_gain() -> None:
+    def operator_of(layer: nn.Module, x: Tensor) -> str:
+        return str(layer(x).grad_fn.name())
+
+    model, x = convolutions(), torch.randn(1, 3, 9, 9)
+    denser, grouped = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 9, 3, groups=3)
+    model.denser, model.grouped = denser, grouped
+    zero_weights(model, {"denser": LayerPolicy("unstructured", 0.5), "grouped": LayerPolicy("unstructured", 0.2)})
+
+    with hold_zeros(model, [*SKIPPED, "denser", "grouped"], skip=True):
+        assert "sparse_conv2d" in operator_of(model[0], x)
+        assert "Convolution" in operator_of(denser, x)
+        assert "Convolution" in operator_of(grouped, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert "Convolution" in operator_of(model[0], x)
+
+    assert "Convolution" in operator_of(model[0], x)
+    assert "_conv_forward" not in vars(model[0])
+
+
+@compiled
+def test_a_pattern_loaded_from_a_checkpoint_is_the_one_that_is_skipped() -> None:
+    model, x = convolutions(), torch.randn(2, 3, 9, 9)
+    other = copy.deepcopy(model)
+    other[0].weight.data.copy_(other[0].weight.flip(1))
+    with hold_zeros(other, SKIPPED):
+        state = copy.deepcopy(other.state_dict())
+    with hold_zeros(model, SKIPPED, skip=True):
+        model(x)
+        model.load_state_dict(state)
+
+        found = model.eval()(x)
+
+    torch.testing.assert_close(found, other.eval()(x))
 
 
 def test_the_network_is_left_as_it_was_found_and_trains_freely_again() -> None:

@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int64_t RUN_FLOATS = 1024;
+constexpr int64_t RUN_FLOATS = 768;
 
 template <int COUNT>
 inline __attribute__((always_inline)) float sum_lanes(Vector vector) {

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -103,6 +104,36 @@ def test_a_sparse_linear_layer_is_as_exact_as_a_dense_one(batch: tuple[int, ...]
 
         exact = reference.sparse_linear(*(tensor.double() for tensor in tensors), activation)
         assert_as_exact_as_torch(found, reference.sparse_linear(*tensors, activation), exact)
+
+
+@pytest.mark.parametrize("instruction_set", [None, *available_sets()])
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_channels_last_gives_the_values_of_channels_first_in_its_own_layout(
+    instruction_set: str | None, geometry: Geometry, block: int, activation: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = pack(sparse((24, geometry.x[1], *geometry.kernel), block, 0.3, generator)[0], block)
+    x = torch.randn(geometry.x, generator=generator, requires_grad=True)
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    window = {"stride": geometry.stride, "padding": geometry.padding, "dilation": geometry.dilation}
+    bias, values = torch.randn(24, generator=generator), weight.values.requires_grad_()
+    native = library()
+    used = native.using(instruction_set) if native and instruction_set else nullcontext()
+
+    with used:
+        expected = sparse_conv2d(x, weight, bias, **window, activation=activation)
+        found = sparse_conv2d(last, weight, bias, **window, activation=activation)
+        upstream = torch.randn(expected.shape, generator=generator)
+        wanted = torch.autograd.grad(expected, (x, values), upstream)
+        gradients = torch.autograd.grad(found, (last, values), upstream)
+
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert gradients[0].is_contiguous(memory_format=torch.channels_last)
+    for one, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_an_input_in_another_layout_gives_the_same() -> None:

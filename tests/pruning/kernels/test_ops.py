@@ -13,6 +13,7 @@ from .layers import Geometry, sparse
 
 GRADIENT_GEOMETRIES = {
     "same": Geometry((2, 6, 7, 9)),
+    "several runs of images": Geometry((19, 6, 7, 9)),
     "strided": Geometry((2, 6, 8, 9), stride=(2, 3)),
     "dilated": Geometry((1, 4, 9, 8), (2, 3), dilation=(2, 1)),
     "wide padding": Geometry((1, 3, 4, 5), (1, 2), padding=(2, 3)),
