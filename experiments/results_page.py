@@ -70,8 +70,9 @@ _JOINT_SEARCHES = (
     "Channels and bits by the table, scored on 2,000 of the even-numbered files, 150 evaluations each, the probes "
     "among them. Columns as in the first table.",
 )
-_RECONSTRUCTED = """The plans of the first table, their pruned layers fitted to the dense network's outputs by least
-squares (AMC's method) before batch norms are re-estimated. The plans were found without it."""
+_RECONSTRUCTED = """The plans of the first table, their pruned layers fitted to the dense network's outputs and sums by
+least squares (AMC's method, see `pruning/reconstruction.py`) on 4,000 training images, before batch norms are
+re-estimated. The plans were found without it."""
 _TUNED_20 = """15 epochs for each network, the dense one too: SGD with Nesterov momentum, cosine schedule, the same
 batches. Differences in points, with 95 % intervals: over the seeds (pairs of runs, Student's t), and over the test
 images (pairs of verdicts on the same image, averaged over the seeds, normal)."""
