@@ -4,6 +4,7 @@
 # make coverage  docs/coverage.md: every classification model of torchvision, with Torch-Pruning beside it
 # make kernels   compiles the sparse kernels in place (needs g++ or clang++; the install does it too where it can)
 # make bench-kernels  docs/benchmarks/kernels.md: sparse layers against the best dense runtime
+# make han       docs/benchmarks/han.md: LeNet-300-100 and LeNet-5 as in Han et al. (2015), and runs/han/report.html
 # make schemes   docs/benchmarks/schemes.md: accuracy against latency for channels, zeros and blocks; skips what is finished
 # make results   the tables of docs/results.md; skips what is finished (options: python -m experiments.results --help)
 
@@ -16,7 +17,7 @@ CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
 # One thread a test process: with several, they would fight over the same cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: install search check test coverage kernels bench-kernels schemes results clean
+.PHONY: install search check test coverage kernels bench-kernels han schemes results clean
 
 install: $(INSTALLED)
 
@@ -53,6 +54,9 @@ kernels: $(INSTALLED)
 
 bench-kernels: kernels
 	$(BIN)/python -m experiments.bench_kernels
+
+han: $(INSTALLED)
+	$(BIN)/python -m experiments.han --page docs/benchmarks/han.md
 
 schemes: kernels
 	$(BIN)/python -m experiments.schemes

