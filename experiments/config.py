@@ -296,13 +296,17 @@ def load_as(kind: type[ConfigT], path: Path | None, options: Mapping[str, Any] |
     return validated(kind, tree, str(path) if path else "the options")
 
 
-def config_file(name: str) -> Path:
+def config_file(name: str, experiment: str = "") -> Path:
     """The file meant by ``name``: a path, or the name of a configuration that comes with the project.
+
+    Args:
+        name: of a file, or of a bundled configuration.
+        experiment: whose configurations are meant, which have keys of their own; those of runs if not given.
 
     Raises:
         ConfigError: if there is neither.
     """
-    folder = Path(__file__).parent / "configs"
+    folder = Path(__file__).parent / "configs" / experiment
     bundled = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if name in bundled and not Path(name).is_file():
         return bundled[name]

@@ -2,7 +2,7 @@
 
 ``python -m experiments.han`` does the paper's LeNet-300-100 and LeNet-5 on the bundled digits; ``python -m
 experiments.han lenet5 --set finetune.epochs=8`` one of them in another way; ``python -m experiments.han mine.yaml`` a
-network and images of your own: `experiments/configs/lenet5.yaml` is a pattern, and `experiments/han_config.py` has
+network and images of your own: `experiments/configs/han/lenet5.yaml` is a pattern, and `experiments/han_config.py` has
 every key. It writes ``report.html`` into the root. A sitting may end at any time; the next one starts again with the
 training at which it stopped.
 """
@@ -85,7 +85,7 @@ def main(
             options = dict(map(parse_setting, settings or []))
             findings = []
             for name in configs or BUNDLED:
-                config = load_as(HanConfig, config_file(name), options)
+                config = load_as(HanConfig, config_file(name, "han"), options)
                 set_up_device("cpu", config.threads)
                 findings.append(carry_out(Path(name).stem, config, Images(config), root, display, stop))
         except Interrupted as stopped:

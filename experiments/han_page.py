@@ -31,7 +31,7 @@ TITLE = "Learning both weights and connections, reproduced"
 INTRODUCTION = (
     'Han, Pool, Tran & Dally (2015), "Learning both weights and connections for efficient neural networks", sections 3 '
     "and 4.1, with the schemes of [docs/sparsity.md](../sparsity.md). Written by `{command}`; the code is "
-    "`experiments/han.py`, the configurations are in `experiments/configs`."
+    "`experiments/han.py`, the configurations are in `experiments/configs/han`."
 )
 NETWORKS = {
     "dense": "dense",

@@ -32,7 +32,7 @@ def test_networks_have_the_papers_numbers_of_weights() -> None:
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_configurations_are_read_and_differ_from_the_paper_in_nothing_that_they_can_keep(name: str) -> None:
-    config = load_as(HanConfig, config_file(name))
+    config = load_as(HanConfig, config_file(name, "han"))
     assert config.prune.density == 1 / 12
     assert (config.data.crop_padding, config.data.flip) == (0, False)
     assert list(config.trials) == [0, 1, 2]
@@ -41,7 +41,7 @@ def test_bundled_configurations_are_read_and_differ_from_the_paper_in_nothing_th
 def test_a_mistyped_key_is_answered_with_the_nearest_one() -> None:
     message = "unknown key 'round' in 'prune'; did you mean 'rounds'? Allowed: density, rounds, tolerance, layers"
     with pytest.raises(ConfigError, match=re.escape(message)):
-        load_as(HanConfig, config_file("lenet5"), {"prune.round": 3})
+        load_as(HanConfig, config_file("lenet5", "han"), {"prune.round": 3})
 
 
 def test_a_curve_crosses_the_line_between_two_densities() -> None:
@@ -84,7 +84,7 @@ def test_common_factor_leaves_the_wanted_share_by_the_threshold_rule() -> None:
 
 def digits() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A few of the bundled digits, as a function source gives them."""
-    data = ImageData(load_as(HanConfig, config_file("lenet5")).data)
+    data = ImageData(load_as(HanConfig, config_file("lenet5", "han")).data)
     return {
         "train": (data.train.images[::25], data.train.labels[::25]),
         "validation": (data.validation.images[::5], data.validation.labels[::5]),
@@ -94,7 +94,9 @@ def digits() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def small(**changes: object) -> HanConfig:
     options = {"data.source": "tests.experiments.test_han:digits", "train.epochs": 2, "finetune.epochs": 1}
-    return load_as(HanConfig, config_file("lenet_300_100"), {**options, "prune.rounds": 2, "seeds": 1, **changes})
+    return load_as(
+        HanConfig, config_file("lenet_300_100", "han"), {**options, "prune.rounds": 2, "seeds": 1, **changes}
+    )
 
 
 def test_a_trial_ends_at_the_density_and_goes_on_from_what_is_trained(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_full_mnist_is_read_as_torchvision_keeps_it(mnist: Callable[[], np.ndarr
     images = mnist()
     found = splits()
     assert (len(found["train"][0]), len(found["validation"][0])) == (33, 3)  # type: ignore[index]
-    data = ImageData(load_as(HanConfig, config_file("lenet5"), {"data.source": "experiments.mnist:splits"}).data)
+    data = ImageData(load_as(HanConfig, config_file("lenet5", "han"), {"data.source": "experiments.mnist:splits"}).data)
     assert data.train.images.shape == (33, 1, 28, 28)
     assert np.array_equal(data.test.images[:, 0].numpy(), images)
 
