@@ -61,7 +61,7 @@ class HanConfig(_Section):
     paper: PaperConfig = PaperConfig()
     """The paper's figures."""
     notes: tuple[str, ...] = ()
-    """Paragraphs of Markdown for the page: what was tried and how it was chosen."""
+    """Items for the page: what was tried and how it was chosen. **Bold** and `code` are understood."""
     threads: int = Field(default=1, ge=0)
     """CPU threads; 0 takes OMP_NUM_THREADS where it is set, else as many as there are cores."""
 

@@ -122,7 +122,9 @@ def sections_of(findings: Sequence[Finding], command: str) -> list[Section]:
     tolerance = ", ".join(dict.fromkeys(f"{found.config.prune.tolerance:.2%}" for found in findings))
     words = {"data": " ".join(dict.fromkeys(map(_data, findings))), "tolerance": tolerance}
     sections += [
-        Section(f"{found.config.name}: what was tried", found.config.notes) for found in findings if found.config.notes
+        Section(f"{found.config.name}: what was tried", [Items(found.config.notes)])
+        for found in findings
+        if found.config.notes
     ]
     sections.append(Section("What differs from the paper", [Items([text.format(**words) for text in DEVIATIONS])]))
     return sections

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import latency.runtimes
-from latency.measure import Variant, measure
+from latency.measure import Variant, measure, torch_threads
 from latency.runtimes import SPARSE, LatencyError, fastest_calls, find_runtime, prepare_sparse
+from latency.worker import Stopwatch
 from pruning.kernels.native import library
 
 needs_kernels = pytest.mark.skipif(library() is None, reason="the kernels are not compiled")
@@ -42,11 +43,26 @@ def test_layers_are_chosen_by_the_times_of_this_room(monkeypatch: pytest.MonkeyP
         assert prepare_sparse(half_empty(), (x,)).report.choices == {"0": "dense", "3": form}
 
 
-def test_the_fastest_call_of_each_is_found_in_seconds() -> None:
-    x = torch.randn(300, 300)
-    found = fastest_calls({"much": lambda: [x @ x for _ in range(20)], "little": lambda: x @ x})
-    assert set(found) == {"much", "little"}
-    assert 0 < 5 * found["little"] < found["much"] < 1
+@pytest.mark.parametrize(
+    ("threads", "seconds"), [(1, {"much": 4e-6, "little": 1e-6}), (2, {"much": 9e-6, "little": 1e-6})]
+)
+def test_the_fastest_call_counts_and_with_one_thread_less_what_it_waited(
+    monkeypatch: pytest.MonkeyPatch, threads: int, seconds: dict[str, float]
+) -> None:
+    now = waited = 0
+    hindered = iter([7000, *[0] * 100])
+
+    def much() -> None:
+        nonlocal now, waited
+        now, waited = now + 9000, waited + 5000
+
+    def little() -> None:
+        nonlocal now
+        now += 1000 + next(hindered)
+
+    monkeypatch.setattr(latency.runtimes, "Stopwatch", lambda: Stopwatch(lambda: now, lambda: waited))
+    with torch_threads(threads):
+        assert fastest_calls({"much": much, "little": little}) == pytest.approx(seconds)
 
 
 @needs_kernels
