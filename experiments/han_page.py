@@ -175,7 +175,8 @@ def _errors(findings: Sequence[Finding]) -> list[str | Table]:
         "Images classified wrongly, mean ± standard deviation over the seeds. The difference from the dense network of "
         "the same seed stands twice: with the standard deviation over the seeds, which all see the same test images, "
         "and with a 95 % interval over these images (pairs of verdicts, averaged over the seeds), which says how far "
-        "the difference may be luck of the images."
+        "the difference may be luck of the images. With folds in place of seeds every image counts once, in the fold "
+        "that did not train on it."
     )
     return [text, Table([*heads, "validation error", "paper's test error"], rows)]
 
