@@ -61,8 +61,8 @@ _SEARCH_TABLES = (
     (
         "resnet56-fitted",
         "ResNet-56 before fine-tuning, searched with reconstruction",
-        "As the first table, every candidate fitted to the dense network by least squares on 500 training images before "
-        "it is scored.",
+        "As the first table, every candidate fitted to the dense network by least squares on 500 training images "
+        "before it is scored.",
     ),
     (
         "resnet56-layerwise",
