@@ -12,8 +12,7 @@ import copy
 import math
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from latency.cost import count_macs
 from latency.measure import cpu_name
 from pruning.export import export_onnx
 from pruning.files import write_atomic
-from pruning.kernels.formats import SparseWeight, pack
+from pruning.kernels.formats import pack
 from pruning.kernels.functional import sparse_conv2d
 from pruning.kernels.lowering import lower
 from pruning.kernels.native import Library, library
@@ -37,6 +36,19 @@ from pruning.kernels.operators import Convolution, Weighted
 from pruning.kernels.plan import Plan
 from pruning.sparse_network import SparseNetwork, sparsify
 
+from .bench_setup import (
+    Reading,
+    Scheme,
+    fastest,
+    geometric_mean,
+    processor_time_ratio,
+    prune,
+    random_network,
+    ratio_with_quartiles,
+    table_of,
+    time_in_turn,
+)
+from .bench_training import bench_fake_quantize, bench_training
 from .resnet import CifarResNet
 
 
@@ -98,33 +110,6 @@ MOBILENET = (
 """1x1 convolutions of versions 1 (first nine rows) and 2 at 224 pixels."""
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """How a layer is made sparse: the largest of the wanted blocks that divides its channels."""
-
-    block: int
-    density: float
-
-    def block_of(self, out_channels: int) -> int:
-        """The block for a layer of so many output channels."""
-        return next(block for block in (self.block, 8, 4, 1) if block <= self.block and not out_channels % block)
-
-    def mask(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Which weights of a layer are not zero, at random."""
-        block = self.block_of(shape[0])
-        kept = torch.rand(shape[0] // block, 1, *shape[1:], generator=generator) < self.density
-        return kept.expand(-1, block, *shape[1:]).flatten(0, 1)
-
-    def weight(self, layer: Layer, generator: torch.Generator) -> SparseWeight:
-        """Random weights of this scheme."""
-        mask = self.mask((layer.out_channels, layer.in_channels, layer.kernel, layer.kernel), generator)
-        return pack(torch.randn(mask.shape, generator=generator) * mask, self.block_of(layer.out_channels), mask)
-
-    def __str__(self) -> str:
-        name = "unstructured" if self.block == 1 else f"block {self.block}"
-        return f"{name}, {1 - self.density:.0%}"
-
-
 SCHEMES = {
     "resnet18": (Scheme(16, 0.3), Scheme(16, 0.1), Scheme(1, 0.2), Scheme(1, 0.1)),
     "mobilenet": (Scheme(16, 0.3), Scheme(16, 0.2), Scheme(16, 0.1), Scheme(1, 0.1)),
@@ -136,14 +121,32 @@ NETWORK_SCHEMES = {
     ],
     "ResNet-56 for CIFAR, 32x32": [Scheme(16, 0.2), Scheme(8, 0.2), Scheme(1, 0.1)],
 }
+LAYER_TARGETS = {
+    ("resnet18", Scheme(16, 0.3)): (2.0, 2.8),
+    ("resnet18", Scheme(16, 0.1)): (5.0, 7.0),
+    ("resnet18", Scheme(1, 0.2)): (1.8, 2.2),
+    ("resnet18", Scheme(1, 0.1)): (3.0, 4.0),
+    ("mobilenet", Scheme(16, 0.3)): (1.5, 0.7 / 0.3),
+    ("mobilenet", Scheme(16, 0.2)): (2.0, 0.7 / 0.2),
+    ("mobilenet", Scheme(16, 0.1)): (4.0, 0.7 / 0.1),
+    ("mobilenet", Scheme(1, 0.1)): (2.0, 2.8),
+}
+NETWORK_TARGETS: dict[tuple[str, Scheme], tuple[float, float | None]] = {
+    ("ResNet-18, 224x224", Scheme(1, 0.1)): (2.2, 2.8),
+    ("ResNet-18, 224x224", Scheme(16, 0.1)): (3.5, 4.5),
+    ("ResNet-56 for CIFAR, 32x32", Scheme(16, 0.2)): (1.5, 2.0),
+}
+"""The ratio to reach at least, and the goal; of any other sparsity a network shall not be slower than dense."""
 EXPLANATION = (
-    "All sides of a layer are called in turn in one process. A ratio is the median time of the best dense side over "
+    "All sides of a table are called in turn in one process. A ratio is the median time of the best dense side over "
     "that of the sparse side, with the quartiles over the rounds; beside it stands the same ratio of the processor "
-    "time of all threads together, which leaves out what other programs did meanwhile. "
+    "time of all threads together, which leaves out what other programs did meanwhile. The dense sides are eager "
+    "PyTorch in both layouts, torch.compile (channels last, weights frozen) and ONNX Runtime. "
     "Ideal is 1 / density. The share of peak counts the non-zero weights only; peak is a loop of multiply-adds. "
     "*Operator* is the PyTorch operator, *native* the same layer as a step of the plan of a network. Of whole "
     "networks, all convolutions but the first have the sparsity named; ideal takes into account what stays dense, and "
-    "every sparse network chose sparse or dense layer by layer, by its own measurement. Batch 1, float32."
+    "every sparse network chose sparse or dense layer by layer, by its own measurement. Batch 1, float32, except where "
+    "steps of training are timed."
 )
 LAYERS = {"resnet18": RESNET18, "mobilenet": MOBILENET}
 
@@ -170,7 +173,7 @@ def _sides(
     }
     if with_compile:
         torch.compiler.reset()
-        compiled = torch.compile(last)
+        compiled = torch.compile(last, options={"freezing": True})
         sides["torch.compile"] = lambda: compiled(x_last)
     return sides
 
@@ -207,7 +210,9 @@ def sparse_sides(
 ) -> dict[str, Callable[[], object]]:
     """The sparse layer as a PyTorch operator, and as the native call that a plan of a network makes."""
     # Weights of its own for each side, or the second would find in the caches what the first has read.
-    weight, other = scheme.weight(layer, generator), scheme.weight(layer, generator)
+    block, shape = scheme.block_of(layer.out_channels), (layer.out_channels, layer.in_channels, *[layer.kernel] * 2)
+    masks = [scheme.mask(shape, generator) for _ in range(2)]
+    weight, other = (pack(torch.randn(shape, generator=generator) * mask, block, mask) for mask in masks)
     bias = torch.randn(layer.out_channels, generator=generator)
     stride, padding = (layer.stride, layer.stride), (layer.kernel // 2, layer.kernel // 2)
     out_size = (1, layer.out_channels, *[-(-layer.size // layer.stride)] * 2)
@@ -221,36 +226,16 @@ def sparse_sides(
     }
 
 
-def time_in_turn(
-    sides: dict[str, Callable[[], object]], rounds: int
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Seconds of each call by the clock and of processor time, by side, shape ``(rounds,)``.
-
-    Each round starts one side later. An untimed call goes before each timed one, or a side would pay for the caches
-    that the one before it filled.
-    """
-    names = list(sides)
-    seconds, busy = ({name: np.empty(rounds) for name in names} for _ in range(2))
-    for round_index in range(-3, rounds):
-        for turn in range(len(names)):
-            name = names[(round_index + turn) % len(names)]
-            sides[name]()
-            start, start_busy = time.perf_counter(), time.process_time()
-            sides[name]()
-            if round_index >= 0:
-                seconds[name][round_index] = time.perf_counter() - start
-                busy[name][round_index] = time.process_time() - start_busy
-    return seconds, busy
-
-
-def bench(native: Library, network: str, rounds: int, threads: int, with_compile: bool) -> str:
-    """The table of one network as Markdown."""
+def bench_layers(
+    native: Library, network: str, rounds: int, threads: int, with_compile: bool
+) -> tuple[str, list[Reading]]:
+    """One row a layer, as Markdown, and the geometric means over the layers."""
     generator = torch.Generator().manual_seed(0)
     ratios: dict[str, list[tuple[float, float, int]]] = {}
+    names = [f"{scheme}: native (share of peak)" for scheme in SCHEMES[network]]
     lines = [
-        "| layer | count | best dense | us | GFLOP/s | scheme | us | ratio (quartiles) | of processor time | ideal | "
-        "share of peak |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| layer | count | best dense | us | GFLOP/s | {' | '.join(names)} |",
+        "|---" * (5 + len(names)) + "|",
     ]
     for layer in LAYERS[network]:
         x = torch.randn(1, layer.in_channels, layer.size, layer.size, generator=generator)
@@ -258,44 +243,44 @@ def bench(native: Library, network: str, rounds: int, threads: int, with_compile
         for scheme in SCHEMES[network]:
             sparse.update(sparse_sides(native, layer, scheme, x, generator))
         with torch.inference_mode():
-            seconds, busy = time_in_turn(dense | sparse, rounds)
-        peak = native.peak_flops() * threads
-        best = min(dense, key=lambda name: float(np.median(seconds[name])))
-        base = float(np.median(seconds[best]))
-        left = f"| {layer} | {layer.count} | {best} | {base * 1e6:.0f} | {layer.flops / base / 1e9:.0f}"
-        for name in sparse:
-            median = float(np.median(seconds[name]))
-            low, high = np.percentile(seconds[best] / seconds[name], [25, 75])
-            density = next(scheme.density for scheme in SCHEMES[network] if name.startswith(f"{scheme}:"))
-            share = layer.flops * density / median / peak
-            by_work = processor_time_ratio(busy, dense, name)
-            lines.append(
-                f"{left} | {name} | {median * 1e6:.0f} | {base / median:.2f} ({low:.2f} to {high:.2f}) | "
-                f"{by_work:.2f} | {1 / density:.1f} | {share:.0%} |"
-            )
-            ratios.setdefault(name, []).append((base / median, by_work, layer.count))
-    lines += ["", "| geometric mean over layers | ratio | of processor time |", "|---|---|---|"]
-    for name, found in ratios.items():
-        medians, by_work_of_layers, counts = zip(*found, strict=True)
-        lines.append(
-            f"| {name} | {geometric_mean(medians, counts):.2f} | {geometric_mean(by_work_of_layers, counts):.2f} |"
-        )
-    return "\n".join(lines)
+            seconds, _ = time_in_turn(dense | sparse, rounds)
+        best, eager = fastest(dense, seconds), fastest(EAGER, seconds)
+        base, peak = float(np.median(seconds[best])), native.peak_flops() * threads
+        row = [str(layer), str(layer.count), best, f"{base * 1e6:.0f}", f"{layer.flops / base / 1e9:.0f}"]
+        for scheme in SCHEMES[network]:
+            for kind in ("operator", "native"):
+                side = f"{scheme}: {kind}"
+                median = float(np.median(seconds[side]))
+                found = (base / median, float(np.median(seconds[eager])) / median, layer.count)
+                ratios.setdefault(side, []).append(found)
+            share = layer.flops * scheme.density / median / peak
+            row.append(f"{ratio_with_quartiles(seconds[best], seconds[side])}, {share:.0%}")
+        lines.append(f"| {' | '.join(row)} |")
+    readings = []
+    for scheme in SCHEMES[network]:
+        for kind in ("native", "operator"):
+            to_best, to_torch, counts = zip(*ratios[f"{scheme}: {kind}"], strict=True)
+            means = (geometric_mean(to_best, counts), geometric_mean(to_torch, counts))
+            what = f"layers of {network}, {scheme}, {kind}"
+            wanted = LAYER_TARGETS[network, scheme] if kind == "native" else (None, None)
+            readings.append(Reading(what, threads, *means, 1 / scheme.density, *wanted))
+    return "\n".join(lines), readings
 
 
-def bench_network(name: str, rounds: int, threads: int, with_compile: bool) -> str:
-    """The table of one whole network as Markdown."""
+def bench_network(name: str, rounds: int, threads: int, with_compile: bool) -> tuple[str, list[Reading]]:
+    """The table of one whole network as Markdown, and its ratios."""
     model, x = NETWORKS[name]()
     generator = torch.Generator().manual_seed(0)
-    dense, sparse = dense_network_sides(model, x, threads, with_compile), {}
+    dense = dense_network_sides(model, x, threads, with_compile)
     macs = count_macs(model, x)
-    shares = {}
+    sparse: dict[Scheme, SparseNetwork] = {}
+    shares: dict[Scheme, float] = {}
     for scheme in NETWORK_SCHEMES[name]:
         pruned = prune(model, scheme, generator)
-        sparse[str(scheme)] = sparsify(pruned, x)
+        sparse[scheme] = sparsify(pruned, x)
         first = nn.Sequential(next(module for module in pruned.modules() if isinstance(module, nn.Conv2d)))
-        shares[str(scheme)] = scheme.density + (1 - scheme.density) * count_macs(first, x) / macs
-    calls: dict[str, Callable[[], object]] = {label: partial(network, x) for label, network in sparse.items()}
+        shares[scheme] = scheme.density + (1 - scheme.density) * count_macs(first, x) / macs
+    calls: dict[str, Callable[[], object]] = {str(scheme): partial(network, x) for scheme, network in sparse.items()}
     with torch.inference_mode():
         seconds, busy = time_in_turn(dense | calls, rounds)
     lines = ["| dense | ms (quartiles) | GFLOP/s |", "|---|---|---|"]
@@ -308,29 +293,22 @@ def bench_network(name: str, rounds: int, threads: int, with_compile: bool) -> s
         "",
         "| scheme | sparse layers | native calls | ms | ratio to the best dense (quartiles) | of processor time | "
         "ideal | ratio to PyTorch's best layout | share of peak |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---" * 9 + "|",
     ]
-    best, eager = (min(sides, key=lambda side: float(np.median(seconds[side]))) for sides in (dense, EAGER))
-    peak = require_library().peak_flops() * threads
-    for label, network in sparse.items():
-        median = float(np.median(seconds[label]))
-        low, high = np.percentile(seconds[best] / seconds[label], [25, 75])
-        by_work = processor_time_ratio(busy, dense, label)
+    best, eager = fastest(dense, seconds), fastest(EAGER, seconds)
+    peak, readings = require_library().peak_flops() * threads, []
+    for scheme, network in sparse.items():
+        side = str(scheme)
+        median = float(np.median(seconds[side]))
+        to_best, to_torch = (float(np.median(seconds[other])) / median for other in (best, eager))
         lines.append(
-            f"| {label} | {sparse_layers(network)} | {network.report.native_calls} | {median * 1e3:.2f} | "
-            f"{np.median(seconds[best]) / median:.2f} ({low:.2f} to {high:.2f}) | {by_work:.2f} | "
-            f"{1 / shares[label]:.1f} | {np.median(seconds[eager]) / median:.2f} | "
-            f"{2 * macs * shares[label] / median / peak:.0%} |"
+            f"| {side} | {sparse_layers(network)} | {network.report.native_calls} | {median * 1e3:.2f} | "
+            f"{ratio_with_quartiles(seconds[best], seconds[side])} | {processor_time_ratio(busy, dense, side):.2f} | "
+            f"{1 / shares[scheme]:.1f} | {to_torch:.2f} | {2 * macs * shares[scheme] / median / peak:.0%} |"
         )
-    return "\n".join(lines)
-
-
-def prune(model: nn.Module, scheme: Scheme, generator: torch.Generator) -> nn.Module:
-    """A copy with random zeros in all convolutions but the first."""
-    pruned = copy.deepcopy(model)
-    for module in [module for module in pruned.modules() if isinstance(module, nn.Conv2d)][1:]:
-        module.weight.data *= scheme.mask(module.weight.shape, generator)
-    return pruned
+        wanted = NETWORK_TARGETS.get((name, scheme), (1.0, None))
+        readings.append(Reading(f"{name}, {side}", threads, to_best, to_torch, 1 / shares[scheme], *wanted))
+    return "\n".join(lines), readings
 
 
 def profile(native: Library, name: str, scheme: Scheme, form: str, rounds: int) -> str:
@@ -388,23 +366,6 @@ def require_library() -> Library:
     return native
 
 
-def processor_time_ratio(busy: dict[str, np.ndarray], dense: Iterable[str], side: str) -> float:
-    """How much more processor time the most frugal dense side takes than a sparse one, by medians."""
-    return float(min(np.median(busy[name]) for name in dense) / np.median(busy[side]))
-
-
-def geometric_mean(ratios: Sequence[float], counts: Sequence[int]) -> float:
-    """Of ratios, each as often as its layer occurs."""
-    return math.exp(sum(n * math.log(ratio) for ratio, n in zip(ratios, counts, strict=True)) / sum(counts))
-
-
-def random_network(constructor: Callable[[], nn.Module], size: int) -> tuple[nn.Module, Tensor]:
-    """A network with random weights, and an input."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return constructor().eval(), torch.randn(1, 3, size, size)
-
-
 EAGER = ("eager", "eager, channels last")
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "ResNet-18, 224x224": lambda: random_network(resnet18, 224),
@@ -422,10 +383,11 @@ PROFILES = [
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", nargs="*", choices=sorted(LAYERS), default=sorted(LAYERS))
+    parser.add_argument("--layers", nargs="*", choices=sorted(LAYERS), default=sorted(LAYERS, reverse=True))
     parser.add_argument("--networks", nargs="*", choices=sorted(NETWORKS), default=sorted(NETWORKS))
-    parser.add_argument("--rounds", type=int, default=40, help="timed calls of each side")
+    parser.add_argument("--rounds", type=int, default=40, help="timed calls of each side; steps of training take fewer")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--batches", type=int, nargs="*", default=[128, 32], help="of steps of training")
     parser.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out, which takes long to compile"
     )
@@ -435,31 +397,46 @@ def main() -> None:
     native = require_library()
     versions = f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}, kernels: {native.instruction_set}"
     peak = f"one thread multiplies and adds at {native.peak_flops() / 1e9:.0f} GFLOP/s"
-    sections = ["# Sparse kernels beside the best dense runtime", f"{cpu_name()}, {versions}; {peak}.", EXPLANATION]
-    sections.append(f"Command: `python -m experiments.bench_kernels {' '.join(sys.argv[1:])}`.")
+    head = ["# Sparse kernels beside the best dense runtime", f"{cpu_name()}, {versions}; {peak}.", EXPLANATION]
+    left_out = (
+        "torch.compile was left out." if options.no_compile else "torch.compile is left out of MobileNet's layers."
+    )
+    head.append(f"Command: `python -m experiments.bench_kernels {' '.join(sys.argv[1:])}`. {left_out}")
     options.page.parent.mkdir(parents=True, exist_ok=True)
-    for title, table in measured_sections(native, options):
+    readings: list[Reading] = []
+    sections: list[str] = []
+    for title, table, found in measured_sections(native, options):
+        readings += found
         sections += [f"## {title}", table]
+        page = [*head, "## Beside the targets", table_of(readings), *sections]
         # After each table: a run that is cut short keeps what it has.
-        write_atomic(options.page, ("\n\n".join(sections) + "\n").encode())
+        write_atomic(options.page, ("\n\n".join(page) + "\n").encode())
 
 
-def measured_sections(native: Library, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Title and table of everything that the options ask for, as it is measured."""
-    with_compile = not options.no_compile
+def measured_sections(native: Library, options: argparse.Namespace) -> Iterator[tuple[str, str, list[Reading]]]:
+    """Title, table and ratios of everything that the options ask for, as it is measured."""
+    with_compile, rounds = not options.no_compile, options.rounds
     for threads in options.threads:
         torch.set_num_threads(threads)
         for name in options.networks:
-            yield f"{name}, {threads} thread(s)", bench_network(name, options.rounds, threads, with_compile)
+            yield f"{name}, {threads} thread(s)", *bench_network(name, rounds, threads, with_compile)
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for batch in options.batches:
+            title = f"Fine-tuning ResNet-56 for CIFAR with a fixed pattern, batch {batch}, {threads} thread(s)"
+            yield title, *bench_training(batch, max(5, rounds // 3), threads)
+        title = f"Mask and fake-quantize a weight of 512x512x3x3, forward and backward, {threads} thread(s)"
+        yield title, *bench_fake_quantize(rounds, threads)
     torch.set_num_threads(1)
     for name, scheme, form in PROFILES if options.profile else ():
         title = f"Where the time of {name} goes: {scheme}, one thread, operators timed alone"
-        yield title, profile(native, name, scheme, form, options.rounds)
+        yield title, profile(native, name, scheme, form, rounds), []
     for threads in options.threads:
         torch.set_num_threads(threads)
         for name in options.layers:
-            table = bench(native, name, options.rounds, threads, with_compile)
-            yield f"Layers of {name}, {threads} thread(s)", table
+            # Of 21 layers that are calls of one operator, compiling takes minutes and changes nothing.
+            table = bench_layers(native, name, rounds, threads, with_compile and name == "resnet18")
+            yield f"Layers of {name}, {threads} thread(s)", *table
 
 
 if __name__ == "__main__":

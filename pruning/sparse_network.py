@@ -22,6 +22,8 @@ Measure = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, float]]
 
 MOST_STORED = 0.75
 """A form that stores a larger share of the weights is not timed: dense kernels do more a second."""
+SWEEPS = 3
+"""Times that all layers are timed, one after the other: what disturbs one layer's rounds is mostly over by the next."""
 LEAST_GAIN = 0.97
 """A sparse form is taken where it needs at most this share of the dense time: below that is noise."""
 
@@ -83,7 +85,7 @@ class SparseReport:
         return asdict(self)
 
 
-def measure_in_turn(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 15) -> dict[str, float]:
+def measure_in_turn(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 4) -> dict[str, float]:
     """Seconds of the fastest call of each candidate; each round starts one candidate later.
 
     The fastest call and not the median: what else the machine does only ever adds time, more to slow candidates than to
@@ -118,7 +120,8 @@ def sparsify(
     Args:
         model: network in evaluation mode, in float32 on the CPU; untouched, and not referred to afterwards.
         example_inputs: positional inputs; every later call takes inputs of the same sizes, batch included.
-        measure: times the forms of a layer. The choice holds for the number of threads that PyTorch has now.
+        measure: times the forms of a layer, `SWEEPS` times with other layers in between; the least times count. The
+            choice holds for the number of threads that PyTorch has now.
         choices: form of each layer by name, as in `SparseReport.choices`: those layers are not timed, and preparation
             is deterministic.
 
@@ -136,7 +139,7 @@ def sparsify(
     _check_choices(choices or {}, layers)
     sizes = dict(zip(lowered.inputs, (tuple(x.shape) for x in inputs), strict=True))
     sizes |= {one.output: one.size for one in operators}
-    made = tuple(_choose(native, one, sizes, measure, (choices or {}).get(one.name)) for one in layers)
+    made = _choose_all(native, layers, sizes, measure, choices or {})
     forms = {one.output: choice.form for one, choice in zip(layers, made, strict=True)}
     parts = _parts(native, operators, lowered, sizes, forms)
     plans = [part.plan for part in parts if isinstance(part, _NativePart)]
@@ -314,21 +317,43 @@ def _torch_call(one: Operator, forms: Mapping[str, str]) -> Callable[..., Any]:
 # -------------------------------------------------------------------------------------------------------------- choices
 
 
+def _choose_all(
+    native: Library | None,
+    layers: Sequence[Weighted],
+    sizes: Mapping[str, tuple[int, ...]],
+    measure: Measure,
+    wanted: Mapping[str, str],
+) -> tuple[LayerChoice, ...]:
+    stored = [
+        {form: _stored(one.weight, block) for form, block in FORMATS.items() if form != DENSE} | {DENSE: 1.0}
+        for one in layers
+    ]
+    timed: list[dict[str, float]] = [{} for _ in layers]
+    for _ in range(SWEEPS):
+        for one, shares, seconds in zip(layers, stored, timed, strict=True):
+            candidates = _worth_timing(shares)
+            if native is None or one.name in wanted or not candidates:
+                continue
+            found = measure({form: _probe(native, one, sizes, form) for form in (DENSE, *candidates)})
+            seconds.update({form: min(time, seconds.get(form, time)) for form, time in found.items()})
+    return tuple(
+        _choose(native, one, shares, seconds, wanted.get(one.name))
+        for one, shares, seconds in zip(layers, stored, timed, strict=True)
+    )
+
+
 def _choose(
-    native: Library | None, one: Weighted, sizes: Mapping[str, tuple[int, ...]], measure: Measure, wanted: str | None
+    native: Library | None, one: Weighted, stored: Mapping[str, float], seconds: Mapping[str, float], wanted: str | None
 ) -> LayerChoice:
-    stored = {form: _stored(one.weight, block) for form, block in FORMATS.items() if form != DENSE} | {DENSE: 1.0}
     density = stored[UNSTRUCTURED]
     if native is None:
         return LayerChoice(one.name, DENSE, density, 1.0, {}, "the kernels are not compiled")
     if wanted is not None:
         return LayerChoice(one.name, wanted, density, stored[wanted], {}, "chosen by the caller")
-    candidates = _worth_timing(stored)
-    if not candidates:
+    if not seconds:
         reason = f"{density:.0%} of the weights are not zero, and no sparse form stores fewer than {MOST_STORED:.0%}"
         return LayerChoice(one.name, DENSE, density, 1.0, {}, reason)
-    seconds = dict(measure({form: _probe(native, one, sizes, form) for form in (DENSE, *candidates)}))
-    fastest = min(candidates, key=lambda form: seconds[form])
+    fastest = min((form for form in seconds if form != DENSE), key=lambda form: seconds[form])
     ratio = seconds[DENSE] / seconds[fastest]
     if seconds[fastest] > LEAST_GAIN * seconds[DENSE]:
         reason = f"the fastest sparse form, {fastest}, runs at {ratio:.2f} times the dense speed"

@@ -11,7 +11,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,8 +23,9 @@ from graph_encoder.modes import evaluation_mode
 
 from .density import DensitySchedule, at_density
 from .files import CheckpointError
+from .kernels import ops as _ops  # noqa: F401 - defines the operators
 from .kernels.formats import BLOCKS, SparseWeight, pack, positions_of
-from .kernels.functional import sparse_conv2d
+from .kernels.gradients import layout_of
 from .kernels.native import library
 from .layer_policy import LayerPolicy, PolicyError
 from .sparsity import layer_masks, sparse_weight
@@ -253,7 +253,9 @@ class _Held:
         """Zero weights, and what an optimizer remembers of them, from now on."""
         for name, mask in dropped.items():
             weight = self.weights[name]
-            self._buffer(name).copy_(mask)
+            buffer = self._buffer(name)
+            if mask is not buffer:  # a write would count as another pattern
+                buffer.copy_(mask)
             remembered = optimizer.state[weight].values() if optimizer and weight in optimizer.state else ()
             with torch.no_grad():
                 for tensor in (weight, *remembered):
@@ -303,18 +305,10 @@ class _SkippingForward:
         if pattern is None or not is_plain or torch.is_autocast_enabled("cpu"):
             dense: Tensor = nn.Conv2d._conv_forward(layer, x, weight, bias)
             return dense
-        packed, positions = pattern
-        values = weight.reshape(-1).index_select(0, positions)
-        (stride_h, stride_w), (dilation_h, dilation_w) = layer.stride, layer.dilation
-        padding_h, padding_w = (int(side) for side in layer.padding)
-        return sparse_conv2d(
-            x,
-            replace(packed, values=values),
-            bias,
-            stride=(stride_h, stride_w),
-            padding=(padding_h, padding_w),
-            dilation=(dilation_h, dilation_w),
-        )
+        padding = [int(side) for side in layer.padding]
+        window = (list(layer.kernel_size), list(layer.stride), padding, list(layer.dilation))
+        out: Tensor = _SkippingConvolution.apply(x, weight, bias, *pattern, window)
+        return out
 
     def _current_pattern(self) -> tuple[SparseWeight, Tensor] | None:
         """The pattern, and the position of each value in the weight; None if too many weights are left."""
@@ -323,6 +317,51 @@ class _SkippingForward:
         if self._read is None or self._read[0] is not dropped or self._read[1] != dropped._version:
             self._read, self._pattern = (dropped, dropped._version), _pattern(~dropped.cpu())
         return self._pattern
+
+
+class _SkippingConvolution(torch.autograd.Function):
+    """The sparse convolution as a function of the dense weight, whose gradient is zero where the weight is dropped.
+
+    Only the input and the parameter are kept for the backward pass: a copy of the values, small and alive between large
+    activations, would leave gaps in memory that no activation fits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        packed: SparseWeight,
+        positions: Tensor,
+        window: tuple[list[int], ...],
+    ) -> Tensor:
+        """Map (batch, in, height, width) to (batch, out, out_height, out_width)."""
+        ctx.save_for_backward(x, weight)
+        ctx.packed, ctx.positions, ctx.window = packed, positions, window
+        values = weight.reshape(-1)[positions]
+        pattern = (values, packed.columns, packed.counts)
+        out: Tensor = torch.ops.secateur.sparse_conv2d(
+            x, *pattern, bias, None, len(weight), *window, packed.block, "none"
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of input, weight and bias."""
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=layout_of(x))
+        pattern = (weight.reshape(-1)[ctx.positions], ctx.packed.columns, ctx.packed.counts)
+        window, block = ctx.window, ctx.packed.block
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.secateur.sparse_conv2d_input_grad(grad, *pattern, x.shape, *window, block)
+        if ctx.needs_input_grad[1]:
+            grad_values = torch.ops.secateur.sparse_conv2d_values_grad(grad, x, *pattern, *window, block)
+            flat = grad.new_zeros(weight.numel()).index_put_((ctx.positions,), grad_values)
+            grad_weight = flat.reshape(weight.shape)
+        grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def _pattern(kept: Tensor) -> tuple[SparseWeight, Tensor] | None:

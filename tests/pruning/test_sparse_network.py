@@ -17,7 +17,7 @@ from experiments.resnet import CifarResNet
 from pruning import sparse_network
 from pruning.kernels.lowering import LoweringError
 from pruning.kernels.plan import FORMATS
-from pruning.sparse_network import SparseNetworkError, measure_in_turn, sparsify
+from pruning.sparse_network import SWEEPS, SparseNetworkError, measure_in_turn, sparsify
 
 from .kernels.layers import assert_as_exact_as_torch, compiled
 
@@ -178,10 +178,22 @@ def test_the_zeros_tell_which_forms_are_timed() -> None:
 
     report = sparsify(model, torch.zeros(1, 4, 5, 5), measure=measure).report
 
-    assert timed == [["dense", "block 16"], ["dense", "unstructured"]]
+    assert timed == [["dense", "block 16"], ["dense", "unstructured"]] * SWEEPS
     assert [layer.form for layer in report.layers] == ["dense"] * 3
     assert report.layers[0].reason == "the fastest sparse form, block 16, runs at 1.00 times the dense speed"
     assert report.layers[2].reason == "88% of the weights are not zero, and no sparse form stores fewer than 75%"
+
+
+@compiled
+def test_one_disturbed_sweep_does_not_change_the_choice() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 16, 1)).eval()
+    model[0].weight.data[:, ::2] = 0
+    sweeps = iter([{"dense": 1.0, "block 16": 5.0}, {"dense": 3.0, "block 16": 0.5}, {"dense": 0.4, "block 16": 0.5}])
+
+    report = sparsify(model, torch.zeros(1, 4, 5, 5), measure=lambda _: next(sweeps)).report
+
+    assert report.layers[0].seconds == {"dense": 0.4, "block 16": 0.5}
+    assert report.layers[0].form == "dense"
 
 
 @compiled

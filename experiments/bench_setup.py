@@ -1,0 +1,134 @@
+"""What the benchmarks of the kernels share: zeros at random, timing in turn, and readings beside their targets."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a layer is made sparse: the largest of the wanted blocks that divides its channels."""
+
+    block: int
+    density: float
+
+    def block_of(self, out_channels: int) -> int:
+        """The block for a layer of so many output channels."""
+        return next(block for block in (self.block, 8, 4, 1) if block <= self.block and not out_channels % block)
+
+    def mask(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Which weights of a layer are not zero, at random."""
+        block = self.block_of(shape[0])
+        kept = torch.rand(shape[0] // block, 1, *shape[1:], generator=generator) < self.density
+        return kept.expand(-1, block, *shape[1:]).flatten(0, 1)
+
+    def __str__(self) -> str:
+        name = "unstructured" if self.block == 1 else f"block {self.block}"
+        return f"{name}, {1 - self.density:.0%}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One ratio of the page, beside what it should be.
+
+    Attributes:
+        what: what was measured, in words.
+        threads: of PyTorch meanwhile.
+        ratio: time of the best dense side over that of the sparse one.
+        to_torch: the same for the best layout of eager PyTorch.
+        ideal: what the non-zeros would allow, or None.
+        least: the ratio that it should at least be, or None.
+        goal: the ratio that is aimed at, or None.
+    """
+
+    what: str
+    threads: int
+    ratio: float
+    to_torch: float
+    ideal: float | None
+    least: float | None
+    goal: float | None
+
+    @property
+    def row(self) -> str:
+        """As a row of the table of targets."""
+        ideal, least, goal = ("" if value is None else f"{value:.1f}" for value in (self.ideal, self.least, self.goal))
+        # What the page prints is what is compared: 1.996 is printed as 2.00.
+        ratio = round(self.ratio, 2)
+        reached = ["" if wanted is None else "yes" if ratio >= wanted else "no" for wanted in (self.least, self.goal)]
+        return (
+            f"| {self.what} | {self.threads} | {ratio:.2f} | {self.to_torch:.2f} | {ideal} | "
+            f"{least} | {reached[0]} | {goal} | {reached[1]} |"
+        )
+
+
+def table_of(readings: Iterable[Reading]) -> str:
+    """All readings as Markdown."""
+    header = "| what | threads | ratio | to PyTorch's best layout | ideal | at least | reached | goal | reached |"
+    return "\n".join([header, "|---" * 9 + "|", *(reading.row for reading in readings)])
+
+
+def time_in_turn(
+    sides: dict[str, Callable[[], object]], rounds: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Seconds of each call by the clock and of processor time, by side, shape ``(rounds,)``.
+
+    Each round starts one side later. An untimed call goes before each timed one, or a side would pay for the caches
+    that the one before it filled.
+    """
+    names = list(sides)
+    seconds, busy = ({name: np.empty(rounds) for name in names} for _ in range(2))
+    for round_index in range(-3, rounds):
+        for turn in range(len(names)):
+            name = names[(round_index + turn) % len(names)]
+            sides[name]()
+            start, start_busy = time.perf_counter(), time.process_time()
+            sides[name]()
+            if round_index >= 0:
+                seconds[name][round_index] = time.perf_counter() - start
+                busy[name][round_index] = time.process_time() - start_busy
+    return seconds, busy
+
+
+def ratio_with_quartiles(base: np.ndarray, side: np.ndarray) -> str:
+    """Ratio of the medians of two sides, with the quartiles of the ratio over the rounds."""
+    low, high = np.percentile(base / side, [25, 75])
+    return f"{np.median(base) / np.median(side):.2f} ({low:.2f} to {high:.2f})"
+
+
+def fastest(sides: Iterable[str], seconds: Mapping[str, np.ndarray]) -> str:
+    """The side with the least median."""
+    return min(sides, key=lambda side: float(np.median(seconds[side])))
+
+
+def prune(model: nn.Module, scheme: Scheme, generator: torch.Generator) -> nn.Module:
+    """A copy with random zeros in all convolutions but the first."""
+    pruned = copy.deepcopy(model)
+    for module in [module for module in pruned.modules() if isinstance(module, nn.Conv2d)][1:]:
+        module.weight.data *= scheme.mask(module.weight.shape, generator)
+    return pruned
+
+
+def processor_time_ratio(busy: dict[str, np.ndarray], dense: Iterable[str], side: str) -> float:
+    """How much more processor time the most frugal dense side takes than a sparse one, by medians."""
+    return float(min(np.median(busy[name]) for name in dense) / np.median(busy[side]))
+
+
+def geometric_mean(ratios: Sequence[float], counts: Sequence[int]) -> float:
+    """Of ratios, each as often as its layer occurs."""
+    return math.exp(sum(n * math.log(ratio) for ratio, n in zip(ratios, counts, strict=True)) / sum(counts))
+
+
+def random_network(constructor: Callable[[], nn.Module], size: int) -> tuple[nn.Module, Tensor]:
+    """A network with random weights, and an input."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return constructor().eval(), torch.randn(1, 3, size, size)
