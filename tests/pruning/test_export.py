@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import errno
 import hashlib
 import io
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -195,6 +197,16 @@ def program_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("program") / "model.pt2"
     export_program(Residual().eval(), EXAMPLE, path)
     return path
+
+
+def test_onnx_file_does_not_depend_on_the_layout_of_the_weights(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    operators = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        export_onnx(copy.deepcopy(model).to(memory_format=layout), EXAMPLE, tmp_path / "model.onnx")
+        operators[layout] = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+
+    assert operators[torch.channels_last] == operators[torch.contiguous_format]
 
 
 def test_program_agrees_with_pytorch_at_any_batch_size(program_file: Path) -> None:
