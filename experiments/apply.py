@@ -27,7 +27,7 @@ from .outcome import DENSE, Latency, Speed
 from .problem import least_squares
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
-from .search import Watch, build_problem, check_budget, importance_of
+from .search import Watch, build_problem, importance_of, space_of_graph
 from .subject import Subject, prepare_subject, report_dense
 
 COMPRESSED = "the compressed network"
@@ -70,7 +70,7 @@ def apply_saved(
         if not config.budget:
             msg = "an agent plans for a budget; pass --budget"
             raise ConfigError(msg)
-        subject = prepare_subject(config, device, display, stop, check=lambda graph: check_budget(config, graph))
+        subject = prepare_subject(config, device, display, stop, check=lambda graph: space_of_graph(config, graph))
         report_dense(subject, display)
         return _apply_agent(source, subject, out, evaluations, display, stop)
     if evaluations:

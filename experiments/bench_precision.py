@@ -27,7 +27,7 @@ from .outcome import budget_words
 from .problem import SearchProblem
 from .progress import RunDisplay
 from .results_cells import markdown
-from .search import build_problem, check_budget, importance_of
+from .search import build_problem, importance_of, space_of_graph
 from .subject import prepare_subject
 
 SPREAD = 0.5
@@ -76,7 +76,7 @@ def main(
 
 def _problem(config: RunConfig, display: RunDisplay) -> SearchProblem:
     device = set_up_device(config.device, config.threads)
-    subject = prepare_subject(config, device, display, StopFlag(), check=lambda graph: check_budget(config, graph))
+    subject = prepare_subject(config, device, display, StopFlag(), check=lambda graph: space_of_graph(config, graph))
     return build_problem(subject, importance_of(subject), Journal())
 
 

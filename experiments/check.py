@@ -10,22 +10,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from envs.action import SearchSpace
 from graph_encoder.capture import capture
 from graph_encoder.network import ChannelGroup, NetworkGraph
-from latency.budget import Budget, BudgetError
-from latency.cost import CostKind
+from latency.budget import Budget, BudgetError, in_words
+from latency.cost import CostKind, CostModel
+from latency.predict import LatencyModel
 from pruning.proof import Proof, prove
 
-from .config import ConfigError, RunConfig
+from .config import RunConfig
 from .floor import LatencyFloors, find_floors
-from .models import build_model, load_weights
-from .outcome import amount
-from .search import check_budget
-from .user_function import is_reference
+from .models import build_model, image_sizes, load_weights
+from .outcome import amount, budget_words
+from .search import space_of_graph
 
 COST_KINDS: tuple[CostKind, ...] = ("macs", "params")
 N_IMAGES = 8
@@ -42,7 +41,8 @@ class CheckReport:
         lowest: lowest reachable cost by kind, with what is protected by default, None if nothing can be removed.
         decided: names of the groups that a search decides by default.
         floors: the least latency, where a table was given.
-        refusal: why the budget that was asked for is refused, None if it can be met or there is none.
+        met: the budgets that were asked for and can be met, in words; None if there are none.
+        refusal: why a budget that was asked for is refused, None if all can be met or there is none.
     """
 
     graph: NetworkGraph
@@ -50,6 +50,7 @@ class CheckReport:
     lowest: dict[CostKind, int | None]
     decided: frozenset[str]
     floors: LatencyFloors | None = None
+    met: str | None = None
     refusal: str | None = None
 
     @property
@@ -81,6 +82,7 @@ class CheckReport:
             *(f"  {name}: {reason}" for name, reason in graph.skipped.items()),
             f"proof           removing equals masking in {len(self.proof) - len(failed)} of {len(self.proof)} trials",
             *(f"  FAILED: {result.subject}: {_failure(result)}" for result in failed),
+            *([f"budget met      {self.met}"] if self.met else ()),
             *([f"budget refused  {self.refusal}"] if self.refusal else ()),
         ]
 
@@ -92,6 +94,7 @@ class CheckReport:
             "params": graph.params,
             "lowest": self.lowest,
             "latency": self.floors and self.floors.to_dict(),
+            "met": self.met,
             "refusal": self.refusal,
             "groups": [
                 {
@@ -132,8 +135,7 @@ def check_named(
 
     Args:
         name: of the model, as for `build_model`.
-        shape: channels, height and width of an image, as ``3,224,224``; none is 32 pixels for the bundled networks
-            and 224 for all others.
+        shape: of an image, as for `image_sizes`.
         n_classes: outputs.
         weights: trained weights; none draws them by ``seed``.
         seed: of weights, inputs and the units removed in the proof.
@@ -142,18 +144,13 @@ def check_named(
             with which the floor is found and timed, with or without a budget.
 
     Raises:
-        ConfigError: if the shape is not three numbers.
+        ConfigError: if nothing can be decided.
+        ModelError: if there is no such network, the weights do not fit it, or the shape is not three numbers.
         TraceError: if the network cannot be captured.
         TableError: if the table does not hold the layers of the network.
     """
     config = config or RunConfig()
-    bundled = not is_reference(name) and name not in torchvision.models.list_models()
-    shape = shape or ("3,32,32" if bundled else "3,224,224")
-    parts = shape.replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        msg = f"shape '{shape}' is not understood; give channels, height and width, for example 3,224,224"
-        raise ConfigError(msg)
-    channels, height, width = map(int, parts)
+    channels, height, width = image_sizes(name, shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(name, n_classes, channels).eval()
@@ -163,14 +160,28 @@ def check_named(
     report = check_network(model, torch.randn(2, channels, height, width, generator=generator), seed=seed)
     try:
         if config.latency.table is None:
-            if budgets:
-                check_budget(config.model_copy(update={"budget": tuple(budgets)}), report.graph)
-            return report
+            if not budgets:
+                return report
+            asked = config.model_copy(update={"budget": tuple(budgets)})
+            return replace(report, met=_least_words(space_of_graph(asked, report.graph)))
         images = torch.randn(N_IMAGES, channels, height, width, generator=generator)
         floors = find_floors(model, report.graph, config, budgets, images)
     except BudgetError as error:
         return replace(report, refusal=str(error))
-    return replace(report, floors=floors, refusal=floors.refusal)
+    met = f"{budget_words(budgets)}; the floor is above" if budgets and floors.refusal is None else None
+    return replace(report, floors=floors, met=met, refusal=floors.refusal)
+
+
+def _least_words(space: SearchSpace) -> str:
+    """Each budget of a space with the least that can be reached, in words."""
+    return "; ".join(
+        f"{_share(bound.limit, bound.cost)}, of which {_share(space.lowest_of(bound.cost), bound.cost)} is the least"
+        for bound in space.bounds
+    )
+
+
+def _share(cost: int, of: CostModel | LatencyModel) -> str:
+    return f"{in_words(cost, of.kind)} ({cost / of.dense:.1%})"
 
 
 def check_network(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, seed: int = 0) -> CheckReport:

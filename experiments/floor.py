@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from envs.action import SearchSpace
 from envs.evaluator import CandidateEvaluator
 from graph_encoder.network import NetworkGraph
-from latency.budget import Budget, in_words
+from latency.budget import Budget, BudgetError, in_words
 from latency.measure import Comparison
 from latency.runtimes import LatencyError
 from latency.table import LatencyTable, TableError
@@ -21,7 +20,7 @@ from latency.table import LatencyTable, TableError
 from .clock import Clock
 from .config import ConfigError, Decision, RunConfig
 from .outcome import DENSE
-from .search import search_space
+from .search import space_of_graph
 
 CHOICES: tuple[tuple[Decision, ...], ...] = (("channels",), ("bits",), ("channels", "bits"))
 """What floors are looked for: pruning alone, bits alone, and both."""
@@ -118,7 +117,7 @@ def find_floors(
         images: inputs of the network, a few: statistics and ranges are read off them.
 
     Raises:
-        BudgetError: if a budget of another kind cannot be met.
+        BudgetError: if a budget of another kind cannot be met, whatever is decided.
         TableError: if the table does not hold the layers of the network.
         ConfigError: if nothing can be decided.
         ExportError: if the runtime takes ONNX and the network cannot be written as such.
@@ -130,7 +129,7 @@ def find_floors(
     choices = (config.search.decide,) if "decide" in config.search.model_fields_set else CHOICES
     spaces: dict[tuple[Decision, ...], SearchSpace] = {}
     notes: list[str] = []
-    refused: Exception | None = None
+    refused: list[Exception] = []
     for decide in choices:
         whole = config.model_copy(
             update={
@@ -139,13 +138,13 @@ def find_floors(
             }
         )
         try:
-            spaces[decide] = search_space(whole, graph, _equal_importance(graph))
-        except (TableError, ConfigError) as error:
-            refused = error
+            spaces[decide] = space_of_graph(whole, graph)
+        except (BudgetError, TableError, ConfigError) as error:
+            refused.append(error)
             hint = " (with --integers)" if "bits" in decide and isinstance(error, TableError) else ""
             notes.append(f"{', '.join(decide)}: {error}{hint}")
-    if refused and not spaces:
-        raise refused
+    if not spaces:
+        raise refused[0]
     floors = [Floor(decide, space.lowest_cost, space.cost.dense) for decide, space in spaces.items()]
     try:
         clock = Clock.of_table(table)
@@ -191,7 +190,3 @@ def _measured(
         networks[f"floor {place}"] = clock.artifact(builder.build(space.policy(space.fastest)), images)
     report = clock.time(networks, images)
     return (report.compare(f"floor {place}", DENSE, clock.runtime.name) for place in range(len(spaces)))
-
-
-def _equal_importance(graph: NetworkGraph) -> dict[str, Tensor]:
-    return {group.name: torch.zeros(group.size) for group in graph.prunable}

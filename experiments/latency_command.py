@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -41,10 +40,8 @@ from pruning.layer_policy import FULL_BITS
 from pruning.policy import CompressionPolicy
 from pruning.surgery import apply_policy
 
-from .config import ConfigError
 from .machine import current_commit
-from .models import build_model
-from .user_function import is_reference
+from .models import build_model, image_sizes
 
 Say = Callable[[str], None]
 
@@ -77,11 +74,10 @@ class Subject:
         """Build and capture the network called ``name``; every prunable group may lose units.
 
         Raises:
-            ConfigError: if the shape is not three numbers.
+            ModelError: if there is no such network, or the shape is not three numbers.
             TraceError: if the network cannot be captured.
         """
-        bundled = not is_reference(name) and name not in torchvision.models.list_models()
-        channels, height, width = _sizes(shape or ("3,32,32" if bundled else "3,224,224"))
+        channels, height, width = image_sizes(name, shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = _with_random_statistics(build_model(name, n_classes, channels).eval())
@@ -373,12 +369,3 @@ def _with_random_statistics(model: nn.Module) -> nn.Module:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.running_mean.normal_(0, 0.1)
     return model
-
-
-def _sizes(shape: str) -> tuple[int, int, int]:
-    parts = shape.replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        msg = f"shape '{shape}' is not understood; give channels, height and width, for example 3,224,224"
-        raise ConfigError(msg)
-    channels, height, width = map(int, parts)
-    return channels, height, width

@@ -189,9 +189,9 @@ def search_space(config: RunConfig, graph: NetworkGraph, importance: Mapping[str
         raise ConfigError(str(error)) from error
 
 
-def check_budget(config: RunConfig, graph: NetworkGraph) -> None:
-    """Raise what `search_space` would, before anything is known of the weights."""
-    search_space(config, graph, {group.name: torch.zeros(group.size) for group in graph.prunable})
+def space_of_graph(config: RunConfig, graph: NetworkGraph) -> SearchSpace:
+    """What a run may decide, before anything is known of the weights: `search_space` with all units alike."""
+    return search_space(config, graph, {group.name: torch.zeros(group.size) for group in graph.prunable})
 
 
 def _subject(
@@ -200,7 +200,7 @@ def _subject(
     """Network and images; the dense weights are kept in the run, so that it needs no other file to continue."""
     saved = folder.dense_file if folder.dense_file.exists() else None
     subject = prepare_subject(
-        config, device, display, stop, weights=saved, check=lambda graph: check_budget(config, graph)
+        config, device, display, stop, weights=saved, check=lambda graph: space_of_graph(config, graph)
     )
     if saved is None:
         report_dense(subject, display)

@@ -105,6 +105,21 @@ def test_a_budget_that_only_bits_reach_says_so(command: Command, tmp_path: Path)
     assert "  the budget is out of reach of 'channels' or 'bits', and within that of 'channels, bits'" in done.out
 
 
+def test_what_does_not_change_another_budget_is_left_out(command: Command, tmp_path: Path) -> None:
+    table = saved_table(tmp_path, IntegerFormulaDevice(), [8, 32])
+    options = ("--latency-table", table, "--budget", "90% latency, 50% macs")
+
+    done, bits = command("check", *TINY, *options), command("check", *TINY, *options, "--set", "search.decide=[bits]")
+
+    reason = "cannot be met: nothing that is decided (bits) changes it; decide channels or density, or leave macs out"
+    assert done.code == 0
+    assert re.search(rf"\n  bits: a budget of .* {re.escape(reason)} of the budget\n", done.out)
+    assert done.out.splitlines()[-1] == (
+        "budget met      at most 90 % of its latency and 50 % of its MACs; the floor is above"
+    )
+    assert bits.code == 1 and reason in bits.out.splitlines()[-1]
+
+
 def test_what_the_search_decides_can_be_said(command: Command, tmp_path: Path) -> None:
     table = saved_table(tmp_path, FormulaDevice(), [32])
 
@@ -133,7 +148,11 @@ def test_a_budget_of_another_kind_is_checked_too(command: Command) -> None:
     )
 
     assert (within.code, under.code) == (0, 1)
+    macs, size = within.out.splitlines()[-1].split("; ")
+    # 9,216, 442,368, 884,736 and 96 of them.
+    assert macs.startswith("budget met      668,208 macs (50.0%), of which ") and macs.endswith("%) is the least")
     # 160, 6,960, 13,856 and 99 parameters of 4 bytes.
+    assert size.startswith("16,860 bytes (20.0%), of which ") and size.endswith("%) is the least")
     assert under.out.splitlines()[-1].startswith(
         "budget refused  a budget of 3,372 bytes (4.0% of the dense 84,300 bytes)"
     )

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.data import DataRecipe, ImageData, SplitRecipe, make_evaluate
 from experiments.image_folder import write_split_lists
-from experiments.models import ModelError, build_model, load_weights
+from experiments.models import ModelError, build_model, image_sizes, load_weights
 from experiments.user_function import UserFunctionError
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -246,3 +246,25 @@ def test_mobilenet_for_small_images_ends_at_an_eighth_of_their_size() -> None:
     with torch.inference_mode():
         assert model.features(torch.zeros(1, 1, 32, 32)).shape == (1, 1280, 4, 4)
         assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "sizes"),
+    [
+        ("resnet20", None, (3, 32, 32)),
+        ("resnet18", None, (3, 224, 224)),
+        ("resnet20", "1,28,20", (1, 28, 20)),
+        ("resnet18", "3x64x64", (3, 64, 64)),
+    ],
+)
+def test_image_sizes_are_the_text_or_those_of_the_network(
+    name: str, shape: str | None, sizes: tuple[int, int, int]
+) -> None:
+    assert image_sizes(name, shape) == sizes
+
+
+@pytest.mark.parametrize("shape", ["3,32", "3,32,-1", "3,0,32", "a,b,c"])
+def test_a_shape_that_is_not_three_numbers_is_refused(shape: str) -> None:
+    msg = f"shape '{shape}' is not understood; give channels, height and width, for example 3,224,224"
+    with pytest.raises(ModelError, match=f"^{re.escape(msg)}$"):
+        image_sizes("resnet20", shape)
