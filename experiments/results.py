@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +31,7 @@ from .matrix import EVALUATIONS, SHORTCUT_GROUPS, Cell, matrix
 from .problem import PROBES
 from .progress import RunDisplay
 from .results_page import render_page
-from .run import RunBusyError, RunFolder
+from .run import RunBusyError, RunFolder, locked
 from .search import create_run, resume_run
 from .standalone_training import train_named
 
@@ -93,14 +92,19 @@ class Sitting:
         return self.root / f"{model}-latency.json"
 
     def prepare(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
-        """Train the cell's network, and time its layers, where that was not done before."""
+        """Train the cell's network, and time its layers, where that was not done before.
+
+        Raises:
+            RunBusyError: if another sitting does so for a cell of the same network.
+        """
         model = cell.options["model.name"]
-        weights = self._weights(model)
-        if not weights.exists():
-            recipe = {"model.name": model, "budget": None, "latency.table": None, "model.weights": None} | TRAINING
-            train_named(load_config(None, self._options(cell) | recipe), weights, display, stop)
-        if cell.is_timed:
-            build_named(model, self._table(model), bits=(8, FULL_BITS), say=display.say)
+        with locked(self.root / f".{model}.lock", f"on the weights and the table of {model}"):
+            weights = self._weights(model)
+            if not weights.exists():
+                recipe = {"model.name": model, "budget": None, "latency.table": None, "model.weights": None} | TRAINING
+                train_named(load_config(None, self._options(cell) | recipe), weights, display, stop)
+            if cell.is_timed:
+                build_named(model, self._table(model), bits=(8, FULL_BITS), say=display.say)
 
     def is_done(self, cell: Cell) -> bool:
         """Whether the cell needs no more work."""
@@ -113,11 +117,23 @@ class Sitting:
         return not source or (self.root / source / "results.json").exists()
 
     def carry_out(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
-        """Start or continue one cell."""
+        """Start or continue one cell.
+
+        Raises:
+            RunBusyError: if another sitting works on it, or on what it needs.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with locked(self.root / f".{cell.name}.lock", f"on cell {cell.name}"):
+            # Another sitting may have finished it since it was looked at.
+            if not self.is_done(cell):
+                self._carry_out(cell, display, stop)
+
+    def _carry_out(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
         folder = self.root / cell.name
-        if source := self._applied_in(cell):
+        if not (folder / "config.yaml").exists():
             # What an interrupted sitting left of it would be refused as a folder that exists.
             shutil.rmtree(folder, ignore_errors=True)
+        if source := self._applied_in(cell):
             facts = apply_saved(source, self.config(cell), folder / "network", 0, display, stop)
             write_atomic(folder / "applied.json", json.dumps(facts, indent=2).encode())
             return
@@ -190,8 +206,10 @@ def main(
                     continue
                 display.say(f"cell {cell.name}")
                 # Several sittings may share the cells: each takes the next one that is free.
-                with suppress(RunBusyError):
+                try:
                     sitting.carry_out(cell, display, stop)
+                except RunBusyError as busy:
+                    display.say(f"cell {cell.name} is left out: {busy}")
         except Interrupted as stopped:
             display.say(f"{stopped}; run the same command to go on")
         finally:

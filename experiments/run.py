@@ -23,7 +23,27 @@ class RunError(RuntimeError):
 
 
 class RunBusyError(RunError):
-    """Another process works in the run folder."""
+    """Another process does what is to be done."""
+
+
+@contextmanager
+def locked(file: Path, where: str) -> Iterator[None]:
+    """Keep other processes out while this one works; the system frees the lock when it ends, however it ends.
+
+    Args:
+        file: what stands for the work; it is made if missing, and stays.
+        where: where the other process works, for the message.
+
+    Raises:
+        RunBusyError: if another process holds the lock.
+    """
+    with file.open("w") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            msg = f"another process works {where}; wait for it or stop it"
+            raise RunBusyError(msg) from None
+        yield
 
 
 @dataclass(frozen=True)
@@ -115,17 +135,12 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep a second process out of the folder; the system frees the lock when this one ends, however it ends.
+        """Keep a second process out of the folder; see `locked`.
 
         Raises:
             RunBusyError: if another process works in the folder.
         """
-        with (self.root / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                msg = f"another process works in run folder {self.root}; wait for it or stop it"
-                raise RunBusyError(msg) from None
+        with locked(self.root / ".lock", f"in run folder {self.root}"):
             yield
 
     @classmethod

@@ -3,14 +3,20 @@ from pathlib import Path
 
 import pytest
 
-from experiments.matrix import matrix
+from experiments.data import DataError
+from experiments.interrupt import StopFlag
+from experiments.matrix import Cell, matrix
+from experiments.progress import RunDisplay
+from experiments.results import Sitting
 from experiments.results_cells import interval, spread
 from experiments.results_page import render_page
-from experiments.run import RunFolder
+from experiments.run import RunBusyError, RunFolder, locked
 
 from .outcomes import outcome, row
 
-NAMES = [cell.name for cell in matrix("ppo")]
+CELLS = {cell.name: cell for cell in matrix("ppo")}
+NAMES = list(CELLS)
+SEARCH, APPLIED = (CELLS[name] for name in ("resnet56-ppo-seed0", "transfer-resnet56"))
 
 
 def finish(root: Path, name: str, judged: dict[str, str], **accuracies: float) -> None:
@@ -24,6 +30,19 @@ def finish(root: Path, name: str, judged: dict[str, str], **accuracies: float) -
         folder.judged_file.write_text(digits)
 
 
+def sitting_at(root: Path) -> Sitting:
+    """A sitting with weights and lists of images, but without the images."""
+    for path in ("models/resnet56-cifar10.safetensors", "lists/test-even.txt", "lists/test-odd.txt"):
+        (root / path).parent.mkdir(exist_ok=True)
+        (root / path).touch()
+    return Sitting(root, root / "no-images", root / "models", "ppo")
+
+
+def carry_out(sitting: Sitting, cell: Cell) -> None:
+    with RunDisplay(quiet=True) as display:
+        sitting.carry_out(cell, display, StopFlag())
+
+
 def section(page: str, title: str) -> list[str]:
     """Lines of one section of the page."""
     return page.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
@@ -34,6 +53,48 @@ def test_matrix_holds_every_method_and_seed_once_and_the_most_telling_first() ->
     assert NAMES[:3] == ["resnet56-uniform-seed0", "resnet56-sensitivity-seed0", "resnet56-magnitude-seed0"]
     assert [f"tuned-resnet20-seed{seed}" in NAMES for seed in range(6)] == [True] * 5 + [False]
     assert NAMES.index("resnet18_cifar-joint") == NAMES.index("tuned-resnet56-seed0") + 1
+
+
+@pytest.mark.parametrize("cell", [SEARCH, APPLIED], ids=lambda cell: cell.name)
+def test_a_cell_is_kept_from_a_second_sitting(tmp_path: Path, cell: Cell) -> None:
+    sitting, mine = sitting_at(tmp_path), tmp_path / cell.name / "network"
+    mine.mkdir(parents=True)
+
+    with (
+        locked(tmp_path / f".{cell.name}.lock", ""),
+        pytest.raises(RunBusyError, match=f"^another process works on cell {cell.name}; wait for it or stop it$"),
+    ):
+        carry_out(sitting, cell)
+
+    assert mine.exists()
+
+
+def test_the_weights_of_a_network_are_kept_from_a_second_sitting(tmp_path: Path) -> None:
+    message = "^another process works on the weights and the table of resnet56; wait for it or stop it$"
+    with locked(tmp_path / ".resnet56.lock", ""), pytest.raises(RunBusyError, match=message):
+        carry_out(sitting_at(tmp_path), SEARCH)
+
+    assert not (tmp_path / SEARCH.name).exists()
+
+
+def test_a_cell_that_another_sitting_has_finished_is_not_done_again(tmp_path: Path) -> None:
+    (tmp_path / APPLIED.name).mkdir()
+    (tmp_path / APPLIED.name / "applied.json").write_text("{}")
+
+    carry_out(sitting_at(tmp_path), APPLIED)
+
+    assert (tmp_path / APPLIED.name / "applied.json").read_text() == "{}"
+
+
+def test_a_cell_that_was_killed_while_its_folder_was_made_starts_again(tmp_path: Path) -> None:
+    (tmp_path / SEARCH.name).mkdir()
+    (tmp_path / SEARCH.name / "machine.json").touch()
+
+    # The folder is no obstacle: it comes as far as the images, which are not there.
+    with pytest.raises(DataError, match="no-images"):
+        carry_out(sitting_at(tmp_path), SEARCH)
+
+    assert (tmp_path / SEARCH.name / "config.yaml").exists()
 
 
 def test_cells_that_were_not_run_are_said_to_be(tmp_path: Path) -> None:
