@@ -306,7 +306,7 @@ def latency_build(
     runtime: Annotated[
         str, typer.Option(help="onnxruntime, openvino, pytorch-eager, pytorch-compile, ...")
     ] = "onnxruntime",
-    threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of the runtime.", min=1)] = 1,
     shape: Shape = None,
     classes: Classes = 10,
     rounding: Rounding = None,
@@ -378,7 +378,9 @@ def latency_check(
 def latency_measure(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     runtime: Annotated[str, typer.Option(help="onnxruntime or openvino.")] = "onnxruntime",
-    threads: Annotated[list[int], typer.Option(help="Threads of the runtime; may be given several times.")] = [1],  # noqa: B006 - typer copies it
+    threads: Annotated[
+        list[int] | None, typer.Option(help="Threads of the runtime, by default 1; may be given several times.", min=1)
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Timed calls of each network.", min=6)] = 100,
     host: Host = None,
     host_python: HostPython = "python3",
@@ -390,7 +392,7 @@ def latency_measure(
     from .outcome import plain_lines
 
     remote = Remote(host, host_python) if host else None
-    readings = measure_run(run, runtime=runtime, threads=threads, rounds=rounds, remote=remote, say=_to_stderr)
+    readings = measure_run(run, runtime=runtime, threads=threads or (1,), rounds=rounds, remote=remote, say=_to_stderr)
     if as_json:
         _print_facts([reading.to_dict() for reading in readings], as_json)
     else:

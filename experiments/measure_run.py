@@ -16,6 +16,7 @@ from pruning.export import read_manifest
 
 from .latency_command import Remote, Say, device_for
 from .outcome import DENSE
+from .progress import count
 from .run import RunError, RunFolder
 
 WARMUP = 10
@@ -107,7 +108,7 @@ def measure_run(
         if device.takes != "onnx":
             msg = f"runtime '{runtime}' takes no ONNX files, which is what a run saves; pass onnxruntime or openvino"
             raise LatencyError(msg)
-        say(f"{root}: {len(files)} networks with {n} thread(s), {rounds} rounds")
+        say(f"{root}: {len(files)} networks with {count(n, 'thread')}, {rounds} rounds")
         readings += _timed(device, folder, files, rounds)
     return readings
 

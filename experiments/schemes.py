@@ -43,7 +43,7 @@ from .image_folder import write_split_lists
 from .interrupt import Interrupted, StopFlag, stop_on_signals
 from .machine import describe_machine, set_up_device
 from .models import ModelError, build_model, load_weights
-from .progress import RunDisplay
+from .progress import RunDisplay, count
 from .schemes_cells import Cell, matrix
 from .schemes_page import write_page
 from .schemes_timing import time_networks
@@ -125,7 +125,9 @@ class Sitting:
         before, asked = json.loads(path.read_text())["recipe"], self._plain_recipe(cell)
         if before != asked:
             changed = ", ".join(
-                f"{key} {before.get(key)}, now {asked[key]}" for key in asked if before[key] != asked[key]
+                f"{key} {before.get(key)}, now {asked.get(key)}"
+                for key in {**asked, **before}
+                if before.get(key) != asked.get(key)
             )
             msg = f"'{path.parent}' was made by another recipe: {changed}; ask for the same one, or name another --root"
             raise SchemesError(msg)
@@ -166,7 +168,7 @@ class Sitting:
             before = json.loads(path.read_text())
             if list(before["networks"]) == names and before["rounds"] >= self.rounds:
                 return
-        display.say(f"timing {len(cells)} networks of {model} with {threads} thread(s)")
+        display.say(f"timing {len(cells)} networks of {model} with {count(threads, 'thread')}")
         n_classes = len(self.image_data.classes)
         networks = {
             name: load_compressed(self.root / model / name / "network", lambda: build_model(model, n_classes))
@@ -241,8 +243,8 @@ def main(
                 display.say(f"cell {cell.folder}")
                 sitting.carry_out(cell, display, stop)
             for model, own in _first_seed(sitting, cells).items() if not render else ():
-                for count in threads or (1, 2):
-                    sitting.time(model, own, count, display)
+                for n_threads in threads or (1, 2):
+                    sitting.time(model, own, n_threads, display)
                     stop.check()
         except Interrupted as stopped:
             display.say(f"{stopped}; run the same command to go on")

@@ -56,3 +56,10 @@ def test_a_run_without_files_is_refused(run: Path, command: Command) -> None:
         f"error: run {run} holds no ONNX file of uniform: it was run with measure.onnx off, or the export failed, "
         "which its output says\n"
     )
+
+
+@pytest.mark.parametrize("task", [("measure", "run"), ("build", "--model", "resnet20", "--out", "table.json")])
+def test_no_threads_are_refused(task: tuple[str, ...], command: Command) -> None:
+    done = command("latency", *task, "--threads", "0")
+    assert done.code == 2
+    assert "Invalid value for '--threads'" in done.err
