@@ -14,7 +14,7 @@ from envs.action import decode
 from envs.evaluator import CandidateEvaluator
 from envs.journal import Journal
 from latency.cost import count_macs, count_params, predict_cost
-from latency.measure import measure_latency
+from latency.measure import measure
 from pruning.export import export_onnx, save_compressed
 from pruning.policy import CompressionPolicy
 
@@ -23,11 +23,12 @@ from .config import ConfigError, RunConfig
 from .interrupt import StopFlag
 from .machine import set_up_device
 from .methods import ranked_plans
-from .outcome import DENSE, Latency, Speed
+from .outcome import DENSE, Latency, speeds_that_count
 from .problem import least_squares
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
 from .search import Watch, build_problem, importance_of, space_of_graph
+from .sparse_times import prepared_networks, variants_of
 from .subject import Subject, prepare_subject, report_dense
 
 COMPRESSED = "the compressed network"
@@ -89,7 +90,7 @@ def apply_saved(
         channels_last=True,
         autocast=settings.autocast,
     )
-    return _saved(subject, builder, policy, out)
+    return _saved(subject, builder, policy, out, display)
 
 
 def _apply_agent(
@@ -110,7 +111,7 @@ def _apply_agent(
     uniform = decode(np.zeros(problem.space.n), problem.space)
     evaluate = subject.evaluate_on_validation()
     uniform_network = evaluator.build(uniform)
-    saved, uniform_accuracy = _saved(subject, evaluator, policy, out), evaluate(uniform_network)
+    saved, uniform_accuracy = _saved(subject, evaluator, policy, out, display), evaluate(uniform_network)
     return saved | {
         "uniform_accuracy": uniform_accuracy,
         "uniform_macs": count_macs(uniform_network, subject.example(2)),
@@ -137,14 +138,18 @@ def agent_verdict(accuracy: float, uniform_accuracy: float, evaluations: int) ->
     )
 
 
-def _saved(subject: Subject, builder: CandidateEvaluator, policy: CompressionPolicy, out: Path) -> dict[str, Any]:
+def _saved(
+    subject: Subject, builder: CandidateEvaluator, policy: CompressionPolicy, out: Path, display: RunDisplay
+) -> dict[str, Any]:
     """Build, save and score the network that ``policy`` leaves."""
     evaluate, example = subject.evaluate_on_validation(), subject.example(2)
     network = builder.build(policy)
     save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
     export_onnx(network, example, out / "model.onnx", images=subject.calibration()[0])
-    speeds = _speeds(subject, network, policy, out / "model.onnx")
-    missing = [str(speed) for speed in speeds if speed.verdict != "faster"]
+    own, dense = _times(subject, network, policy, out / "model.onnx", display)
+    counting = speeds_that_count(COMPRESSED, own, dense, has_zeros=bool(policy.sparse_layers))
+    speeds = [*speeds_that_count(COMPRESSED, own, dense, has_zeros=False), *counting]
+    missing = [str(speed) for speed in counting if speed.verdict != "faster"]
     return {
         "network": str(out),
         "dense_accuracy": evaluate(subject.model),
@@ -161,22 +166,22 @@ def _saved(subject: Subject, builder: CandidateEvaluator, policy: CompressionPol
     }
 
 
-def _speeds(subject: Subject, network: nn.Module, policy: CompressionPolicy, onnx: Path) -> list[Speed]:
-    """The compressed network against the dense one, in turns on PyTorch (floats only) and on ONNX Runtime."""
+def _times(
+    subject: Subject, network: nn.Module, policy: CompressionPolicy, onnx: Path, display: RunDisplay
+) -> tuple[list[Latency], list[Latency]]:
+    """The compressed network and the dense one, in turns on each runtime that says something of them."""
+    settings = subject.config.measure
+    x = subject.example(settings.batch_size).cpu()
+    # PyTorch only simulates integers, and takes longer for it: that time says nothing.
+    is_simulated = any(layer.is_quantized for layer in policy.layers.values())
+    modules = {} if is_simulated else {DENSE: subject.model, COMPRESSED: network}
+    modules = {name: copy.deepcopy(module).cpu() for name, module in modules.items()}
+    prepared = prepared_networks(modules, x, display) if policy.sparse_layers else {}
     with tempfile.TemporaryDirectory() as scratch:
         dense_onnx = Path(scratch) / "dense.onnx"
         export_onnx(subject.model, subject.example(2), dense_onnx)
-        # PyTorch only simulates integers, and takes longer for it: that time says nothing.
-        is_simulated = any(layer.is_quantized for layer in policy.layers.values())
-        modules = {} if is_simulated else {DENSE: subject.model, COMPRESSED: network}
-        report = measure_latency(
-            {name: copy.deepcopy(module).cpu() for name, module in modules.items()},
-            subject.example(subject.config.measure.batch_size).cpu(),
-            onnx={DENSE: dense_onnx, COMPRESSED: onnx},
-            n_runs=subject.config.measure.n_runs,
-        )
-    dense = {entry.runtime: entry for entry in report.entries if entry.model == DENSE}
-    own = [entry for entry in report.entries if entry.model == COMPRESSED]
-    return [
-        Latency.of(each, dense[each.runtime]).speed(COMPRESSED, Latency.of(dense[each.runtime], None)) for each in own
-    ]
+        timed = variants_of(modules, {DENSE: dense_onnx, COMPRESSED: onnx}, prepared)
+        report = measure(timed, x, n_runs=settings.n_runs)
+    before = {entry.runtime: entry for entry in report.entries if entry.model == DENSE}
+    own = [Latency.of(entry, before.get(entry.runtime)) for entry in report.entries if entry.model == COMPRESSED]
+    return own, [Latency.of(entry, None) for entry in before.values()]

@@ -13,8 +13,7 @@ from torch import nn
 
 from envs.journal import Journal
 from latency.cost import count_macs, count_params, predict_cost, size_bytes
-from latency.measure import Variant, measure
-from latency.runtimes import ONNXRUNTIME, PYTORCH, SPARSE
+from latency.measure import measure
 from pruning.export import ExportError, export_onnx, save_compressed
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
@@ -32,7 +31,7 @@ from .progress import RunDisplay
 from .report import render_report
 from .run import MethodFolder, RunFolder
 from .scalars import log_final_metrics
-from .sparse_times import layer_forms, prepared_networks
+from .sparse_times import layer_forms, prepared_networks, variants_of
 from .subject import Subject
 from .training import tune
 
@@ -254,13 +253,8 @@ def _with_latencies(
     onnx = {f.name: path for f in finalists if (path := folder.method(f.name).model / _ONNX).exists()}
     has_zeros = any(f.policy.sparse_layers for f in finalists if f.name in networks)
     prepared = prepared_networks(networks, x, display) if has_zeros else {}
-    variants = [
-        Variant(name, runtime, artifact)
-        for runtime, artifacts in ((PYTORCH, networks), (ONNXRUNTIME, onnx), (SPARSE, prepared))
-        for name, artifact in artifacts.items()
-    ]
     started = time.perf_counter()
-    report = measure(variants, x, n_runs=settings.n_runs)
+    report = measure(variants_of(networks, onnx, prepared), x, n_runs=settings.n_runs)
     display.say(f"timed {len(finalists)} networks in turn, {time.perf_counter() - started:.1f} s")
     dense = {entry.runtime: entry for entry in report.entries if entry.model == DENSE}
     timed = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -75,7 +75,7 @@ class Latency(_Record):
 
 @dataclass(frozen=True)
 class Speed:
-    """A network's time over the dense one's on one runtime, in turns.
+    """A network's time over the dense one's, in turns.
 
     Attributes:
         method: what found the network.
@@ -83,6 +83,7 @@ class Speed:
         lower: lower quartile of the ratio.
         ratio: its median; below 1 is faster.
         upper: its upper quartile.
+        dense_runtime: what ran the dense network, empty for the same.
     """
 
     method: str
@@ -90,6 +91,7 @@ class Speed:
     lower: float
     ratio: float
     upper: float
+    dense_runtime: str = ""
 
     @property
     def verdict(self) -> Literal["faster", "slower", "unclear"]:
@@ -101,7 +103,8 @@ class Speed:
     @property
     def quartiles(self) -> str:
         """The ratio in words."""
-        return f"{self.ratio:.3g} of the dense network's time (quartiles {self.lower:.3g} to {self.upper:.3g})"
+        other = f" on {self.dense_runtime}" if self.dense_runtime else ""
+        return f"{self.ratio:.3g} of the dense network's time{other} (quartiles {self.lower:.3g} to {self.upper:.3g})"
 
     def __str__(self) -> str:
         verdict = "cannot be told from the dense network" if self.verdict == "unclear" else self.verdict
@@ -162,6 +165,11 @@ class MethodOutcome(_Record):
     """Measured times, one a runtime; through `sparsify` too where a method decided densities."""
     layer_forms: tuple[LayerForm, ...] = ()
     """What `sparsify` chose, layer by layer, where the network was timed through it."""
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether layers hold zeros, as far as the network was timed through `sparsify`."""
+        return any(layer.density < 1 for layer in self.layer_forms)
 
     @property
     def overhead(self) -> float | None:
@@ -330,13 +338,37 @@ def speed_notes(outcome: RunOutcome) -> list[str]:
 
 def missing_speedups(outcome: RunOutcome) -> list[str]:
     """Every network and runtime without a speed-up that is sure, in words; a network that nothing timed is one, too."""
-    found = speeds(outcome)
-    timed = {speed.method for speed in found}
-    untimed = [row.method for row in outcome.rows if row.method != DENSE and row.method not in timed]
-    return [
-        *(str(speed) for speed in found if speed.verdict != "faster"),
-        *(f"{method}: not timed on any runtime" for method in untimed),
-    ]
+    dense = outcome.row(DENSE).latencies
+    missing = []
+    for row in outcome.rows:
+        if row.method != DENSE:
+            found = speeds_that_count(row.method, row.latencies, dense, has_zeros=row.has_zeros)
+            missing += [str(speed) for speed in found if speed.verdict != "faster"]
+            missing += [] if found else [f"{row.method}: not timed on any runtime"]
+    return missing
+
+
+def speeds_that_count(method: str, own: Sequence[Latency], dense: Sequence[Latency], *, has_zeros: bool) -> list[Speed]:
+    """The speeds by which a network is faster than the dense one or not.
+
+    Each runtime counts that both were timed on. The others compute zeros as any other weight, so that a network with
+    zeros is judged by its time through `sparsify` alone, where there is one.
+    """
+    sparse = next((latency for latency in own if latency.runtime == SPARSE), None)
+    if has_zeros and sparse is not None:
+        return [sparse_speed(method, sparse, dense)]
+    by_runtime = {latency.runtime: latency for latency in dense}
+    return [latency.speed(method, by_runtime[latency.runtime]) for latency in own if latency.runtime in by_runtime]
+
+
+def sparse_speed(method: str, own: Latency, dense: Sequence[Latency]) -> Speed:
+    """A network's time through `sparsify` over the dense network's on its fastest runtime."""
+    fastest = min(dense, key=lambda latency: latency.median_ms)
+    if fastest.runtime == own.runtime:
+        return own.speed(method, fastest)
+    # Not on one runtime, so not in the same rounds: only the ranges of the times can be compared.
+    across = own.model_copy(update={"ratio": None}).speed(method, fastest)
+    return replace(across, dense_runtime=fastest.runtime)
 
 
 def plain_lines(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -8,10 +8,22 @@ from pathlib import Path
 from string import Template
 
 from latency.budget import in_words
+from latency.runtimes import SPARSE
 
 from .config import METHODS, ONE_SHOT
 from .figures import COLOURS, Plan, keep_ratio_figure, latency_figure, near_limit, pareto_figure, reward_figure
-from .outcome import DENSE, MethodOutcome, RunOutcome, amount, headings, percent, significant, speed_notes, table_cells
+from .outcome import (
+    DENSE,
+    MethodOutcome,
+    RunOutcome,
+    amount,
+    headings,
+    percent,
+    significant,
+    sparse_speed,
+    speed_notes,
+    table_cells,
+)
 from .progress import count, duration
 from .sparse_times import sparse_section
 
@@ -92,8 +104,12 @@ def _cards(outcome: RunOutcome) -> str:
     for before in dense.latencies:
         if (after := times.get(before.runtime)) is None:
             continue
-        speed = after.speed(best.method, before)
-        label = f"measured speed, {before.runtime}"
+        if before.runtime == SPARSE:
+            speed = sparse_speed(best.method, after, dense.latencies)
+        else:
+            speed = after.speed(best.method, before)
+        label = f"measured speed, {speed.runtime}"
+        label += f" against the dense network on {speed.dense_runtime}" if speed.dense_runtime else ""
         if speed.verdict == "unclear":
             cards.append(("unclear", f"{label}: the times overlap with the dense network's"))
         else:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 
 from torch import Tensor, nn
 
-from latency.runtimes import SPARSE, LatencyError, find_runtime, prepare_sparse
+from latency.measure import Variant
+from latency.runtimes import ONNXRUNTIME, PYTORCH, SPARSE, LatencyError, find_runtime, prepare_sparse
 from pruning.sparse_network import SparseNetwork
 
-from .outcome import DENSE, LayerForm, MethodOutcome, RunOutcome, significant
+from .outcome import DENSE, LayerForm, MethodOutcome, RunOutcome, significant, sparse_speed
 from .progress import RunDisplay
 
 
@@ -38,6 +40,17 @@ def prepared_networks(networks: Mapping[str, nn.Module], x: Tensor, display: Run
     return prepared
 
 
+def variants_of(
+    networks: Mapping[str, nn.Module], onnx: Mapping[str, Path], prepared: Mapping[str, SparseNetwork]
+) -> list[Variant]:
+    """All that is timed in one run: by name, modules, ONNX files, and what `prepared_networks` made."""
+    return [
+        Variant(name, runtime, artifact)
+        for runtime, artifacts in ((PYTORCH, networks), (ONNXRUNTIME, onnx), (SPARSE, prepared))
+        for name, artifact in artifacts.items()
+    ]
+
+
 def layer_forms(network: SparseNetwork) -> tuple[LayerForm, ...]:
     """What was chosen for each layer, as results.json holds it."""
     return tuple(
@@ -48,17 +61,18 @@ def layer_forms(network: SparseNetwork) -> tuple[LayerForm, ...]:
 
 def sparse_sentences(outcome: RunOutcome) -> list[str]:
     """How fast each network with zeros is on our plan, against the dense network on its fastest runtime."""
-    dense = min(outcome.row(DENSE).latencies, key=lambda latency: latency.median_ms)
+    times = outcome.row(DENSE).latencies
+    dense = min(times, key=lambda latency: latency.median_ms)
     sentences = []
     for row in outcome.rows:
         own = next((latency for latency in row.latencies if latency.runtime == SPARSE), None)
         if own is None or row.method == DENSE:
             continue
-        times = f"{row.method}: {own} ms through sparsify, dense {dense} ms on {dense.runtime}"
-        speed = f"{significant(dense.median_ms / own.median_ms, 2)}x as fast"
-        # Not on one runtime, so not in the same rounds: only the ranges of the times can be compared.
-        across = own.model_copy(update={"ratio": None}).speed(row.method, dense)
-        sentences.append(f"{times}, {speed if across.verdict != 'unclear' else 'too close to tell apart'}.")
+        speed = sparse_speed(row.method, own, times)
+        told = (
+            f"{significant(1 / speed.ratio, 2)}x as fast" if speed.verdict != "unclear" else "too close to tell apart"
+        )
+        sentences.append(f"{row.method}: {own} ms through sparsify, dense {dense} ms on {dense.runtime}, {told}.")
     return sentences
 
 

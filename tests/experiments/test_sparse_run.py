@@ -10,7 +10,7 @@ import torch
 import secateur
 from experiments.config import RunConfig
 from experiments.interrupt import StopFlag
-from experiments.outcome import Latency, LayerForm, RunOutcome, headings, table_cells
+from experiments.outcome import Latency, LayerForm, RunOutcome, headings, missing_speedups, table_cells
 from experiments.progress import RunDisplay
 from experiments.report import render_report
 from experiments.search import start_run
@@ -82,6 +82,19 @@ def test_a_sparse_network_is_compared_with_the_dense_one_on_its_fastest_runtime(
     assert sparse_sentences(two_rows()) == [
         "ppo: 0.500 [0.500-0.500] ms through sparsify, dense 2.00 [2.00-2.00] ms on onnxruntime, 4.0x as fast."
     ]
+
+
+def test_zeros_count_as_a_speedup_by_their_sparse_time_against_the_fastest_dense_one() -> None:
+    # As fast as the dense network on ONNX Runtime, where zeros save nothing.
+    assert missing_speedups(two_rows()) == []
+    slow = two_rows().row("ppo").model_copy(update=timed("ppo", onnxruntime=2.0, sparse=2.2))
+    found = two_rows().model_copy(update={"rows": (two_rows().row("dense"), slow)})
+
+    assert missing_speedups(found) == [
+        "ppo on sparse: slower, 1.1 of the dense network's time on onnxruntime (quartiles 1.1 to 1.1)"
+    ]
+    label = "measured speed, sparse against the dense network on onnxruntime: slower than the dense network"
+    assert f"<b>0.91x</b><span>{label}</span>" in render_report(found, [], "")
 
 
 def test_table_and_report_show_the_sparse_time_and_the_reasons_only_where_there_are_some() -> None:
