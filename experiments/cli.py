@@ -81,7 +81,8 @@ def search(
     budget: BudgetText = None,
     latency_table: Table = None,
     methods: Annotated[
-        str | None, typer.Option(help="Of uniform,magnitude,sensitivity,random,cem,ppo,ddpg; separated by commas.")
+        str | None,
+        typer.Option(help="Of uniform,magnitude,sensitivity,greedy,knapsack,random,cem,ppo,ddpg; separated by commas."),
     ] = None,
     evaluations: Evaluations = None,
     environment: Annotated[str | None, typer.Option(help="network (a whole plan at once) or layerwise.")] = None,

@@ -40,9 +40,10 @@ def render_page(root: Path, names: Sequence[str]) -> str:
 
 _HEAD = """# Results on CIFAR-10
 
-Written by `make results` from the finished cells; do not edit. Half of the multiply-adds are removed, rounding 1. The
-searches score on even-numbered files of the test folder; accuracies are those of the odd-numbered ones, read once when
-a cell was finished. The images went through JPEG, so compare differences with published ones, not absolutes."""
+Written by `make results` from the finished cells; do not edit. Half of the multiply-adds are removed, rounding 1,
+where a section says nothing else. The searches score on even-numbered files of the test folder; accuracies are those
+of the odd-numbered ones, read once when a cell was finished. The images went through JPEG, so compare differences with
+published ones, not absolutes."""
 
 _SEARCH_TABLES = (
     (
