@@ -288,10 +288,12 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, except that batch norms use the batch; running statistics and modes are put back."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     saved = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
-    with evaluation_mode(model):
-        for norm in norms:
-            norm.train()
-        yield
-    for norm, buffers in zip(norms, saved, strict=True):
-        for name, buffer in buffers.items():
-            norm.get_buffer(name).copy_(buffer)
+    try:
+        with evaluation_mode(model):
+            for norm in norms:
+                norm.train()
+            yield
+    finally:
+        for norm, buffers in zip(norms, saved, strict=True):
+            for name, buffer in buffers.items():
+                norm.get_buffer(name).copy_(buffer)

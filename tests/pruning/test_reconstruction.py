@@ -153,3 +153,22 @@ def test_a_branch_that_changes_before_the_sum_is_fitted_alone() -> None:
     torch.manual_seed(0)
     # The output is changed in place: the tensor is the same, and what is in it is not what the layer put out.
     assert 0.01 < rebuilt(TwoBranches(trained_norm(), nn.ReLU(inplace=True))) < 1
+
+
+def test_statistics_of_batch_norms_are_put_back_where_the_candidate_fails() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1), nn.BatchNorm2d(5)).eval()
+    images = torch.randn(8, 3, 4, 4)
+    graph = capture(model, images[:2])
+    policy = CompressionPolicy({"0": (0, 1, 2)}, {"0": 6})
+    small = apply_policy(model, graph, policy)
+    before = {name: buffer.clone() for name, buffer in small.named_buffers()}
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    small.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        reconstruct(model, small, graph, policy, images, generator=torch.Generator().manual_seed(0))
+
+    assert not any(module.training for module in small.modules())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in small.named_buffers())
