@@ -5,6 +5,7 @@ Run as ``python -m experiments.bench_precision run.yaml --plans 40``: the config
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -68,7 +69,8 @@ def main(
         ["best plan by either, scored in single precision", f"{full.max():.2%}, {full[half.argmax()]:.2%}"],
         ["time, single precision over bfloat16 (quartiles)", _ratio(seconds[0] / seconds[1])],
     ]
-    command = f"Command: `python -m experiments.bench_precision {config.name} --plans {plans}`."
+    others = "".join(f" --set {shlex.quote(text)}" for text in settings or [])
+    command = f"Command: `python -m experiments.bench_precision {config.name} --plans {plans}{others}`."
     record = f"Seed {asked.search.seed}; {machine.processor}, torch {torch.__version__}, commit {machine.commit}."
     text = _PAGE + "\n\n".join([markdown(["what", "found"], lines), command, record]) + "\n"
     write_atomic(page, text.encode())

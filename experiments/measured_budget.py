@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from envs.action import SearchSpace, project
 from envs.evaluator import CandidateEvaluator
-from latency.table import LatencyTable, TableError
+from latency.runtimes import LatencyError
+from latency.table import LatencyTable
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
 
@@ -80,7 +81,7 @@ def kept_by_the_clock(
     name = own.root.name
     try:
         clock = Clock.of_table(LatencyTable.load(subject.config.latency.table))
-    except TableError as error:
+    except LatencyError as error:
         display.say(f"warning: {name} is not measured: {error}")
         return policy
     images = subject.calibration()[0]
