@@ -4,6 +4,7 @@ Needs a C++17 compiler (g++ or clang++) and no PyTorch. Without a compiler the i
 dense PyTorch operators. In place, for development: ``python setup.py build_ext --inplace``.
 """
 
+import hashlib
 import platform
 from pathlib import Path
 
@@ -28,7 +29,9 @@ class BuildKernels(build_ext):
         flags_by_set = {"portable": []}
         if platform.machine() in ("x86_64", "AMD64"):
             flags_by_set |= {"avx2": AVX2, "avx512": AVX512}
-        objects = self._compile("dispatch.cpp", "dispatch", FLAGS)
+        # `pruning.kernels.native` compares it with the sources beside the library: another layout would give nonsense.
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]*")))).hexdigest()
+        objects = self._compile("dispatch.cpp", "dispatch", [*FLAGS, f'-DSECATEUR_SOURCES="{digest}"'])
         for name, flags in flags_by_set.items():
             objects += self._compile("instruction_set.cpp", name, [*FLAGS, f"-DSECATEUR_NAME={name}", *flags])
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(extension.name), target_lang="c++")

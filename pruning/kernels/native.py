@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import time
 import warnings
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 LIBRARY_NAME = "_native.so"
+SOURCES = Path(__file__).with_name("csrc")
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 INSTRUCTION_SET_VARIABLE = "SECATEUR_INSTRUCTION_SET"
 """Environment variable that names the instruction set to use; the best one if not set."""
@@ -111,13 +113,28 @@ class Library:
     """
 
     def __init__(self, path: Path) -> None:
+        """Load the library.
+
+        Raises:
+            OSError: if it is not there, does not load, or was built from other sources than those beside it.
+        """
         self._library = ctypes.CDLL(str(path))
+        self._check_sources(path)
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self._library, f"secateur_{name}")
             function.restype, function.argtypes = result, arguments
         self._library.secateur_use_threads(_torch_parallel_for())
         self.instruction_set = ""
         self.choose(os.environ.get(INSTRUCTION_SET_VARIABLE, ""))
+
+    def _check_sources(self, path: Path) -> None:
+        sources = getattr(self._library, "secateur_sources", None)
+        if sources is not None:
+            sources.restype = ctypes.c_char_p
+            if not SOURCES.is_dir() or sources().decode() == digest_of(SOURCES):
+                return
+        msg = f"{path} was built from other sources than those in {SOURCES}"
+        raise OSError(msg)
 
     def choose(self, name: str) -> None:
         """Use the instruction set of that name, or the best one for an empty name.
@@ -232,6 +249,11 @@ def library() -> Library | None:
         )
         warnings.warn(msg, RuntimeWarning, stacklevel=2)
         return None
+
+
+def digest_of(sources: Path) -> str:
+    """SHA-256 of the C++ files in a folder, in the order of their names."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources.glob("*.[ch]*")))).hexdigest()
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -49,6 +49,9 @@ Threads threads_of(int64_t count) {
 
 #define SECATEUR_EXPORT extern "C" __attribute__((visibility("default")))
 
+// SHA-256 of the sources, in the order of their names.
+SECATEUR_EXPORT const char* secateur_sources() { return SECATEUR_SOURCES; }
+
 // PyTorch's own thread pool; without it everything runs on the calling thread.
 SECATEUR_EXPORT void secateur_use_threads(TorchParallelFor parallel_for) { torch_parallel_for = parallel_for; }
 

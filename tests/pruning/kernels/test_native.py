@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def test_a_missing_library_is_said_once_and_clearly(monkeypatch: pytest.MonkeyPa
             assert native.library() is None
     finally:
         native.library.cache_clear()
+
+
+@compiled
+def test_a_library_of_other_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(native.__file__).with_name(native.LIBRARY_NAME)
+    changed = tmp_path / "csrc"
+    shutil.copytree(native.SOURCES, changed)
+    (changed / "layer.h").write_text("// another layout\n")
+    monkeypatch.setattr(native, "SOURCES", changed)
+    message = f"{path} was built from other sources than those in {changed}"
+    with pytest.raises(OSError, match=f"^{re.escape(message)}$"):
+        native.Library(path)
 
 
 @compiled
