@@ -2,32 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import nnls
 
 from graph_encoder.network import LinearDim, NetworkGraph
 from pruning.layer_policy import FULL_BITS
 
 from .decision import EIGHT_BITS, LayerDecision, layer_of
+from .integers import IntegerFlow, State
 from .layers import Layer, LayerKind, layers_of
 from .runtimes import LatencyError
 from .table import Calibration, KindTimes, LatencyTable, TableError, network_key
 
-Counts = NDArray[np.int64]
+Floats = NDArray[np.float64]
 _PRIOR = 0.02
 """Weight of a scale of 1 and an offset of 0 in a calibration: it matters while there are few networks."""
+
+
+class Sums(NamedTuple):
+    """What a plan's time is made of.
+
+    Attributes:
+        floats: times of the layers that run in floats, in units of the reference layer's time.
+        integers: times of those that run in integers.
+        conversions: tensors that are converted between integers and floats.
+        elements: of these.
+    """
+
+    floats: float
+    integers: float
+    conversions: int
+    elements: int
+
+
+class Step(NamedTuple):
+    """What one decision changes.
+
+    Attributes:
+        channels: what a unit more adds to each dimension, by its row.
+        operators: places of those that read or write such channels.
+        is_bits: whether it decides how operators are computed.
+    """
+
+    channels: Mapping[int, int]
+    operators: tuple[int, ...]
+    is_bits: bool
 
 
 class LatencyModel:
     """Predicted latency of a plan, with the face of `latency.cost.CostModel`, in whole nanoseconds.
 
-    It is the sum of the table's times of the layers, calibrated with whole networks. The same table and counts give
-    the same number always. Where the runtime has faster kernels for counts that divide evenly, a plan that keeps more
-    can cost less; `of_ratios` never falls, and is at or above the cost of every plan that keeps no more.
+    It is the sum of the table's times of the layers and of what conversions between integers and floats cost,
+    calibrated with whole networks (`latency.table.Calibration`). The same table and counts give the same number always.
+    Where the runtime has faster kernels for counts that divide evenly, a plan that keeps more can cost less, and so can
+    a plan with more layers in floats, where fewer tensors are converted; `of_ratios` never falls, and is at or above
+    the cost of every plan that keeps no more and converts nothing.
 
     Attributes:
         kind: ``"latency"``.
@@ -35,7 +70,8 @@ class LatencyModel:
             change nothing: the runtimes compute them as any other weight.
         sizes: int64 of shape ``(decisions,)``: units of each group, level of each untouched layer.
         dense: nanoseconds of the untouched network.
-        calibration: how the sum over layers becomes the network's time.
+        key: of the network, for which a calibration holds.
+        calibration: how the sums over layers and conversions become the network's time.
         owners: names of the operators that the table times, in network order.
     """
 
@@ -56,6 +92,8 @@ class LatencyModel:
             table: times of its layer kinds.
             groups: names of the groups that may lose units; the prunable ones if not given.
             layers: decisions inside layers; bits are those of weights and activations together, among the table's.
+                Where some layer may have 8 bits the table has to hold all of them with 8: between two tensors in
+                integers a runtime computes a layer in integers too.
             calibration: the table's own for this network if not given; without one, the plain sum and an empty call.
 
         Raises:
@@ -67,14 +105,16 @@ class LatencyModel:
         self.groups = (*names, *(decision.name for decision in layers))
         sizes = [graph.group(name).size for name in names] + [decision.size for decision in layers]
         self.sizes = np.array(sizes, dtype=np.int64)
-        found = table.calibrations.get(network_key(graph)) if calibration is None else calibration
-        self.calibration = found or Calibration(offset=table.empty)
-        self._unit = self.calibration.scale * table.reference_ns
+        self.key = network_key(graph)
+        self.calibration = calibration or table.calibrations.get(self.key) or Calibration(offset=table.empty)
+        self._unit = table.reference_ns
         self._offset = int(self.calibration.offset * table.reference_ns)
         timed = layers_of(graph)
         self.owners = tuple(layer.name for layer in timed)
+        self._flow = IntegerFlow(graph)
         self._read_dims([(layer.inputs, layer.outputs) for layer in timed], graph, names, layers)
-        self._read_kinds(graph, timed, table, layers)
+        self._read_operators(graph)
+        self._read_kinds(timed, table)
         self.dense = self(self.sizes)
 
     def _read_dims(
@@ -87,6 +127,7 @@ class LatencyModel:
         """A row for each distinct number of channels, then one for each layer whose bits are decided."""
         row_of: dict[LinearDim, int] = {}
         self._rows = [tuple(row_of.setdefault(dim, len(row_of)) for dim in pair) for pair in dims]
+        self._written = [row_of.setdefault(dim, len(row_of)) for dim in self._flow.channels]
         column = {graph.group_index[name]: index for index, name in enumerate(names)}
         bits = [place for place, decision in enumerate(layers) if decision.choice == "bits"]
         self._full = np.array([dim.full for dim in row_of] + [layers[place].size for place in bits], dtype=np.int64)
@@ -99,32 +140,34 @@ class LatencyModel:
             self._per_unit[row, len(names) + place] = 1
         self._bits_row = {layers[place].layer: row for row, place in enumerate(bits, start=len(row_of))}
 
-    def _read_kinds(
-        self, graph: NetworkGraph, timed: Sequence[Layer], table: LatencyTable, layers: Sequence[LayerDecision]
-    ) -> None:
-        """Times of every layer at each of its bits."""
-        layer_of_owner = {operator.name: layer_of(operator.weight) for operator in graph.operators}
-        levels = {decision.layer: decision.levels for decision in layers if decision.choice == "bits"}
+    def _read_operators(self, graph: NetworkGraph) -> None:
+        """For each operator the row of its bits and its place among the timed layers, -1 where it has none."""
+        place = {name: index for index, name in enumerate(self.owners)}
+        self._layer_at = [place.get(operator.name, -1) for operator in graph.operators]
+        self._gates = [
+            self._bits_row.get(layer_of(operator.weight), -1) if operator.weight else -1 for operator in graph.operators
+        ]
+
+    def _read_kinds(self, timed: Sequence[Layer], table: LatencyTable) -> None:
+        """Times of every layer in floats, and in integers if some layer may be."""
         self._times: list[KindTimes] = []
-        self._known: list[dict[tuple[int, int], int]] = []
-        self._gates: list[int] = []
-        self._kinds_of: list[dict[int, int]] = []
+        self._known: list[dict[tuple[int, int], float]] = []
+        self._kinds_of: list[tuple[int, ...]] = []
         position: dict[LayerKind, int] = {}
         for layer in timed:
-            name = layer_of_owner[layer.name]
-            self._gates.append(self._bits_row.get(name, -1))
-            self._kinds_of.append({})
-            for bits in levels.get(name, (FULL_BITS,)):
-                kind = replace(layer.kind, bits=bits)
+            kinds = [replace(layer.kind, bits=bits) for bits in (FULL_BITS, EIGHT_BITS)[: 1 + bool(self._bits_row)]]
+            for kind in kinds:
                 if kind not in position:
                     position[kind] = len(self._times)
                     self._times.append(table.times(kind))
                     self._known.append({})
-                self._kinds_of[-1][bits] = position[kind]
+            self._kinds_of.append(tuple(position[kind] for kind in kinds))
 
-    def dimensions(self, kept: Counts) -> Counts:
-        """Every distinct number of channels and the bits of each decision, shape ``(dims,)``, of a plan."""
-        return self._full - (self._per_unit @ (self.sizes - kept)).astype(np.int64)
+    def dimensions(self, kept: ArrayLike) -> list[int]:
+        """Every distinct number of channels and the bits of each decision, ``dims`` of them, of a plan."""
+        removed = self.sizes - np.asarray(kept, dtype=np.int64)
+        dimensions: list[int] = (self._full - (self._per_unit @ removed).astype(np.int64)).tolist()
+        return dimensions
 
     def __call__(self, kept: ArrayLike) -> int:
         """Nanoseconds of a call, batch of one, when decision ``i`` leaves ``kept[i]``; at least 1.
@@ -132,65 +175,109 @@ class LatencyModel:
         Raises:
             TableError: if the table does not hold a count of that kind.
         """
-        return self._total(sum(self._layer_times(self.dimensions(np.asarray(kept, dtype=np.int64)).tolist())))
+        return self.meter(kept).cost
 
     def by_owner(self, kept: ArrayLike) -> Mapping[str, int]:
-        """Calibrated nanoseconds of every operator, by name; they leave out the calibration's offset."""
-        dimensions = self.dimensions(np.asarray(kept, dtype=np.int64)).tolist()
-        return dict(zip(self.owners, self._layer_times(dimensions), strict=True))
+        """Calibrated nanoseconds of every layer, by name; they leave out the offset, and what conversions cost."""
+        dimensions = self.dimensions(kept)
+        states = self.states(dimensions)
+        layers = {at: state for at, state in zip(self._layer_at, states, strict=True) if at >= 0}
+        return {
+            owner: self._layer_ns(at, dimensions, in_integers=layers[at].in_integers)
+            for at, owner in enumerate(self.owners)
+        }
+
+    def sums(self, kept: ArrayLike) -> Sums:
+        """What is calibrated: the plan's layers in floats and in integers, and its conversions."""
+        dimensions = self.dimensions(kept)
+        layers, conversions, elements = [0.0, 0.0], 0, 0
+        for operator, state in enumerate(self.states(dimensions)):
+            if (at := self._layer_at[operator]) >= 0:
+                layers[state.in_integers] += self._layer_time(at, dimensions, in_integers=state.in_integers)
+            conversions += state.conversions
+            elements += state.conversions * self._elements(operator, dimensions)
+        return Sums(layers[0], layers[1], conversions, elements)
 
     def of_ratios(self, ratios: NDArray[np.float64]) -> NDArray[np.float64]:
-        """For keep ratios of shape ``(batch, decisions)``, the most that a plan costs that keeps no more: ``(batch,)``.
+        """For keep ratios of shape ``(batch, decisions)``, the most that layers cost that keep no more: ``(batch,)``.
 
-        Bits between two levels are those of the lower one.
+        Bits between two levels are those of the lower one. Conversions are left out: a plan with some may cost more.
         """
         removed = ((1 - ratios) * self.sizes) @ self._per_unit.T
         dimensions = self._full - removed
         total = np.zeros(len(ratios))
-        for (inputs, outputs), gate, kinds in zip(self._rows, self._gates, self._kinds_of, strict=True):
-            levels = np.array(sorted(kinds))
-            bound = np.stack(
-                [self._times[kinds[b]].bound(dimensions[:, inputs], dimensions[:, outputs]) for b in levels]
+        for gate, at in zip(self._gates, self._layer_at, strict=True):
+            if at < 0:
+                continue
+            inputs, outputs = self._rows[at]
+            floats, *integers = (
+                self.calibration.scale_of(in_integers=bool(place))
+                * self._times[kind].bound(dimensions[:, inputs], dimensions[:, outputs])
+                for place, kind in enumerate(self._kinds_of[at])
             )
-            # A float error below a level must not take it for the one before.
-            bits = np.full(len(ratios), levels[-1]) if gate < 0 else dimensions[:, gate] + 1e-6
-            at = np.maximum(np.searchsorted(levels, bits, side="right") - 1, 0)
-            # A lower level that the table found slower must not make the bound fall.
-            total += np.maximum.accumulate(bound, axis=0)[at, np.arange(len(ratios))]
+            if gate >= 0:
+                # A float error below the level must not take it for the one before; and integers that the table found
+                # slower must not make the bound fall.
+                is_float = dimensions[:, gate] + 1e-6 >= FULL_BITS
+                floats = np.where(is_float, np.maximum(floats, integers[0]), integers[0])
+            total += floats
         return np.maximum(self._offset + self._unit * total, 1.0)
 
-    def meter(self, kept: Counts) -> LatencyMeter:
+    def meter(self, kept: ArrayLike) -> LatencyMeter:
         """A running cost that starts from ``kept`` and takes one decision's change at a time."""
-        return LatencyMeter(self, self.dimensions(np.asarray(kept, dtype=np.int64)).tolist())
+        return LatencyMeter(self, self.dimensions(kept))
 
-    def layer_ns(self, layer: int, dimensions: Sequence[int]) -> int:
-        """Calibrated nanoseconds of the layer at one position, given what `dimensions` returns."""
-        inputs, outputs = self._rows[layer]
-        at, gate = (dimensions[inputs], dimensions[outputs]), self._gates[layer]
-        kind = self._kinds_of[layer][FULL_BITS if gate < 0 else dimensions[gate]]
-        known = self._known[kind].get(at)
+    def states(self, dimensions: Sequence[int]) -> list[State]:
+        """How each operator is computed, given what `dimensions` returns."""
+        return self._flow.states([gate >= 0 and dimensions[gate] == EIGHT_BITS for gate in self._gates])
+
+    def operator_ns(self, operator: int, dimensions: Sequence[int], state: State) -> int:
+        """Calibrated nanoseconds of an operator by its place in the graph, with the conversions of what it writes."""
+        at, total = self._layer_at[operator], 0
+        if at >= 0:
+            total = self._layer_ns(at, dimensions, in_integers=state.in_integers)
+        if state.conversions:
+            each = self.calibration.conversion + self.calibration.element * self._elements(operator, dimensions)
+            total += int(self._unit * state.conversions * each)
+        return total
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """What a step of each decision changes."""
+        found = []
+        for column in self._per_unit.T:
+            channels = {int(row): int(column[row]) for row in np.flatnonzero(column)}
+            operators = (
+                index
+                for index, (at, written) in enumerate(zip(self._layer_at, self._written, strict=True))
+                if channels.keys() & {written, *(self._rows[at] if at >= 0 else ())}
+            )
+            found.append(Step(channels, tuple(operators), bool(channels.keys() & set(self._bits_row.values()))))
+        return tuple(found)
+
+    def _layer_time(self, at: int, dimensions: Sequence[int], *, in_integers: bool) -> float:
+        inputs, outputs = self._rows[at]
+        kind, counts = self._kinds_of[at][in_integers], (dimensions[inputs], dimensions[outputs])
+        known = self._known[kind].get(counts)
         if known is None:
-            # Rounded down, so that the bound of `of_ratios` holds to the last nanosecond.
-            known = self._known[kind][at] = int(self._unit * self._times[kind](*at))
+            known = self._known[kind][counts] = self._times[kind](*counts)
         return known
 
-    def touched(self, decision: int) -> tuple[Mapping[int, int], tuple[int, ...]]:
-        """What a step adds to each dimension, and positions of the layers, that change with one decision."""
-        column = self._per_unit[:, decision]
-        channels = {int(row): int(column[row]) for row in np.flatnonzero(column)}
-        pairs = zip(self._rows, self._gates, strict=True)
-        layers = (index for index, (pair, gate) in enumerate(pairs) if channels.keys() & {*pair, gate})
-        return channels, tuple(layers)
+    def _layer_ns(self, at: int, dimensions: Sequence[int], *, in_integers: bool) -> int:
+        # Rounded down, so that the bound of `of_ratios` holds to the last nanosecond.
+        scale = self.calibration.scale_of(in_integers=in_integers)
+        return int(self._unit * scale * self._layer_time(at, dimensions, in_integers=in_integers))
 
-    def _layer_times(self, dimensions: Sequence[int]) -> list[int]:
-        return [self.layer_ns(layer, dimensions) for layer in range(len(self.owners))]
+    def _elements(self, operator: int, dimensions: Sequence[int]) -> int:
+        return self._flow.positions[operator] * dimensions[self._written[operator]]
 
-    def _total(self, layers_ns: int) -> int:
-        return max(1, self._offset + layers_ns)
+    def total(self, operators_ns: int) -> int:
+        """Nanoseconds of a network whose operators take so many, at least 1."""
+        return max(1, self._offset + operators_ns)
 
 
 class LatencyMeter:
-    """Latency of a plan that changes one decision at a time; only the layers that change are looked up.
+    """Latency of a plan that changes one decision at a time; only what changes is looked up.
 
     Attributes:
         cost: nanoseconds of the plan as it stands.
@@ -200,35 +287,37 @@ class LatencyMeter:
         """Start from the channels of a plan; use `LatencyModel.meter`."""
         self._model = model
         self._dimensions = dimensions
-        self._touched = [model.touched(decision) for decision in range(len(model.groups))]
-        self._layers = model._layer_times(dimensions)
-        self._sum = sum(self._layers)
-        self.cost = model._total(self._sum)
+        self._states = model.states(dimensions)
+        self._parts = [model.operator_ns(index, dimensions, state) for index, state in enumerate(self._states)]
+        self._sum = sum(self._parts)
+        self.cost = model.total(self._sum)
 
     def with_more(self, decision: int, units: int) -> int:
         """What the plan would cost if ``decision`` left ``units`` more; less than now where a faster kernel fits."""
-        return self._model._total(self._sum + self._growth(decision, units))
+        _, _, parts = self._after(decision, units)
+        return self._model.total(self._sum + sum(part - self._parts[index] for index, part in parts.items()))
 
     def keep_more(self, decision: int, units: int) -> None:
         """Let ``decision`` leave ``units`` more than it does."""
-        self._dimensions = self._with(decision, units)
-        for layer in self._touched[decision][1]:
-            now = self._model.layer_ns(layer, self._dimensions)
-            self._sum += now - self._layers[layer]
-            self._layers[layer] = now
-        self.cost = self._model._total(self._sum)
+        self._dimensions, self._states, parts = self._after(decision, units)
+        for index, part in parts.items():
+            self._sum += part - self._parts[index]
+            self._parts[index] = part
+        self.cost = self._model.total(self._sum)
 
-    def _growth(self, decision: int, units: int) -> int:
-        dimensions = self._with(decision, units)
-        return sum(
-            self._model.layer_ns(layer, dimensions) - self._layers[layer] for layer in self._touched[decision][1]
-        )
-
-    def _with(self, decision: int, units: int) -> list[int]:
-        dimensions = self._dimensions.copy()
-        for row, channels in self._touched[decision][0].items():
+    def _after(self, decision: int, units: int) -> tuple[list[int], list[State], dict[int, int]]:
+        """Dimensions and states after a step, and nanoseconds of the operators that it changes."""
+        step = self._model.steps[decision]
+        dimensions, states = self._dimensions.copy(), self._states
+        for row, channels in step.channels.items():
             dimensions[row] += channels * units
-        return dimensions
+        changed: Iterable[int] = step.operators
+        if step.is_bits:
+            # The bits of one layer may decide over joins far behind it.
+            states = self._model.states(dimensions)
+            changed = (index for index, state in enumerate(states) if state != self._states[index])
+        parts = {index: self._model.operator_ns(index, dimensions, states[index]) for index in changed}
+        return dimensions, states, parts
 
 
 def _check_decisions(layers: Sequence[LayerDecision]) -> None:
@@ -249,38 +338,40 @@ def _check_decisions(layers: Sequence[LayerDecision]) -> None:
             raise LatencyError(msg)
 
 
-def layer_sum(graph: NetworkGraph, table: LatencyTable, kept: Mapping[str, int]) -> float:
-    """The plain sum of the table's times of a plan's layers, in units of the reference layer's time.
-
-    Args:
-        graph: captured network.
-        table: times of its layer kinds.
-        kept: units by group name; groups that are not named stay whole.
-    """
-    removed = {graph.group_index[name]: graph.group(name).size - count for name, count in kept.items()}
-    layers = layers_of(graph)
-    return sum(table.times(one.kind)(one.inputs.size(removed), one.outputs.size(removed)) for one in layers)
-
-
-def calibrated(
-    table: LatencyTable, graph: NetworkGraph, plans: Sequence[Mapping[str, int]], ratios: ArrayLike
-) -> LatencyTable:
+def calibrated(table: LatencyTable, model: LatencyModel, plans: Sequence[ArrayLike], ratios: ArrayLike) -> LatencyTable:
     """The table with a calibration for one network, by least squares of the relative error.
+
+    Plans without integers decide over the offset and the scale of floats; what they leave of the time of the others is
+    laid on integers and conversions, none of them below 0.
 
     Args:
         table: times of the network's layer kinds.
-        graph: captured network.
-        plans: units by group name of each whole network that was timed.
+        model: of the network, with the decisions that the plans are of; its calibration is not looked at.
+        plans: what each decision leaves, of each whole network that was timed.
         ratios: its time over the reference layer's, shape ``(plans,)``, from `latency.table.network_ratios`.
 
     Raises:
-        TableError: if there are fewer than 3 networks: two numbers are fitted.
+        TableError: if there are fewer than 3 networks of floats: two numbers are fitted to these.
     """
     measured = np.asarray(ratios, dtype=float)
-    if len(measured) < 3:
-        msg = f"a calibration fits two numbers to whole networks, got {len(measured)}; time at least 3"
+    sums = [model.sums(plan) for plan in plans]
+    terms = np.array(sums, dtype=float).reshape(len(sums), 4)
+    is_mixed = np.array([one.integers + one.conversions > 0 for one in sums], dtype=bool)
+    if (n_floats := int((~is_mixed).sum())) < 3:
+        msg = f"a calibration fits two numbers to whole networks of floats, got {n_floats}; time at least 3"
         raise TableError(msg)
-    sums = np.array([layer_sum(graph, table, plan) for plan in plans])
+    scale, offset = _float_calibration(terms[~is_mixed, 0], measured[~is_mixed])
+    weights = np.array([scale, scale, 0.0, 0.0])
+    if is_mixed.any():
+        left = measured - offset - scale * terms[:, 0]
+        weights[1:] = _integer_calibration(terms[is_mixed, 1:], measured[is_mixed], left[is_mixed], scale)
+    error = float(np.median(np.abs((offset + terms @ weights) / measured - 1)))
+    _, integer_scale, conversion, element = weights.tolist()
+    found = Calibration(scale, offset, n_floats, error, integer_scale, conversion, element, n_mixed=int(is_mixed.sum()))
+    return replace(table, calibrations={**table.calibrations, model.key: found})
+
+
+def _float_calibration(sums: Floats, measured: Floats) -> tuple[float, float]:
     middle = float(np.median(measured))
     # Columns for the scale and for the offset in units of a middling network, so that one prior fits both.
     rows = np.stack([sums / measured, middle / measured], axis=1)
@@ -288,7 +379,19 @@ def calibrated(
     scale, offset = np.linalg.solve(rows.T @ rows + prior, rows.T @ np.ones(len(rows)) + prior @ [1.0, 0.0])
     # However the fit leans, the least network of all keeps half of what its layers cost.
     offset = max(float(offset * middle), -0.5 * float(scale) * float(sums.min()))
-    scale = max(float(scale), 0.1)
-    error = float(np.median(np.abs((offset + scale * sums) / measured - 1)))
-    found = Calibration(scale, offset, len(measured), error)
-    return replace(table, calibrations={**table.calibrations, network_key(graph): found})
+    return max(float(scale), 0.1), offset
+
+
+def _integer_calibration(terms: Floats, measured: Floats, left: Floats, scale: float) -> Floats:
+    """The scale of integers, the cost of a conversion and of an element, shape ``(3,)``, none below 0.
+
+    Args:
+        terms: integers, conversions and elements, shape ``(networks, 3)``.
+        measured: time of each network.
+        left: of it, what the layers in floats do not take.
+        scale: of layers in floats, which that of integers is drawn to while there are few networks.
+    """
+    rows = np.append(terms / measured[:, None], [[_PRIOR**0.5, 0.0, 0.0]], axis=0)
+    found, _ = nnls(rows, np.append(left / measured, _PRIOR**0.5 * scale))
+    # However the fit leans, integers are not free.
+    return np.array([max(float(found[0]), 0.1 * scale), *found[1:]])

@@ -31,7 +31,9 @@ from .measure import cpu_name, torch_threads
 from .runtimes import Artifact, LatencyError, Runtime
 from .worker import Stopwatch, interleave
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, 2)
+"""Version 1 knew no networks of integers and floats together: its calibrations hold for floats."""
 DIVISORS = (16, 8, 4, 1)
 """Counts are of the class of the first of these that divides them: whole vectors of 64, 32 and 16 bytes, or none."""
 STAIR = 16
@@ -316,22 +318,40 @@ def _resampled(
 
 @dataclass(frozen=True)
 class Calibration:
-    """From the sum of a network's layers to the network: ``offset + scale * sum``.
+    """From the sums over a network's layers to the network.
 
-    Layers are timed alone: the sum knows no join, no activation that is not fused, and no layout that a chain of
-    layers keeps; it pays each layer's own way in and out. Whole networks tell the difference.
+    The time is ``offset + scale * floats + integer_scale * integers + conversion * conversions + element * elements``:
+    the sums of the times of layers that run in floats and in integers, the tensors that are converted between both,
+    and the elements of these. Layers are timed alone: the sums know no join, no activation that is not fused, and no
+    layout that a chain of layers keeps; they pay each layer's own way in and out. Whole networks tell the difference.
 
     Attributes:
-        scale: above 0.
-        offset: in units of the reference layer's time; may be negative.
-        n_networks: whole networks that it was fitted to.
+        scale: of layers in floats, above 0.
+        offset: in units of the reference layer's time, as are the costs below; may be negative.
+        n_networks: whole networks of floats that it was fitted to.
         error: median absolute error of the fit, as a share.
+        integer_scale: of layers in integers; as ``scale`` where no network with integers was timed.
+        conversion: cost of converting a tensor, at least 0.
+        element: cost of each of its elements, at least 0.
+        n_mixed: whole networks with integers that it was fitted to.
     """
 
     scale: float = 1.0
     offset: float = 0.0
     n_networks: int = 0
     error: float = math.nan
+    integer_scale: float = math.nan
+    conversion: float = 0.0
+    element: float = 0.0
+    n_mixed: int = 0
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.integer_scale):
+            object.__setattr__(self, "integer_scale", self.scale)
+
+    def scale_of(self, *, in_integers: bool) -> float:
+        """Scale of layers in integers, or of those in floats."""
+        return self.integer_scale if in_integers else self.scale
 
 
 @dataclass(frozen=True)
@@ -399,10 +419,7 @@ class LatencyTable:
                 }
                 for _, times in sorted(self.kinds.items())
             ],
-            "calibrations": {
-                key: {"scale": c.scale, "offset": c.offset, "n_networks": c.n_networks, "error": c.error}
-                for key, c in sorted(self.calibrations.items())
-            },
+            "calibrations": {key: asdict(found) for key, found in sorted(self.calibrations.items())},
         }
         return json.dumps(content) + "\n"
 
@@ -415,8 +432,9 @@ class LatencyTable:
         """
         try:
             content = json.loads(path.read_text())
-            if (version := content["format_version"]) != FORMAT_VERSION:
-                msg = f"the latency table '{path}' has format version {version}, this release reads {FORMAT_VERSION}"
+            if (version := content["format_version"]) not in _READABLE:
+                readable = " and ".join(map(str, _READABLE))
+                msg = f"the latency table '{path}' has format version {version}, this release reads {readable}"
                 raise TableError(msg)
             kinds = [_read_kind(dict(entry)) for entry in content["kinds"]]
             return cls(

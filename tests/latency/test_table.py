@@ -174,7 +174,7 @@ def test_a_table_without_a_layer_of_the_network_says_which(graph: NetworkGraph) 
     ("content", "message"),
     [
         ('{"format_version": 1}', "cannot read the latency table '{}': KeyError: 'kinds'; build it again"),
-        ('{"format_version": 9}', "the latency table '{}' has format version 9, this release reads 1"),
+        ('{"format_version": 9}', "the latency table '{}' has format version 9, this release reads 1 and 2"),
         (None, "cannot read the latency table '{}': No such file or directory"),
     ],
 )
@@ -189,11 +189,11 @@ def test_a_file_that_is_no_table_is_refused(content: str | None, message: str, t
 def test_a_calibration_finds_the_scale_and_the_offset_that_networks_were_made_with(graph: NetworkGraph) -> None:
     table = built(graph, FormulaDevice())
     generator = np.random.default_rng(0)
-    names = [group.name for group in graph.prunable]
-    plans = [dict(zip(names, row, strict=True)) for row in generator.integers(1, (41, 25), (60, 2)).tolist()]
-    times = np.array([0.7 * by_formula(*plan.values()) + 3_000 for plan in plans])
+    plans = generator.integers(1, (41, 25), (60, 2))
+    times = np.array([0.7 * by_formula(*plan) + 3_000 for plan in plans.tolist()])
 
-    found = calibrated(table, graph, plans, times / table.reference_ns).calibrations[network_key(graph)]
+    model = LatencyModel(graph, table)
+    found = calibrated(table, model, plans, times / table.reference_ns).calibrations[network_key(graph)]
 
     assert found.scale == pytest.approx(0.7, rel=0.01)
     assert found.offset * table.reference_ns == pytest.approx(3_000, rel=0.05)
@@ -201,9 +201,10 @@ def test_a_calibration_finds_the_scale_and_the_offset_that_networks_were_made_wi
 
 
 def test_a_calibration_needs_three_networks(graph: NetworkGraph) -> None:
-    message = "a calibration fits two numbers to whole networks, got 2; time at least 3"
+    message = "a calibration fits two numbers to whole networks of floats, got 2; time at least 3"
+    table = built(graph, FormulaDevice())
     with pytest.raises(TableError, match=f"^{message}$"):
-        calibrated(built(graph, FormulaDevice()), graph, [{}, {}], [1.0, 2.0])
+        calibrated(table, LatencyModel(graph, table), [[40, 24], [20, 24]], [1.0, 2.0])
 
 
 def test_the_table_of_a_real_runtime_orders_layers_by_their_work(tmp_path: Path) -> None:
