@@ -245,18 +245,21 @@ class SearchSpace:
     def fastest(self) -> Counts:
         """A plan that takes the least time known, shape ``(n,)``: the least counts, but where a table says otherwise.
 
-        By a table, decisions are changed one at a time within the budgets of other kinds, from the least counts and
-        from these with every layer's bits and weights as they are.
+        By a table, decisions are changed one at a time within the budgets of other kinds, from the least counts (with
+        every layer in integers, if bits are decided), from these with every layer's bits and weights as they are, and
+        from the untouched network. Some changes pay only together: a layer in integers among floats is converted to
+        and from, and so is one in floats among integers.
         """
         latency = self.timed.cost if self.timed else self.cost
         if not isinstance(latency, LatencyModel):
             return self.minimum.copy()
         others = [bound for bound in self.bounds if bound.cost is not latency]
         layers_whole = np.append(self.minimum[: len(self.groups)], self.sizes[len(self.groups) :])
-        found = [self._faster(latency, others, self.minimum)]
-        if all(bound.cost(layers_whole) <= bound.limit for bound in others):
-            found.append(self._faster(latency, others, layers_whole))
-        return min(found, key=latency)
+        starts = [self.minimum]
+        starts += [
+            each for each in (layers_whole, self.sizes) if all(bound.cost(each) <= bound.limit for bound in others)
+        ]
+        return min((self._faster(latency, others, start) for start in starts), key=latency)
 
     def _faster(self, latency: LatencyModel, others: Sequence[Bound], start: Counts) -> Counts:
         """A plan that no change of a single decision makes faster, from ``start``, within the other budgets."""
@@ -426,16 +429,27 @@ def project(base: Ratios, space: SearchSpace) -> Counts:
     single rounding steps are added, largest shortfall first, until none fits. What one budget leaves of another goes to
     the decisions that the first does not count, in the same steps.
 
+    A table's bound for unrounded plans leaves out what conversions between integers and floats cost: where the rounded
+    plan does not fit, the shift goes down until one does.
+
     Returns:
         Units of each group, shape ``(n,)``: at or under every budget, and no further single step fits them all.
     """
     assert space.bounds
-    wanted = np.clip(base + _largest_shift(base, space), space.min_keep_ratio, 1) * space.sizes
+    shift = _largest_shift(base, space)
+    wanted = _at(shift, base, space)
     counts = rounded_down(wanted, space)
     if not space.fits(counts):
+        lower = _lower_shift(shift, base, space)
         # A table may know plans that keep more and take less: the least of all counts need not be the fastest.
-        counts = space.fastest
+        counts = space.fastest if lower is None else rounded_down(_at(lower, base, space), space)
+        wanted = wanted if lower is None else _at(lower, base, space)
     return fill(counts, wanted, space)
+
+
+def _at(shift: float, base: Ratios, space: SearchSpace) -> Ratios:
+    """What each decision keeps without rounding."""
+    return np.asarray(np.clip(base + shift, space.min_keep_ratio, 1) * space.sizes)
 
 
 def rounded_down(wanted: Ratios, space: SearchSpace) -> Counts:
@@ -501,6 +515,27 @@ def _largest_shift(base: Ratios, space: SearchSpace) -> float:
         best = int(fits[-1]) if len(fits) else 0
         low, high = float(shifts[best]), float(shifts[min(best + 1, 64)])
     return low
+
+
+def _lower_shift(above: float, base: Ratios, space: SearchSpace) -> float | None:
+    """A shift below ``above`` at which the rounded plan meets every budget, the largest tried; None if none does.
+
+    Plans change where a ratio crosses a rung, and their costs need not fall with the shift: each of 64 parts is tried
+    from above, then the last part again.
+    """
+    low, found = float(np.min(space.min_keep_ratio - base)), None
+    for _ in range(2):
+        seen: set[bytes] = set()
+        for shift in np.linspace(above, low, 65).tolist():
+            counts = rounded_down(_at(shift, base, space), space)
+            if counts.tobytes() not in seen and space.fits(counts):
+                found = low = shift
+                break
+            seen.add(counts.tobytes())
+            above = shift
+        else:
+            return found
+    return found
 
 
 def _needed(table: LatencyTable | None) -> LatencyTable:

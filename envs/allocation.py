@@ -6,6 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from latency.cost import CostModel
+from latency.predict import LatencyModel
+
 from .action import Bound, Counts, Ratios, SearchSpace, nearest
 from .evaluator import Sensitivity
 
@@ -69,19 +72,27 @@ def greedy(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
     _check_bounds(space, "greedy allocation")
     rungs = [len(ladder) - 1 for ladder in space.ladders]
     meters = [(bound.cost.meter(space.sizes), bound.limit) for bound in space.bounds]
+    prices = [_added_up(bound).meter(space.sizes) for bound in space.bounds]
     # By a table the least counts need not be the fastest: then the steps end before the budget is met.
-    while (over := [(meter, meter.cost - limit) for meter, limit in meters if meter.cost > limit]) and any(rungs):
+    while any(rungs):
+        over = [
+            (price, meter.cost - limit)
+            for price, (meter, limit) in zip(prices, meters, strict=True)
+            if meter.cost > limit
+        ]
+        if not over:
+            break
         best, step = np.inf, (-1, 0)
         for index, ladder in enumerate(space.ladders):
             if not (rung := rungs[index]):
                 continue
             units = int(ladder[rung - 1] - ladder[rung])
-            saved = sum((meter.cost - meter.with_more(index, units)) / lacking for meter, lacking in over)
-            price = (lost[index][rung - 1] - lost[index][rung]) / max(saved, _NOTHING)
-            if price < best:
-                best, step = price, (index, units)
-        for meter, _ in meters:
-            meter.keep_more(*step)
+            saved = sum((price.cost - price.with_more(index, units)) / lacking for price, lacking in over)
+            asked = (lost[index][rung - 1] - lost[index][rung]) / max(saved, _NOTHING)
+            if asked < best:
+                best, step = asked, (index, units)
+        for each in (*prices, *(meter for meter, _ in meters)):
+            each.keep_more(*step)
         rungs[step[0]] -= 1
     counts = np.array([ladder[rung] for ladder, rung in zip(space.ladders, rungs, strict=True)])
     return np.asarray(counts / space.sizes, dtype=np.float64)
@@ -131,12 +142,21 @@ def knapsack(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
 
 def _saved_alone(bound: Bound, ladders: list[Counts], space: SearchSpace) -> list[NDArray[np.int64]]:
     """What each choice of each decision alone saves of one budget."""
-    meter = bound.cost.meter(space.sizes)
+    meter = _added_up(bound).meter(space.sizes)
     full = meter.cost
     return [
         np.array([full - meter.with_more(index, int(count - ladder[-1])) for count in ladder])
         for index, ladder in enumerate(ladders)
     ]
+
+
+def _added_up(bound: Bound) -> CostModel | LatencyModel:
+    """The cost that decisions are compared by, one at a time: without what integers cost for being among floats.
+
+    A layer that alone is in integers saves less than it is converted for, and all of them save a lot.
+    """
+    cost = bound.cost
+    return cost.without_conversions if isinstance(cost, LatencyModel) else cost
 
 
 def _choose(

@@ -345,6 +345,7 @@ def latency_check(
     model: Networks,
     policies: Annotated[int, typer.Option(help="Random policies of each network.", min=2)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the policies.")] = 0,
+    integers: Annotated[bool, typer.Option("--integers", help="Give layers 8 bits too, at random.")] = False,
     shape: Shape = None,
     classes: Classes = 10,
     rounding: Rounding = None,
@@ -365,6 +366,7 @@ def latency_check(
             rounding=rounding,
             n_policies=policies,
             seed=seed,
+            integers=integers,
             remote=Remote(host, host_python) if host else None,
             say=_to_stderr,
         )

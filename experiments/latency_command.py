@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,25 +20,28 @@ from torch import Tensor, nn
 from envs.action import SearchSpace, nearest
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
+from latency.decision import EIGHT_BITS, LayerDecision, layer_decisions, layer_policies
 from latency.predict import LatencyModel, calibrated
 from latency.remote import RemoteDevice, RemoteError
 from latency.runtimes import ONNXRUNTIME, Artifact, find_runtime
 from latency.sliced import sliced_onnx
 from latency.table import (
+    Calibration,
     Device,
     LatencyTable,
     LocalDevice,
     TableError,
     build_table,
     needed_kinds,
-    network_key,
     network_ratios,
     start_table,
 )
-from pruning.export import export_onnx
+from pruning.export import export_marked, export_onnx
 from pruning.files import write_atomic
 from pruning.layer_policy import FULL_BITS
 from pruning.policy import CompressionPolicy
+from pruning.qdq import MarkedNetwork
+from pruning.quantize import quantize_layers
 from pruning.surgery import apply_policy
 
 from .machine import current_commit
@@ -49,6 +53,9 @@ _BATCH = 8
 """Whole networks timed in turn; each keeps its session in memory meanwhile."""
 _CALIBRATION_SEED = 1
 """Told apart from the seed of a check, so that no network is predicted from itself."""
+_MIXING_SEED = 2
+_MIXES = 2
+"""Networks with integers for each network of floats of a calibration, with the same channels."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +113,32 @@ class Subject:
             plans.append(dict(zip(self.space.names, counts.tolist(), strict=True)))
         return plans
 
+    @cached_property
+    def bits(self) -> tuple[LayerDecision, ...]:
+        """The layers that a search can give 8 bits."""
+        return layer_decisions(self.graph, ["bits"])
+
+    def mixed(self, plan: Mapping[str, int], n: int, seed: int) -> list[dict[str, int]]:
+        """A plan with bits for its layers, ``n`` times: all 8, runs of layers of one kind, and each layer by itself."""
+        generator = np.random.default_rng([_MIXING_SEED, seed])
+        mixes = []
+        for index in range(n):
+            # How often integers and floats follow each other, from never to as by chance.
+            changes = (0.0, generator.uniform(0.05, 0.3), 0.5)[index % 3]
+            is_changed = generator.random(len(self.bits)) < changes
+            is_integer = (np.cumsum(is_changed) + (generator.integers(2) if changes else 0)) % 2 == 0
+            levels = np.where(is_integer, EIGHT_BITS, FULL_BITS).tolist()
+            mixes.append({**plan, **{one.name: level for one, level in zip(self.bits, levels, strict=True)}})
+        return mixes
+
+    def cost(self, table: LatencyTable, *, integers: bool) -> LatencyModel:
+        """What the table predicts of plans, with bits or without."""
+        return LatencyModel(self.graph, table, self.space.names, self.bits if integers else ())
+
     def policy(self, plan: Mapping[str, int]) -> CompressionPolicy:
-        """The policy that keeps the first units of each group."""
-        return self.space.policy(np.array([plan[name] for name in self.space.names], dtype=np.int64))
+        """The policy that keeps the first units of each group, and gives layers their bits."""
+        channels = self.space.policy(np.array([plan[name] for name in self.space.names], dtype=np.int64))
+        return replace(channels, layers=layer_policies(self.bits, plan, self.space.sparsity))
 
     @cached_property
     def dense_onnx(self) -> onnx.ModelProto:
@@ -117,6 +147,11 @@ class Subject:
             path = Path(folder) / "dense.onnx"
             export_onnx(self.model, self.example, path)
             return onnx.load(path)
+
+    @cached_property
+    def dense_marked(self) -> MarkedNetwork | None:
+        """The dense network, exported so that layers of it can be made integers; None where it cannot be traced."""
+        return export_marked(self.model, self.example)
 
 
 def build_named(
@@ -174,25 +209,41 @@ def build_named(
         save=lambda grown: grown.save(out),
         progress=lambda done, total: say(f"{model}: {done:,} of {total:,} layers measured"),
     )
-    key = network_key(subject.graph)
-    if key not in table.calibrations or table.calibrations[key].n_networks < n_networks + 1:
+    cost = subject.cost(table, integers=EIGHT_BITS in bits)
+    known = table.calibrations.get(cost.key, Calibration())
+    n_mixed = _MIXES * (n_networks + 1) if cost.has_integers else 0
+    if known.n_networks < n_networks + 1 or known.n_mixed < n_mixed:
         dense = dict(zip(subject.space.names, subject.space.sizes.tolist(), strict=True))
         plans = [dense, *subject.plans(n_networks, seed=0)]
+        if n_mixed:
+            mixes = ([plan, *_rotated(subject, plan, seed)] for seed, plan in enumerate(plans))
+            plans = [mixed for each in mixes for mixed in each]
         ratios = _timed(device, subject, plans, say)
-        table = calibrated(table, subject.graph, plans, ratios)
+        counts = [[plan.get(name, FULL_BITS) for name in cost.groups] for plan in plans]
+        table = calibrated(table, cost, counts, ratios)
         table.save(out)
-    found = table.calibrations[key]
+    found = table.calibrations[cost.key]
     return {
         "table": str(out),
         "device": str(table.fingerprint),
         "kinds": len(needed),
         "layers": sum(len(inputs) * len(outputs) for inputs, outputs in needed.values()),
         "networks": found.n_networks,
+        "mixed_networks": found.n_mixed,
         "scale": round(found.scale, 4),
+        "integer_scale": round(found.integer_scale, 4),
+        "conversion_us": round(found.conversion * table.reference_ns / 1e3, 4),
+        "element_ns": round(found.element * table.reference_ns, 4),
         "offset_ms": round(found.offset * table.reference_ns / 1e6, 4),
         "error_of_fit": round(found.error, 4),
         "dense_ms": round(LatencyModel(subject.graph, table).dense / 1e6, 4),
     }
+
+
+def _rotated(subject: Subject, plan: Mapping[str, int], seed: int) -> list[dict[str, int]]:
+    """Two of the three ways to mix bits, other ones for each plan."""
+    mixes = subject.mixed(plan, 3, seed)
+    return [mixes[(seed + index) % 3] for index in range(_MIXES)]
 
 
 @dataclass(frozen=True)
@@ -204,6 +255,7 @@ class CheckedTable:
         shape: of one image.
         table: what predicted.
         seed: of the plans.
+        integers: whether layers have random bits.
         predicted_ms: shape ``(plans,)``.
         measured_ms: times over the reference layer's in the same rounds, in milliseconds of the table's reference
             layer; shape ``(plans,)``.
@@ -213,6 +265,7 @@ class CheckedTable:
     shape: tuple[int, ...]
     table: LatencyTable
     seed: int
+    integers: bool
     predicted_ms: NDArray[np.float64]
     measured_ms: NDArray[np.float64]
 
@@ -230,6 +283,7 @@ class CheckedTable:
             "device": str(self.table.fingerprint),
             "policies": len(self.errors),
             "seed": self.seed,
+            "integers": self.integers,
             "fastest_ms": round(float(self.measured_ms.min()), 3),
             "slowest_ms": round(float(self.measured_ms.max()), 3),
             "median_absolute_error": round(float(np.median(absolute)), 4),
@@ -248,10 +302,13 @@ def check_named(
     rounding: int | None = None,
     n_policies: int = 50,
     seed: int = 0,
+    integers: bool = False,
     remote: Remote | None = None,
     say: Say = lambda text: None,
 ) -> CheckedTable:
     """Time whole networks of random plans, and compare with what the table predicts.
+
+    With ``integers``, layers have 8 bits too, by turns all of them, in runs, and each by itself.
 
     Raises:
         TableError: if the table cannot be read, is of another device, or lacks layers of the network.
@@ -260,14 +317,22 @@ def check_named(
     device = device_for(table.fingerprint.runtime, table.fingerprint.threads, remote)
     table.check_device(device.fingerprint)
     subject = Subject.build(model, shape, n_classes, rounding)
-    predicts = LatencyModel(subject.graph, table, subject.space.names)
-    if not predicts.calibration.n_networks:
-        msg = f"the table '{path}' is not calibrated for '{model}' with these inputs; build it for this network first"
+    predicts = subject.cost(table, integers=integers)
+    found = predicts.calibration
+    if not found.n_networks or (integers and not found.n_mixed):
+        option = " with --integers" if integers else ""
+        msg = (
+            f"the table '{path}' is not calibrated for '{model}' with these inputs; build it for this network first"
+            f"{option}"
+        )
         raise TableError(msg)
     plans = subject.plans(n_policies, seed + 1)
-    predicted = [predicts(np.array([plan[name] for name in subject.space.names])) for plan in plans]
+    if integers:
+        plans = [subject.mixed(plan, 3, n_policies * seed + at)[at % 3] for at, plan in enumerate(plans)]
+    predicted = [predicts([plan[name] for name in predicts.groups]) for plan in plans]
     measured = _timed(device, subject, plans, say) * table.reference_ns
-    return CheckedTable(model, tuple(subject.example.shape[1:]), table, seed, np.array(predicted) / 1e6, measured / 1e6)
+    image = tuple(subject.example.shape[1:])
+    return CheckedTable(model, image, table, seed, integers, np.array(predicted) / 1e6, measured / 1e6)
 
 
 _PAGE = """# Latency tables against whole networks
@@ -275,7 +340,8 @@ _PAGE = """# Latency tables against whole networks
 Each section was written by the command in it. Random policies: a keep ratio is drawn for the network, and each
 group's within 0.3 of it; counts are rounded as a search rounds them. Measured is the median over rounds of a network's
 time over the reference layer's in the same round, times the reference layer's time in the table; the error is
-predicted over measured, less 1. `docs/latency.md` says how the table predicts.
+predicted over measured, less 1. With `--integers` layers have 8 bits too, by turns all of them, in runs, and each by
+itself. `docs/latency.md` says how the table predicts.
 """
 
 
@@ -349,6 +415,9 @@ def _timed(device: Device, subject: Subject, plans: Sequence[Mapping[str, int]],
 def _artifacts(
     device: Device, subject: Subject, plans: Sequence[Mapping[str, int]], folder: Path
 ) -> Iterator[Artifact]:
+    if any(one.name in plan for one in subject.bits for plan in plans):
+        yield from _with_integers(subject, plans, folder)
+        return
     for index, plan in enumerate(plans):
         if device.takes == "module":
             yield apply_policy(subject.model, subject.graph, subject.policy(plan))
@@ -360,6 +429,32 @@ def _artifacts(
         path = folder / f"{index}.onnx"
         export_onnx(apply_policy(subject.model, subject.graph, subject.policy(plan)), subject.example, path)
         yield path
+
+
+def _with_integers(subject: Subject, plans: Sequence[Mapping[str, int]], folder: Path) -> Iterator[Artifact]:
+    """ONNX files of plans with bits; what is exported for one plan serves all that have its channels."""
+    exported: tuple[CompressionPolicy, MarkedNetwork] | None = None
+    for index, plan in enumerate(plans):
+        policy = subject.policy(plan)
+        channels, layers = replace(policy, layers={}), policy.layers.keys()
+        if subject.dense_marked is None:
+            small = apply_policy(subject.model, subject.graph, channels)
+            path = folder / f"{index}.onnx"
+            if layers:
+                small = quantize_layers(small, policy.layers, [subject.example], method="minmax")
+            export_onnx(small, subject.example, path, images=subject.example)
+            yield path
+            continue
+        finish = functools.partial(subject.dense_marked.with_integers, layers=layers)
+        sliced = sliced_onnx(subject.dense_marked.proto, subject.graph, channels, finish)
+        if sliced is not None:
+            yield sliced
+            continue
+        if exported is None or exported[0] != channels:
+            marked = export_marked(apply_policy(subject.model, subject.graph, channels), subject.example)
+            assert marked is not None
+            exported = channels, marked
+        yield exported[1].with_integers(exported[1].proto, layers).SerializeToString()
 
 
 def _with_random_statistics(model: nn.Module) -> nn.Module:

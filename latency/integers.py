@@ -21,8 +21,8 @@ class State(NamedTuple):
 
     Attributes:
         in_integers: by an integer kernel.
-        conversions: of what it writes: 1 if that is quantized behind a kernel of floats, and 1 if a kernel of floats
-            reads it where it is in integers; 0 to 2.
+        conversions: of what it writes: 1 if that is quantized behind a kernel of floats, and 1 for each kernel of
+            floats that reads it where it is in integers.
     """
 
     in_integers: bool
@@ -33,8 +33,9 @@ class IntegerFlow:
     """Which operators of a network run in integers, and what they write is converted, given the layers' bits.
 
     A tensor is in integers if an integer layer reads or writes it, or if it is the sum or the concatenation of such
-    tensors; what only leaves the network is not. A join runs in integers if all its terms and its result are; so does a
-    layer of floats between two tensors in integers, whose weight ONNX Runtime quantizes by itself.
+    tensors; what only leaves the network is not, and only a linear layer has an integer kernel that writes floats. A
+    join runs in integers if all its terms and its result are; so does a layer of floats between two tensors in
+    integers, whose weight ONNX Runtime quantizes by itself.
 
     Attributes:
         channels: that each operator writes.
@@ -47,17 +48,18 @@ class IntegerFlow:
         readers: list[list[int]] = [[] for _ in operators]
         sources: list[list[int]] = [[] for _ in operators]
         # A mean is a kernel of floats between two operators: what it writes is too small to count.
-        means: set[int] = set()
+        means: list[int] = []
         for source, reader in graph.edges:
             if _is_mean_between(operators[source], operators[reader]):
-                means.add(source)
+                means.append(source)
                 continue
             readers[source].append(reader)
             sources[reader].append(source)
         self._readers = [tuple(each) for each in readers]
         self._sources = [tuple(each) for each in sources]
-        self._has_mean = [index in means for index in range(len(operators))]
+        self._n_means = [means.count(index) for index in range(len(operators))]
         self._is_layer = [bool(operator.weight) for operator in operators]
+        self._is_linear = [operator.kind == "linear" for operator in operators]
         self._is_join = [
             operator.kind in _JOINS and len(each) > 1 for operator, each in zip(operators, sources, strict=True)
         ]
@@ -85,7 +87,7 @@ class IntegerFlow:
                 )
             )
         runs = [
-            integer[index]
+            (integer[index] and (held[index] or self._is_linear[index]))
             or (
                 held[index]
                 and (self._is_join[index] or self._is_layer[index])
@@ -97,7 +99,7 @@ class IntegerFlow:
         return [
             State(
                 runs[index],
-                held[index] * ((not runs[index]) + (self._has_mean[index] or not all(runs[r] for r in readers))),
+                held[index] * ((not runs[index]) + self._n_means[index] + sum(not runs[reader] for reader in readers)),
             )
             for index, readers in enumerate(self._readers)
         ]

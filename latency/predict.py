@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear
 
 from graph_encoder.network import LinearDim, NetworkGraph
 from pruning.layer_policy import FULL_BITS
@@ -22,7 +23,9 @@ from .table import Calibration, KindTimes, LatencyTable, TableError, network_key
 
 Floats = NDArray[np.float64]
 _PRIOR = 0.02
-"""Weight of a scale of 1 and an offset of 0 in a calibration: it matters while there are few networks."""
+"""Weight of scales of 1 and an offset of 0 in a calibration: it matters while there are few networks."""
+_MANY = 1e4
+"""Elements that are fitted as one, so that all numbers of a fit are of about one size."""
 
 
 class Sums(NamedTuple):
@@ -155,13 +158,25 @@ class LatencyModel:
         self._kinds_of: list[tuple[int, ...]] = []
         position: dict[LayerKind, int] = {}
         for layer in timed:
-            kinds = [replace(layer.kind, bits=bits) for bits in (FULL_BITS, EIGHT_BITS)[: 1 + bool(self._bits_row)]]
+            kinds = [replace(layer.kind, bits=bits) for bits in (FULL_BITS, EIGHT_BITS)[: 1 + self.has_integers]]
             for kind in kinds:
                 if kind not in position:
                     position[kind] = len(self._times)
                     self._times.append(table.times(kind))
                     self._known.append({})
             self._kinds_of.append(tuple(position[kind] for kind in kinds))
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether some layer may have 8 bits."""
+        return bool(self._bits_row)
+
+    @cached_property
+    def without_conversions(self) -> LatencyModel:
+        """The same model where conversions cost nothing."""
+        free = copy.copy(self)
+        free.calibration = replace(self.calibration, conversion=0.0, element=0.0)
+        return free
 
     def dimensions(self, kept: ArrayLike) -> list[int]:
         """Every distinct number of channels and the bits of each decision, ``dims`` of them, of a plan."""
@@ -341,8 +356,8 @@ def _check_decisions(layers: Sequence[LayerDecision]) -> None:
 def calibrated(table: LatencyTable, model: LatencyModel, plans: Sequence[ArrayLike], ratios: ArrayLike) -> LatencyTable:
     """The table with a calibration for one network, by least squares of the relative error.
 
-    Plans without integers decide over the offset and the scale of floats; what they leave of the time of the others is
-    laid on integers and conversions, none of them below 0.
+    Without networks of integers there is no more to fit than the offset and the scale of floats; integers are then
+    taken to scale as floats do, and conversions to cost nothing.
 
     Args:
         table: times of the network's layer kinds.
@@ -355,43 +370,38 @@ def calibrated(table: LatencyTable, model: LatencyModel, plans: Sequence[ArrayLi
     """
     measured = np.asarray(ratios, dtype=float)
     sums = [model.sums(plan) for plan in plans]
-    terms = np.array(sums, dtype=float).reshape(len(sums), 4)
     is_mixed = np.array([one.integers + one.conversions > 0 for one in sums], dtype=bool)
     if (n_floats := int((~is_mixed).sum())) < 3:
         msg = f"a calibration fits two numbers to whole networks of floats, got {n_floats}; time at least 3"
         raise TableError(msg)
-    scale, offset = _float_calibration(terms[~is_mixed, 0], measured[~is_mixed])
-    weights = np.array([scale, scale, 0.0, 0.0])
-    if is_mixed.any():
-        left = measured - offset - scale * terms[:, 0]
-        weights[1:] = _integer_calibration(terms[is_mixed, 1:], measured[is_mixed], left[is_mixed], scale)
+    terms = np.array(sums, dtype=float)
+    scale, offset, *of_integers = _fitted(terms if is_mixed.any() else terms[:, :1], measured)
+    # However the fit leans, no layer is free, and the least network of all keeps half of what its layers cost.
+    scale, *rest = (
+        max(value, floor) for value, floor in zip([scale, *of_integers], (0.1, 0.1, 0.0, 0.0), strict=False)
+    )
+    weights = np.array([scale, *(rest or (scale, 0.0, 0.0))])
+    offset = max(offset, -0.5 * float((terms @ weights).min()))
     error = float(np.median(np.abs((offset + terms @ weights) / measured - 1)))
     _, integer_scale, conversion, element = weights.tolist()
     found = Calibration(scale, offset, n_floats, error, integer_scale, conversion, element, n_mixed=int(is_mixed.sum()))
     return replace(table, calibrations={**table.calibrations, model.key: found})
 
 
-def _float_calibration(sums: Floats, measured: Floats) -> tuple[float, float]:
-    middle = float(np.median(measured))
-    # Columns for the scale and for the offset in units of a middling network, so that one prior fits both.
-    rows = np.stack([sums / measured, middle / measured], axis=1)
-    prior = _PRIOR * np.eye(2)
-    scale, offset = np.linalg.solve(rows.T @ rows + prior, rows.T @ np.ones(len(rows)) + prior @ [1.0, 0.0])
-    # However the fit leans, the least network of all keeps half of what its layers cost.
-    offset = max(float(offset * middle), -0.5 * float(scale) * float(sums.min()))
-    return max(float(scale), 0.1), offset
-
-
-def _integer_calibration(terms: Floats, measured: Floats, left: Floats, scale: float) -> Floats:
-    """The scale of integers, the cost of a conversion and of an element, shape ``(3,)``, none below 0.
+def _fitted(terms: Floats, measured: Floats) -> list[float]:
+    """Least squares of the relative error: the scale of floats, the offset, and what each further term costs.
 
     Args:
-        terms: integers, conversions and elements, shape ``(networks, 3)``.
-        measured: time of each network.
-        left: of it, what the layers in floats do not take.
-        scale: of layers in floats, which that of integers is drawn to while there are few networks.
+        terms: of each network, shape ``(networks, 1)`` for floats alone, else ``(networks, 4)`` as in `Sums`.
+        measured: time of each network, shape ``(networks,)``.
     """
-    rows = np.append(terms / measured[:, None], [[_PRIOR**0.5, 0.0, 0.0]], axis=0)
-    found, _ = nnls(rows, np.append(left / measured, _PRIOR**0.5 * scale))
-    # However the fit leans, integers are not free.
-    return np.array([max(float(found[0]), 0.1 * scale), *found[1:]])
+    middle = float(np.median(measured))
+    # The offset in units of a middling network, so that one prior fits it and the scales.
+    units = np.array([1.0, middle, 1.0, 1.0, _MANY])[: terms.shape[1] + 1]
+    rows = np.insert(terms, 1, 1.0, axis=1) * units / measured[:, None]
+    prior = _PRIOR**0.5 * np.eye(len(units))[:3]
+    expected = _PRIOR**0.5 * np.array([1.0, 0.0, 1.0])[: len(prior)]
+    lowest = np.where(np.arange(len(units)) < 3, -np.inf, 0.0)
+    found = lsq_linear(np.append(rows, prior, axis=0), np.append(np.ones(len(rows)), expected), (lowest, np.inf))
+    solved: list[float] = (found.x * units).tolist()
+    return solved

@@ -6,7 +6,7 @@ the operators and the shapes of the exported network, which its time depends on;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,19 @@ from graph_encoder.resize import removed_positions
 from pruning.policy import CompressionPolicy
 
 
-def sliced_onnx(dense: onnx.ModelProto, graph: NetworkGraph, policy: CompressionPolicy) -> bytes | None:
+def sliced_onnx(
+    dense: onnx.ModelProto,
+    graph: NetworkGraph,
+    policy: CompressionPolicy,
+    finish: Callable[[onnx.ModelProto], onnx.ModelProto] = lambda sliced: sliced,
+) -> bytes | None:
     """The dense network's ONNX file with the tensors of a plan, for one image at a time.
 
     Args:
         dense: exported dense network, whose initializers have the names of the parameters; untouched.
         graph: captured network.
         policy: the units that stay.
+        finish: changes what was sliced, for example `pruning.qdq.MarkedNetwork.with_integers`.
 
     Returns:
         The file, or None where slicing is not enough: a number in ``forward`` would have to change, the exporter gave
@@ -49,7 +55,7 @@ def sliced_onnx(dense: onnx.ModelProto, graph: NetworkGraph, policy: Compression
             _fit(node, tensors, before)
         elif node.op_type == "Reshape" and node.input[1] in tensors:
             _flatten_whatever_comes(tensors[node.input[1]])
-    content: bytes = model.SerializeToString()
+    content: bytes = finish(model).SerializeToString()
     try:
         # Shapes are inferred here: what holds a width in a way that is not known above does not fit.
         onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])

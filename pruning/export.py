@@ -26,7 +26,7 @@ from .half_precision import InHalfPrecision, has_half_precision
 from .layer_policy import LayerPolicy
 from .policy import CompressionPolicy
 from .program_archive import vetted_copy
-from .qdq import IntegerReport, integer_model, integer_report
+from .qdq import IntegerReport, MarkedNetwork, integer_model, integer_report, marked_network
 from .quantize import HALF_BITS, INTEGER_BITS, insert_quantizers, is_integer, quantized_layers
 from .surgery import apply_policy
 
@@ -226,6 +226,16 @@ def export_onnx(
         raise ExportError(msg)
     write_atomic(path, content)
     return report
+
+
+def export_marked(model: nn.Module, example_inputs: Inputs) -> MarkedNetwork | None:
+    """The network as ONNX, any of whose layers can be made integers in a moment; None where it cannot be traced.
+
+    Raises:
+        ExportError: if the network cannot be exported.
+    """
+    inputs = _batch(example_inputs, 2)
+    return marked_network(_frozen(model), lambda marked: _to_onnx(marked, inputs))
 
 
 def _check_deployable(name: str, layer: LayerPolicy) -> None:

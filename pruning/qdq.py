@@ -10,7 +10,7 @@ import copy
 import functools
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,19 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from .quantize import ActQuantizer, LinearWeightQuantizer, is_integer, quantized_layers, without_quantizers
+from graph_encoder.symbolic import symbolic_trace
+
+from .integer_flow import tensors_to_quantize
+from .quantize import (
+    ActQuantizer,
+    LinearWeightQuantizer,
+    is_integer,
+    quantizable_layers,
+    quantized_layers,
+    without_quantizers,
+)
 
 _DOMAIN = "secateur"
 _VALUE_KEEPING = frozenset(
@@ -34,6 +44,7 @@ _VALUE_KEEPING = frozenset(
     | {"DepthToSpace", "SpaceToDepth", "Expand"}
 )
 """Operators whose outputs are some of their first input's values, so that they lie on its grid."""
+_LAYERS = ("Conv", "Gemm")
 _LAYER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger")
 _NORMAL_EPSILON = 1e-5
 
@@ -113,6 +124,62 @@ def integer_model(model: nn.Module, export: Callable[[nn.Module], onnx.ModelProt
     return _quantize(proto, found)
 
 
+@dataclass(frozen=True)
+class MarkedNetwork:
+    """A network exported once, of which any layers can be made integers in a moment, for the stopwatch only.
+
+    Every tensor that could be quantized has a mark behind it. All scales are 1: time does not depend on them.
+
+    Attributes:
+        proto: the exported network.
+        traced: the symbolic trace, which says what is quantized with which layers in integers.
+    """
+
+    proto: onnx.ModelProto
+    traced: fx.GraphModule
+
+    def with_integers(self, proto: onnx.ModelProto, layers: Collection[str]) -> onnx.ModelProto:
+        """Let layers run in integers, and take all marks off.
+
+        Args:
+            proto: `proto`, or what was sliced out of it; untouched.
+            layers: qualified names of the layers of 8 bits.
+        """
+        own = onnx.ModelProto()
+        own.CopyFrom(proto)
+        chosen = {node.name for node in tensors_to_quantize(self.traced, set(layers))}
+        found = _Reader(own, _Marks({name: _Scale(np.array(1, np.float32)) for name in chosen}))
+        found.take_marks_off()
+        found.choose_layers(layers)
+        if not found.layers:
+            return own
+        found.carry_scales_on()
+        return _quantize(own, found)
+
+
+def marked_network(model: nn.Module, export: Callable[[nn.Module], onnx.ModelProto]) -> MarkedNetwork | None:
+    """Export a network of floats with marks on all that could be quantized; None where it cannot be traced.
+
+    Args:
+        model: network in full precision; untouched.
+        export: makes an ONNX model of a module.
+    """
+    traced = symbolic_trace(copy.deepcopy(model))
+    if traced is None:
+        return None
+    marked = symbolic_trace(copy.deepcopy(model))
+    assert marked is not None
+    for node in tensors_to_quantize(marked, set(quantizable_layers(model))):
+        readers = list(node.users)
+        marked.add_submodule(f"marks.{node.name}", _Mark(node.name))
+        with marked.graph.inserting_after(node):
+            mark = marked.graph.call_module(f"marks.{node.name}", (node,))
+        for reader in readers:
+            reader.replace_input_with(node, mark)
+    marked.recompile()
+    return MarkedNetwork(export(marked), traced)
+
+
 def _put_marks(model: nn.Module) -> _Marks:
     marks = _Marks()
     for name, layer in quantized_layers(model).items():
@@ -165,8 +232,10 @@ class _Reader:
             name = next(a.s.decode() for a in node.attribute if a.name == "name")
             if name in self._marks.weights:
                 self._take_off_weight(node, name)
-            else:
+            elif name in self._marks.values:
                 self._take_off_value(node, self._marks.values[name])
+            else:
+                self._bypass(node)
 
     def _take_off_weight(self, mark: onnx.NodeProto, name: str) -> None:
         weight = self._array(mark.input[0])
@@ -197,12 +266,25 @@ class _Reader:
             mark.CopyFrom(helper.make_node("Identity", [source], [target], mark.name))
             self.values[target] = scale
             return
+        self._bypass(mark)
+        self.values[source] = scale
+
+    def _bypass(self, mark: onnx.NodeProto) -> None:
+        source, target = mark.input[0], mark.output[0]
         self._graph.node.remove(mark)
         for reader in self._readers(target):
             _replace(reader.input, target, source)
         for output in self._graph.output:
             assert output.name != target
-        self.values[source] = scale
+
+    def choose_layers(self, layers: Collection[str]) -> None:
+        """Take layers whose weights have no mark, with scales of 1."""
+        weights = {f"{layer}.weight" for layer in layers}
+        for node in self._graph.node:
+            if node.op_type in _LAYERS and node.input[1] in weights:
+                self.layers.append(node.name)
+                n_outputs = len(self._known(node.input[1]))
+                self.weights[node.input[1]], self.axes[node.input[1]] = _Scale(np.ones(n_outputs, np.float32)), 0
 
     def fold_batch_norms(self) -> None:
         """Fold every batch norm that alone reads a marked layer into that layer's weight, scale and bias.
@@ -212,7 +294,7 @@ class _Reader:
         for layer in [node for node in self._graph.node if node.name in set(self.layers)]:
             readers = self._readers(layer.output[0])
             runs_once = len(self._readers(layer.input[1])) == 1
-            if layer.op_type not in ("Conv", "Gemm") or layer.output[0] in self.values or not runs_once:
+            if layer.op_type not in _LAYERS or layer.output[0] in self.values or not runs_once:
                 continue
             if len(readers) == 1 and readers[0].op_type == "BatchNormalization":
                 self._fold(layer, readers[0])

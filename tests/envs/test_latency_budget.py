@@ -1,10 +1,13 @@
 """Plans under a budget of latency, from a table whose times rise and fall with whole vectors of channels."""
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from envs.action import SearchSpace, project
+from envs.action import SearchSpace, _largest_shift, project, rounded_down
 from envs.allocation import greedy, knapsack
 from envs.layerwise_env import LayerwiseEnv
 from envs.plans import global_magnitude, uniform
@@ -12,7 +15,7 @@ from graph_encoder.capture import capture
 from graph_encoder.features import GLOBAL_FEATURES
 from latency.budget import Budget
 from latency.decision import layer_decisions
-from latency.table import LatencyTable, build_table, needed_kinds, start_table
+from latency.table import Calibration, LatencyTable, build_table, needed_kinds, network_key, start_table
 from tests.latency.synthetic import IntegerFormulaDevice
 
 from .conftest import SmallNetwork, images, l1_importance, make_evaluator
@@ -27,6 +30,13 @@ def table() -> LatencyTable:
     device = IntegerFormulaDevice()
     needed = needed_kinds(GRAPH, {group.name: 1 for group in GRAPH.prunable}, [8, 32])
     return build_table(start_table(device), device, needed)
+
+
+@pytest.fixture(scope="module")
+def converting(table: LatencyTable) -> LatencyTable:
+    """The same table where tensors between integers and floats cost about as much as a layer."""
+    calibration = Calibration(1, 0.05, 8, 0.03, integer_scale=1, conversion=0.04, element=1e-5, n_mixed=8)
+    return replace(table, calibrations={network_key(GRAPH): calibration})
 
 
 def space_of(table: LatencyTable, share: float, *, rounding: int, bits: bool) -> SearchSpace:
@@ -85,6 +95,61 @@ def test_layerwise_environment_passes_the_checks_under_a_latency_budget(table: L
     seen = dict(zip(GLOBAL_FEATURES, obs["globals"].tolist(), strict=True))
     assert (seen["has_budget"], seen["budget_is_latency"], seen["budget_is_bytes"]) == (1, 1, 0)
     assert seen["budget_share"] == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("rounding", [4, 16])
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9])
+def test_every_projection_keeps_a_budget_where_conversions_cost_time(
+    converting: LatencyTable, rounding: int, part: float
+) -> None:
+    space = space_of(converting, 1, rounding=rounding, bits=True)
+    dense = space.cost.dense
+    space = space.with_limit("latency", int(space.lowest_cost + part * (dense - space.lowest_cost)))
+    rng = np.random.default_rng(0)
+    for _ in range(25):
+        counts = project(rng.uniform(-0.5, 0.5, space.n), space)
+        assert space.cost(counts) <= (space.limit or 0)
+        assert_no_step_is_left(space, counts)
+
+
+def test_all_layers_in_integers_are_the_fastest_where_conversions_cost_time(converting: LatencyTable) -> None:
+    space = space_of(converting, 1, rounding=16, bits=True)
+    n_groups = len(space.groups)
+    assert (space.fastest[n_groups:] == 8).all()
+
+    # No plan of all is faster.
+    cost = space.cost
+    assert space.lowest_cost == min(cost(np.array(plan)) for plan in itertools.product(*space.ladders))
+
+
+def test_floats_are_the_fastest_where_conversions_cost_more_than_integers_save(converting: LatencyTable) -> None:
+    dear = Calibration(1, 0.05, 8, 0.03, integer_scale=1, conversion=5, element=0, n_mixed=8)
+    space = space_of(replace(converting, calibrations={network_key(GRAPH): dear}), 1, rounding=16, bits=True)
+    n_groups = len(space.groups)
+    # The last layer reads a mean, which is too small for its conversion to count.
+    assert space.fastest[n_groups:].tolist() == [32] * (space.n - n_groups - 1) + [8]
+    assert (space.fastest[:n_groups] == space.minimum[:n_groups]).all()
+
+
+def test_a_rounded_plan_that_conversions_take_over_the_budget_is_projected_from_a_lower_shift(
+    converting: LatencyTable,
+) -> None:
+    space = space_of(converting, 0.7, rounding=4, bits=True)
+    rng, n_lower = np.random.default_rng(1), 0
+    for _ in range(150):
+        base = rng.uniform(-0.5, 0.5, space.n)
+        shift = _largest_shift(base, space)
+        if space.fits(rounded_at(shift, base, space)):
+            continue
+        n_lower += 1
+        counts = project(base, space)
+        lower = [rounded_at(low, base, space) for low in np.linspace(shift - 1, shift, 400)]
+        assert any(space.fits(each) and (counts >= each).all() for each in lower if (each > space.minimum).any())
+    assert n_lower > 3
+
+
+def rounded_at(shift: float, base: np.ndarray, space: SearchSpace) -> np.ndarray:
+    return rounded_down(np.clip(base + shift, space.min_keep_ratio, 1) * space.sizes, space)
 
 
 @pytest.mark.parametrize("bits", [False, True])

@@ -99,7 +99,8 @@ def mixed() -> LatencyModel:
     device = IntegerFormulaDevice()
     needed = needed_kinds(graph, {group.name: 1 for group in graph.prunable}, [8, 32])
     table = build_table(start_table(device), device, needed)
-    return LatencyModel(graph, table, layers=layer_decisions(graph, ["bits"]))
+    calibration = Calibration(0.8, 1.5, 8, 0.03, integer_scale=1.1, conversion=0.02, element=1e-5, n_mixed=8)
+    return LatencyModel(graph, table, layers=layer_decisions(graph, ["bits"]), calibration=calibration)
 
 
 def test_bits_change_the_time_of_their_layer_and_of_no_other(mixed: LatencyModel) -> None:
@@ -111,23 +112,63 @@ def test_bits_change_the_time_of_their_layer_and_of_no_other(mixed: LatencyModel
     assert after["inner"] < 0.5 * before["inner"]
 
 
-def test_meter_and_bound_hold_for_channels_and_bits_together(mixed: LatencyModel) -> None:
+def with_bits(model: LatencyModel, channels: list[int], integer: set[str]) -> np.ndarray:
+    names = [name.partition(":")[0] for name in model.groups if name.endswith(":bits")]
+    return np.array(channels + [8 if name in integer else 32 for name in names])
+
+
+def test_conversions_cost_what_they_were_calibrated_at_by_hand(mixed: LatencyModel) -> None:
+    assert mixed.groups[:2] == ("stem", "inner")
+    plan = with_bits(mixed, [20, 36], {"inner"})
+    sums = mixed.sums(plan)
+    # What it reads is quantized, and converted back for the sum; what it writes is converted for the depthwise layer.
+    assert (sums.conversions, sums.elements) == (3, 64 * (2 * 20 + 36))
+    layers = sum(mixed.by_owner(plan).values())
+    offset = mixed.dense - sum(mixed.by_owner(mixed.sizes).values())
+    unit = offset / 1.5
+    expected = unit * (0.02 * sums.conversions + 1e-5 * sums.elements)
+    assert mixed(plan) - layers - offset == pytest.approx(expected, rel=1e-3)
+
+
+def test_integers_that_meet_floats_everywhere_can_take_longer_than_floats(mixed: LatencyModel) -> None:
+    channels = [4, 4]
+    all_of = {name.partition(":")[0] for name in mixed.groups if name.endswith(":bits")}
+    alone = mixed(with_bits(mixed, channels, {"inner"}))
+    assert mixed(with_bits(mixed, channels, all_of)) < mixed(with_bits(mixed, channels, set())) < alone
+
+
+def test_meter_counts_channels_and_bits_as_the_difference_of_two_plans(mixed: LatencyModel) -> None:
     generator = np.random.default_rng(4)
-    n_bits = sum(name.endswith(":bits") for name in mixed.groups)
+    is_bits = np.array([name.endswith(":bits") for name in mixed.groups])
     for _ in range(30):
-        counts = np.append(generator.integers(1, mixed.sizes[:-n_bits] + 1), generator.choice([8, 32], n_bits))
-        low = np.flatnonzero(counts[-n_bits:] == 8)
+        counts = np.where(is_bits, generator.choice([8, 32], len(is_bits)), generator.integers(1, mixed.sizes + 1))
+        meter = mixed.meter(counts)
+        assert meter.cost == mixed(counts)
+        for _ in range(6):
+            index = int(generator.integers(len(counts)))
+            to = int(generator.choice([8, 32]) if is_bits[index] else generator.integers(1, mixed.sizes[index] + 1))
+            other = counts.copy()
+            other[index] = to
+            assert meter.with_more(index, to - int(counts[index])) == mixed(other)
+            meter.keep_more(index, to - int(counts[index]))
+            counts = other
+            assert meter.cost == mixed(counts)
+
+
+def test_the_bound_holds_for_the_layers_of_plans_with_bits_and_leaves_conversions_out(mixed: LatencyModel) -> None:
+    generator = np.random.default_rng(5)
+    is_bits = np.array([name.endswith(":bits") for name in mixed.groups])
+    offset = mixed.dense - sum(mixed.by_owner(mixed.sizes).values())
+    for _ in range(30):
+        counts = np.where(is_bits, generator.choice([8, 32], len(is_bits)), generator.integers(1, mixed.sizes + 1))
         ratios = counts / mixed.sizes
-        assert mixed.of_ratios(ratios[None])[0] >= mixed(counts)
-        if len(low):
-            place = len(counts) - n_bits + int(low[0])
-            more = counts.copy()
-            more[place] = 32
+        assert mixed.of_ratios(ratios[None])[0] >= offset + sum(mixed.by_owner(counts).values())
+        for place in np.flatnonzero(is_bits & (counts == 8)):
             # Between 8 and 32 bits the bound is still that of 8.
-            between = ratios.copy()
-            between[place] = 0.9
-            assert mixed.of_ratios(between[None])[0] < mixed.of_ratios((more / mixed.sizes)[None])[0]
-            assert mixed.meter(counts).with_more(place, 24) == mixed(more)
+            between, more = ratios.copy(), ratios.copy()
+            between[place], more[place] = 0.9, 1.0
+            assert mixed.of_ratios(between[None])[0] == mixed.of_ratios(ratios[None])[0]
+            assert mixed.of_ratios(between[None])[0] < mixed.of_ratios(more[None])[0]
 
 
 @pytest.mark.parametrize(

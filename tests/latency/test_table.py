@@ -10,6 +10,7 @@ from torch import nn
 
 from graph_encoder.capture import capture
 from graph_encoder.network import LinearDim, NetworkGraph
+from latency.decision import layer_decisions
 from latency.layers import LayerKind
 from latency.predict import LatencyModel, calibrated
 from latency.runtimes import ONNXRUNTIME, find_runtime
@@ -29,7 +30,7 @@ from latency.table import (
     start_table,
 )
 
-from .synthetic import EMPTY_NS, FormulaDevice, formula_ns
+from .synthetic import EMPTY_NS, FormulaDevice, IntegerFormulaDevice, formula_ns
 
 CONV = LayerKind("conv", (3, 3), (1, 1), (8, 8))
 
@@ -198,6 +199,53 @@ def test_a_calibration_finds_the_scale_and_the_offset_that_networks_were_made_wi
     assert found.scale == pytest.approx(0.7, rel=0.01)
     assert found.offset * table.reference_ns == pytest.approx(3_000, rel=0.05)
     assert found.error < 0.01
+
+
+def test_a_calibration_finds_what_integers_and_conversions_were_made_to_cost(graph: NetworkGraph) -> None:
+    device = IntegerFormulaDevice()
+    needed = needed_kinds(graph, {group.name: 1 for group in graph.prunable}, [8, 32])
+    table = build_table(start_table(device), device, needed)
+    model = LatencyModel(graph, table, layers=layer_decisions(graph, ["bits"]))
+    generator = np.random.default_rng(1)
+    plans = np.append(generator.integers(1, (41, 25), (60, 2)), generator.choice([8, 32], (60, 3)), axis=1)
+    plans[:10, 2:] = 32
+    sums = np.array([model.sums(plan) for plan in plans])
+    ratios = 0.05 + sums @ [0.7, 0.9, 0.05, 1e-5]
+
+    found = calibrated(table, model, plans, ratios).calibrations[network_key(graph)]
+
+    assert (found.scale, found.integer_scale) == pytest.approx((0.7, 0.9), rel=0.03)
+    assert (found.conversion, found.element) == pytest.approx((0.05, 1e-5), rel=0.1)
+    assert found.offset == pytest.approx(0.05, rel=0.1)
+    assert found.n_networks + found.n_mixed == 60
+    assert found.error < 0.01
+
+
+def test_conversions_are_never_taken_to_save_time(graph: NetworkGraph) -> None:
+    device = IntegerFormulaDevice()
+    needed = needed_kinds(graph, {group.name: 1 for group in graph.prunable}, [8, 32])
+    table = build_table(start_table(device), device, needed)
+    model = LatencyModel(graph, table, layers=layer_decisions(graph, ["bits"]))
+    plans = np.append(np.tile([40, 24], (8, 1)), np.random.default_rng(1).choice([8, 32], (8, 3)), axis=1)
+    plans[:3, 2:] = 32
+    sums = np.array([model.sums(plan) for plan in plans])
+
+    found = calibrated(table, model, plans, 2 + sums @ [0.7, 0.9, -0.05, -1e-5]).calibrations[network_key(graph)]
+
+    assert min(found.conversion, found.element) >= 0
+
+
+def test_a_table_of_the_version_before_predicts_floats_as_it_did(graph: NetworkGraph, tmp_path: Path) -> None:
+    table = replace(built(graph, FormulaDevice()), calibrations={network_key(graph): Calibration(0.9, -0.5, 8, 0.02)})
+    content = json.loads(table.to_json())
+    content["format_version"] = 1
+    content["calibrations"] = {network_key(graph): {"scale": 0.9, "offset": -0.5, "n_networks": 8, "error": 0.02}}
+    (tmp_path / "old.json").write_text(json.dumps(content))
+
+    found = LatencyTable.load(tmp_path / "old.json").calibrations[network_key(graph)]
+
+    assert found == table.calibrations[network_key(graph)]
+    assert (found.integer_scale, found.conversion, found.n_mixed) == (0.9, 0, 0)
 
 
 def test_a_calibration_needs_three_networks(graph: NetworkGraph) -> None:

@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graph_encoder.capture import capture
+from graph_encoder.network import LinearDim
+from latency.decision import layer_of
+from latency.integers import IntegerFlow
+from pruning.export import export_marked
+from pruning.qdq import count_kernels
+
+
+class Joined(nn.Module):
+    """A residual sum behind the stem, a layer behind it, a concatenation, a mean over positions and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.inner = nn.Conv2d(8, 12, 3, padding=1)
+        self.outer = nn.Conv2d(12, 8, 3, padding=1)
+        self.left = nn.Conv2d(8, 8, 1)
+        self.right = nn.Conv2d(8, 4, 1)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = (x + self.outer(self.inner(x).relu())).relu()
+        x = torch.cat([self.left(x).relu(), self.right(x).relu()], dim=1)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+LAYERS = ("stem", "inner", "outer", "left", "right", "head")
+MODEL = Joined().eval()
+EXAMPLE = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+GRAPH = capture(MODEL, EXAMPLE)
+FLOW = IntegerFlow(GRAPH)
+
+
+def states(*layers: str) -> tuple[set[str], dict[str, int]]:
+    """What runs in integers, and conversions of what each operator writes, where there are any."""
+    found = FLOW.states([layer_of(operator.weight) in layers for operator in GRAPH.operators])
+    pairs = list(zip(GRAPH.operators, found, strict=True))
+    return {o.name for o, state in pairs if state.in_integers}, {
+        o.name: s.conversions for o, s in pairs if s.conversions
+    }
+
+
+@pytest.mark.parametrize(
+    ("layers", "running", "conversions"),
+    [
+        ((), set(), {}),
+        # The input is quantized, and the mean reads floats.
+        (LAYERS, {*LAYERS, "add", "concat"}, {"input": 1, "concat": 1}),
+        # One layer among floats: what it reads and what it writes.
+        (("inner",), {"inner"}, {"stem": 2, "inner": 1}),
+        # Each kernel of floats that reads it has a conversion of its own.
+        (("stem",), {"stem"}, {"input": 1, "stem": 2}),
+        # The sum has a term in integers and one in floats.
+        (("outer",), {"outer"}, {"inner": 1, "outer": 1}),
+        # Both terms are in integers, and so is the sum, which two layers read as floats.
+        (("stem", "inner", "outer"), {"stem", "inner", "outer", "add"}, {"input": 1, "add": 2}),
+        # The layer between is made one of integers by the runtime.
+        (("stem", "outer"), {"stem", "inner", "outer", "add"}, {"input": 1, "add": 2}),
+        # Quantized for the one that reads it in integers, and read as floats by the other.
+        (("left",), {"left"}, {"add": 2, "left": 1}),
+        # Behind a mean a linear layer reads another tensor.
+        (("head",), {"head"}, {}),
+    ],
+)
+def test_what_runs_in_integers_and_what_is_converted_by_hand(
+    layers: tuple[str, ...], running: set[str], conversions: dict[str, int]
+) -> None:
+    assert states(*layers) == (running, conversions)
+
+
+def test_channels_of_joins_shrink_with_their_terms() -> None:
+    channels = {o.name: dim for o, dim in zip(GRAPH.operators, FLOW.channels, strict=True)}
+    group = {group.name: index for index, group in enumerate(GRAPH.groups)}
+    assert channels["input"] == LinearDim(3)
+    assert channels["add"] == LinearDim(8, ((group["stem"], 1),))
+    assert channels["concat"] == LinearDim(12, ((group["left"], 1), (group["right"], 1)))
+    assert FLOW.positions[GRAPH.operators.index(next(o for o in GRAPH.operators if o.name == "concat"))] == 36
+
+
+def test_kernels_and_conversions_are_those_of_the_runtime() -> None:
+    marked = export_marked(MODEL, EXAMPLE)
+    assert marked is not None
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        layers = [layer for layer in LAYERS if generator.random() < 0.6]
+        kernels = count_kernels(marked.with_integers(marked.proto, layers).SerializeToString())
+        running, conversions = states(*layers)
+        assert kernels["QLinearConv"] + kernels["QGemm"] == len(running & set(LAYERS)), layers
+        assert (kernels["QLinearAdd"], kernels["QLinearConcat"]) == ("add" in running, "concat" in running), layers
+        # What the mean writes is quantized for the linear layer.
+        found = kernels["QuantizeLinear"] + kernels["DequantizeLinear"] - ("head" in layers)
+        # A transposition that the runtime moves past a term of a sum of both kinds leaves one pair more.
+        is_mixed_sum = "add" not in running and "add" in conversions and bool({"stem", "outer"} & running)
+        assert found - sum(conversions.values()) == 2 * is_mixed_sum, layers
