@@ -164,6 +164,21 @@ def test_one_shot_plans_keep_a_latency_budget(table: LatencyTable, bits: bool) -
         assert_no_step_is_left(space, counts)
 
 
+def test_allocation_takes_integers_although_one_layer_alone_saves_nothing(converting: LatencyTable) -> None:
+    space = space_of(converting, 0.6, rounding=16, bits=True)
+    n_groups = len(space.groups)
+    alone = space.sizes.copy()
+    alone[n_groups + 1] = 8
+    assert space.cost(alone) > space.cost.dense
+    # Channels are dear, and bits next to free.
+    lost = [np.linspace(1, 0, len(ladder)) * (1 if at < n_groups else 0.01) for at, ladder in enumerate(space.ladders)]
+
+    for ratios in (greedy(space, lost), knapsack(space, lost)):
+        counts = project(ratios, space)
+        assert space.fits(counts)
+        assert (counts[n_groups:] == 8).sum() >= 3
+
+
 def test_magnitude_under_a_latency_budget_cuts_all_groups_at_the_lowest_threshold_that_fits(
     table: LatencyTable,
 ) -> None:

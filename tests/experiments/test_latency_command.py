@@ -31,6 +31,20 @@ def test_plans_of_one_seed_are_the_same_and_lie_on_the_rungs() -> None:
     assert all(count % 4 == 0 or count == sizes[name] for plan in plans for name, count in plan.items())
 
 
+def test_mixes_of_one_seed_are_the_same_with_all_in_integers_first() -> None:
+    subject = Subject.build("tests.experiments.tiny:network", "1,8,8", 3, rounding=4)
+    (plan,) = subject.plans(1, seed=0)
+    mixes = subject.mixed(plan, 6, seed=0)
+    assert mixes == subject.mixed(plan, 6, seed=0) != subject.mixed(plan, 6, seed=1)
+    assert all({name: mix[name] for name in plan} == plan for mix in mixes)
+    assert all({mix[one.name] for one in subject.bits} == {8} for mix in (mixes[0], mixes[3]))
+    assert {mix[one.name] for mix in mixes for one in subject.bits} == {8, 32}
+    layers = subject.policy(mixes[1]).layers
+    assert {name for name, layer in layers.items() if layer.act_bits == 8} == {
+        one.layer for one in subject.bits if mixes[1][one.name] == 8
+    }
+
+
 def test_a_table_is_built_checked_and_refused_elsewhere(command: Command, tmp_path: Path) -> None:
     table, page = tmp_path / "table.json", tmp_path / "page.md"
     options = ("--runtime", "pytorch-eager", "--rounding", "4")
@@ -69,6 +83,34 @@ def test_a_network_that_the_table_was_not_built_for_is_refused(command: Command,
     done = command("latency", "check", table, "--model", "tests.experiments.tiny:deeper_network", *TINY[2:])
     assert done.code == 1
     assert done.err.endswith("build it for this network\n") or "build it for this network first" in done.err
+
+
+@pytest.mark.slow
+def test_a_table_is_calibrated_and_checked_with_integers_among_floats(command: Command, tmp_path: Path) -> None:
+    table, page = tmp_path / "table.json", tmp_path / "page.md"
+    options = ("--rounding", "4", "--networks", "2", "--out", table)
+    command("latency", "build", *TINY, *options)
+    check = ("latency", "check", table, *TINY, "--rounding", "4", "--policies", "3", "--integers", "--json")
+    refused = command(*check)
+    assert refused.code == 1 and refused.err.startswith("error: the table does not hold the layer kind ")
+
+    (facts,) = json.loads(command("latency", "build", *TINY, *options, "--integers", "--json").out)
+
+    assert (facts["networks"], facts["mixed_networks"]) == (3, 6)
+    assert facts["integer_scale"] > 0 and min(facts["conversion_us"], facts["element_ns"]) >= 0
+    (found,) = json.loads(command(*check, "--page", page).out)
+    assert found["integers"] and found["policies"] == 3
+    assert 0 <= found["median_absolute_error"] <= found["largest_error"]
+
+    content = json.loads(table.read_text())
+    for calibration in content["calibrations"].values():
+        calibration["n_mixed"] = 0
+    table.write_text(json.dumps(content))
+    unfit = command(*check)
+    assert unfit.err == (
+        f"error: the table '{table}' is not calibrated for 'tests.experiments.tiny:network' with these inputs; build "
+        "it for this network first with --integers\n"
+    )
 
 
 def test_an_unknown_runtime_is_refused_before_anything_is_written(command: Command, tmp_path: Path) -> None:

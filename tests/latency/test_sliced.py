@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ from torch.nn import functional as F
 
 from graph_encoder.capture import capture
 from latency.sliced import sliced_onnx
-from pruning.export import export_onnx
+from pruning.export import export_marked, export_onnx
+from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
+from pruning.qdq import count_kernels
+from pruning.quantize import quantize_layers
 from pruning.surgery import apply_policy
 
 
@@ -79,3 +83,22 @@ def test_a_network_whose_forward_holds_the_width_is_not_sliced() -> None:
     named = [onnx.numpy_helper.from_array(np.zeros(1), o.weight) for o in graph.operators if o.weight]
     dense = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], named))
     assert sliced_onnx(dense, graph, policy) is None
+
+
+@pytest.mark.slow
+def test_sliced_integers_run_in_the_kernels_of_the_exported_network(tmp_path: Path) -> None:
+    model, x = Small().eval(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    graph = capture(model, x)
+    cut = {group.name: group.size // 2 for group in graph.prunable}
+    policy = CompressionPolicy({name: tuple(range(n)) for name, n in cut.items()}, {n: 2 * k for n, k in cut.items()})
+    marked = export_marked(model, x)
+    assert marked is not None
+    for layers in (["stem", "wide", "depthwise", "grouped", "narrow", "head"], ["wide", "narrow"]):
+        bits = {layer: LayerPolicy(weight_bits=8, act_bits=8) for layer in layers}
+        quantized = quantize_layers(apply_policy(model, graph, policy), bits, [x])
+        export_onnx(quantized, x, tmp_path / "small.onnx", images=x)
+
+        content = sliced_onnx(marked.proto, graph, policy, partial(marked.with_integers, layers=layers))
+
+        assert content is not None
+        assert count_kernels(content) == count_kernels((tmp_path / "small.onnx").read_bytes())
