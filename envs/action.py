@@ -534,7 +534,7 @@ def _lower_shift(above: float, base: Ratios, space: SearchSpace) -> float | None
             seen.add(counts.tobytes())
             above = shift
         else:
-            return found
+            return None
     return found
 
 

@@ -33,6 +33,7 @@ from latency.table import (
     TableError,
     build_table,
     needed_kinds,
+    network_key,
     network_ratios,
     start_table,
 )
@@ -182,7 +183,8 @@ def build_named(
         remote: the machine to measure on; this one if not given.
         rounding: units that groups keep a multiple of, as in a search.
         bits: each layer is timed with each of these; 8 only on runtimes that take ONNX.
-        n_networks: whole networks that the sum over layers is calibrated with.
+        n_networks: whole networks of floats, beside the dense one, that the sum over layers is calibrated with; with 8
+            bits each has `_MIXES` with integers beside it.
         say: told of progress.
 
     Returns:
@@ -209,8 +211,9 @@ def build_named(
         save=lambda grown: grown.save(out),
         progress=lambda done, total: say(f"{model}: {done:,} of {total:,} layers measured"),
     )
-    cost = subject.cost(table, integers=EIGHT_BITS in bits)
-    known = table.calibrations.get(cost.key, Calibration())
+    known = table.calibrations.get(network_key(subject.graph), Calibration())
+    # What was calibrated with integers before stays so.
+    cost = subject.cost(table, integers=EIGHT_BITS in bits or known.n_mixed > 0)
     n_mixed = _MIXES * (n_networks + 1) if cost.has_integers else 0
     if known.n_networks < n_networks + 1 or known.n_mixed < n_mixed:
         dense = dict(zip(subject.space.names, subject.space.sizes.tolist(), strict=True))
