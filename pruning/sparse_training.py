@@ -322,8 +322,7 @@ class _SkippingForward:
 class _SkippingConvolution(torch.autograd.Function):
     """The sparse convolution as a function of the dense weight, whose gradient is zero where the weight is dropped.
 
-    Only the input and the parameter are kept for the backward pass: a copy of the values, small and alive between large
-    activations, would leave gaps in memory that no activation fits.
+    Only the input and the parameter are kept for the backward pass, which gathers the values again.
     """
 
     @staticmethod
