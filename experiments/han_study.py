@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from pruning.density import PruneRetrain, threshold_layers
 from pruning.files import write_atomic
 from pruning.finetune import finetune
-from pruning.layer_policy import LayerPolicy, PolicyError
+from pruning.layer_policy import LayerPolicy
 from pruning.sparse_training import hold_zeros, l1_penalty
-from pruning.sparsity import sparse_weight, zero_weights
+from pruning.sparsity import can_be_sparse, sparse_weight, zero_weights
 
 from .config import ConfigError, TrainConfig
 from .data import ImageData, ImageSplit, TrainBatches, make_evaluate, make_judge
@@ -141,7 +141,7 @@ class Trial:
         model = self.untrained()
         if self.config.prune.layers:
             return tuple(name for name in self.config.prune.layers if sparse_weight(model, name))
-        return tuple(name for name, _ in model.named_modules() if name and _can_be_sparse(model, name))
+        return tuple(name for name, _ in model.named_modules() if name and can_be_sparse(model, name))
 
     def trained(self, name: str, start: nn.Module, recipe: TrainConfig, *, l1: bool = False) -> nn.Module:
         """``start`` after training with its zeros held, from the file of that name if there is one.
@@ -339,14 +339,6 @@ def common_factor(
         else:
             high = middle
     return high, layers_at(high)
-
-
-def _can_be_sparse(model: nn.Module, name: str) -> bool:
-    try:
-        sparse_weight(model, name)
-    except PolicyError:
-        return False
-    return True
 
 
 def _digits(judged: Tensor) -> str:

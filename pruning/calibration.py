@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 RangeMethod = Literal["minmax", "percentile", "entropy", "mse", "lsq"]
 """How a range is chosen: everything seen; all but the rarest values; the least Kullback-Leibler divergence of the
 histogram; the least squared error; or the first step size of "Learned Step Size Quantization", for training."""
-RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
 
 N_BINS = 2048
 PERCENTILE = 99.99

@@ -27,8 +27,8 @@ from .kernels import ops as _ops  # noqa: F401 - defines the operators
 from .kernels.formats import BLOCKS, SparseWeight, pack, positions_of
 from .kernels.gradients import layout_of
 from .kernels.native import library
-from .layer_policy import LayerPolicy, PolicyError
-from .sparsity import layer_masks, sparse_weight
+from .layer_policy import LayerPolicy
+from .sparsity import can_be_sparse, layer_masks, sparse_weight
 
 _DROPPED, _PROGRESS = "_secateur_dropped", "_secateur_progress"
 
@@ -188,19 +188,11 @@ def dropout_sources(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...
             if isinstance(module, _DropoutNd):
                 hook = module.register_forward_pre_hook(lambda _m, args, name=name: note_dropout(name, args[0]))
                 stack.callback(hook.remove)
-            elif _can_be_sparse(model, name):
+            elif can_be_sparse(model, name):
                 hook = module.register_forward_hook(lambda _m, _a, output, name=name: note_layer(name, output))
                 stack.callback(hook.remove)
         model(*inputs)
     return found
-
-
-def _can_be_sparse(model: nn.Module, name: str) -> bool:
-    try:
-        sparse_weight(model, name)
-    except PolicyError:
-        return False
-    return True
 
 
 class _Held:

@@ -142,6 +142,15 @@ def sparse_weight(model: nn.Module, name: str) -> tuple[nn.Parameter, int]:
     return weight, module.groups if isinstance(module, _ConvNd) else 1
 
 
+def can_be_sparse(model: nn.Module, name: str) -> bool:
+    """Whether the layer called ``name`` may hold zeros; see `sparse_weight` for what cannot."""
+    try:
+        sparse_weight(model, name)
+    except PolicyError:
+        return False
+    return True
+
+
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set the weights that do not stay to zero, in place.
 
