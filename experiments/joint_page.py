@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .matrix import CURVE_SHARES, JOINT_SHARES, SAME_MACS
+from .matrix import CURVE_SHARES, JOINT_BUDGETS, SAME_MACS
 from .outcome import DENSE, MethodOutcome, amount, percent
 from .results_cells import NOT_RUN, Cells, in_points, markdown
 
@@ -21,8 +21,9 @@ the multiply-adds, and under half of the multiply-adds and half of the latency."
 def joint_sections(cells: Cells) -> list[str]:
     """The sections as Markdown, finished or not."""
     parts = ["## Channels and bits under a latency budget", _JOINT]
-    for model, share in JOINT_SHARES.items():
-        parts += [f"### {model} at {share} % of the latency", *_joint_table(cells, f"{model}-joint")]
+    for model, asked in JOINT_BUDGETS.items():
+        words = f"{asked} times the least of its table" if isinstance(asked, float) else asked
+        parts += [f"### {model} at {words}", *_joint_table(cells, f"{model}-joint")]
     parts += ["### Channels, bits, and both: ResNet-18", _CURVES, _curves(cells)]
     parts += ["### The same multiply-adds, found for latency", _SAME, _same_macs(cells)]
     return parts
@@ -32,6 +33,7 @@ def _joint_table(cells: Cells, name: str) -> list[str]:
     if name not in cells.outcomes:
         return [NOT_RUN]
     rows = cells.outcomes[name].rows
+    budget = f"Budget: {cells.outcomes[name].budget}."
     control = next((row.tuned_test_accuracy for row in rows if row.method == DENSE), None)
     heads = ["network", "before", "fine-tuned", "points of dense", "multiply-adds", *_latency_heads()]
     lines = [
@@ -45,7 +47,7 @@ def _joint_table(cells: Cells, name: str) -> list[str]:
         ]
         for row in rows
     ]
-    return [markdown(heads, lines)]
+    return [budget, markdown(heads, lines)]
 
 
 def _curves(cells: Cells) -> str:

@@ -7,6 +7,7 @@ continues where it stopped, inside a run too.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -18,7 +19,9 @@ from typing import Annotated, Any
 
 import typer
 
+from envs.action import SearchSpace
 from envs.journal import Journal
+from latency.budget import Budget
 from pruning.files import write_atomic
 from pruning.layer_policy import FULL_BITS
 
@@ -27,13 +30,15 @@ from .config import Method, RunConfig, load_config
 from .image_folder import write_split_lists
 from .interrupt import Interrupted, StopFlag, stop_on_signals
 from .latency_command import build_named
+from .machine import set_up_device
 from .matrix import EVALUATIONS, SHORTCUT_GROUPS, Cell, matrix
 from .problem import PROBES
 from .progress import RunDisplay
 from .results_page import render_page
 from .run import RunBusyError, RunFolder, locked
-from .search import create_run, resume_run
+from .search import create_run, resume_run, space_of_graph
 from .standalone_training import train_named
+from .subject import prepare_subject
 
 TRAINING = {"train.epochs": 20, "train.autocast": True}
 """Of a network that has no weights yet."""
@@ -140,13 +145,24 @@ class Sitting:
         if not (folder / "config.yaml").exists():
             command = ["python", "-m", "experiments.results", "--only", cell.name]
             self.prepare(cell, display, stop)
-            self._share_probes(create_run(self.config(cell), folder, command))
+            self._share_probes(create_run(self._above_floor(cell, display, stop), folder, command))
         resume_run(folder, display, stop)
         if cell.is_timed:
             measure = [sys.executable, "-m", "experiments.cli", "latency", "measure", str(folder), "--json"]
             rounds = ["--rounds", str(TIMED_ROUNDS), "--threads", "1", "--threads", "2"]
             done = subprocess.run([*measure, *rounds], check=True, stdout=subprocess.PIPE)
             write_atomic(folder / "timed.json", done.stdout)
+
+    def _above_floor(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> RunConfig:
+        """The configuration, with the latency that `Cell.above_floor` asks for."""
+        config = self.config(cell)
+        if not cell.above_floor:
+            return config
+        spaces: list[SearchSpace] = []
+        device = set_up_device(config.device, config.threads)
+        prepare_subject(config, device, display, stop, check=lambda graph: spaces.append(space_of_graph(config, graph)))
+        limit = math.floor(cell.above_floor * spaces[0].lowest_cost)
+        return config.model_copy(update={"budget": (Budget(kind="latency", absolute=limit),)})
 
     def _applied_in(self, cell: Cell) -> Path | None:
         if cell.plan:
