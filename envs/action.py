@@ -25,6 +25,7 @@ from pruning.policy import CompressionPolicy
 WIDE = 128
 """From this many units on, a group is rounded to multiples of `WIDE_ROUNDING` by default."""
 WIDE_ROUNDING = 8
+_HALVINGS = 8
 
 Counts = NDArray[np.int64]
 Ratios = NDArray[np.float64]
@@ -259,21 +260,40 @@ class SearchSpace:
         starts += [
             each for each in (layers_whole, self.sizes) if all(bound.cost(each) <= bound.limit for bound in others)
         ]
-        return min((self._faster(latency, others, start) for start in starts), key=latency)
+        return min((self._faster(latency, others, start, self.minimum) for start in starts), key=latency)
 
-    def _faster(self, latency: LatencyModel, others: Sequence[Bound], start: Counts) -> Counts:
-        """A plan that no change of a single decision makes faster, from ``start``, within the other budgets."""
+    def widened(self, counts: Counts) -> Counts:
+        """A plan that leaves at least ``counts``, and more where the table says that more is faster; shape ``(n,)``.
+
+        Kernels want whole vectors of channels: a layer of 24 may take longer than one of 32, and is then no choice.
+        Without a budget of latency, ``counts`` themselves.
+        """
+        if self.timed is None:
+            return counts
+        latency = self.timed.cost
+        assert isinstance(latency, LatencyModel)
+        others = [bound for bound in self.bounds if bound is not self.timed]
+        return self._faster(latency, others, counts, counts)
+
+    def _faster(self, latency: LatencyModel, others: Sequence[Bound], start: Counts, least: Counts) -> Counts:
+        """A plan that no change of a single decision makes faster, from ``start``, within the other budgets.
+
+        No decision falls below ``least``.
+        """
         counts = start.copy()
-        best, is_changed = latency(counts), True
+        meter, within = latency.meter(counts), Meters(others, counts)
+        is_changed = True
         while is_changed:
             is_changed = False
-            for index, ladder in enumerate(self.ladders):
-                meter, within = latency.meter(counts), Meters(others, counts)
-                more = [int(count - counts[index]) for count in ladder]
-                costs = [meter.with_more(index, m) if within.fit_with_more(index, m) else best for m in more]
-                if min(costs) < best:
-                    best, is_changed = min(costs), True
-                    counts[index] = ladder[int(np.argmin(costs))]
+            for index, rungs in enumerate(self.ladders):
+                more = (rungs[rungs >= least[index]] - counts[index]).tolist()
+                costs = {m: meter.with_more(index, m) for m in more if m and within.fit_with_more(index, m)}
+                best = min(costs, key=costs.__getitem__, default=0)
+                if costs.get(best, meter.cost) < meter.cost:
+                    meter.keep_more(index, best)
+                    within.keep_more(index, best)
+                    counts[index] += best
+                    is_changed = True
         return counts
 
     def fits(self, counts: Counts) -> bool:
@@ -425,26 +445,19 @@ def counts_of(action: ArrayLike, space: SearchSpace, base: Ratios | None = None)
 def project(base: Ratios, space: SearchSpace) -> Counts:
     """The plan closest in shape to the ratios ``base + shift`` that spends the budgets to the last rounding step.
 
-    ``shift`` is the largest at which the unrounded plan meets every budget. Its ratios are rounded down, and then
-    single rounding steps are added, largest shortfall first, until none fits. What one budget leaves of another goes to
-    the decisions that the first does not count, in the same steps.
-
-    A table's bound for unrounded plans leaves out what conversions between integers and floats cost: where the rounded
-    plan does not fit, the shift goes down until one does.
+    ``shift`` is the largest at which the plan meets every budget: the unrounded one if costs are counted, and by a
+    table, which knows no others, the rounded one after `SearchSpace.widened`. Then single rounding steps are added,
+    largest shortfall first, until none fits (`fill`). What one budget leaves of another goes to the decisions that the
+    first does not count, in the same steps.
 
     Returns:
         Units of each group, shape ``(n,)``: at or under every budget, and no further single step fits them all.
     """
     assert space.bounds
-    shift = _largest_shift(base, space)
-    wanted = _at(shift, base, space)
-    counts = rounded_down(wanted, space)
-    if not space.fits(counts):
-        lower = _lower_shift(shift, base, space)
-        # A table may know plans that keep more and take less: the least of all counts need not be the fastest.
-        counts = space.fastest if lower is None else rounded_down(_at(lower, base, space), space)
-        wanted = wanted if lower is None else _at(lower, base, space)
-    return fill(counts, wanted, space)
+    if space.timed is None:
+        wanted = _at(_largest_shift(base, space), base, space)
+        return fill(rounded_down(wanted, space), wanted, space)
+    return fill(*_timed_plan(base, space), space)
 
 
 def _at(shift: float, base: Ratios, space: SearchSpace) -> Ratios:
@@ -470,6 +483,9 @@ def nearest(ratios: Ratios, space: SearchSpace) -> Counts:
 def fill(counts: Counts, wanted: Ratios, space: SearchSpace) -> Counts:
     """Add single rounding steps, the group farthest below ``wanted`` (in steps) first, until none fits.
 
+    By a table a wider layer may be the faster one, as where its channels fill whole vectors: a group whose next step
+    does not fit takes the next count above that does.
+
     Args:
         counts: plan at or under every budget, shape ``(n,)``.
         wanted: units that each group would keep without rounding, shape ``(n,)``.
@@ -492,50 +508,55 @@ def fill(counts: Counts, wanted: Ratios, space: SearchSpace) -> Counts:
             offer(index)
         while queue:
             _, index, above = heapq.heappop(queue)
-            units = above - filled[index]
-            # A counted cost never falls when another group grows, so a step that does not fit now never will.
-            if meters.fit_with_more(index, units):
-                meters.keep_more(index, units)
-                filled[index] = above
+            # A counted cost never falls when a group grows: a step that does not fit now never will, nor a larger one.
+            higher = space.ladders[index][space.ladders[index] >= above].tolist() if may_fall else [above]
+            fitting = (count for count in higher if meters.fit_with_more(index, count - filled[index]))
+            if (count := next(fitting, None)) is not None:
+                meters.keep_more(index, count - filled[index])
+                filled[index] = count
                 offer(index)
                 # A table may say that it falls: then what was dropped is offered again.
                 is_changed = may_fall
     return np.array(filled, dtype=np.int64)
 
 
+def _shifts(base: Ratios, space: SearchSpace) -> tuple[float, float]:
+    """The shifts at which every ratio has reached its least, and 1."""
+    return float(np.min(space.min_keep_ratio - base)), float(np.max(1 - base))
+
+
 def _largest_shift(base: Ratios, space: SearchSpace) -> float:
-    """Largest shift at which the unrounded plan meets every budget, by bisection into 64 parts at a time."""
-    low = float(np.min(space.min_keep_ratio - base))
-    high = float(np.max(1 - base))
+    """Largest shift at which the unrounded plan meets every counted budget, by bisection into 64 parts at a time."""
+    low, high = _shifts(base, space)
+    costs = [(bound.cost, bound.limit) for bound in space.bounds if isinstance(bound.cost, CostModel)]
     for _ in range(5):
         shifts = np.linspace(low, high, 65)
         ratios = np.clip(base + shifts[:, None], space.min_keep_ratio, 1)
-        fits = np.flatnonzero(np.all([b.cost.of_ratios(ratios) <= b.limit for b in space.bounds], axis=0))
+        fits = np.flatnonzero(np.all([cost.of_ratios(ratios) <= limit for cost, limit in costs], axis=0))
         # The lowest shift keeps the least of every group, which was checked to fit; float error may deny it.
         best = int(fits[-1]) if len(fits) else 0
         low, high = float(shifts[best]), float(shifts[min(best + 1, 64)])
     return low
 
 
-def _lower_shift(above: float, base: Ratios, space: SearchSpace) -> float | None:
-    """A shift below ``above`` at which the rounded plan meets every budget, the largest tried; None if none does.
+def _timed_plan(base: Ratios, space: SearchSpace) -> tuple[Counts, Ratios]:
+    """The plan at the largest shift at which it meets every budget, and what its decisions would keep unrounded.
 
-    Plans change where a ratio crosses a rung, and their costs need not fall with the shift: each of 64 parts is tried
-    from above, then the last part again.
+    By bisection, though a table's costs need not fall with the shift: a larger one that fits may be passed over.
     """
-    low, found = float(np.min(space.min_keep_ratio - base)), None
-    for _ in range(2):
-        seen: set[bytes] = set()
-        for shift in np.linspace(above, low, 65).tolist():
-            counts = rounded_down(_at(shift, base, space), space)
-            if counts.tobytes() not in seen and space.fits(counts):
-                found = low = shift
-                break
-            seen.add(counts.tobytes())
-            above = shift
+    low, high = _shifts(base, space)
+    wanted = _at(low, base, space)
+    # Single changes need not lead to the fastest plan known.
+    counts = space.fastest
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        at_middle = _at(middle, base, space)
+        plan = space.widened(rounded_down(at_middle, space))
+        if space.fits(plan):
+            low, wanted, counts = middle, at_middle, plan
         else:
-            return None
-    return found
+            high = middle
+    return counts, wanted
 
 
 def _needed(table: LatencyTable | None) -> LatencyTable:

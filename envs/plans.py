@@ -52,7 +52,7 @@ def global_magnitude(space: SearchSpace) -> Ratios:
     low, high = 0, len(thresholds)
     while low < high:
         middle = (low + high) // 2
-        if space.fits(rounded_down(ratios(thresholds[middle]) * space.sizes, space)):
+        if space.fits(space.widened(rounded_down(ratios(thresholds[middle]) * space.sizes, space))):
             high = middle
         else:
             low = middle + 1

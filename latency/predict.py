@@ -64,8 +64,7 @@ class LatencyModel:
     It is the sum of the table's times of the layers and of what conversions between integers and floats cost,
     calibrated with whole networks (`latency.table.Calibration`). The same table and counts give the same number always.
     Where the runtime has faster kernels for counts that divide evenly, a plan that keeps more can cost less, and so can
-    a plan with more layers in floats, where fewer tensors are converted; `of_ratios` never falls, and is at or above
-    the cost of every plan that keeps no more and converts nothing.
+    a plan with more layers in floats, where fewer tensors are converted.
 
     Attributes:
         kind: ``"latency"``.
@@ -213,31 +212,6 @@ class LatencyModel:
             elements += state.conversions * self._elements(operator, dimensions)
         return Sums(layers[0], layers[1], conversions, elements)
 
-    def of_ratios(self, ratios: NDArray[np.float64]) -> NDArray[np.float64]:
-        """For keep ratios of shape ``(batch, decisions)``, the most that layers cost that keep no more: ``(batch,)``.
-
-        Bits between two levels are those of the lower one. Conversions are left out: a plan with some may cost more.
-        """
-        removed = ((1 - ratios) * self.sizes) @ self._per_unit.T
-        dimensions = self._full - removed
-        total = np.zeros(len(ratios))
-        for gate, at in zip(self._gates, self._layer_at, strict=True):
-            if at < 0:
-                continue
-            inputs, outputs = self._rows[at]
-            floats, *integers = (
-                self.calibration.scale_of(in_integers=bool(place))
-                * self._times[kind].bound(dimensions[:, inputs], dimensions[:, outputs])
-                for place, kind in enumerate(self._kinds_of[at])
-            )
-            if gate >= 0:
-                # A float error below the level must not take it for the one before; and integers that the table found
-                # slower must not make the bound fall.
-                is_float = dimensions[:, gate] + 1e-6 >= FULL_BITS
-                floats = np.where(is_float, np.maximum(floats, integers[0]), integers[0])
-            total += floats
-        return np.maximum(self._offset + self._unit * total, 1.0)
-
     def meter(self, kept: ArrayLike) -> LatencyMeter:
         """A running cost that starts from ``kept`` and takes one decision's change at a time."""
         return LatencyMeter(self, self.dimensions(kept))
@@ -279,7 +253,6 @@ class LatencyModel:
         return known
 
     def _layer_ns(self, at: int, dimensions: Sequence[int], *, in_integers: bool) -> int:
-        # Rounded down, so that the bound of `of_ratios` holds to the last nanosecond.
         scale = self.calibration.scale_of(in_integers=in_integers)
         return int(self._unit * scale * self._layer_time(at, dimensions, in_integers=in_integers))
 

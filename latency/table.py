@@ -216,29 +216,6 @@ class KindTimes:
         second = high[column] + (high[right] - high[column]) * along_columns
         return float(first + (second - first) * along_rows)
 
-    @cached_property
-    def upper(self) -> Floats:
-        """At each pair of knots, the most that a layer with no more channels costs; shape as `ratios`, never falling.
-
-        Interpolated between the knots of all classes, it bounds the time of every layer from above.
-        """
-        bound = np.zeros_like(self.ratios)
-        for class_in in {class_of(count) for count in self.inputs}:
-            for class_out in {class_of(count) for count in self.outputs}:
-                rows, columns, times = self._surface(class_in, class_out)
-                bound = np.maximum(bound, _resampled(rows, columns, np.array(times), self.inputs, self.outputs))
-        return np.maximum.accumulate(np.maximum.accumulate(bound, axis=0), axis=1)
-
-    def bound(self, inputs: Floats, outputs: Floats) -> Floats:
-        """`upper` at fractional counts, elementwise; it never falls when a count grows."""
-        row, along_rows = _places(self.inputs, inputs)
-        column, along_columns = _places(self.outputs, outputs)
-        below, right = np.minimum(row + 1, len(self.inputs) - 1), np.minimum(column + 1, len(self.outputs) - 1)
-        first = self.upper[row, column] * (1 - along_columns) + self.upper[row, right] * along_columns
-        second = self.upper[below, column] * (1 - along_columns) + self.upper[below, right] * along_columns
-        result: Floats = first * (1 - along_rows) + second * along_rows
-        return result
-
     def _class_in(self, count: int) -> int:
         return self._held(count, self.inputs, "reads")
 
@@ -294,26 +271,6 @@ def _place(knots: list[int], count: int) -> tuple[int, float]:
     if knots[index] == count:
         return index, 0.0
     return index - 1, (count - knots[index - 1]) / (knots[index] - knots[index - 1])
-
-
-def _places(knots: Sequence[int], counts: Floats) -> tuple[NDArray[np.int64], Floats]:
-    """`_place` for an array of counts, clipped to the knots."""
-    grid = np.asarray(knots, dtype=float)
-    clipped = np.clip(counts, grid[0], grid[-1])
-    index = np.clip(np.searchsorted(grid, clipped, side="right") - 1, 0, max(len(grid) - 2, 0))
-    width = np.append(np.diff(grid), 1.0)[index]
-    return index, np.clip((clipped - grid[index]) / width, 0, 1)
-
-
-def _resampled(
-    rows: Sequence[int], columns: Sequence[int], times: Floats, all_rows: Sequence[int], all_columns: Sequence[int]
-) -> Floats:
-    """A surface at the knots of all classes; zero below its own first knots, which no count of its class undercuts."""
-    along = np.stack([np.interp(all_columns, columns, row) for row in times])
-    along[:, np.asarray(all_columns) < columns[0]] = 0
-    across = np.stack([np.interp(all_rows, rows, column) for column in along.T], axis=1)
-    across[np.asarray(all_rows) < rows[0]] = 0
-    return across
 
 
 @dataclass(frozen=True)

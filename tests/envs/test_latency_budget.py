@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from envs.action import SearchSpace, _largest_shift, project, rounded_down
+from envs.action import SearchSpace, project, rounded_down
 from envs.allocation import greedy, knapsack
 from envs.layerwise_env import LayerwiseEnv
 from envs.plans import global_magnitude, uniform
@@ -48,10 +48,12 @@ def space_of(table: LatencyTable, share: float, *, rounding: int, bits: bool) ->
 
 
 def assert_no_step_is_left(space: SearchSpace, counts: np.ndarray) -> None:
-    for index in range(space.n):
-        more = counts.copy()
-        more[index] = space.next_rung(index, int(counts[index]))
-        assert more[index] == counts[index] or not space.fits(more)
+    """No larger count of any one decision fits, the next or any above."""
+    for index, ladder in enumerate(space.ladders):
+        for count in ladder[ladder > counts[index]]:
+            more = counts.copy()
+            more[index] = count
+            assert not space.fits(more)
 
 
 @pytest.mark.parametrize(
@@ -131,25 +133,29 @@ def test_floats_are_the_fastest_where_conversions_cost_more_than_integers_save(c
     assert (space.fastest[:n_groups] == space.minimum[:n_groups]).all()
 
 
-def test_a_rounded_plan_that_conversions_take_over_the_budget_is_projected_from_a_lower_shift(
-    converting: LatencyTable,
-) -> None:
-    space = space_of(converting, 0.7, rounding=4, bits=True)
-    rng, n_lower = np.random.default_rng(1), 0
-    for _ in range(150):
-        base = rng.uniform(-0.5, 0.5, space.n)
-        shift = _largest_shift(base, space)
-        if space.fits(rounded_at(shift, base, space)):
-            continue
-        n_lower += 1
-        counts = project(base, space)
-        lower = [rounded_at(low, base, space) for low in np.linspace(shift - 1, shift, 400)]
-        assert any(space.fits(each) and (counts >= each).all() for each in lower if (each > space.minimum).any())
-    assert n_lower > 3
+def test_no_count_is_left_where_a_larger_one_is_faster(table: LatencyTable) -> None:
+    space = space_of(table, 0.7, rounding=1, bits=True)
+    rng, n_wider = np.random.default_rng(1), 0
+    for _ in range(50):
+        least = rounded_down(rng.uniform(0, 1, space.n) * space.sizes, space)
+        counts = space.widened(least)
+        assert (counts >= least).all()
+        assert space.cost(counts) <= space.cost(least)
+        n_wider += bool((counts > least).any())
+        for index, ladder in enumerate(space.ladders):
+            for count in ladder[ladder > counts[index]]:
+                more = counts.copy()
+                more[index] = count
+                assert space.cost(more) >= space.cost(counts)
+    assert n_wider > 40
 
 
-def rounded_at(shift: float, base: np.ndarray, space: SearchSpace) -> np.ndarray:
-    return rounded_down(np.clip(base + shift, space.min_keep_ratio, 1) * space.sizes, space)
+def test_every_group_keeps_whole_vectors_where_narrower_layers_are_slower(table: LatencyTable) -> None:
+    # Every layer takes a whole vector's time for each 16 channels begun, and longer for counts that divide badly.
+    space = space_of(table, 1, rounding=1, bits=False)
+    limit = int(space.lowest_cost * 1.02)
+    assert space.cost(space.minimum) > limit
+    assert project(np.zeros(space.n), space.with_limit("latency", limit)).tolist() == [16] * space.n
 
 
 @pytest.mark.parametrize("bits", [False, True])

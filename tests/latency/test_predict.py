@@ -66,24 +66,6 @@ def test_meter_counts_each_step_as_the_difference_of_two_plans(model: LatencyMod
             assert meter.cost == model(counts)
 
 
-def test_the_bound_never_falls_when_a_ratio_grows(model: LatencyModel) -> None:
-    generator = np.random.default_rng(2)
-    low = generator.uniform(0.05, 1, (200, len(model.sizes)))
-    high = low + generator.uniform(0, 1, low.shape) * (1 - low)
-    assert (model.of_ratios(high) >= model.of_ratios(low) - 1e-6).all()
-
-
-def test_no_plan_costs_more_than_the_bound_of_ratios_that_it_stays_under(model: LatencyModel) -> None:
-    generator = np.random.default_rng(3)
-    ratios = generator.uniform(0.05, 1, (300, len(model.sizes)))
-    floored = np.maximum(np.floor(ratios * model.sizes), 1).astype(int)
-    ratios = np.maximum(ratios, floored / model.sizes)
-    costs = np.array([model(counts) for counts in floored])
-    assert (model.of_ratios(ratios) >= costs).all()
-    # A bound that is never near would waste the budget: whole vectors meet it.
-    assert model.of_ratios(np.ones((1, len(model.sizes))))[0] <= 4 / 3 * model.dense
-
-
 def test_faster_kernels_for_even_counts_show_in_the_prediction(model: LatencyModel) -> None:
     inner = model.groups.index("inner")
     counts = model.sizes.copy()
@@ -153,22 +135,6 @@ def test_meter_counts_channels_and_bits_as_the_difference_of_two_plans(mixed: La
             meter.keep_more(index, to - int(counts[index]))
             counts = other
             assert meter.cost == mixed(counts)
-
-
-def test_the_bound_holds_for_the_layers_of_plans_with_bits_and_leaves_conversions_out(mixed: LatencyModel) -> None:
-    generator = np.random.default_rng(5)
-    is_bits = np.array([name.endswith(":bits") for name in mixed.groups])
-    offset = mixed.dense - sum(mixed.by_owner(mixed.sizes).values())
-    for _ in range(30):
-        counts = np.where(is_bits, generator.choice([8, 32], len(is_bits)), generator.integers(1, mixed.sizes + 1))
-        ratios = counts / mixed.sizes
-        assert mixed.of_ratios(ratios[None])[0] >= offset + sum(mixed.by_owner(counts).values())
-        for place in np.flatnonzero(is_bits & (counts == 8)):
-            # Between 8 and 32 bits the bound is still that of 8.
-            between, more = ratios.copy(), ratios.copy()
-            between[place], more[place] = 0.9, 1.0
-            assert mixed.of_ratios(between[None])[0] == mixed.of_ratios(ratios[None])[0]
-            assert mixed.of_ratios(between[None])[0] < mixed.of_ratios(more[None])[0]
 
 
 @pytest.mark.parametrize(
