@@ -14,6 +14,7 @@ SEARCHERS: tuple[Method, ...] = ("ppo", "ddpg", "cem", "random")
 SHORTCUT_GROUPS = ["layer2.0.conv2", "layer3.0.conv2"]
 """Left dense beside the first layer, so that what is decided is the inner channels of the blocks, as in the papers."""
 JOINT_EVALUATIONS = 150
+JOINT_EPOCHS = 3
 JOINT_METHODS: tuple[Method, ...] = ("uniform", "greedy", "knapsack", "random", "cem", "ppo", "ddpg")
 JOINT_BUDGETS: dict[str, str | float] = {
     "resnet18_cifar": "10% latency",
@@ -92,7 +93,7 @@ def joint(agent: Method) -> Iterator[Cell]:
     Args:
         agent: the method whose plans are fine-tuned.
     """
-    control = {"finetune.epochs": 5, "finetune.dense_control": True}
+    control = {"finetune.epochs": JOINT_EPOCHS, "finetune.dense_control": True}
     chosen: tuple[Method, ...] = ("uniform", "knapsack", agent)
     for model, asked in JOINT_BUDGETS.items():
         above_floor = asked if isinstance(asked, float) else 0.0
@@ -100,7 +101,7 @@ def joint(agent: Method) -> Iterator[Cell]:
         yield replace(cell, above_floor=above_floor)
     for what, decided in DECIDED.items():
         for share in CURVE_SHARES[what]:
-            own = {"budget": f"{share}% latency", "search.decide": decided, "finetune.epochs": 5}
+            own = {"budget": f"{share}% latency", "search.decide": decided, "finetune.epochs": JOINT_EPOCHS}
             yield _timed(f"resnet18_cifar-curve-{what}-{share}", "resnet18_cifar", [agent], own)
     same = {"search.decide": DECIDED["channels"], "search.rounding": 1, "search.protected": SHORTCUT_GROUPS}
     for name, budget in SAME_MACS.items():
