@@ -116,7 +116,7 @@ class LayerForm(_Record):
 
     layer: str
     form: str
-    """``dense``, ``unstructured``, or ``block 4``, ``block 8``, ``block 16``."""
+    """``dense``, ``winograd`` (dense too), ``unstructured``, or ``block 4``, ``block 8``, ``block 16``."""
     density: float
     """Share of the weights that are not zero."""
     stored: float

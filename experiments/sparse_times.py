@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from latency.measure import Variant
 from latency.runtimes import ONNXRUNTIME, PYTORCH, SPARSE, LatencyError, find_runtime, prepare_sparse
+from pruning.kernels.plan import DENSE_FORMS
 from pruning.sparse_network import SparseNetwork
 
 from .outcome import DENSE, LayerForm, MethodOutcome, RunOutcome, significant, sparse_speed
@@ -95,7 +96,7 @@ def _table(row: MethodOutcome) -> str:
     for layer in row.layer_forms:
         cells = (layer.form, f"{layer.density:.1%}", f"{layer.stored:.1%}", layer.reason)
         lines.append(f"<tr><td>{escape(layer.layer)}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
-    n_sparse = sum(layer.form != "dense" for layer in row.layer_forms)
+    n_sparse = sum(layer.form not in DENSE_FORMS for layer in row.layer_forms)
     title = f"{row.method}: {n_sparse} of {len(row.layer_forms)} layers run sparse"
     heads = "".join(f"<th>{name}</th>" for name in ("layer", "form", "not zero", "stored", "why"))
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

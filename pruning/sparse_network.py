@@ -15,7 +15,7 @@ from .kernels.functional import sparse_linear
 from .kernels.lowering import Lowered, lower
 from .kernels.native import Library, library
 from .kernels.operators import Convolution, Foreign, Linear, Operator, Weighted
-from .kernels.plan import DENSE, FORMATS, UNSTRUCTURED, Plan, pack_as
+from .kernels.plan import DENSE, FORMATS, FORMS, UNSTRUCTURED, WINOGRAD, Plan, pack_as, takes_winograd
 
 Measure = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, float]]
 """Seconds of a call of each candidate; candidates are to be called in turn, so that noise falls on all of them."""
@@ -25,7 +25,7 @@ MOST_STORED = 0.75
 SWEEPS = 3
 """Times that all layers are timed, one after the other: what disturbs one layer's rounds is mostly over by the next."""
 LEAST_GAIN = 0.97
-"""A sparse form is taken where it needs at most this share of the dense time: below that is noise."""
+"""Another form is taken where it needs at most this share of the dense time: below that is noise."""
 
 
 class SparseNetworkError(ValueError):
@@ -38,7 +38,8 @@ class LayerChoice:
 
     Attributes:
         layer: qualified name; a layer that is called several times has ``"(2)"`` behind its name the second time.
-        form: ``"dense"``, ``"unstructured"`` or ``"block 4"``, ``"block 8"``, ``"block 16"``.
+        form: ``"dense"``, ``"winograd"`` (dense too, with fewer multiplications, for 3x3 convolutions of stride 1),
+            ``"unstructured"`` or ``"block 4"``, ``"block 8"``, ``"block 16"``.
         density: share of the weights that are not zero, in [0, 1].
         stored: share of the weights that the form stores, in [0, 1].
         seconds: of a call of the layer in each form that was timed.
@@ -113,9 +114,9 @@ def sparsify(
     """Prepare a network whose weights hold zeros to run fast on the CPU.
 
     Batch norms are folded, activations and residual additions fused into the layers before them. Each layer runs in the
-    form that is fastest: dense, or in one of the sparse forms that its zeros fit, which is found from the zeros
-    themselves. What the native plan cannot run, PyTorch runs in between, and the report names it. Without the compiled
-    library PyTorch runs everything, at dense speed.
+    form that is fastest: dense, by direct sums or by Winograd's filtering, or in one of the sparse forms that its zeros
+    fit, which is found from the zeros themselves. What the native plan cannot run, PyTorch runs in between, and the
+    report names it. Without the compiled library PyTorch runs everything, at dense speed.
 
     Args:
         model: network in evaluation mode, in float32 on the CPU; untouched, and not referred to afterwards.
@@ -325,13 +326,15 @@ def _choose_all(
     wanted: Mapping[str, str],
 ) -> tuple[LayerChoice, ...]:
     stored = [
-        {form: _stored(one.weight, block) for form, block in FORMATS.items() if form != DENSE} | {DENSE: 1.0}
+        {form: _stored(one.weight, block) for form, block in FORMATS.items()} | {DENSE: 1.0, WINOGRAD: 1.0}
         for one in layers
     ]
     timed: list[dict[str, float]] = [{} for _ in layers]
     for _ in range(SWEEPS):
         for one, shares, seconds in zip(layers, stored, timed, strict=True):
             candidates = _worth_timing(shares)
+            if takes_winograd(one) and _is_native(one, sizes):
+                candidates = [WINOGRAD, *candidates]
             if native is None or one.name in wanted or not candidates:
                 continue
             found = measure({form: _probe(native, one, sizes, form) for form in (DENSE, *candidates)})
@@ -356,7 +359,7 @@ def _choose(
     fastest = min((form for form in seconds if form != DENSE), key=lambda form: seconds[form])
     ratio = seconds[DENSE] / seconds[fastest]
     if seconds[fastest] > LEAST_GAIN * seconds[DENSE]:
-        reason = f"the fastest sparse form, {fastest}, runs at {ratio:.2f} times the dense speed"
+        reason = f"the fastest other form, {fastest}, runs at {ratio:.2f} times the dense speed"
         return LayerChoice(one.name, DENSE, density, 1.0, seconds, reason)
     reason = f"{ratio:.2f} times the dense speed"
     return LayerChoice(one.name, fastest, density, stored[fastest], seconds, reason)
@@ -374,7 +377,7 @@ def _stored(weight: Tensor, block: int) -> float:
 def _worth_timing(stored: Mapping[str, float]) -> list[str]:
     """Sparse forms, the largest block first: a smaller one has to store less to have a chance."""
     worth: list[str] = []
-    for form in sorted((form for form in stored if form != DENSE), key=lambda form: -FORMATS[form]):
+    for form in sorted((form for form in FORMATS if form != DENSE), key=lambda form: -FORMATS[form]):
         if stored[form] <= MOST_STORED and all(stored[form] < 0.95 * stored[larger] for larger in worth):
             worth.append(form)
     return worth
@@ -419,11 +422,12 @@ def _check_model(model: nn.Module, inputs: Sequence[Tensor]) -> None:
 
 
 def _check_choices(choices: Mapping[str, str], layers: Sequence[Weighted]) -> None:
-    names = {layer.name for layer in layers}
+    by_name = {layer.name: layer for layer in layers}
     for name, form in choices.items():
-        if name not in names:
-            msg = f"choices names the layer '{name}', which is none of the {len(names)} that can be sparse"
+        if name not in by_name:
+            msg = f"choices names the layer '{name}', which is none of the {len(by_name)} that can be sparse"
             raise SparseNetworkError(msg)
-        if form not in FORMATS:
-            msg = f"choices asks for the form '{form}' of '{name}'; allowed are {', '.join(FORMATS)}"
+        allowed = FORMS if takes_winograd(by_name[name]) else tuple(FORMATS)
+        if form not in allowed:
+            msg = f"choices asks for the form '{form}' of '{name}'; allowed are {', '.join(allowed)}"
             raise SparseNetworkError(msg)

@@ -78,7 +78,7 @@ class Step(ctypes.Structure):
 
 STEP_KINDS = (
     *("convolution", "linear", "depthwise", "max_pool", "average_pool", "padded_average_pool", "adaptive_pool"),
-    *("add", "scale", "copy"),
+    *("add", "scale", "copy", "winograd"),
 )
 """Names by their number in ``csrc/layer.h``."""
 PROGRESS_VALUES = 8

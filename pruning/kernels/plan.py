@@ -22,13 +22,25 @@ from .native import PROGRESS_VALUES, STEP_KINDS, Epilogue, Library, Shape, Step,
 from .operators import Add, Concat, Convolution, Operator, Pad, Pool, Reshape, Scale, Slice, Weighted
 from .patterns import pattern_of
 from .reference import ACTIVATIONS
+from .winograd import transform
 
 LANES = 16
 """Floats of the widest vector: what may be read and written behind a map."""
 DENSE = "dense"
 UNSTRUCTURED = "unstructured"
+WINOGRAD = "winograd"
 FORMATS: dict[str, int] = {DENSE: 8, UNSTRUCTURED: 1, "block 4": 4, "block 8": 8, "block 16": 16}
-"""The forms in which a plan holds a weight, and their blocks. A dense weight is blocks without a zero."""
+"""The forms in which a plan packs a weight, and their blocks. A dense weight is blocks without a zero."""
+FORMS = (*FORMATS, WINOGRAD)
+"""All forms in which a plan holds a weight: Winograd's holds it dense and transformed, see `takes_winograd`."""
+DENSE_FORMS = (DENSE, WINOGRAD)
+
+
+def takes_winograd(one: Operator) -> bool:
+    """Whether Winograd's filtering computes an operator: a 3x3 convolution of stride 1, neither dilated nor grouped."""
+    if not isinstance(one, Convolution) or one.is_depthwise:
+        return False
+    return tuple(one.weight.shape[2:]) == (3, 3) and one.stride == (1, 1) and one.dilation == (1, 1)
 
 
 def pack_as(weight: Tensor, form: str) -> SparseWeight:
@@ -119,7 +131,7 @@ class Plan:
             operators: none of them `Foreign`.
             inputs: sizes of the values that come from outside.
             outputs: values to give back.
-            forms: of the weight of each layer, one of `FORMATS`, by output; dense where it is missing.
+            forms: of the weight of each layer, one of `FORMS`, by output; dense where it is missing.
             holds_inputs: whether the inputs are the plan's own memory, holding noise, and `run` takes none: to time one
                 layer as it runs inside of a network.
         """
@@ -296,6 +308,9 @@ class Plan:
         is_row = self._layouts[one.inputs[0]].is_vector and self._layouts[one.output].is_vector
         if is_row and one.weight[0, 0].numel() == 1:
             step.kind = STEP_KINDS.index("linear")
+        if form == WINOGRAD:
+            self._set_winograd(step, one.weight)
+            return step
         weight = pack_as(one.weight, form)
         shape4 = (weight.shape[0], *weight.shape[1:])
         pattern = pattern_of("plan", weight.columns, weight.counts, shape4, weight.block)
@@ -307,6 +322,15 @@ class Plan:
         self._alive += [weight, pattern]
         self.weight_bytes += 4 * (weight.values.numel() + weight.columns.numel())
         return step
+
+    def _set_winograd(self, step: Step, weight: Tensor) -> None:
+        step.kind = STEP_KINDS.index("winograd")
+        values = transform(weight)
+        step.weight = Weight(block=values.shape[3], groups=values.shape[1], chunks=1, values=pointer(values))
+        offsets = self._native.step_offsets(step, torch.arange(values.shape[2], dtype=torch.int32))
+        step.weight.offsets = pointer(offsets)
+        self._alive += [offsets, values]
+        self.weight_bytes += 4 * (values.numel() + offsets.numel())
 
     def _set_depthwise(self, step: Step, one: Convolution) -> None:
         step.kind = STEP_KINDS.index("depthwise")

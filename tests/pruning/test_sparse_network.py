@@ -180,8 +180,21 @@ def test_the_zeros_tell_which_forms_are_timed() -> None:
 
     assert timed == [["dense", "block 16"], ["dense", "unstructured"]] * SWEEPS
     assert [layer.form for layer in report.layers] == ["dense"] * 3
-    assert report.layers[0].reason == "the fastest sparse form, block 16, runs at 1.00 times the dense speed"
+    assert report.layers[0].reason == "the fastest other form, block 16, runs at 1.00 times the dense speed"
     assert report.layers[2].reason == "88% of the weights are not zero, and no sparse form stores fewer than 75%"
+
+
+@compiled
+def test_a_3x3_convolution_of_stride_1_may_run_by_winograd() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, 2), nn.Conv2d(8, 8, 3, groups=8)).eval()
+    x = torch.randn(2, 4, 19, 18, generator=torch.Generator().manual_seed(0))
+
+    sparse = sparsify(model, x, measure=choose("winograd"))
+
+    assert {layer.layer: layer.form for layer in sparse.report.layers} == {"0": "winograd", "1": "dense"}
+    assert sparse.report.layers[0].reason == "2.00 times the dense speed"
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 @compiled
@@ -270,6 +283,10 @@ def small() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
 
 
+def strided() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU()).eval()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -288,7 +305,12 @@ def small() -> nn.Module:
         ),
         (
             lambda: sparsify(small(), torch.zeros(1, 3, 8, 8), choices={"0": "block 5"}),
-            "choices asks for the form 'block 5' of '0'; allowed are dense, unstructured, block 4, block 8, block 16",
+            "choices asks for the form 'block 5' of '0'; allowed are dense, unstructured, block 4, block 8, block 16, "
+            "winograd",
+        ),
+        (
+            lambda: sparsify(strided(), torch.zeros(1, 3, 8, 8), choices={"0": "winograd"}),
+            "choices asks for the form 'winograd' of '0'; allowed are dense, unstructured, block 4, block 8, block 16",
         ),
         (
             lambda: sparsify(small(), torch.zeros(1, 3, 8, 8))(torch.zeros(2, 3, 8, 8)),

@@ -65,7 +65,9 @@ enum SecateurKind {
   ADAPTIVE_POOL,  // averages; the windows follow from the sizes
   ADD,            // activation(x + residual), or activation(x)
   SCALE,          // x * residual, which has one value for each image and channel
-  COPY            // at (first_channel, padding_h, padding_w) of an output that is zero elsewhere
+  COPY,           // at (first_channel, padding_h, padding_w) of an output that is zero elsewhere
+  WINOGRAD        // a dense CONVOLUTION of 3x3 and stride 1; weight.values of shape (16, groups, in_channels, block) are
+                  // transformed, and weight.offsets one for each input channel
 };
 
 // One step of a network; sizes that the kind does not speak of are those of `shape`.

@@ -61,9 +61,14 @@ struct Planes {
     if (out.has_slack) pitch = larger(pitch, out.row);
     const int64_t row = s.in_channels * phases_h * phases_w * pitch;
     const int64_t strips = has_strips ? smaller(s.out_height, divide_up(s.out_height * row, STRIP_FLOATS)) : 1;
-    strip_rows = divide_up(s.out_height, larger(strips, 1));
+    cut(s, divide_up(s.out_height, larger(strips, 1)));
+  }
+
+  // Makes strips of so many output rows, if the input is not read in place.
+  void cut(const SecateurShape& s, int64_t rows) {
+    strip_rows = rows;
     const int64_t tail = s.stride_w == 1 ? s.padding_w : 0;
-    plane = (strip_rows + reach_h / s.stride_h) * pitch + tail;
+    plane = (strip_rows + (s.kernel_h - 1) * s.dilation_h / s.stride_h) * pitch + tail;
     hold(1);
   }
 

@@ -7,6 +7,7 @@
 #include "depthwise.h"
 #include "linear.h"
 #include "maps.h"
+#include "winograd.h"
 
 namespace {
 
@@ -26,6 +27,7 @@ inline int64_t maps_of(const SecateurStep& step) { return step.shape.batch * ste
 
 inline int64_t tasks_of(const SecateurStep& step, int64_t threads) {
   if (step.kind == CONVOLUTION) return convolution_of(step, threads).tasks();
+  if (step.kind == WINOGRAD) return Winograd(step, threads).tasks();
   return parts_of(step.kind == LINEAR ? step.weight.groups : maps_of(step), threads);
 }
 
@@ -65,6 +67,9 @@ struct PlanRun {
     if (step.kind == CONVOLUTION) {
       const Convolution convolution = convolution_of(step, threads);
       share(index, [&](int64_t task) { return run_convolution(convolution, task); });
+    } else if (step.kind == WINOGRAD) {
+      const Winograd winograd(step, threads);
+      share(index, [&](int64_t task) { return run_winograd(winograd, task); });
     } else if (step.kind == LINEAR) {
       const Linear linear = linear_of(step);
       share(index, [&](int64_t task) {
@@ -108,10 +113,16 @@ int run_plan(const SecateurStep* steps, int64_t count, SecateurProgress* progres
 }
 
 int64_t step_floats(const SecateurStep& step) {
+  if (step.kind == WINOGRAD) return step.shape.in_channels * Winograd(step, 1).pitch;
   return step.kind == CONVOLUTION ? convolution_of(step, 1).planes.floats(step.shape) : Depthwise(step).planes.floats(step.shape);
 }
 
 void step_offsets(const SecateurStep& step, int64_t count, const int32_t* columns, int32_t* out) {
+  if (step.kind == WINOGRAD) {
+    const int64_t pitch = Winograd(step, 1).pitch;
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(columns[i] * pitch);
+    return;
+  }
   const bool is_depthwise = step.kind == DEPTHWISE;
   const Planes planes = is_depthwise ? Depthwise(step).planes : Planes(step.shape, step.x, step.out);
   for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(planes.offset(step.shape, columns[i]));

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 
@@ -75,6 +76,46 @@ def test_a_convolution_in_a_plan_is_as_exact_as_torch(native: Library, geometry:
 
     exact = compute(in_double(operators), {name: x.double() for name, x in inputs.items()})
     assert_as_exact_as_torch(found, compute(operators, inputs), exact)
+
+
+WINOGRAD_SIZES = {
+    "one block": Geometry((2, 37, 14, 13)),
+    "several blocks": Geometry((1, 130, 30, 28), out_channels=16),
+    "no padding": Geometry((1, 5, 9, 40), padding=(0, 0)),
+    "wide padding": Geometry((2, 3, 5, 6), padding=(2, 3)),
+    "one pixel": Geometry((3, 4, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("geometry", WINOGRAD_SIZES.values(), ids=WINOGRAD_SIZES.keys())
+@pytest.mark.parametrize("threads", [1, 2])
+def test_winograd_is_as_exact_as_torch(native: Library, geometry: Geometry, threads: int) -> None:
+    residual, before, middle, behind = convolutions(geometry, "dense", "relu", density=1)
+    first = dataclasses.replace(middle, inputs=("x", "y"))  # reads the input of the plan, where no zeros lie around it
+    set_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    for operators in ([residual, before, middle, behind], [first]):
+        inputs = {"x": noise(*geometry.x), "y": noise(*residual.size, seed=1)}
+        sizes = {name: tuple(x.shape) for name, x in inputs.items()}
+        plan = Plan(native, operators, sizes, [operators[-1].output], {middle.output: "winograd"})
+
+        (found,) = plan.run(*inputs.values())
+
+        exact = compute(in_double(operators), {name: x.double() for name, x in inputs.items()})
+        assert_as_exact_as_torch(found, compute(operators, inputs), exact)
+    torch.set_num_threads(set_before)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_ends_a_winograd_convolution(native: Library, activation: str) -> None:
+    geometry = GEOMETRIES["same"]
+    operators = convolutions(geometry, "dense", activation)[:3]
+    inputs = {"x": noise(*geometry.x), "y": noise(*operators[0].size, seed=1)}
+    sizes = {name: tuple(x.shape) for name, x in inputs.items()}
+
+    (found,) = Plan(native, operators, sizes, ["b"], {"b": "winograd"}).run(*inputs.values())
+
+    torch.testing.assert_close(found, compute(operators, inputs), rtol=1e-4, atol=1e-4)
 
 
 def in_double(operators: list[Operator]) -> list[Operator]:
