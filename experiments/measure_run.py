@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from latency.measure import compare
-from latency.runtimes import LatencyError
+from latency.runtimes import Artifact
 from latency.table import Device
-from pruning.export import read_manifest
+from pruning.export import load_compressed, read_manifest
+from pruning.policy import CompressionPolicy
 
+from .data import ImageData
 from .latency_command import Remote, Say, device_for
+from .models import build_model
 from .outcome import DENSE
 from .progress import count
 from .run import RunError, RunFolder
@@ -76,11 +80,14 @@ def measure_run(
     remote: Remote | None = None,
     say: Say = lambda text: None,
 ) -> list[SavedLatency]:
-    """Time the ONNX files of a finished run, the dense network's among them, taking turns.
+    """Time the networks that a finished run saved, the dense one among them, taking turns.
+
+    Runtimes of ONNX files read those that the run wrote; runtimes of PyTorch modules (``sparse`` among them) get the
+    networks as `pruning.export.load_compressed` builds them. What the run saved in no such form is left out, and named.
 
     Args:
         root: folder of the run.
-        runtime: name of a runtime that takes ONNX files.
+        runtime: name of a runtime.
         threads: numbers of threads to time with, one after the other.
         rounds: timed calls of each network.
         remote: the machine to measure on; this one if not given.
@@ -90,32 +97,55 @@ def measure_run(
         One reading for each network and number of threads.
 
     Raises:
-        RunError: if the run is not finished, or saved no ONNX file.
-        LatencyError: if the runtime cannot be used, or takes no ONNX file.
+        RunError: if the run is not finished, or saved no dense network or no other in the form that the runtime takes.
+        LatencyError: if the runtime cannot be used.
     """
     folder = RunFolder.open(root)
     methods = [row.method for row in folder.outcome().rows]
-    files = {name: folder.method(name).model / "model.onnx" for name in methods}
-    if missing := [name for name, path in files.items() if not path.exists()]:
-        msg = (
-            f"run {root} holds no ONNX file of {', '.join(missing)}: it was run with measure.onnx off, or the export "
-            "failed, which its output says"
-        )
+    devices = [device_for(runtime, n, remote) for n in threads]
+    artifacts, left_out = _artifacts(folder, methods, devices[0].takes)
+    if DENSE not in artifacts or len(artifacts) == 1:
+        msg = f"run {root} holds too little to time with '{runtime}': {'; '.join(left_out)}"
         raise RunError(msg)
+    for reason in left_out:
+        say(f"left out: {reason}")
     readings: list[SavedLatency] = []
-    for n in threads:
-        device = device_for(runtime, n, remote)
-        if device.takes != "onnx":
-            msg = f"runtime '{runtime}' takes no ONNX files, which is what a run saves; pass onnxruntime or openvino"
-            raise LatencyError(msg)
-        say(f"{root}: {len(files)} networks with {count(n, 'thread')}, {rounds} rounds")
-        readings += _timed(device, folder, files, rounds)
+    for device, n in zip(devices, threads, strict=True):
+        say(f"{root}: {len(artifacts)} networks with {count(n, 'thread')}, {rounds} rounds")
+        readings += _timed(device, folder, artifacts, rounds)
     return readings
 
 
-def _timed(device: Device, folder: RunFolder, files: dict[str, Path], rounds: int) -> list[SavedLatency]:
+def _artifacts(folder: RunFolder, methods: Sequence[str], takes: str) -> tuple[dict[str, Artifact], list[str]]:
+    """The saved networks as a runtime takes them, by method, and why others are not among them."""
+    artifacts: dict[str, Artifact] = {}
+    left_out: list[str] = []
+    for method in methods:
+        saved = folder.method(method).model
+        if takes == "onnx":
+            path = saved / "model.onnx"
+            reason = "it was run with measure.onnx off, or the export failed, which its output says"
+            if path.exists():
+                artifacts[method] = path
+            else:
+                left_out.append(f"no ONNX file of {method} ({reason})")
+        elif any(layer.is_quantized for layer in CompressionPolicy.load(saved / "policy.json").layers.values()):
+            left_out.append(f"{method} has integers, which this runtime of float networks would only simulate")
+        else:
+            artifacts[method] = _network(folder, saved)
+    return artifacts, left_out
+
+
+def _network(folder: RunFolder, saved: Path) -> nn.Module:
+    sample = ImageData(folder.config.data).sample
+    name, n_classes, n_channels = folder.config.model.name, len(sample.classes), sample.images.shape[1]
+    return load_compressed(saved, lambda: build_model(name, n_classes, n_channels))
+
+
+def _timed(device: Device, folder: RunFolder, artifacts: Mapping[str, Artifact], rounds: int) -> list[SavedLatency]:
     example = tuple(x[:1] for x in read_manifest(folder.method(DENSE).model).examples())
-    times = dict(zip(files, device.times_ns([(path, example) for path in files.values()], rounds, WARMUP), strict=True))
+    networks = [(artifact, example) for artifact in artifacts.values()]
+    times = dict(zip(artifacts, device.times_ns(networks, rounds, WARMUP), strict=True))
     fingerprint = device.fingerprint
     readings = []
     for name, own in times.items():

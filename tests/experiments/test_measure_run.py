@@ -37,15 +37,29 @@ def test_saved_networks_are_timed_beside_the_dense_one_with_each_number_of_threa
     assert [line.split()[0] for line in lines] == ["method", DENSE, "uniform"]
 
 
-def test_a_runtime_that_takes_no_files_is_refused(run: Path, command: Command) -> None:
-    done = command("latency", "measure", run, "--runtime", "pytorch-eager")
-    assert done.code == 1
-    assert done.err == (
-        "error: runtime 'pytorch-eager' takes no ONNX files, which is what a run saves; pass onnxruntime or openvino\n"
-    )
+def test_a_runtime_of_modules_times_the_networks_that_were_saved(run: Path, command: Command) -> None:
+    done = command("latency", "measure", run, "--runtime", "pytorch-eager", "--rounds", "6", "--json")
+    assert done.code == 0
+    assert [(r["method"], r["runtime"].split()[0]) for r in json.loads(done.out)] == [
+        (DENSE, "pytorch-eager"),
+        ("uniform", "pytorch-eager"),
+    ]
 
 
-def test_a_run_without_files_is_refused(run: Path, command: Command) -> None:
+def test_a_network_without_a_file_is_left_out_and_a_run_without_any_is_refused(run: Path, command: Command) -> None:
+    twin = run / "methods" / "random"
+    (twin / "model").mkdir(parents=True)
+    results = (run / "results.json").read_text()
+    outcome = json.loads(results)
+    outcome["rows"].append({**outcome["rows"][1], "method": "random"})
+    (run / "results.json").write_text(json.dumps(outcome))
+    reason = "(it was run with measure.onnx off, or the export failed, which its output says)"
+    done = command("latency", "measure", run, "--rounds", "6")
+    assert done.code == 0
+    assert f"left out: no ONNX file of random {reason}" in done.err
+    assert [line.split()[0] for line in done.out.splitlines()] == ["method", DENSE, "uniform"]
+    (run / "results.json").write_text(results)
+
     path = run / "methods" / "uniform" / "model" / "model.onnx"
     content = path.read_bytes()
     path.unlink()
@@ -53,8 +67,7 @@ def test_a_run_without_files_is_refused(run: Path, command: Command) -> None:
     path.write_bytes(content)
     assert done.code == 1
     assert done.err == (
-        f"error: run {run} holds no ONNX file of uniform: it was run with measure.onnx off, or the export failed, "
-        "which its output says\n"
+        f"error: run {run} holds too little to time with 'onnxruntime': no ONNX file of uniform {reason}\n"
     )
 
 
