@@ -1,422 +1,29 @@
-"""From an action to a plan: keep ratios, densities and bits, rounding and the budget, all of it here only."""
+"""From an action to a plan: keep ratios, densities and bits, rounding and the budgets, all of it here only."""
 
 from __future__ import annotations
 
 import heapq
-import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from numpy.typing import ArrayLike
 
-from graph_encoder.network import ChannelGroup, NetworkGraph
-from latency.budget import Budget, BudgetError, in_words
-from latency.cost import CostKind, CostModel, predict_cost
-from latency.decision import LayerDecision, layer_policies, weighted_layers
-from latency.predict import LatencyModel
-from latency.runtimes import LatencyError
-from latency.table import LatencyTable
-from pruning.layer_policy import LayerPolicy
+from latency.cost import CostModel
 from pruning.policy import CompressionPolicy
 
-WIDE = 128
-"""From this many units on, a group is rounded to multiples of `WIDE_ROUNDING` by default."""
-WIDE_ROUNDING = 8
+from .space import Counts, Ratios, SearchSpace
+
 _HALVINGS = 8
-
-Counts = NDArray[np.int64]
-Ratios = NDArray[np.float64]
-
-_CHANGED_BY: dict[CostKind, str] = {
-    "macs": "channels or density",
-    "params": "channels or density",
-    "bytes": "channels, density or bits of weights",
-    "bops": "channels, density or bits",
-    "latency": "channels or bits",
-}
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A budget in numbers.
-
-    Attributes:
-        cost: what is counted, over the decisions of a space.
-        limit: the most of it that a plan may cost.
-    """
-
-    cost: CostModel | LatencyModel
-    limit: int
-
-
-class Meters:
-    """Whether a plan that changes one decision at a time keeps every budget."""
-
-    def __init__(self, bounds: Sequence[Bound], counts: Counts) -> None:
-        """Start from a plan; use `SearchSpace.meters`."""
-        self._meters = [(bound.cost.meter(counts), bound.limit) for bound in bounds]
-
-    def fit_with_more(self, decision: int, units: int) -> bool:
-        """Whether all budgets are kept if ``decision`` leaves ``units`` more."""
-        return all(meter.with_more(decision, units) <= limit for meter, limit in self._meters)
-
-    def keep_more(self, decision: int, units: int) -> None:
-        """Let ``decision`` leave ``units`` more than it does."""
-        for meter, _ in self._meters:
-            meter.keep_more(decision, units)
-
-
-@dataclass(frozen=True)
-class SearchSpace:
-    """Every plan that may be chosen for one network under its budgets; build it with `SearchSpace.build`.
-
-    A plan is a vector of counts, one for each decision: the units that a channel group keeps, or the level of a
-    choice inside a layer (percents of its weights, bits). A keep ratio is a count over that of the untouched network.
-
-    Attributes:
-        graph: the captured network.
-        groups: the first decisions, in network order: prunable groups that are not protected.
-        layers: the decisions after them: choices inside layers.
-        importance: scores of shape ``(size,)`` by group name, higher is kept longer.
-        cost: cost of a plan, over ``groups`` and ``layers``: that of the first budget, which rewards and figures show.
-        bounds: every budget, in the order asked for; a plan keeps them all. Empty without a budget.
-        ladders: counts that each decision may take, ascending; the last is the untouched network's.
-        prior: keep-ratio offsets of the start plan, shape ``(n,)``: the plan of an action of zeros.
-        span: how far an action of 1 moves a keep ratio.
-        sparsity: pattern of the zeros where a density is below one.
-    """
-
-    graph: NetworkGraph
-    groups: tuple[ChannelGroup, ...]
-    layers: tuple[LayerDecision, ...]
-    importance: Mapping[str, NDArray[np.floating]]
-    cost: CostModel | LatencyModel
-    bounds: tuple[Bound, ...]
-    ladders: tuple[Counts, ...]
-    prior: Ratios
-    span: float = 0.5
-    sparsity: str = "unstructured"
-
-    @classmethod
-    def build(
-        cls,
-        graph: NetworkGraph,
-        importance: Mapping[str, ArrayLike | Tensor],
-        budget: Budget | Sequence[Budget] | None,
-        *,
-        kind: CostKind = "macs",
-        prior: ArrayLike | None = None,
-        channels: bool = True,
-        layers: Sequence[LayerDecision] = (),
-        sparsity: str = "unstructured",
-        rounding: int | Mapping[str, int] | None = None,
-        min_keep_ratio: float = 0.1,
-        protect_first: bool = True,
-        protected: Collection[str] = (),
-        span: float = 0.5,
-        table: LatencyTable | None = None,
-    ) -> SearchSpace:
-        """Choose the decisions and check that the budget can be met.
-
-        The outputs of the last layer are the network's own and are never among the groups.
-
-        Args:
-            graph: captured network.
-            importance: scores of shape ``(size,)`` for each prunable group, higher is kept longer.
-            budget: most that a plan may cost, or several such, each of another kind; None to let the reward weigh cost
-                against accuracy.
-            kind: what is counted where there is no budget to say it.
-            prior: keep-ratio offsets of the start plan, shape ``(n,)``; uniform if not given.
-            channels: decide the channel groups; else they stay dense.
-            layers: choices inside layers to decide beside them.
-            sparsity: pattern of the zeros where a density is below one. A block has to divide the channels that a
-                sparse layer writes, the M of N:M those that it reads: groups keep counts that leave it so.
-            rounding: units a group keeps are a multiple of this, for all groups or by name; by default 8 where a
-                group has 128 units or more, else 1.
-            min_keep_ratio: least share of a group that stays; at least one unit always does.
-            protect_first: leave the groups dense that the first weighted operator writes.
-            protected: names of further groups to leave dense.
-            span: how far an action of 1 moves a keep ratio, above 0.
-            table: times of the network's layers, for a budget of latency.
-
-        Raises:
-            BudgetError: if a budget cannot be met, with the lowest reachable cost, or is above the dense cost; or if
-                it is one of latency and there is no table.
-            LatencyError: if the table lacks a layer, or latency alone is bounded and a decision takes no time.
-            ValueError: if no group is left to decide, or an argument is out of range.
-        """
-        _check_options(graph, protected, min_keep_ratio, span)
-        _check_layers(graph, layers)
-        groups = _decisions(graph, protect_first, protected, may_be_none=bool(layers)) if channels else ()
-        if not groups and not layers:
-            msg = "there is nothing to decide: neither channels nor a choice inside a layer; pass one of them"
-            raise ValueError(msg)
-        aligned = _aligned(graph, layers, sparsity)
-        ladders = [
-            _ladder(group, rounding, min_keep_ratio, aligned.get(graph.group_index[group.name], ())) for group in groups
-        ]
-        ladders += [np.array(decision.levels, dtype=np.int64) for decision in layers]
-        names = [group.name for group in groups]
-        budgets = (budget,) if isinstance(budget, Budget) else tuple(budget or ())
-
-        def model(kind: CostKind) -> CostModel | LatencyModel:
-            if kind == "latency":
-                return LatencyModel(graph, _needed(table), names, layers)
-            return CostModel(graph, kind, names, layers, sparsity)
-
-        costs = [model(one.kind) for one in budgets]
-        space = cls(
-            graph=graph,
-            groups=groups,
-            layers=tuple(layers),
-            importance={group.name: _as_scores(importance[group.name]) for group in groups},
-            cost=costs[0] if costs else model(kind),
-            bounds=tuple(Bound(cost, one.limit(cost.dense)) for cost, one in zip(costs, budgets, strict=True)),
-            ladders=tuple(ladders),
-            prior=np.zeros(len(ladders)),
-            span=span,
-            sparsity=sparsity,
-        )
-        space._check_reachable()
-        space._check_seen()
-        return space if prior is None else space.with_prior(prior)
-
-    def with_prior(self, prior: ArrayLike) -> SearchSpace:
-        """The same space with another start plan; ``prior`` has shape ``(n,)`` and finite values."""
-        return replace(self, prior=self._checked(prior, "prior"))
-
-    def with_limit(self, kind: CostKind, limit: int) -> SearchSpace:
-        """The same space with another limit of one kind; the other budgets stay."""
-        bounds = tuple(replace(bound, limit=limit) if bound.cost.kind == kind else bound for bound in self.bounds)
-        return replace(self, bounds=bounds)
-
-    @property
-    def limit(self) -> int | None:
-        """Most that a plan may cost of the first budget, None without any."""
-        return self.bounds[0].limit if self.bounds else None
-
-    @property
-    def timed(self) -> Bound | None:
-        """The budget of latency, None if there is none."""
-        return next((bound for bound in self.bounds if isinstance(bound.cost, LatencyModel)), None)
-
-    @property
-    def n(self) -> int:
-        """Number of decisions."""
-        return len(self.ladders)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the decisions."""
-        return self.cost.groups
-
-    @property
-    def sizes(self) -> Counts:
-        """Counts of the untouched network, shape ``(n,)``."""
-        return self.cost.sizes
-
-    @cached_property
-    def minimum(self) -> Counts:
-        """Least count of each decision, shape ``(n,)``."""
-        return np.array([ladder[0] for ladder in self.ladders], dtype=np.int64)
-
-    @cached_property
-    def min_keep_ratio(self) -> Ratios:
-        """Least keep ratio of each decision, shape ``(n,)``."""
-        return self.minimum / self.sizes
-
-    @cached_property
-    def ranking(self) -> Mapping[str, NDArray[np.int64]]:
-        """Units of each group, most important first; equal scores in their own order."""
-        return {name: np.argsort(-scores, kind="stable") for name, scores in self.importance.items()}
-
-    @cached_property
-    def lowest_cost(self) -> int:
-        """The lowest `cost` that a plan is known to have, see `lowest_of`."""
-        return self.lowest_of(self.cost)
-
-    def lowest_of(self, cost: CostModel | LatencyModel) -> int:
-        """The lowest cost that a plan is known to have: with every decision at its least; by a table, of `fastest`."""
-        return cost(self.fastest if isinstance(cost, LatencyModel) else self.minimum)
-
-    @cached_property
-    def fastest(self) -> Counts:
-        """A plan that takes the least time known, shape ``(n,)``: the least counts, but where a table says otherwise.
-
-        By a table, decisions are changed one at a time within the budgets of other kinds, from the least counts (with
-        every layer in integers, if bits are decided), from these with every layer's bits and weights as they are, and
-        from the untouched network. Some changes pay only together: a layer in integers among floats is converted to
-        and from, and so is one in floats among integers.
-        """
-        latency = self.timed.cost if self.timed else self.cost
-        if not isinstance(latency, LatencyModel):
-            return self.minimum.copy()
-        others = [bound for bound in self.bounds if bound.cost is not latency]
-        layers_whole = np.append(self.minimum[: len(self.groups)], self.sizes[len(self.groups) :])
-        starts = [self.minimum]
-        starts += [
-            each for each in (layers_whole, self.sizes) if all(bound.cost(each) <= bound.limit for bound in others)
-        ]
-        return min((self._faster(latency, others, start, self.minimum) for start in starts), key=latency)
-
-    def widened(self, counts: Counts) -> Counts:
-        """A plan that leaves at least ``counts``, and more where the table says that more is faster; shape ``(n,)``.
-
-        Kernels want whole vectors of channels: a layer of 24 may take longer than one of 32, and is then no choice.
-        Without a budget of latency, ``counts`` themselves.
-        """
-        if self.timed is None:
-            return counts
-        latency = self.timed.cost
-        assert isinstance(latency, LatencyModel)
-        others = [bound for bound in self.bounds if bound is not self.timed]
-        return self._faster(latency, others, counts, counts)
-
-    def _faster(self, latency: LatencyModel, others: Sequence[Bound], start: Counts, least: Counts) -> Counts:
-        """A plan that no change of a single decision makes faster, from ``start``, within the other budgets.
-
-        No decision falls below ``least``.
-        """
-        counts = start.copy()
-        meter, within = latency.meter(counts), Meters(others, counts)
-        is_changed = True
-        while is_changed:
-            is_changed = False
-            for index, rungs in enumerate(self.ladders):
-                more = (rungs[rungs >= least[index]] - counts[index]).tolist()
-                costs = {m: meter.with_more(index, m) for m in more if m and within.fit_with_more(index, m)}
-                best = min(costs, key=costs.__getitem__, default=0)
-                if costs.get(best, meter.cost) < meter.cost:
-                    meter.keep_more(index, best)
-                    within.keep_more(index, best)
-                    counts[index] += best
-                    is_changed = True
-        return counts
-
-    def fits(self, counts: Counts) -> bool:
-        """Whether a plan keeps every budget."""
-        return all(bound.cost(counts) <= bound.limit for bound in self.bounds)
-
-    def meters(self, counts: Counts) -> Meters:
-        """Every budget, for a plan that starts from ``counts`` and changes one decision at a time."""
-        return Meters(self.bounds, counts)
-
-    @cached_property
-    def start(self) -> Counts:
-        """The start plan: what an action of zeros stands for."""
-        return counts_of(np.zeros(self.n), self)
-
-    def next_rung(self, index: int, count: int) -> int:
-        """The next larger count of decision ``index``; ``count`` itself at the top."""
-        ladder = self.ladders[index]
-        return int(ladder[min(int(np.searchsorted(ladder, count, side="right")), len(ladder) - 1)])
-
-    def policy(self, counts: Counts) -> CompressionPolicy:
-        """The plan that keeps the ``counts[i]`` most important units of group ``i`` and treats the layers so."""
-        levels = dict(zip(self.names, counts.tolist(), strict=True))
-        cut = {group.name: levels[group.name] for group in self.groups if levels[group.name] < group.size}
-        return CompressionPolicy(
-            kept={name: tuple(np.sort(self.ranking[name][:count]).tolist()) for name, count in cut.items()},
-            sizes={name: self.graph.group(name).size for name in cut},
-            layers=layer_policies(self.layers, levels, self.sparsity),
-        )
-
-    def cost_of(self, policy: CompressionPolicy, cost: CostModel | LatencyModel | None = None) -> int:
-        """Cost of a plan, whoever proposed it: as by `cost`, but for bytes, which are exact here and bounded there.
-
-        Args:
-            policy: the plan.
-            cost: of the budget that is meant; the first if not given.
-        """
-        cost = cost or self.cost
-        if isinstance(cost, CostModel):
-            return predict_cost(self.graph, policy, cost.kind)
-        ratios = self.keep_ratios(policy)
-        return cost(np.rint([ratios[name] for name in self.names] * self.sizes).astype(np.int64))
-
-    def keep_ratios(self, policy: CompressionPolicy) -> dict[str, float]:
-        """What ``policy`` leaves of each decision, in (0, 1], by name and in the order of the decisions."""
-        ratios = {group.name: len(policy.kept.get(group.name, range(group.size))) / group.size for group in self.groups}
-        for decision in self.layers:
-            layer = policy.layers.get(decision.layer, LayerPolicy())
-            bits = layer.act_bits if decision.choice == "act_bits" else layer.weight_bits
-            ratios[decision.name] = layer.density if decision.choice == "density" else bits / decision.size
-        return ratios
-
-    def _checked(self, values: ArrayLike, what: str) -> Ratios:
-        array = np.asarray(values, dtype=np.float64)
-        if array.shape != (self.n,):
-            msg = f"{what} has shape {array.shape}, but this network has {self.n} decisions; pass shape ({self.n},)"
-            raise ValueError(msg)
-        if not np.isfinite(array).all():
-            bad = int(np.flatnonzero(~np.isfinite(array))[0])
-            msg = f"{what} holds {array[bad]} for decision '{self.names[bad]}'; every value must be finite"
-            raise ValueError(msg)
-        return array
-
-    def _check_seen(self) -> None:
-        """Refuse decisions that no cost depends on: nothing would ever be saved there."""
-        costs = [bound.cost for bound in self.bounds] or [self.cost]
-        for index, decision in enumerate(self.layers, start=len(self.groups)):
-            counts = self.sizes.copy()
-            counts[index] = self.minimum[index]
-            if any(
-                decision.choice == "bits" if isinstance(cost, LatencyModel) else cost(counts) != cost(self.sizes)
-                for cost in costs
-            ):
-                continue
-            if isinstance(costs[0], LatencyModel) and len(costs) == 1:
-                msg = (
-                    f"zeros in layer '{decision.layer}' do not change what this runtime computes, so a latency budget "
-                    "cannot buy them; leave density out of search.decide, or take a budget of macs, params or bytes, "
-                    "alone or beside it"
-                )
-                raise LatencyError(msg)
-            msg = (
-                f"{decision.name} changes nothing that {' or '.join(cost.kind for cost in costs)} count; leave "
-                f"{decision.choice} out of what is decided, or take a budget of bytes (bits of weights) or bops (of "
-                "weights and activations)"
-            )
-            raise ValueError(msg)
-
-    def _check_reachable(self) -> None:
-        # Counted costs first: a plan is fastest only within these.
-        for bound in sorted(self.bounds, key=lambda bound: isinstance(bound.cost, LatencyModel)):
-            self._check_bound(bound)
-
-    def _check_bound(self, bound: Bound) -> None:
-        kind, dense, lowest = bound.cost.kind, bound.cost.dense, self.lowest_of(bound.cost)
-        if lowest <= bound.limit:
-            return
-        asked = f"a budget of {in_words(bound.limit, kind)} ({bound.limit / dense:.1%} of the dense"
-        has_bits = any(decision.choice == "bits" for decision in self.layers)
-        is_changed = bound.cost(self.minimum) != bound.cost(self.sizes)
-        if isinstance(bound.cost, LatencyModel):
-            is_changed = bool(self.groups) or has_bits
-        if not is_changed:
-            names = ", ".join(dict.fromkeys(["channels"] * bool(self.groups) + [each.choice for each in self.layers]))
-            msg = (
-                f"{asked} {in_words(dense, kind)}) cannot be met: nothing that is decided ({names}) changes it; decide "
-                f"{_CHANGED_BY[kind]}, or leave {kind} out of the budget"
-            )
-            raise BudgetError(msg)
-        others = [in_words(other.limit, other.cost.kind) for other in self.bounds if other is not bound]
-        within = f" within {' and '.join(others)}" if others and isinstance(bound.cost, LatencyModel) else ""
-        bits = "" if has_bits or not isinstance(bound.cost, LatencyModel) else ", or decide bits too"
-        msg = (
-            f"{asked} {in_words(dense, kind)}) cannot be met: with every decision at its least{within} the network "
-            f"still costs {in_words(lowest, kind)} ({lowest / dense:.1%}). Pass at least {in_words(lowest, kind)}, or "
-            f"lower min_keep_ratio, the rounding or the protection{bits}"
-        )
-        raise BudgetError(msg)
+"""Of the range of shifts: to 1/256 of it. `fill` spends what that leaves."""
 
 
 def decode(action: ArrayLike, space: SearchSpace) -> CompressionPolicy:
     """The plan that an action of shape ``(n,)`` in ``[-1, 1]`` stands for; see `counts_of`."""
     return space.policy(counts_of(action, space))
+
+
+def start_plan(space: SearchSpace) -> Counts:
+    """The plan that an action of zeros stands for, shape ``(n,)``."""
+    return counts_of(np.zeros(space.n), space)
 
 
 def counts_of(action: ArrayLike, space: SearchSpace, base: Ratios | None = None) -> Counts:
@@ -434,7 +41,7 @@ def counts_of(action: ArrayLike, space: SearchSpace, base: Ratios | None = None)
     Raises:
         ValueError: if the action has another shape or holds NaN or infinity.
     """
-    scores = np.clip(space._checked(action, "action"), -1, 1)
+    scores = np.clip(space.checked(action, "action"), -1, 1)
     base = space.prior if base is None else base
     if space.bounds:
         return project(base + space.span * scores, space)
@@ -445,13 +52,13 @@ def counts_of(action: ArrayLike, space: SearchSpace, base: Ratios | None = None)
 def project(base: Ratios, space: SearchSpace) -> Counts:
     """The plan closest in shape to the ratios ``base + shift`` that spends the budgets to the last rounding step.
 
-    ``shift`` is the largest at which the plan meets every budget: the unrounded one if costs are counted, and by a
-    table, which knows no others, the rounded one after `SearchSpace.widened`. Then single rounding steps are added,
-    largest shortfall first, until none fits (`fill`). What one budget leaves of another goes to the decisions that the
-    first does not count, in the same steps.
+    Where costs are counted, ``shift`` is the largest at which the unrounded plan meets every budget. A table knows no
+    unrounded plans, and its costs need not fall with the shift: there it is one found by halving, at which the rounded
+    plan does after `SearchSpace.widened`. `fill` spends what is left, and what one budget leaves of another goes to the
+    decisions that the first does not count.
 
     Returns:
-        Units of each group, shape ``(n,)``: at or under every budget, and no further single step fits them all.
+        Units of each group, shape ``(n,)``: at or under every budget, and no larger count of any one decision fits.
     """
     assert space.bounds
     if space.timed is None:
@@ -481,7 +88,7 @@ def nearest(ratios: Ratios, space: SearchSpace) -> Counts:
 
 
 def fill(counts: Counts, wanted: Ratios, space: SearchSpace) -> Counts:
-    """Add single rounding steps, the group farthest below ``wanted`` (in steps) first, until none fits.
+    """Add rounding steps, the group farthest below ``wanted`` (in steps) first, until none fits.
 
     By a table a wider layer may be the faster one, as where its channels fill whole vectors: a group whose next step
     does not fit takes the next count above that does.
@@ -540,117 +147,18 @@ def _largest_shift(base: Ratios, space: SearchSpace) -> float:
 
 
 def _timed_plan(base: Ratios, space: SearchSpace) -> tuple[Counts, Ratios]:
-    """The plan at the largest shift at which it meets every budget, and what its decisions would keep unrounded.
+    """A widened plan that meets every budget, at a large shift, and what its decisions would keep unrounded.
 
-    By bisection, though a table's costs need not fall with the shift: a larger one that fits may be passed over.
+    The fastest plan known, if none is found: single changes need not lead to it.
     """
     low, high = _shifts(base, space)
-    wanted = _at(low, base, space)
-    # Single changes need not lead to the fastest plan known.
-    counts = space.fastest
+    counts, wanted = space.fastest, _at(low, base, space)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        at_middle = _at(middle, base, space)
-        plan = space.widened(rounded_down(at_middle, space))
+        unrounded = _at(middle, base, space)
+        plan = space.widened(rounded_down(unrounded, space))
         if space.fits(plan):
-            low, wanted, counts = middle, at_middle, plan
+            low, counts, wanted = middle, plan, unrounded
         else:
             high = middle
     return counts, wanted
-
-
-def _needed(table: LatencyTable | None) -> LatencyTable:
-    if table is None:
-        msg = (
-            "a budget of latency is projected with a table of this device, and there is none; make one with `secateur "
-            "latency build` and name it with --latency-table (latency.table)"
-        )
-        raise BudgetError(msg)
-    return table
-
-
-def _as_scores(importance: ArrayLike | Tensor) -> NDArray[np.float64]:
-    if isinstance(importance, Tensor):
-        importance = importance.detach().cpu().numpy()
-    return np.asarray(importance, dtype=np.float64)
-
-
-def _decisions(
-    graph: NetworkGraph, protect_first: bool, protected: Collection[str], *, may_be_none: bool
-) -> tuple[ChannelGroup, ...]:
-    first = next((operator.name for operator in graph.operators if operator.weight), "")
-    left_dense = set(protected)
-    if protect_first:
-        left_dense |= {group.name for group in graph.groups if first in group.producers}
-    groups = tuple(group for group in graph.prunable if group.name not in left_dense)
-    if not groups and not may_be_none:
-        msg = (
-            f"no channel group is left to decide: of {len(graph.groups)} groups {len(graph.prunable)} are prunable, "
-            f"and these are protected: {sorted(left_dense)}; protect fewer, or see with `secateur check` why layers "
-            "stay dense"
-        )
-        raise ValueError(msg)
-    return groups
-
-
-def _aligned(graph: NetworkGraph, layers: Sequence[LayerDecision], sparsity: str) -> dict[int, list[tuple[int, int]]]:
-    """What a pattern asks of each group, by its index: pairs of channels a unit, and what must divide the channels.
-
-    A block has to divide the channels that a sparse layer writes, the M of N:M those that it reads. Each does so in the
-    dense network (`latency.decision.layer_decisions`), so what is removed of every group has to be divided too.
-    """
-    pattern = LayerPolicy(sparsity)
-    divisors = (pattern.block, pattern.n_of_m[1] if pattern.n_of_m else 1)
-    in_pattern = {f"{decision.layer}.weight" for decision in layers if decision.choice == "density"}
-    found: dict[int, list[tuple[int, int]]] = {}
-    for term in graph.param_terms:
-        if term.owner in in_pattern:
-            for dim, divisor in zip(term.dims, divisors, strict=False):
-                for group, channels in dim.per_unit if divisor > 1 else ():
-                    found.setdefault(group, []).append((channels, divisor))
-    return found
-
-
-def _ladder(
-    group: ChannelGroup,
-    rounding: int | Mapping[str, int] | None,
-    min_keep_ratio: float,
-    aligned: Sequence[tuple[int, int]],
-) -> Counts:
-    """Unit counts that a group may keep: multiples of its rounding from its least that suit patterns, and all."""
-    default = WIDE_ROUNDING if group.size >= WIDE else 1
-    step = rounding.get(group.name, default) if isinstance(rounding, Mapping) else (rounding or default)
-    if step < 1:
-        msg = f"rounding of group '{group.name}' is {step}; it must be at least 1 unit"
-        raise ValueError(msg)
-    step = min(step, group.size)
-    least = max(1, math.ceil(min_keep_ratio * group.size - 1e-9))
-    counts = np.arange(-(-least // step) * step, group.size, step)
-    for channels, divisor in aligned:
-        counts = counts[channels * (group.size - counts) % divisor == 0]
-    return np.union1d(counts, [group.size]).astype(np.int64)
-
-
-def _check_layers(graph: NetworkGraph, layers: Sequence[LayerDecision]) -> None:
-    known = weighted_layers(graph)
-    for decision in layers:
-        if decision.layer not in known:
-            msg = f"'{decision.layer}' is no weighted layer of this network; layers are {list(known)}"
-            raise ValueError(msg)
-    names = [decision.name for decision in layers]
-    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        msg = f"'{repeated[0]}' is decided twice; name each choice of a layer once"
-        raise ValueError(msg)
-
-
-def _check_options(graph: NetworkGraph, protected: Collection[str], min_keep_ratio: float, span: float) -> None:
-    unknown = sorted(set(protected) - set(graph.group_index))
-    if unknown:
-        msg = f"protected names no channel group of this network: {unknown}; groups are {sorted(graph.group_index)}"
-        raise ValueError(msg)
-    if not 0 <= min_keep_ratio <= 1:
-        msg = f"min_keep_ratio is {min_keep_ratio}; it must lie in [0, 1]"
-        raise ValueError(msg)
-    if not (span > 0 and math.isfinite(span)):
-        msg = f"span is {span}; it must be a finite number above 0"
-        raise ValueError(msg)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -9,8 +11,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from latency.cost import CostModel
 from latency.predict import LatencyModel
 
-from .action import Bound, Counts, Ratios, SearchSpace, nearest
+from .action import nearest
 from .evaluator import Sensitivity
+from .space import Bound, Counts, Ratios, SearchSpace
 
 _NOTHING = 1e-15
 """Least share of what is lacking that a step counts as saving: below one unit of any cost."""
@@ -73,6 +76,7 @@ def greedy(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
     rungs = [len(ladder) - 1 for ladder in space.ladders]
     meters = [(bound.cost.meter(space.sizes), bound.limit) for bound in space.bounds]
     prices = [_added_up(bound).meter(space.sizes) for bound in space.bounds]
+    taken: list[Counts] = []
     # By a table the least counts need not be the fastest: then the steps end before the budget is met.
     while any(rungs):
         over = [
@@ -94,7 +98,10 @@ def greedy(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
         for each in (*prices, *(meter for meter, _ in meters)):
             each.keep_more(*step)
         rungs[step[0]] -= 1
-    counts = np.array([ladder[rung] for ladder, rung in zip(space.ladders, rungs, strict=True)])
+        taken.append(np.array([ladder[rung] for ladder, rung in zip(space.ladders, rungs, strict=True)]))
+    # The first of them that a table has room for once no larger count is faster; by counted costs, the last.
+    first = bisect.bisect_left(taken, True, key=lambda counts: space.fits(space.widened(counts)))
+    counts = taken[min(first, len(taken) - 1)] if taken else space.sizes
     return np.asarray(counts / space.sizes, dtype=np.float64)
 
 
@@ -121,14 +128,15 @@ def knapsack(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
     full = [bound.cost(space.sizes) for bound in space.bounds]
     saved = [_saved_alone(bound, ladders, space) for bound in space.bounds]
     low = np.array([f - bound.limit for f, bound in zip(full, space.bounds, strict=True)], dtype=np.float64)
-    high = np.array([sum(choices[0] for choices in each) for each in saved], dtype=np.float64)
+    high = np.array([sum(choices.max() for choices in each) for each in saved], dtype=np.float64)
     tolerance = np.array([0.01 * bound.cost.dense for bound in space.bounds])
     counts = np.array([ladder[0] for ladder in ladders], dtype=np.int64)
     # The truth lies between the savings added up and all of them: halve the intervals until they are no wider than 1 %.
     asked = low.copy()
     while True:
         tried = _choose(ladders, saved, price, np.minimum(asked, high))
-        is_over = np.array([bound.cost(tried) > bound.limit for bound in space.bounds])
+        kept = space.widened(tried)
+        is_over = np.array([bound.cost(kept) > bound.limit for bound in space.bounds])
         if is_over.any():
             low = np.where(is_over, asked, low)
         else:

@@ -10,10 +10,11 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from .action import Counts, SearchSpace
+from .action import start_plan
 from .evaluator import CandidateEvaluator, Sensitivity
 from .observation import Observation, Observer, Progress, Sizes
 from .reward import RewardFunction, compute_reward, resolve_reward
+from .space import Counts, SearchSpace
 
 
 class CompressionEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
@@ -23,6 +24,7 @@ class CompressionEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     one_decision: ClassVar[bool] = False
     """Whether a step decides one group, or all of them."""
     _counts: Counts
+    _start: Counts
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class CompressionEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self.action_space = spaces.Box(
             -1, 1, (1 if self.one_decision else self._observer.sizes.decisions,), dtype=np.float32
         )
+        self._start = start_plan(space)
         self._begin()
 
     def reset(
@@ -98,7 +101,7 @@ class CompressionEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self.np_random.bit_generator.state = state["generator"]
 
     def _begin(self) -> None:
-        self._counts = self.space.start.copy()
+        self._counts = self._start.copy()
         self._step = 0
         self._last_accuracy = self._last_worth = 0.0
         self._show_measured = True

@@ -22,8 +22,9 @@ from pruning.quantize import quantize_layers
 from pruning.sparsity import apply_masks, sparse_weight
 from pruning.surgery import apply_policy
 
-from .action import SearchSpace, nearest
+from .action import nearest
 from .journal import Journal, JournalEntry, Purpose
+from .space import SearchSpace
 
 EvaluateFunction = Callable[[nn.Module], float]
 """Accuracy in ``[0, 1]`` of a network on a fixed set of images that it was not trained on."""

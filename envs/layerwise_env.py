@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .action import Counts, fill
+from .action import fill
 from .episode import CompressionEnv
 from .observation import Observation
+from .space import Counts
 
 
 class LayerwiseEnv(CompressionEnv):
@@ -70,7 +71,7 @@ class LayerwiseEnv(CompressionEnv):
         space = self.space
         least_ratio = float(space.min_keep_ratio[index])
         if space.bounds:
-            ratio = space.start[index] / space.sizes[index] + space.span * score
+            ratio = self._start[index] / space.sizes[index] + space.span * score
         else:
             ratio = space.prior[index] + (1 + least_ratio) / 2 + score * (1 - least_ratio) / 2
         rungs = space.ladders[index]

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .action import SearchSpace, counts_of
+from .action import counts_of
 from .episode import CompressionEnv
 from .evaluator import CandidateEvaluator
 from .observation import Observation
+from .space import SearchSpace
 
 
 class NetworkEnv(CompressionEnv):

@@ -26,8 +26,8 @@ from graph_encoder.features import (
 )
 from graph_encoder.network import KINDS
 
-from .action import Bound, Counts, SearchSpace
 from .evaluator import Sensitivity
+from .space import Bound, Counts, SearchSpace
 
 Observation = dict[str, NDArray[np.float32]]
 

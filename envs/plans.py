@@ -7,7 +7,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from .action import Ratios, SearchSpace, rounded_down
+from .action import rounded_down
+from .space import Ratios, SearchSpace
 
 
 def uniform(space: SearchSpace) -> Ratios:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from envs.action import SearchSpace
+from envs.space import SearchSpace
 from graph_encoder.capture import capture
 from graph_encoder.network import ChannelGroup, NetworkGraph
 from latency.budget import Budget, BudgetError, in_words

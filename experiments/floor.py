@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from envs.action import SearchSpace
 from envs.evaluator import CandidateEvaluator
+from envs.space import SearchSpace
 from graph_encoder.network import NetworkGraph
 from latency.budget import Budget, BudgetError, in_words
 from latency.measure import Comparison

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from envs.action import SearchSpace, nearest
+from envs.action import nearest
+from envs.space import SearchSpace
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 from latency.decision import EIGHT_BITS, LayerDecision, layer_decisions, layer_policies

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from envs.action import SearchSpace, project
+from envs.action import project
 from envs.evaluator import CandidateEvaluator
+from envs.space import SearchSpace
 from latency.runtimes import LatencyError
 from latency.table import LatencyTable
 from pruning.files import write_atomic

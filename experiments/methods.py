@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict
 from agent.baselines import run_baseline
 from agent.checkpoint import warn
 from agent.config import AgentConfig, default_config
-from envs.action import Ratios, project
+from envs.action import project
 from envs.allocation import greedy, knapsack
 from envs.evaluator import EvaluateFunction
 from envs.journal import JournalEntry
 from envs.network_env import NetworkEnv
 from envs.plans import global_magnitude, uniform
+from envs.space import Ratios
 
 from .agents import search_by_agent
 from .config import ONE_SHOT, PROBING, ConfigError, Method, SearchSettings

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from envs.action import Ratios, SearchSpace
 from envs.allocation import losses
 from envs.evaluator import (
     CandidateEvaluator,
@@ -25,6 +24,7 @@ from envs.evaluator import (
 from envs.journal import Journal
 from envs.plans import noise_floor, sensitivity
 from envs.reward import RewardFunction, compute_reward
+from envs.space import Ratios, SearchSpace
 from graph_encoder.network import NetworkGraph
 from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy

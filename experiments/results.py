@@ -19,8 +19,8 @@ from typing import Annotated, Any
 
 import typer
 
-from envs.action import SearchSpace
 from envs.journal import Journal
+from envs.space import SearchSpace
 from latency.budget import Budget
 from pruning.files import write_atomic
 from pruning.layer_policy import FULL_BITS

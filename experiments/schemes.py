@@ -21,8 +21,9 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from envs.action import SearchSpace, project
+from envs.action import project
 from envs.plans import uniform
+from envs.space import SearchSpace
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 from latency.budget import Budget

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from envs.action import SearchSpace
 from envs.evaluator import Evaluation
 from envs.journal import Journal, JournalError
 from envs.reward import RewardFunction, resolve_reward
+from envs.space import SearchSpace
 from graph_encoder.network import NetworkGraph
 from latency.budget import BudgetError
 from latency.decision import layer_decisions

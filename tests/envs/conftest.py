@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from envs.action import SearchSpace
 from envs.evaluator import CandidateEvaluator
+from envs.space import SearchSpace
 from graph_encoder.capture import capture
 from graph_encoder.network import ChannelGroup, LinearDim, NetworkGraph, Operator, Term
 from latency.budget import Budget

@@ -4,9 +4,9 @@ import re
 import numpy as np
 import pytest
 
-from envs.action import SearchSpace
 from envs.allocation import greedy, knapsack, losses
 from envs.evaluator import Sensitivity
+from envs.space import SearchSpace
 from graph_encoder.network import ChannelGroup, LinearDim, NetworkGraph, Term
 from latency.budget import Budget
 

@@ -9,10 +9,11 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.action import SearchSpace, counts_of, project
+from envs.action import counts_of, project, start_plan
 from envs.layerwise_env import LayerwiseEnv
 from envs.network_env import NetworkEnv
 from envs.plans import global_magnitude, uniform
+from envs.space import SearchSpace
 from experiments.problem import least_squares
 from graph_encoder.capture import capture
 from graph_encoder.features import NODE_FEATURES
@@ -186,7 +187,7 @@ def test_environments_pass_the_checks_with_mixed_decisions(environment: type[Net
     rows = obs["nodes"][len(GRAPH.operators) + n_groups :]
     np.testing.assert_allclose(
         rows[: len(layers), NODE_FEATURES.index("keep_ratio")],
-        (space.start / space.sizes)[n_groups:],
+        (start_plan(space) / space.sizes)[n_groups:],
         atol=1e-6,
     )
 
@@ -247,5 +248,5 @@ def test_choices_that_do_not_fit_are_refused(layers: list[LayerDecision], messag
 def test_model_is_untouched_by_sparse_candidates() -> None:
     space = mixed_space("macs", 0.3)
     before = {name: tensor.clone() for name, tensor in MODEL.state_dict().items()}
-    make_evaluator(MODEL, space).score(space.policy(space.start))
+    make_evaluator(MODEL, space).score(space.policy(start_plan(space)))
     assert all(torch.equal(before[name], tensor) for name, tensor in MODEL.state_dict().items())

@@ -12,12 +12,13 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 import envs  # noqa: F401 - registers the environments
-from envs.action import SearchSpace, counts_of
+from envs.action import counts_of, start_plan
 from envs.evaluator import CandidateEvaluator, EvaluationBudgetSpent, Sensitivity
 from envs.layerwise_env import LayerwiseEnv
 from envs.network_env import NetworkEnv
 from envs.observation import Sizes
 from envs.plans import sensitivity
+from envs.space import SearchSpace
 from graph_encoder.features import GLOBAL_FEATURES, column
 from graph_encoder.network import KINDS
 from latency.budget import Budget
@@ -117,7 +118,7 @@ def test_one_action_is_a_whole_plan(model: SmallNetwork, space: SearchSpace) -> 
     assert info["policy"] == {name: list(units) for name, units in space.policy(counts).kept.items()}
     assert info["cost"] == space.cost(counts) <= (space.limit or 0)
     assert info["evaluation"].evaluations_used == 1
-    np.testing.assert_allclose(group_column(space, obs, "keep_ratio"), space.start / space.sizes, rtol=1e-6)
+    np.testing.assert_allclose(group_column(space, obs, "keep_ratio"), start_plan(space) / space.sizes, rtol=1e-6)
     np.testing.assert_allclose(group_column(space, after, "keep_ratio"), counts / space.sizes, rtol=1e-6)
     assert glob(obs, "last_accuracy") == 0
     assert glob(after, "last_accuracy") == pytest.approx(left)
@@ -131,14 +132,14 @@ def test_observation_names_the_network(model: SmallNetwork, space: SearchSpace) 
     np.testing.assert_array_equal(obs["decisions"], n_operators + np.arange(space.n))
     assert {KINDS[int(k)] for k in obs["kinds"][n_operators:]} == {"group"}
     assert glob(obs, "budget_share") == pytest.approx(0.5, abs=1e-4)
-    assert glob(obs, "cost_share") == pytest.approx(space.cost(space.start) / space.cost.dense)
+    assert glob(obs, "cost_share") == pytest.approx(space.cost(start_plan(space)) / space.cost.dense)
     assert glob(obs, "dense_accuracy") == 1
     kept = {
         operator.name: float(obs["nodes"][row, column("cost_kept")])
         for row, operator in enumerate(space.graph.operators)
     }
     assert kept["conv1"] == 1
-    ratio = dict(zip(space.names, space.start / space.sizes, strict=True))
+    ratio = dict(zip(space.names, start_plan(space) / space.sizes, strict=True))
     assert kept["inner"] == kept["outer"] == pytest.approx(ratio["inner"])
     assert kept["last"] == pytest.approx(ratio["down"] * ratio["last"])
 
@@ -300,7 +301,7 @@ def test_layerwise_zeros_are_the_start_plan() -> None:
     env.reset(seed=0)
     for _ in range(space.n):
         *_, info = env.step(np.zeros(1, dtype=np.float32))
-    np.testing.assert_array_equal(info["kept_ratios"], space.start / space.sizes)
+    np.testing.assert_array_equal(info["kept_ratios"], start_plan(space) / space.sizes)
 
 
 def test_the_wall_keeps_what_the_rest_needs_and_uses_what_the_rest_cannot(

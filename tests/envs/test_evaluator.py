@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from envs.action import SearchSpace, decode
+from envs.action import decode, start_plan
 from envs.evaluator import (
     EvaluateError,
     EvaluationBudgetSpent,
@@ -18,6 +18,7 @@ from envs.evaluator import (
     check_validation_is_unseen,
 )
 from envs.journal import Journal
+from envs.space import SearchSpace
 from pruning.policy import CompressionPolicy
 
 from .conftest import SmallNetwork, images, make_evaluator, remaining_share
@@ -54,7 +55,7 @@ def test_score_is_that_of_the_network_built_and_leaves_the_dense_one_as_it_was(
 
     built = evaluator.build(policy)
     assert evaluation.accuracy == remaining_share(model)(built)
-    assert evaluation.cost == space.cost(space.start) <= (space.limit or 0)
+    assert evaluation.cost == space.cost(start_plan(space)) <= (space.limit or 0)
     assert not built.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

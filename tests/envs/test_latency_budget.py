@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from envs.action import SearchSpace, project, rounded_down
+from envs.action import project, rounded_down
 from envs.allocation import greedy, knapsack
 from envs.layerwise_env import LayerwiseEnv
 from envs.plans import global_magnitude, uniform
+from envs.space import SearchSpace
 from graph_encoder.capture import capture
 from graph_encoder.features import GLOBAL_FEATURES
 from latency.budget import Budget
@@ -150,6 +151,22 @@ def test_no_count_is_left_where_a_larger_one_is_faster(table: LatencyTable) -> N
     assert n_wider > 40
 
 
+def test_widening_keeps_the_other_budgets(table: LatencyTable) -> None:
+    layers = layer_decisions(GRAPH, ["bits"])
+    budgets = (Budget(kind="latency", share=0.8), Budget(kind="params", share=0.5))
+    space = SearchSpace.build(GRAPH, IMPORTANCE, budgets, layers=layers, rounding=1, protect_first=False, table=table)
+    rng, params = np.random.default_rng(2), space.bounds[1]
+    n_wider = 0
+    for _ in range(100):
+        least = rounded_down(rng.uniform(0, 0.9, space.n) * space.sizes, space)
+        if params.cost(least) > params.limit:
+            continue
+        counts = space.widened(least)
+        assert params.cost(counts) <= params.limit
+        n_wider += bool((counts > least).any())
+    assert n_wider > 20
+
+
 def test_every_group_keeps_whole_vectors_where_narrower_layers_are_slower(table: LatencyTable) -> None:
     # Every layer takes a whole vector's time for each 16 channels begun, and longer for counts that divide badly.
     space = space_of(table, 1, rounding=1, bits=False)
@@ -183,6 +200,18 @@ def test_allocation_takes_integers_although_one_layer_alone_saves_nothing(conver
         counts = project(ratios, space)
         assert space.fits(counts)
         assert (counts[n_groups:] == 8).sum() >= 3
+
+
+def test_greedy_near_the_floor_takes_away_no_more_than_a_widened_plan_needs(table: LatencyTable) -> None:
+    # Rounded to 3, the least counts are slower than the floor, and only what is widened is as fast.
+    space = space_of(table, 1, rounding=3, bits=True)
+    limit = int(1.05 * space.lowest_cost)
+    assert space.cost(space.minimum) > limit
+    space = space.with_limit("latency", limit)
+    ratios = greedy(space, [np.linspace(0.1, 0, len(ladder)) for ladder in space.ladders])
+    counts = np.rint(ratios * space.sizes).astype(np.int64)
+    assert space.fits(space.widened(counts))
+    assert (counts > space.minimum).any()
 
 
 def test_magnitude_under_a_latency_budget_cuts_all_groups_at_the_lowest_threshold_that_fits(

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.action import SearchSpace, counts_of, project
+from envs.action import counts_of, project
 from envs.allocation import greedy, knapsack
 from envs.layerwise_env import LayerwiseEnv
 from envs.plans import global_magnitude, uniform
+from envs.space import SearchSpace
 from graph_encoder.capture import capture
 from graph_encoder.features import GLOBAL_FEATURES
 from graph_encoder.network import ChannelGroup, LinearDim, NetworkGraph, Term

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from envs.action import SearchSpace
+from envs.space import SearchSpace
 from experiments.config import load_config
 from experiments.floor import Floor
 from experiments.latency_command import Subject

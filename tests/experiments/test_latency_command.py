@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from envs.action import Bound, counts_of
+from envs.action import counts_of
+from envs.space import Bound
 from experiments.latency_command import Subject, spearman
 from latency.predict import LatencyModel
 from latency.table import LatencyTable, build_table, needed_kinds, start_table

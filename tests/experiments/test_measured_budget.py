@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from envs.action import SearchSpace
+from envs.action import start_plan
+from envs.space import SearchSpace
 from experiments.measured_budget import MOST_PROJECTIONS, within_measured_budget
 from graph_encoder.capture import capture
 from latency.budget import Budget
@@ -41,7 +42,7 @@ def by_the_table(space: SearchSpace, policy: CompressionPolicy) -> float:
 
 
 def test_a_plan_within_the_budget_on_the_clock_is_left_as_it_is(space: SearchSpace, tmp_path: Path) -> None:
-    policy = space.policy(space.start)
+    policy = space.policy(start_plan(space))
 
     kept, measured = within_measured_budget(policy, space, lambda p: by_the_table(space, p), tmp_path / "m.json")
 
@@ -53,7 +54,7 @@ def test_a_plan_within_the_budget_on_the_clock_is_left_as_it_is(space: SearchSpa
 def test_a_plan_that_the_clock_finds_slower_is_made_smaller_until_it_keeps_the_budget(
     space: SearchSpace, tmp_path: Path
 ) -> None:
-    policy = space.policy(space.start)
+    policy = space.policy(start_plan(space))
 
     # Half as slow again as the table says, whatever the plan: one projection to a smaller budget mends it.
     kept, measured = within_measured_budget(policy, space, lambda p: 1.5 * by_the_table(space, p), tmp_path / "m.json")
@@ -68,7 +69,7 @@ def test_a_plan_that_the_clock_finds_slower_is_made_smaller_until_it_keeps_the_b
 def test_a_smaller_plan_keeps_the_other_budgets_and_only_the_time_is_cut(
     beside_bytes: SearchSpace, tmp_path: Path
 ) -> None:
-    policy = beside_bytes.policy(beside_bytes.start)
+    policy = beside_bytes.policy(start_plan(beside_bytes))
     share = beside_bytes.cost_of(policy) / beside_bytes.cost.dense
 
     # So slow that the plan, which bytes made small, is over the time by a tenth.
@@ -82,7 +83,7 @@ def test_a_smaller_plan_keeps_the_other_budgets_and_only_the_time_is_cut(
 
 
 def test_it_ends_where_the_clock_never_agrees(space: SearchSpace, tmp_path: Path) -> None:
-    _, measured = within_measured_budget(space.policy(space.start), space, lambda _: 0.65, tmp_path / "m.json")
+    _, measured = within_measured_budget(space.policy(start_plan(space)), space, lambda _: 0.65, tmp_path / "m.json")
 
     assert not measured.is_within
     assert len(measured.readings) == 1 + MOST_PROJECTIONS
@@ -90,10 +91,12 @@ def test_it_ends_where_the_clock_never_agrees(space: SearchSpace, tmp_path: Path
 
 def test_a_continued_run_reads_what_was_measured_and_no_clock(space: SearchSpace, tmp_path: Path) -> None:
     readings = iter([0.7, 0.5])
-    first = within_measured_budget(space.policy(space.start), space, lambda _: next(readings), tmp_path / "m.json")
+    first = within_measured_budget(
+        space.policy(start_plan(space)), space, lambda _: next(readings), tmp_path / "m.json"
+    )
 
     again = within_measured_budget(
-        space.policy(space.start), space, lambda _: pytest.fail("a clock"), tmp_path / "m.json"
+        space.policy(start_plan(space)), space, lambda _: pytest.fail("a clock"), tmp_path / "m.json"
     )
 
     assert again == first
