@@ -142,7 +142,8 @@ EXPLANATION = (
     "that of the sparse side, with the quartiles over the rounds; beside it stands the same ratio of the processor "
     "time of all threads together, which leaves out what other programs did meanwhile. The dense sides are eager "
     "PyTorch in both layouts, torch.compile (channels last, weights frozen) and ONNX Runtime. "
-    "Ideal is 1 / density. The share of peak counts the non-zero weights only; peak is a loop of multiply-adds. "
+    "Ideal is 1 / density. The share of peak counts the multiply-adds of non-zero weights by direct sums, of which "
+    "Winograd's filtering needs fewer; peak is a loop of multiply-adds. "
     "*Operator* is the PyTorch operator, *native* the same layer as a step of the plan of a network. Of whole "
     "networks, all convolutions but the first have the sparsity named; ideal takes into account what stays dense, and "
     "every sparse network chose sparse or dense layer by layer, by its own measurement. Batch 1, float32, except where "
@@ -339,7 +340,7 @@ def profile(native: Library, name: str, scheme: Scheme, form: str, rounds: int) 
 
 
 def sparse_layers(network: SparseNetwork) -> str:
-    """How many layers run in each sparse form."""
+    """How many layers run in each form but that of direct sums over all weights."""
     forms = [layer.form for layer in network.report.layers]
     counts = [f"{forms.count(form)} {form}" for form in dict.fromkeys(forms) if form != "dense"]
     return f"{', '.join(counts) or 'none'} of {len(forms)}"

@@ -120,7 +120,7 @@ class LayerForm(_Record):
     density: float
     """Share of the weights that are not zero."""
     stored: float
-    """Share of the weights that the form stores."""
+    """Share of the weights that the form holds, zeros among them; all of them if dense."""
     reason: str
 
 

@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import typer
 
 from envs.journal import Journal
-from envs.space import SearchSpace
 from latency.budget import Budget
 from pruning.files import write_atomic
 from pruning.layer_policy import FULL_BITS
@@ -158,10 +157,9 @@ class Sitting:
         config = self.config(cell)
         if not cell.above_floor:
             return config
-        spaces: list[SearchSpace] = []
         device = set_up_device(config.device, config.threads)
-        prepare_subject(config, device, display, stop, check=lambda graph: spaces.append(space_of_graph(config, graph)))
-        limit = math.floor(cell.above_floor * spaces[0].lowest_cost)
+        subject = prepare_subject(config, device, display, stop, check=lambda graph: space_of_graph(config, graph))
+        limit = math.floor(cell.above_floor * space_of_graph(config, subject.graph).lowest_cost)
         return config.model_copy(update={"budget": (Budget(kind="latency", absolute=limit),)})
 
     def _applied_in(self, cell: Cell) -> Path | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .joint_page import joint_sections
+from .matrix import JOINT_BUDGETS, JOINT_EVALUATIONS
 from .outcome import DENSE, MethodOutcome, percent
 from .progress import duration
 from .results_cells import NOT_RUN, Cells, in_points, interval, markdown, spread
@@ -73,9 +74,9 @@ _SEARCH_TABLES = (
 )
 
 _JOINT_SEARCHES = (
-    "ResNet-18 at 10 % of the latency, before fine-tuning",
-    "Channels and bits by the table, scored on 2,000 of the even-numbered files, 150 evaluations each, the probes "
-    "among them. Columns as in the first table.",
+    f"ResNet-18 at {JOINT_BUDGETS['resnet18_cifar']}, before fine-tuning",
+    f"Channels and bits by the table, scored on 2,000 of the even-numbered files, {JOINT_EVALUATIONS} evaluations each, "
+    "the probes among them. Columns as in the first table.",
 )
 _RECONSTRUCTED = """The plans of the first table, their pruned layers fitted to the dense network's outputs and sums by
 least squares (AMC's method, see `pruning/reconstruction.py`) on 4,000 training images, before batch norms are

@@ -59,7 +59,7 @@ class Step(NamedTuple):
 
 
 class LatencyModel:
-    """Predicted latency of a plan, with the face of `latency.cost.CostModel`, in whole nanoseconds.
+    """Predicted latency of a plan, called as `latency.cost.CostModel` is, in whole nanoseconds.
 
     It is the sum of the table's times of the layers and of what conversions between integers and floats cost,
     calibrated with whole networks (`latency.table.Calibration`). The same table and counts give the same number always.

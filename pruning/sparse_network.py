@@ -41,7 +41,7 @@ class LayerChoice:
         form: ``"dense"``, ``"winograd"`` (dense too, with fewer multiplications, for 3x3 convolutions of stride 1),
             ``"unstructured"`` or ``"block 4"``, ``"block 8"``, ``"block 16"``.
         density: share of the weights that are not zero, in [0, 1].
-        stored: share of the weights that the form stores, in [0, 1].
+        stored: share of the weights that the form holds, zeros among them, in [0, 1]; all of them if dense.
         seconds: of a call of the layer in each form that was timed.
         reason: why this form, in words.
     """
@@ -326,7 +326,8 @@ def _choose_all(
     wanted: Mapping[str, str],
 ) -> tuple[LayerChoice, ...]:
     stored = [
-        {form: _stored(one.weight, block) for form, block in FORMATS.items()} | {DENSE: 1.0, WINOGRAD: 1.0}
+        {form: _stored(one.weight, block) for form, block in FORMATS.items() if form != DENSE}
+        | {DENSE: 1.0, WINOGRAD: 1.0}
         for one in layers
     ]
     timed: list[dict[str, float]] = [{} for _ in layers]
@@ -425,9 +426,13 @@ def _check_choices(choices: Mapping[str, str], layers: Sequence[Weighted]) -> No
     by_name = {layer.name: layer for layer in layers}
     for name, form in choices.items():
         if name not in by_name:
-            msg = f"choices names the layer '{name}', which is none of the {len(by_name)} that can be sparse"
+            known = ", ".join(f"'{layer}'" for layer in by_name)
+            msg = f"choices names the layer '{name}'; layers that have a choice are {known}: leave out the others"
             raise SparseNetworkError(msg)
         allowed = FORMS if takes_winograd(by_name[name]) else tuple(FORMATS)
         if form not in allowed:
-            msg = f"choices asks for the form '{form}' of '{name}'; allowed are {', '.join(allowed)}"
+            msg = (
+                f"choices asks for the form '{form}' of '{name}'; allowed there are {', '.join(allowed)} "
+                f"({WINOGRAD} for 3x3 convolutions of stride 1 only). Leave the layer out to have its forms timed"
+            )
             raise SparseNetworkError(msg)

@@ -301,16 +301,17 @@ def strided() -> nn.Sequential:
         ),
         (
             lambda: sparsify(small(), torch.zeros(1, 3, 8, 8), choices={"1": "dense"}),
-            "choices names the layer '1', which is none of the 1 that can be sparse",
+            "choices names the layer '1'; layers that have a choice are '0': leave out the others",
         ),
         (
             lambda: sparsify(small(), torch.zeros(1, 3, 8, 8), choices={"0": "block 5"}),
-            "choices asks for the form 'block 5' of '0'; allowed are dense, unstructured, block 4, block 8, block 16, "
-            "winograd",
+            "choices asks for the form 'block 5' of '0'; allowed there are dense, unstructured, block 4, block 8, "
+            "block 16, winograd (winograd for 3x3 convolutions of stride 1 only). Leave the layer out to have its forms timed",
         ),
         (
             lambda: sparsify(strided(), torch.zeros(1, 3, 8, 8), choices={"0": "winograd"}),
-            "choices asks for the form 'winograd' of '0'; allowed are dense, unstructured, block 4, block 8, block 16",
+            "choices asks for the form 'winograd' of '0'; allowed there are dense, unstructured, block 4, block 8, "
+            "block 16 (winograd for 3x3 convolutions of stride 1 only). Leave the layer out to have its forms timed",
         ),
         (
             lambda: sparsify(small(), torch.zeros(1, 3, 8, 8))(torch.zeros(2, 3, 8, 8)),

@@ -42,7 +42,8 @@ struct SecateurView {
   // Zeros around the map of each channel: rows above and below, columns on the left, which are also those on the right
   // of the row before. Whoever writes the map writes them too.
   int64_t border_h, border_w;
-  // Set if a vector that begins at the last value may be read and written: such memory belongs to nobody.
+  // Set if a vector that begins at the last value may be written, and the one behind it read: such memory belongs to
+  // nobody.
   int64_t has_slack;
   // For each place from (0, 0) on, all bits set if it is a pixel and none if it lies between rows; null without borders.
   const int32_t* lanes;

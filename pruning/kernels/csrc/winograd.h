@@ -29,7 +29,8 @@ struct Winograd {
         channel_parts(1) {
     const SecateurShape& s = step.shape;
     const int64_t tile_rows = divide_up(s.out_height, TILE);
-    const int64_t most = larger(LANES, BLOCK_FLOATS / (POSITIONS * s.in_channels));
+    const int64_t of_input = BLOCK_FLOATS / (POSITIONS * s.in_channels);
+    const int64_t most = larger(LANES, smaller(of_input, SUM_FLOATS / (POSITIONS * step.weight.block)));
     blocks = smaller(tile_rows, divide_up(tile_rows * tile_columns, most));
     block_rows = divide_up(tile_rows, blocks);
     blocks = divide_up(tile_rows, block_rows);
@@ -45,9 +46,6 @@ struct Winograd {
   int64_t tasks() const { return step.shape.batch * blocks * channel_parts; }
 };
 
-// `from[1]`, `from[3]` and so on.
-inline Vector every_other(const float* from) { return every_second(from + 1); }
-
 // The 16 positions of each tile of one row of tiles; `rows` are the four rows of its input.
 inline void transform_input(const float* const (&rows)[4], int64_t tiles, float* to, int64_t stride) {
   for (int64_t tile = 0; tile < tiles; tile += LANES) {
@@ -56,9 +54,9 @@ inline void transform_input(const float* const (&rows)[4], int64_t tiles, float*
     for (int i = 0; i < 4; ++i) {
       const float* from = rows[i] + TILE * tile;
       d[i][0] = every_second(from);
-      d[i][1] = every_other(from);
+      d[i][1] = every_second(from + 1);
       d[i][2] = every_second(from + 2);
-      d[i][3] = every_other(from + 2);
+      d[i][3] = every_second(from + 3);
     }
     Vector columns[4][4];
     SECATEUR_UNROLL
@@ -105,7 +103,7 @@ struct Clamp {
         high(splat(activation == RELU6 ? 6.0f : __builtin_inff())) {}
 };
 
-inline void finish_pixels(Vector v, const OutputRow& row, int64_t at, int64_t count, const Clamp& range) {
+inline void store_pixels(Vector v, const OutputRow& row, int64_t at, int64_t count, const Clamp& range) {
   if (count >= LANES) {
     if (row.residual) v += load(row.residual + at);
     store(row.to + at, clamp(v, range.low, range.high));
@@ -135,8 +133,8 @@ inline void transform_output(const float* from, int64_t stride, int64_t tiles, i
       interleave(sums[i][0] + sums[i][1] + sums[i][2] + bias, sums[i][1] - sums[i][2] - sums[i][3] + bias, first,
                  second);
       const int64_t at = TILE * tile;
-      finish_pixels(first, rows[i], at, width - at, range);
-      finish_pixels(second, rows[i], at + LANES, width - at - LANES, range);
+      store_pixels(first, rows[i], at, width - at, range);
+      store_pixels(second, rows[i], at + LANES, width - at - LANES, range);
     }
   }
 }
@@ -191,7 +189,7 @@ inline bool run_winograd(const Winograd& w, int64_t task) {
   const float* x = nullptr;
   if (w.planes.in_place) x = w.planes.origin(s, step.x, image) + first_row * w.planes.pitch;
   else {
-    float* buffer = packed.reserve(w.planes.floats(s) + 4 * LANES);
+    float* buffer = packed.reserve(w.planes.floats(s));
     if (!buffer) return false;
     pack(s, w.planes, step.x, step.x.data + image * step.x.image, s.in_channels, first_row, buffer);
     x = buffer;

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -80,7 +81,7 @@ def test_a_convolution_in_a_plan_is_as_exact_as_torch(native: Library, geometry:
 
 WINOGRAD_SIZES = {
     "one block": Geometry((2, 37, 14, 13)),
-    "several blocks": Geometry((1, 130, 30, 28), out_channels=16),
+    "several blocks": Geometry((1, 130, 31, 28), out_channels=16),
     "no padding": Geometry((1, 5, 9, 40), padding=(0, 0)),
     "wide padding": Geometry((2, 3, 5, 6), padding=(2, 3)),
     "one pixel": Geometry((3, 4, 1, 1)),
@@ -89,11 +90,12 @@ WINOGRAD_SIZES = {
 
 @pytest.mark.parametrize("geometry", WINOGRAD_SIZES.values(), ids=WINOGRAD_SIZES.keys())
 @pytest.mark.parametrize("threads", [1, 2])
-def test_winograd_is_as_exact_as_torch(native: Library, geometry: Geometry, threads: int) -> None:
+def test_winograd_is_as_exact_as_torch(
+    native: Library, geometry: Geometry, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     residual, before, middle, behind = convolutions(geometry, "dense", "relu", density=1)
     first = dataclasses.replace(middle, inputs=("x", "y"))  # reads the input of the plan, where no zeros lie around it
-    set_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for operators in ([residual, before, middle, behind], [first]):
         inputs = {"x": noise(*geometry.x), "y": noise(*residual.size, seed=1)}
         sizes = {name: tuple(x.shape) for name, x in inputs.items()}
@@ -103,7 +105,31 @@ def test_winograd_is_as_exact_as_torch(native: Library, geometry: Geometry, thre
 
         exact = compute(in_double(operators), {name: x.double() for name, x in inputs.items()})
         assert_as_exact_as_torch(found, compute(operators, inputs), exact)
-    torch.set_num_threads(set_before)
+
+
+@pytest.mark.parametrize("sizes", [(5, 33, 9, 31, 29), (100, 12, 33, 15, 17), (3, 40, 100, 7, 6)])
+def test_winograd_writes_the_zeros_that_the_next_layer_reads_around_its_map(
+    native: Library, sizes: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    *channels, height, width = sizes
+    operators: list[Operator] = [Add("before", ("x",), "v0", (2, channels[0], height, width), "none")]
+    for index, (before, after) in enumerate(itertools.pairwise(channels)):
+        weight = torch.randn(after, before, 3, 3, generator=generator) / before
+        window = ((1, 1), (1, 1), (1, 1))
+        size = (2, after, height, width)
+        operators.append(
+            Convolution(f"c{index}", (f"v{index}",), f"v{index + 1}", size, weight, None, "relu", *window, 1)
+        )
+    inputs = {"x": noise(*operators[0].size)}
+    plan = Plan(native, operators, {"x": operators[0].size}, ["v2"], {"v1": "winograd", "v2": "winograd"})
+    for _ in range(2):
+        plan._arena.fill_(torch.nan)
+
+        (found,) = plan.run(*inputs.values())
+
+        exact = compute(in_double(operators), {"x": inputs["x"].double()})
+        assert_as_exact_as_torch(found, compute(operators, inputs), exact)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
