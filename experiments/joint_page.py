@@ -9,14 +9,14 @@ from .outcome import DENSE, MethodOutcome, amount, percent
 from .results_cells import NOT_RUN, Cells, in_points, markdown
 
 _JOINT = f"""Channels and bits (8 or 32) of every layer, chosen together under a budget of latency in ONNX Runtime, by
-{JOINT_EVALUATIONS} evaluations a search, seed 0, rounding 8; shares are of the dense network in single precision. Searches
-spend the table's milliseconds; *latency* is that of the saved files, timed beside the dense one in a fresh process, 200
-rounds in turn: the median ratio with its 95 % interval. All networks, the dense one too, were then fine-tuned for
-{JOINT_EPOCHS} epochs on the same batches; bits take part in that."""
-_CURVES = f"""One search of {JOINT_EVALUATIONS} evaluations (seed 0) for each budget, then {JOINT_EPOCHS} epochs. Deciding
-bits alone, no plan is faster than 8 bits in every layer; channels alone stay in single precision."""
-_SAME = f"""Inner channels of ResNet-56 in single precision, rounding 1, {JOINT_EVALUATIONS} evaluations, seed 0: searched
-under half of the multiply-adds, and under half of the multiply-adds and half of the latency."""
+{JOINT_EVALUATIONS} evaluations a search, seed 0, rounding 8; shares are of the dense network in single precision.
+Searches spend the table's milliseconds; *latency* is that of the saved files, timed beside the dense one in a fresh
+process, 200 rounds in turn: the median ratio with its 95 % interval. All networks, the dense one too, were then
+fine-tuned for {JOINT_EPOCHS} epochs on the same batches; bits take part in that."""
+_CURVES = f"""One search of {JOINT_EVALUATIONS} evaluations (seed 0) for each budget, then {JOINT_EPOCHS} epochs.
+Deciding bits alone, no plan is faster than 8 bits in every layer; channels alone stay in single precision."""
+_SAME = f"""Inner channels of ResNet-56 in single precision, rounding 1, {JOINT_EVALUATIONS} evaluations, seed 0:
+searched under half of the multiply-adds, and under half of the multiply-adds and half of the latency."""
 
 
 def joint_sections(cells: Cells) -> list[str]:

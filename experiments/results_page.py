@@ -75,7 +75,7 @@ _SEARCH_TABLES = (
 
 _JOINT_SEARCHES = (
     f"ResNet-18 at {JOINT_BUDGETS['resnet18_cifar']}, before fine-tuning",
-    f"Channels and bits by the table, scored on 2,000 of the even-numbered files, {JOINT_EVALUATIONS} evaluations each, "
+    f"Channels and bits by the table, scored on 2,000 of the even-numbered files, {JOINT_EVALUATIONS} evaluations, "
     "the probes among them. Columns as in the first table.",
 )
 _RECONSTRUCTED = """The plans of the first table, their pruned layers fitted to the dense network's outputs and sums by

@@ -306,7 +306,8 @@ def strided() -> nn.Sequential:
         (
             lambda: sparsify(small(), torch.zeros(1, 3, 8, 8), choices={"0": "block 5"}),
             "choices asks for the form 'block 5' of '0'; allowed there are dense, unstructured, block 4, block 8, "
-            "block 16, winograd (winograd for 3x3 convolutions of stride 1 only). Leave the layer out to have its forms timed",
+            "block 16, winograd (winograd for 3x3 convolutions of stride 1 only). Leave the layer out to have its "
+            "forms timed",
         ),
         (
             lambda: sparsify(strided(), torch.zeros(1, 3, 8, 8), choices={"0": "winograd"}),
