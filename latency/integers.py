@@ -23,10 +23,17 @@ class State(NamedTuple):
         in_integers: by an integer kernel.
         conversions: of what it writes: 1 if that is quantized behind a kernel of floats, and 1 for each kernel of
             floats that reads it where it is in integers.
+        transpositions: of what it reads and writes, taken as of what it writes.
     """
 
     in_integers: bool
     conversions: int
+    transpositions: int = 0
+
+    @property
+    def passes(self) -> int:
+        """Times that memory is read and written for what no kernel computes."""
+        return self.conversions + self.transpositions
 
 
 class IntegerFlow:
@@ -35,7 +42,8 @@ class IntegerFlow:
     A tensor is in integers if an integer layer reads or writes it, or if it is the sum or the concatenation of such
     tensors; what only leaves the network is not, and only a linear layer has an integer kernel that writes floats. A
     join runs in integers if all its terms and its result are; so does a layer of floats between two tensors in
-    integers, whose weight ONNX Runtime quantizes by itself.
+    integers, whose weight ONNX Runtime quantizes by itself. A convolution that it quantizes so is left in another layout
+    than those of integer layers around it, and what it reads and writes is transposed.
 
     Attributes:
         channels: that each operator writes.
@@ -100,6 +108,7 @@ class IntegerFlow:
             State(
                 runs[index],
                 held[index] * ((not runs[index]) + self._n_means[index] + sum(not runs[reader] for reader in readers)),
+                2 * (runs[index] and self._is_layer[index] and not integer[index] and not self._is_linear[index]),
             )
             for index, readers in enumerate(self._readers)
         ]

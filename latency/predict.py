@@ -34,7 +34,7 @@ class Sums(NamedTuple):
     Attributes:
         floats: times of the layers that run in floats, in units of the reference layer's time.
         integers: times of those that run in integers.
-        conversions: tensors that are converted between integers and floats.
+        conversions: tensors that are converted between integers and floats, or transposed among integers.
         elements: of these.
     """
 
@@ -208,8 +208,8 @@ class LatencyModel:
         for operator, state in enumerate(self.states(dimensions)):
             if (at := self._layer_at[operator]) >= 0:
                 layers[state.in_integers] += self._layer_time(at, dimensions, in_integers=state.in_integers)
-            conversions += state.conversions
-            elements += state.conversions * self._elements(operator, dimensions)
+            conversions += state.passes
+            elements += state.passes * self._elements(operator, dimensions)
         return Sums(layers[0], layers[1], conversions, elements)
 
     def meter(self, kept: ArrayLike) -> LatencyMeter:
@@ -225,9 +225,9 @@ class LatencyModel:
         at, total = self._layer_at[operator], 0
         if at >= 0:
             total = self._layer_ns(at, dimensions, in_integers=state.in_integers)
-        if state.conversions:
+        if state.passes:
             each = self.calibration.conversion + self.calibration.element * self._elements(operator, dimensions)
-            total += int(self._unit * state.conversions * each)
+            total += int(self._unit * state.passes * each)
         return total
 
     @cached_property

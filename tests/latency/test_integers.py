@@ -74,6 +74,15 @@ def test_what_runs_in_integers_and_what_is_converted_by_hand(
     assert states(*layers) == (running, conversions)
 
 
+def test_a_convolution_that_the_runtime_would_quantize_is_taken_to_be_transposed_around() -> None:
+    def transposed(*layers: str) -> dict[str, int]:
+        found = FLOW.states([layer_of(operator.weight) in layers for operator in GRAPH.operators])
+        return {o.name: s.transpositions for o, s in zip(GRAPH.operators, found, strict=True) if s.transpositions}
+
+    assert transposed("stem", "outer") == {"inner": 2}
+    assert transposed(*LAYERS) == transposed("inner") == {}
+
+
 def test_channels_of_joins_shrink_with_their_terms() -> None:
     channels = {o.name: dim for o, dim in zip(GRAPH.operators, FLOW.channels, strict=True)}
     group = {group.name: index for index, group in enumerate(GRAPH.groups)}
