@@ -42,8 +42,8 @@ class IntegerFlow:
     A tensor is in integers if an integer layer reads or writes it, or if it is the sum or the concatenation of such
     tensors; what only leaves the network is not, and only a linear layer has an integer kernel that writes floats. A
     join runs in integers if all its terms and its result are; so does a layer of floats between two tensors in
-    integers, whose weight ONNX Runtime quantizes by itself. A convolution that it quantizes so is left in another layout
-    than those of integer layers around it, and what it reads and writes is transposed.
+    integers, whose weight ONNX Runtime quantizes by itself. A convolution that it quantizes so may be left in another
+    layout than the integer layers around it, and what it reads and writes is taken to be transposed.
 
     Attributes:
         channels: that each operator writes.
