@@ -31,6 +31,7 @@ from pruning.quantize import quantize_layers
 from .data import DataRecipe, ImageData, SplitRecipe, TrainBatches, make_evaluate, normalise
 from .image_folder import write_split_lists
 from .models import build_model, load_weights
+from .pages import Table
 
 NETWORKS = {
     "resnet18_cifar": "resnet18-cifar10.safetensors",
@@ -153,30 +154,29 @@ def read_data(options: argparse.Namespace) -> ImageData:
 
 def page(found: Sequence[tuple[str, dict[str, Any]]], options: argparse.Namespace) -> str:
     """The tables, in Markdown."""
-    rows = ["fp32", *(f"int8 {method}" for method in METHODS), "4 bits mse", "4 bits trained"]
-    names = [name for name, _ in found]
-    lines = [f"| accuracy, % | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    for row in rows:
-        cells = [f"{100 * facts[row]:.2f}" if row in facts else "" for _, facts in found]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    cells = [f"{100 * facts['export']['accuracy']:.2f}" for _, facts in found]
-    lines.append(f"| int8 mse, the ONNX file | {' | '.join(cells)} |")
-    lines += ["", "| integers | layers, fused | kernels | Q/DQ left | difference to PyTorch | same class |"]
-    lines.append("|---|---|---|---|---|---|")
+    scored = [
+        [row, *(f"{100 * facts[row]:.2f}" if row in facts else "" for _, facts in found)]
+        for row in ("fp32", *(f"int8 {method}" for method in METHODS), "4 bits mse", "4 bits trained")
+    ]
+    scored.append(["int8 mse, the ONNX file", *(f"{100 * facts['export']['accuracy']:.2f}" for _, facts in found)])
+    integers, latencies = [], []
     for name, facts in found:
         export = facts["export"]
         kernels = ", ".join(f"{n} {kind}" for kind, n in export["kernels"].items())
-        lines.append(
-            f"| {name} | {export['layers']}, {export['fused_layers']} | {kernels} | {export['conversions']} | "
-            f"{100 * export['error']:.1f} % | {100 * export['agreement']:.1f} % |"
-        )
-    lines += ["", "| fp32 : int8 | threads | by the clock: medians (quartiles) | by processor time | int8, ms |"]
-    lines.append("|---|---|---|---|---|")
-    for name, facts in found:
+        layers, left = f"{export['layers']}, {export['fused_layers']}", str(export["conversions"])
+        shares = (f"{100 * export[key]:.1f} %" for key in ("error", "agreement"))
+        integers.append([name, layers, kernels, left, *shares])
         for threads, entry in facts["latency"].items():
             wall = f"{entry['ratio']:.2f} ({entry['lower']:.2f} to {entry['upper']:.2f})"
             used = "{processor:.2f} ({processor_lower:.2f} to {processor_upper:.2f})" if "processor" in entry else ""
-            lines.append(f"| {name} | {threads} | {wall} | {used.format(**entry)} | {entry['int8_ms']:.2f} |")
+            latencies.append([name, threads, wall, used.format(**entry), f"{entry['int8_ms']:.2f}"])
+    heads = ["integers", "layers, fused", "kernels", "Q/DQ left", "difference to PyTorch", "same class"]
+    clock = ["by the clock: medians (quartiles)", "by processor time", "int8, ms"]
+    tables = [
+        Table(["accuracy, %", *(name for name, _ in found)], scored),
+        Table(heads, integers, words=("kernels",)),
+        Table(["fp32 : int8", "threads", *clock], latencies),
+    ]
     versions = f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}"
     head = [
         "# Bits, measured",
@@ -187,7 +187,7 @@ def page(found: Sequence[tuple[str, dict[str, Any]]], options: argparse.Namespac
         f"{options.learning_rate:g}.",
         f"Command: `python -m experiments.bench_bits {' '.join(sys.argv[1:])}`.",
     ]
-    return "\n\n".join([*head, "\n".join(lines)]) + "\n"
+    return "\n\n".join([*head, *(table.markdown() for table in tables)]) + "\n"
 
 
 def measure(name: str, data: ImageData, options: argparse.Namespace, *, timing: bool) -> dict[str, Any]:

@@ -49,6 +49,7 @@ from .bench_setup import (
     time_in_turn,
 )
 from .bench_training import bench_fake_quantize, bench_training
+from .pages import Table
 from .resnet import CifarResNet
 
 
@@ -234,10 +235,7 @@ def bench_layers(
     generator = torch.Generator().manual_seed(0)
     ratios: dict[str, list[tuple[float, float, int]]] = {}
     names = [f"{scheme}: native (share of peak)" for scheme in SCHEMES[network]]
-    lines = [
-        f"| layer | count | best dense | us | GFLOP/s | {' | '.join(names)} |",
-        "|---" * (5 + len(names)) + "|",
-    ]
+    rows = []
     for layer in LAYERS[network]:
         x = torch.randn(1, layer.in_channels, layer.size, layer.size, generator=generator)
         dense, sparse = dense_sides(layer, x, threads, with_compile), {}
@@ -256,7 +254,8 @@ def bench_layers(
                 ratios.setdefault(side, []).append(found)
             share = layer.flops * scheme.density / median / peak
             row.append(f"{ratio_with_quartiles(seconds[best], seconds[side])}, {share:.0%}")
-        lines.append(f"| {' | '.join(row)} |")
+        rows.append(row)
+    table = Table(["layer", "count", "best dense", "us", "GFLOP/s", *names], rows, words=("best dense",)).markdown()
     readings = []
     for scheme in SCHEMES[network]:
         for kind in ("native", "operator"):
@@ -265,7 +264,7 @@ def bench_layers(
             what = f"layers of {network}, {scheme}, {kind}"
             wanted = LAYER_TARGETS[network, scheme] if kind == "native" else (None, None)
             readings.append(Reading(what, threads, *means, 1 / scheme.density, *wanted))
-    return "\n".join(lines), readings
+    return table, readings
 
 
 def bench_network(name: str, rounds: int, threads: int, with_compile: bool) -> tuple[str, list[Reading]]:
@@ -284,32 +283,36 @@ def bench_network(name: str, rounds: int, threads: int, with_compile: bool) -> t
     calls: dict[str, Callable[[], object]] = {str(scheme): partial(network, x) for scheme, network in sparse.items()}
     with torch.inference_mode():
         seconds, busy = time_in_turn(dense | calls, rounds)
-    lines = ["| dense | ms (quartiles) | GFLOP/s |", "|---|---|---|"]
+    dense_rows, sparse_rows = [], []
     for side in dense:
         low, median, high = np.percentile(seconds[side], [25, 50, 75])
-        lines.append(
-            f"| {side} | {median * 1e3:.2f} ({low * 1e3:.2f} to {high * 1e3:.2f}) | {2e-9 * macs / median:.0f} |"
-        )
-    lines += [
-        "",
-        "| scheme | sparse layers | native calls | ms | ratio to the best dense (quartiles) | of processor time | "
-        "ideal | ratio to PyTorch's best layout | share of peak |",
-        "|---" * 9 + "|",
-    ]
+        times = f"{median * 1e3:.2f} ({low * 1e3:.2f} to {high * 1e3:.2f})"
+        dense_rows.append([side, times, f"{2e-9 * macs / median:.0f}"])
     best, eager = fastest(dense, seconds), fastest(EAGER, seconds)
     peak, readings = require_library().peak_flops() * threads, []
     for scheme, network in sparse.items():
         side = str(scheme)
         median = float(np.median(seconds[side]))
         to_best, to_torch = (float(np.median(seconds[other])) / median for other in (best, eager))
-        lines.append(
-            f"| {side} | {sparse_layers(network)} | {network.report.native_calls} | {median * 1e3:.2f} | "
-            f"{ratio_with_quartiles(seconds[best], seconds[side])} | {processor_time_ratio(busy, dense, side):.2f} | "
-            f"{1 / shares[scheme]:.1f} | {to_torch:.2f} | {2 * macs * shares[scheme] / median / peak:.0%} |"
+        sparse_rows.append(
+            [
+                side,
+                sparse_layers(network),
+                str(network.report.native_calls),
+                f"{median * 1e3:.2f}",
+                ratio_with_quartiles(seconds[best], seconds[side]),
+                f"{processor_time_ratio(busy, dense, side):.2f}",
+                f"{1 / shares[scheme]:.1f}",
+                f"{to_torch:.2f}",
+                f"{2 * macs * shares[scheme] / median / peak:.0%}",
+            ]
         )
         wanted = NETWORK_TARGETS.get((name, scheme), (1.0, None))
         readings.append(Reading(f"{name}, {side}", threads, to_best, to_torch, 1 / shares[scheme], *wanted))
-    return "\n".join(lines), readings
+    heads = ["scheme", "sparse layers", "native calls", "ms", "ratio to the best dense (quartiles)"]
+    heads += ["of processor time", "ideal", "ratio to PyTorch's best layout", "share of peak"]
+    tables = Table(["dense", "ms (quartiles)", "GFLOP/s"], dense_rows), Table(heads, sparse_rows, ("sparse layers",))
+    return "\n\n".join(table.markdown() for table in tables), readings
 
 
 def profile(native: Library, name: str, scheme: Scheme, form: str, rounds: int) -> str:
@@ -332,11 +335,12 @@ def profile(native: Library, name: str, scheme: Scheme, form: str, rounds: int) 
             flops = 2 * int((one.weight != 0).sum()) * math.prod(one.size[2:])
             rates.setdefault(key, []).append(flops / seconds / native.peak_flops())
     total = sum(map(sum, rows.values()))
-    lines = ["| operator | count | us, all of them | share | share of peak |", "|---|---|---|---|---|"]
+    lines = []
     for key, times in sorted(rows.items(), key=lambda row: -sum(row[1])):
         rate = f"{np.mean(rates[key]):.0%}" if key in rates else ""
-        lines.append(f"| {key} | {len(times)} | {sum(times) * 1e6:.0f} | {sum(times) / total:.0%} | {rate} |")
-    return "\n".join([*lines, f"| all | {sum(map(len, rows.values()))} | {total * 1e6:.0f} | 100% | |"])
+        lines.append([key, str(len(times)), f"{sum(times) * 1e6:.0f}", f"{sum(times) / total:.0%}", rate])
+    lines.append(["all", str(sum(map(len, rows.values()))), f"{total * 1e6:.0f}", "100%", ""])
+    return Table(["operator", "count", "us, all of them", "share", "share of peak"], lines).markdown()
 
 
 def sparse_layers(network: SparseNetwork) -> str:

@@ -25,9 +25,9 @@ from .interrupt import StopFlag
 from .latency_command import spearman
 from .machine import describe_machine, set_up_device
 from .outcome import budget_words
+from .pages import Table
 from .problem import SearchProblem
 from .progress import RunDisplay
-from .results_cells import markdown
 from .search import build_problem, importance_of, space_of_graph
 from .subject import prepare_subject
 
@@ -72,7 +72,7 @@ def main(
     others = "".join(f" --set {shlex.quote(text)}" for text in settings or [])
     command = f"Command: `python -m experiments.bench_precision {config.name} --plans {plans}{others}`."
     record = f"Seed {asked.search.seed}; {machine.processor}, torch {torch.__version__}, commit {machine.commit}."
-    text = _PAGE + "\n\n".join([markdown(["what", "found"], lines), command, record]) + "\n"
+    text = _PAGE + "\n\n".join([Table(["what", "found"], lines).markdown(), command, record]) + "\n"
     write_atomic(page, text.encode())
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .pages import Table
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -58,22 +60,20 @@ class Reading:
     goal: float | None
 
     @property
-    def row(self) -> str:
+    def row(self) -> list[str]:
         """As a row of the table of targets."""
         ideal, least, goal = ("" if value is None else f"{value:.1f}" for value in (self.ideal, self.least, self.goal))
         # What the page prints is what is compared: 1.996 is printed as 2.00.
         ratio = round(self.ratio, 2)
         reached = ["" if wanted is None else "yes" if ratio >= wanted else "no" for wanted in (self.least, self.goal)]
-        return (
-            f"| {self.what} | {self.threads} | {ratio:.2f} | {self.to_torch:.2f} | {ideal} | "
-            f"{least} | {reached[0]} | {goal} | {reached[1]} |"
-        )
+        times = [f"{ratio:.2f}", f"{self.to_torch:.2f}", ideal]
+        return [self.what, str(self.threads), *times, least, reached[0], goal, reached[1]]
 
 
 def table_of(readings: Iterable[Reading]) -> str:
     """All readings as Markdown."""
-    header = "| what | threads | ratio | to PyTorch's best layout | ideal | at least | reached | goal | reached |"
-    return "\n".join([header, "|---" * 9 + "|", *(reading.row for reading in readings)])
+    heads = ["what", "threads", "ratio", "to PyTorch's best layout", "ideal", "at least", "reached", "goal", "reached"]
+    return Table(heads, [reading.row for reading in readings], words=("reached",)).markdown()
 
 
 def time_in_turn(

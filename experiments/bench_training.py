@@ -19,6 +19,7 @@ from pruning.kernels.functional import mask_fake_quantize
 from pruning.sparse_training import hold_zeros
 
 from .bench_setup import Reading, Scheme, fastest, prune, random_network, ratio_with_quartiles, time_in_turn
+from .pages import Table
 from .resnet import CifarResNet
 
 SCHEMES = (Scheme(16, 0.2), Scheme(1, 0.2), Scheme(1, 0.1))
@@ -29,16 +30,13 @@ TARGET = (1.0, 1.3)
 
 def bench_training(batch: int, rounds: int, threads: int) -> tuple[str, list[Reading]]:
     """The table of all schemes as Markdown, and the ratios to the faster of the two layouts with masks."""
-    lines = [
+    text = (
         "Masks are those of torch.nn.utils.prune, float32; hold_zeros runs channels last, as finetune does. The "
         "memory kept is that of the tensors from the forward to the backward pass; that resident is the growth of its "
-        "peak over three steps, each side in a process of its own (Linux), with the gaps that the allocator leaves.",
-        "",
-        "| scheme | side | ms a step | ratio to masks, best layout (quartiles) | of processor time | MiB kept | "
-        "MiB resident |",
-        "|---" * 7 + "|",
-    ]
-    readings = []
+        "peak over three steps, each side in a process of its own (Linux), with the gaps that the allocator leaves."
+    )
+    heads = ["scheme", "side", "ms a step", "ratio to masks, best layout (quartiles)", "of processor time", "MiB kept"]
+    rows, readings = [], []
     for scheme in SCHEMES:
         with ExitStack() as stack:
             steps = {side: stack.enter_context(training_step(side, scheme, batch)) for side in (*MASKS, *HELD)}
@@ -47,16 +45,14 @@ def bench_training(batch: int, rounds: int, threads: int) -> tuple[str, list[Rea
         for side in steps:
             kept, resident = memory_of(side, scheme, batch, threads)
             by_work = float(np.median(busy[frugal]) / np.median(busy[side]))
-            lines.append(
-                f"| {scheme} | {side} | {np.median(seconds[side]) * 1e3:.1f} | "
-                f"{ratio_with_quartiles(seconds[best], seconds[side])} | {by_work:.2f} | "
-                f"{kept:.1f} | {resident:.0f} |"
-            )
+            times = [f"{np.median(seconds[side]) * 1e3:.1f}", ratio_with_quartiles(seconds[best], seconds[side])]
+            rows.append([str(scheme), side, *times, f"{by_work:.2f}", f"{kept:.1f}", f"{resident:.0f}"])
         for side in HELD:
             ratio = float(np.median(seconds[best]) / np.median(seconds[side]))
             what = f"training step of ResNet-56, batch {batch}, {scheme}, {side}"
             readings.append(Reading(what, threads, ratio, ratio, None, *TARGET))
-    return "\n".join(lines), readings
+    table = Table([*heads, "MiB resident"], rows, words=("side",)).markdown()
+    return f"{text}\n\n{table}", readings
 
 
 @contextmanager
@@ -148,9 +144,10 @@ def bench_fake_quantize(rounds: int, threads: int) -> tuple[str, list[Reading]]:
     seconds, _ = time_in_turn({side: partial(backward, run) for side, run in sides.items()}, rounds)
     *others, own = sides
     best = fastest(others, seconds)
-    lines = ["| side | ms | ratio to the faster of the others (quartiles) |", "|---|---|---|"]
-    for side in sides:
-        beside = ratio_with_quartiles(seconds[best], seconds[side])
-        lines.append(f"| {side} | {np.median(seconds[side]) * 1e3:.2f} | {beside} |")
+    rows = [
+        [side, f"{np.median(times) * 1e3:.2f}", ratio_with_quartiles(seconds[best], times)]
+        for side, times in seconds.items()
+    ]
+    table = Table(["side", "ms", "ratio to the faster of the others (quartiles)"], rows).markdown()
     ratio = float(np.median(seconds[best]) / np.median(seconds[own]))
-    return "\n".join(lines), [Reading("mask and fake-quantize in one pass", threads, ratio, ratio, None, None, None)]
+    return table, [Reading("mask and fake-quantize in one pass", threads, ratio, ratio, None, None, None)]

@@ -30,6 +30,8 @@ from pruning.policy import CompressionPolicy
 from pruning.proof import prove, random_policy
 from pruning.surgery import apply_policy
 
+from .pages import Table
+
 SIZES = (64, 128, 224, 299)
 """Image sizes in pixels; the first that a network accepts is used."""
 SEEDS = (0, 1, 2)
@@ -194,7 +196,18 @@ def render(cells: list[Cell], missing: list[str], machine: str) -> str:
     peer_passed = sum(not cell.peer_failure for cell in cells)
     both = [cell for cell in cells if not math.isnan(cell.peer_seconds)]
     ratio = statistics.median(cell.capture_seconds / cell.peer_seconds for cell in both) if both else math.nan
-    rows = "\n".join(_row(cell) for cell in cells)
+    heads = [
+        "model",
+        "pixels",
+        "GMACs",
+        "groups, offered",
+        "prunable",
+        "worst error",
+        "passes",
+        "capture s",
+        "slice ms",
+    ]
+    table = Table([*heads, "left", "peer"], [_row(cell) for cell in cells], words=("passes",)).markdown()
     failures = "\n".join(f"- `{c.model}`: {c.failure or c.peer_failure}" for c in cells if c.failure or c.peer_failure)
     return f"""# Coverage
 
@@ -215,9 +228,7 @@ are those of the model that was built.
 
 {machine}
 
-| model | pixels | GMACs | groups, offered | prunable | worst error | passes | capture s | slice ms | left | peer |
-|---|---|---|---|---|---|---|---|---|---|---|
-{rows}
+{table}
 
 ## Failures
 {failures or "None."}
@@ -227,15 +238,23 @@ are those of the model that was built.
 """
 
 
-def _row(cell: Cell) -> str:
+def _row(cell: Cell) -> list[str]:
     left = "fails" if cell.peer_failure else f"{cell.peer_left_at_half:.2f}"
     peer = left if math.isnan(cell.peer_seconds) else f"{cell.peer_seconds:.2f}, {left}"
     passes = "yes" if cell.passes else "**no**"
-    return (
-        f"| {cell.model} | {cell.size} | {cell.macs / 1e9:.2f} | {cell.groups}, {cell.offered} | "
-        f"{cell.prunable_share:.0%} | {cell.worst_error:.1e} | {passes} | {cell.capture_seconds:.2f} | "
-        f"{cell.slice_seconds * 1e3:.0f} | {cell.left_at_half:.2f} | {peer} |"
-    )
+    return [
+        cell.model,
+        str(cell.size),
+        f"{cell.macs / 1e9:.2f}",
+        f"{cell.groups}, {cell.offered}",
+        f"{cell.prunable_share:.0%}",
+        f"{cell.worst_error:.1e}",
+        passes,
+        f"{cell.capture_seconds:.2f}",
+        f"{cell.slice_seconds * 1e3:.0f}",
+        f"{cell.left_at_half:.2f}",
+        peer,
+    ]
 
 
 def _version(package: str) -> str:

@@ -170,7 +170,7 @@ def _errors(findings: Sequence[Finding]) -> list[str | Table]:
             by_image = interval_over_images(own, name, pooled=found.config.folds is not None) if name != "dense" else ""
             known = f"{papers[name]:.2%}" if name in papers else ""
             rows.append([found.config.name, label, share, test, change, by_image, validation, known])
-    heads = ["network", "", "weights kept", "test error", "against dense, by seeds", "by images, 95 %"]
+    heads = ["network", "what was done", "weights kept", "test error", "against dense, by seeds", "by images, 95 %"]
     text = (
         "Images classified wrongly, mean ± standard deviation over the seeds. The difference from the dense network of "
         "the same seed stands twice: with the standard deviation over the seeds, which all see the same test images, "
@@ -178,7 +178,7 @@ def _errors(findings: Sequence[Finding]) -> list[str | Table]:
         "the difference may be luck of the images. With folds in place of seeds every image counts once, in the fold "
         "that did not train on it."
     )
-    return [text, Table([*heads, "validation error", "paper's test error"], rows)]
+    return [text, Table([*heads, "validation error", "paper's test error"], rows, words=("what was done",))]
 
 
 def interval_over_images(outcomes: Sequence[Outcome], name: str, *, pooled: bool) -> str:

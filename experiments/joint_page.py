@@ -6,7 +6,8 @@ from typing import Any
 
 from .matrix import CURVE_SHARES, JOINT_BUDGETS, JOINT_EPOCHS, JOINT_EVALUATIONS, SAME_MACS
 from .outcome import DENSE, MethodOutcome, amount, percent
-from .results_cells import NOT_RUN, Cells, in_points, markdown
+from .pages import Table
+from .results_cells import NOT_RUN, Cells, in_points
 
 _JOINT = f"""Channels and bits (8 or 32) of every layer, chosen together under a budget of latency in ONNX Runtime, by
 {JOINT_EVALUATIONS} evaluations a search, seed 0, rounding 8; shares are of the dense network in single precision.
@@ -48,7 +49,7 @@ def _joint_table(cells: Cells, name: str) -> list[str]:
         ]
         for row in rows
     ]
-    return [budget, markdown(heads, lines)]
+    return [budget, Table(heads, lines).markdown()]
 
 
 def _curves(cells: Cells) -> str:
@@ -58,12 +59,13 @@ def _curves(cells: Cells) -> str:
         for share in shares:
             name = f"resnet18_cifar-curve-{what}-{share}"
             lines.append([what, f"{share} %", *_found(cells, name)])
-    return markdown(heads, lines)
+    return Table(heads, lines).markdown()
 
 
 def _same_macs(cells: Cells) -> str:
     heads = ["budget", "before", "fine-tuned", "multiply-adds", *_latency_heads()]
-    return markdown(heads, [[budget, *_found(cells, f"resnet56-{name}")] for name, budget in SAME_MACS.items()])
+    lines = [[budget, *_found(cells, f"resnet56-{name}")] for name, budget in SAME_MACS.items()]
+    return Table(heads, lines).markdown()
 
 
 def _found(cells: Cells, name: str) -> list[str]:

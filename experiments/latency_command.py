@@ -48,6 +48,7 @@ from pruning.surgery import apply_policy
 
 from .machine import current_commit
 from .models import build_model, image_sizes
+from .pages import Table
 
 Say = Callable[[str], None]
 
@@ -351,14 +352,13 @@ itself. `docs/latency.md` says how the table predicts.
 
 def write_page(path: Path, checks: Sequence[CheckedTable], command: str) -> None:
     """Add the comparisons to a page of Markdown as a section of their own; the page is made if it is missing."""
+    heads = ["network", "image", "policies", "seed", "measured, ms", "median error", "upper quartile"]
     lines = [
         f"## {', '.join(check.model for check in checks)}",
         "",
         f"    {command}",
         "",
-        "| network | image | policies | seed | measured, ms | median error | upper quartile | largest | Spearman |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *map(_row, checks),
+        Table([*heads, "largest", "Spearman"], [_row(check) for check in checks], words=("image",)).markdown(),
         "",
         f"{checks[0].table.fingerprint}; Python {platform.python_version()}, torch {torch.__version__}, commit "
         f"{current_commit()}.",
@@ -367,14 +367,19 @@ def write_page(path: Path, checks: Sequence[CheckedTable], command: str) -> None
     write_atomic(path, "\n".join([before, *lines, ""]).encode())
 
 
-def _row(check: CheckedTable) -> str:
+def _row(check: CheckedTable) -> list[str]:
     found = check.to_dict()
-    image = "x".join(map(str, check.shape))
-    return (
-        f"| {check.model} | {image} | {found['policies']} | {check.seed} "
-        f"| {found['fastest_ms']} to {found['slowest_ms']} | {found['median_absolute_error']:.1%} "
-        f"| {found['upper_quartile_of_error']:.1%} | {found['largest_error']:.1%} | {found['spearman']:.3f} |"
-    )
+    return [
+        check.model,
+        "x".join(map(str, check.shape)),
+        str(found["policies"]),
+        str(check.seed),
+        f"{found['fastest_ms']} to {found['slowest_ms']}",
+        f"{found['median_absolute_error']:.1%}",
+        f"{found['upper_quartile_of_error']:.1%}",
+        f"{found['largest_error']:.1%}",
+        f"{found['spearman']:.3f}",
+    ]
 
 
 def spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -15,21 +15,40 @@ from pruning.files import write_atomic
 
 @dataclass(frozen=True)
 class Table:
-    """Cells under their heads, as text."""
+    """Cells under their heads, as text.
+
+    Attributes:
+        heads: of the columns.
+        rows: a cell for each column.
+        words: heads of columns that stand to the left, as the first one does; the others hold numbers and stand to the
+            right.
+    """
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: Collection[str] = ()
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        lines = (self.heads, ["---"] * len(self.heads), *self.rows)
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        rule = ["---:" if is_number else "---" for is_number in self._are_numbers]
+        # A bar within a cell would end it, in code too.
+        lines = ([cell.replace("|", r"\|") for cell in row] for row in (self.heads, rule, *self.rows))
+        return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
     def html(self) -> str:
         """The table in HTML."""
-        head = "".join(f"<th>{_inline(name)}</th>" for name in self.heads)
-        body = "".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
-        return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        body = "".join(self._html_row("td", row) for row in self.rows)
+        head = self._html_row("th", self.heads)
+        return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+    def _html_row(self, tag: str, cells: Sequence[str]) -> str:
+        classes = [' class="number"' if is_number else "" for is_number in self._are_numbers]
+        texts = (f"<{tag}{kind}>{_inline(cell)}</{tag}>" for kind, cell in zip(classes, cells, strict=True))
+        return f"<tr>{''.join(texts)}</tr>"
+
+    @property
+    def _are_numbers(self) -> list[bool]:
+        return [place > 0 and head not in self.words for place, head in enumerate(self.heads)]
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,3 @@ def in_points(mean: float, half: float | None = None) -> str:
     if half is None:
         return f"{100 * mean:+.2f}"
     return f"{100 * mean:+.2f} [{100 * (mean - half):+.2f}, {100 * (mean + half):+.2f}]"
-
-
-def markdown(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    """A table, its first column to the left."""
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (heads, rule, *lines))

@@ -12,8 +12,9 @@ import numpy as np
 from .joint_page import joint_sections
 from .matrix import JOINT_BUDGETS, JOINT_EVALUATIONS
 from .outcome import DENSE, MethodOutcome, percent
+from .pages import Table
 from .progress import duration
-from .results_cells import NOT_RUN, Cells, in_points, interval, markdown, spread
+from .results_cells import NOT_RUN, Cells, in_points, interval, spread
 
 
 def render_page(root: Path, names: Sequence[str]) -> str:
@@ -125,7 +126,7 @@ def _search_table(cells: Cells, table: str) -> list[str]:
     if dense:
         head = [DENSE, percent(dense[0].test_accuracy), "-", "-", percent(dense[0].validation_accuracy)]
         lines.insert(0, [*head, *["-"] * 4])
-    return [markdown(heads, lines)]
+    return [Table(heads, lines).markdown()]
 
 
 def _against_cem(cells: Cells, table: str, method: str) -> str:
@@ -162,7 +163,7 @@ def _tuned_table(cells: Cells, table: str) -> list[str]:
         )
     others = [f"against {other}, {over}" for over in ("seeds", "images") for other in ("uniform", DENSE)]
     heads = ["network", "before", "fine-tuned", *others]
-    return [f"{len(done)} of {len(names)} seeds.", markdown(heads, lines)]
+    return [f"{len(done)} of {len(names)} seeds.", Table(heads, lines).markdown()]
 
 
 def _paired(cells: Cells, names: Sequence[str], own: Sequence[float | None]) -> list[str]:
@@ -193,7 +194,7 @@ def _reconstructed_table(cells: Cells) -> list[str]:
         with_it = spread([cells.applied[name]["accuracy"] for name in done]) if done else NOT_RUN
         without = spread([row.test_accuracy for row in plain]) if done else "-"
         lines.append([method, with_it, without, f"{len(done)} of {len(names)}"])
-    return [markdown(["method", "test accuracy", "without reconstruction", "seeds"], lines)]
+    return [Table(["method", "test accuracy", "without reconstruction", "seeds"], lines).markdown()]
 
 
 def _transfer_table(cells: Cells) -> list[str]:
@@ -204,7 +205,7 @@ def _transfer_table(cells: Cells) -> list[str]:
         if name.startswith("transfer-")
         for plan, key in (("dense", "dense_"), ("uniform", "uniform_"), ("agent", ""))
     ]
-    return [markdown(heads, lines)] if lines else [NOT_RUN]
+    return [Table(heads, lines).markdown()] if lines else [NOT_RUN]
 
 
 def _records(cells: Cells) -> list[str]:
@@ -222,7 +223,7 @@ def _records(cells: Cells) -> list[str]:
     processors = sorted({outcome.machine.processor for outcome in cells.outcomes.values()})
     total = math.fsum(row.seconds for outcome in cells.outcomes.values() for row in outcome.rows)
     return [
-        markdown(heads, lines),
+        Table(heads, lines, words=("date", "commit", "command")).markdown(),
         f"Searching took {duration(total)} in all, on: {', '.join(processors) or 'nothing yet'}.",
     ]
 

@@ -23,6 +23,7 @@ from pruning.files import write_atomic
 
 from .figures import STYLE, WIDTH
 from .outcome import percent
+from .pages import Table
 from .schemes_cells import Cell
 
 SHADES = {
@@ -152,22 +153,27 @@ def _facts(root: Path, cell: Cell) -> dict[str, Any]:
 
 
 def _table(points: Sequence[Point]) -> str:
-    lines = [
-        "| scheme | stays | multiply-adds | parameters | test accuracy | validation | ONNX Runtime, ms | "
-        "sparsify, ms | speed (quartiles) | layers |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
-    ]
+    heads = ["scheme", "stays", "multiply-adds", "parameters", "test accuracy", "validation", "ONNX Runtime, ms"]
+    rows = []
     for point in points:
         onnx, plan = (point.time["runtimes"][name]["median_ms"] for name in (ONNXRUNTIME, SPARSE))
         best = point.time["runtimes"][point.runtime]
         forms = ", ".join(f"{count} {form}" for form, count in point.time["forms"].items())
-        lines.append(
-            f"| {point.cell.scheme} | {point.cell.strength} | {point.mean('macs'):.1%} | {point.mean('params'):.1%} | "
-            f"{percent(point.mean('test_accuracy'))} | {percent(point.mean('validation_accuracy'))} | "
-            f"{onnx:.3f} | {plan:.3f} | {best['speed']:.2f} ({best['lower_quartile_speed']:.2f} to "
-            f"{best['upper_quartile_speed']:.2f}) | {forms} |"
+        rows.append(
+            [
+                point.cell.scheme,
+                point.cell.strength,
+                f"{point.mean('macs'):.1%}",
+                f"{point.mean('params'):.1%}",
+                percent(point.mean("test_accuracy")),
+                percent(point.mean("validation_accuracy")),
+                f"{onnx:.3f}",
+                f"{plan:.3f}",
+                f"{best['speed']:.2f} ({best['lower_quartile_speed']:.2f} to {best['upper_quartile_speed']:.2f})",
+                forms,
+            ]
         )
-    return "\n".join(lines)
+    return Table([*heads, "sparsify, ms", "speed (quartiles)", "layers"], rows, words=("stays", "layers")).markdown()
 
 
 def curve_of(points: Sequence[Point], scheme: str) -> list[Point]:
@@ -194,17 +200,14 @@ def schemes_of(points: Sequence[Point]) -> list[str]:
 def equal_latency_table(points: Sequence[Point]) -> str:
     """Accuracy of each scheme at the same latencies, with its difference from channels."""
     schemes = schemes_of(points)
-    lines = [
-        f"| latency | speed | {' | '.join(schemes)} |",
-        f"|---:|---:|{'---:|' * len(schemes)}",
-    ]
+    rows = []
     for share in SHARES:
         judged = {name: judged_at(curve_of(points, name), share) for name in schemes}
         if sum(found is not None for found in judged.values()) < 2:
             continue
         cells = [_accuracy(judged[name], None if name == "channels" else judged.get("channels")) for name in schemes]
-        lines.append(f"| {share:.0%} | {1 / share:.2f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([f"{share:.0%}", f"{1 / share:.2f}", *cells])
+    return Table(["latency", "speed", *schemes], rows).markdown()
 
 
 def winners(points: Sequence[Point]) -> str:
@@ -265,19 +268,25 @@ def figure_of(curves: Mapping[tuple[str, int], Sequence[Point]]) -> bytes:
 
 
 def _records(root: Path, cells: Sequence[Cell]) -> list[str]:
-    lines = [
-        "| network | seed | epochs | peak rate | images a step | images | date | commit |",
-        "|---|---:|---:|---:|---:|---:|---|---|",
-    ]
+    rows = []
     for cell in cells:
         facts = _facts(root, cell)
         recipe, machine = facts["recipe"], facts["machine"]
-        lines.append(
-            f"| {cell.model}, {cell.scheme}, {cell.strength} | {cell.seed} | {recipe['epochs']} | "
-            f"{recipe['learning_rate']:g} | {recipe['batch_size']} | {recipe['images'] or 'all'} | {machine['date']} | "
-            f"{machine['commit']} |"
+        rows.append(
+            [
+                f"{cell.model}, {cell.scheme}, {cell.strength}",
+                str(cell.seed),
+                str(recipe["epochs"]),
+                f"{recipe['learning_rate']:g}",
+                str(recipe["batch_size"]),
+                str(recipe["images"] or "all"),
+                machine["date"],
+                machine["commit"],
+            ]
         )
+    heads = ["network", "seed", "epochs", "peak rate", "images a step", "images", "date", "commit"]
+    table = Table(heads, rows, words=("date", "commit")).markdown()
     reports = [json.loads(path.read_text()) for path in sorted(root.glob("*/latency-*.json"))]
     machines = "; ".join(dict.fromkeys(report["machine"] for report in reports))
     rounds = ", ".join(str(count) for count in dict.fromkeys(report["rounds"] for report in reports))
-    return ["\n".join(lines), *([f"Times: {machines}; {rounds} rounds."] if reports else [])]
+    return [table, *([f"Times: {machines}; {rounds} rounds."] if reports else [])]
