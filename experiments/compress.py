@@ -18,7 +18,7 @@ from envs.space import SearchSpace
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 from latency.budget import BudgetLike, read_budgets
-from latency.decision import DENSITIES, layer_decisions
+from latency.decision import DENSITIES
 from latency.table import LatencyTable
 from pruning.importance import Criterion, rank_units
 from pruning.policy import CompressionPolicy
@@ -37,7 +37,7 @@ from .config import (
 )
 from .identity import search_identity
 from .methods import search_with
-from .problem import PROBES, OnEvaluation, Scoring, SearchProblem, least_squares, probe
+from .problem import PROBES, OnEvaluation, Scoring, SearchProblem, least_squares, probe, space_by
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,10 @@ def compress(
         "sparsity": sparsity,
         "densities": densities,
         "bits": bits,
+        "rounding": rounding,
+        "min_keep_ratio": min_keep_ratio,
+        "protect_first": protect_first,
+        "protected": protected,
     }
     if target is not None or reward == GALEN:
         asked |= {"reward": GALEN, "target": target, "beta": beta}
@@ -183,28 +187,7 @@ def compress(
         msg = "the criterion 'taylor' needs labelled batches; pass what pruning.importance.rank_units makes of them"
         raise ConfigError(msg)
     graph = capture(model, example_inputs)
-    scores = importance or rank_units(model, graph, criterion)
-    space = SearchSpace.build(
-        graph,
-        {name: values.detach().cpu().numpy() for name, values in scores.items()},
-        budgets,
-        kind=settings.target.kind if settings.target else "macs",
-        channels="channels" in decide,
-        layers=layer_decisions(
-            graph,
-            settings.layer_choices,
-            sparsity=sparsity,
-            densities=densities,
-            bits=bits,
-            protect_first=protect_first,
-        ),
-        sparsity=sparsity,
-        rounding=rounding,
-        min_keep_ratio=min_keep_ratio,
-        protect_first=protect_first,
-        protected=protected,
-        table=table,
-    )
+    space = space_by(settings, graph, importance or rank_units(model, graph, criterion), budgets, table)
     scoring = Scoring(
         evaluate=evaluate,
         calibration=calibration,

@@ -26,9 +26,14 @@ from envs.plans import noise_floor, sensitivity
 from envs.reward import RewardFunction, compute_reward
 from envs.space import Ratios, SearchSpace
 from graph_encoder.network import NetworkGraph
+from latency.budget import Budget, BudgetError
+from latency.decision import layer_decisions
+from latency.table import LatencyTable
 from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
 from pruning.reconstruction import reconstruct
+
+from .config import ConfigError, SearchSettings
 
 PROBES = "probes"
 """Name of the sensitivity probes in the journal."""
@@ -173,6 +178,49 @@ class SearchProblem:
         """Keep-ratio offsets that follow from the probes, shape ``(n,)``."""
         assert self.sensitivity is not None
         return sensitivity(self.sensitivity.at(PROBED_KEEP_RATIO), self.noise_floor())
+
+
+def space_by(
+    settings: SearchSettings,
+    graph: NetworkGraph,
+    importance: Mapping[str, Tensor],
+    budgets: Sequence[Budget],
+    table: LatencyTable | None,
+) -> SearchSpace:
+    """What the settings of a search leave to decide.
+
+    Raises:
+        BudgetError: if a budget cannot be met, or is one of latency and there is no table.
+        LatencyError: if the table lacks a layer of the network.
+        ConfigError: if there is nothing to decide, or a protected group is not there.
+    """
+    try:
+        return SearchSpace.build(
+            graph,
+            importance,
+            budgets,
+            kind=settings.target.kind if settings.target else "macs",
+            channels="channels" in settings.decide,
+            layers=layer_decisions(
+                graph,
+                settings.layer_choices,
+                sparsity=settings.sparsity,
+                densities=settings.densities,
+                bits=settings.bits,
+                protect_first=settings.protect_first,
+            ),
+            sparsity=settings.sparsity,
+            rounding=settings.rounding,
+            min_keep_ratio=settings.min_keep_ratio,
+            protect_first=settings.protect_first,
+            protected=settings.protected,
+            span=settings.span,
+            table=table,
+        )
+    except BudgetError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def least_squares(seed: int) -> ReconstructFunction:

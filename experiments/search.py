@@ -16,19 +16,17 @@ from envs.journal import Journal, JournalError
 from envs.reward import RewardFunction, resolve_reward
 from envs.space import SearchSpace
 from graph_encoder.network import NetworkGraph
-from latency.budget import BudgetError
-from latency.decision import layer_decisions
 from latency.table import LatencyTable
 from pruning.files import FileWriteError, write_atomic
 from pruning.importance import rank_units
 
-from .config import ONE_SHOT, PROBING, ConfigError, Method, RunConfig, SearchSettings
+from .config import ONE_SHOT, PROBING, Method, RunConfig, SearchSettings
 from .finish import finish_run
 from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
 from .methods import MethodSearch, search_with
 from .outcome import RunOutcome, percent
-from .problem import Scoring, SearchProblem, least_squares, probe
+from .problem import Scoring, SearchProblem, least_squares, probe, space_by
 from .progress import RunDisplay, Stage, count
 from .run import RunFolder
 from .scalars import EvaluationScalars
@@ -153,40 +151,9 @@ def build_problem(subject: Subject, importance: dict[str, torch.Tensor], journal
 
 
 def search_space(config: RunConfig, graph: NetworkGraph, importance: Mapping[str, torch.Tensor]) -> SearchSpace:
-    """What a run may decide.
-
-    Raises:
-        BudgetError: if the budget cannot be met.
-        ConfigError: if there is nothing to decide, or a protected group is not there.
-    """
-    settings = config.search
-    try:
-        return SearchSpace.build(
-            graph,
-            {name: scores.numpy() for name, scores in importance.items()},
-            config.budget,
-            kind=settings.target.kind if settings.target else "macs",
-            channels="channels" in settings.decide,
-            layers=layer_decisions(
-                graph,
-                settings.layer_choices,
-                sparsity=settings.sparsity,
-                densities=settings.densities,
-                bits=settings.bits,
-                protect_first=settings.protect_first,
-            ),
-            sparsity=settings.sparsity,
-            rounding=settings.rounding,
-            min_keep_ratio=settings.min_keep_ratio,
-            protect_first=settings.protect_first,
-            protected=settings.protected,
-            span=settings.span,
-            table=LatencyTable.load(config.latency.table) if config.latency.table else None,
-        )
-    except BudgetError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    """What a run may decide, see `space_by`."""
+    table = LatencyTable.load(config.latency.table) if config.latency.table else None
+    return space_by(config.search, graph, importance, config.budget, table)
 
 
 def space_of_graph(config: RunConfig, graph: NetworkGraph) -> SearchSpace:

@@ -198,6 +198,11 @@ def test_journal_of_a_run_folder_is_refused(tmp_path: Path) -> None:
         ({"start": 3}, "unknown start '3'. Allowed: sensitivity, uniform"),
         ({"criterion": "l3"}, "unknown criterion 'l3'; did you mean 'l2'? Allowed: l1, l2, fpgm, taylor, bn_scale"),
         ({"evaluations": 0}, "compress: evaluations: input should be greater than or equal to 1; found 0"),
+        ({"min_keep_ratio": 2}, "compress: min_keep_ratio: input should be less than or equal to 1; found 2"),
+        (
+            {"protected": ["stem"]},
+            "protected names no channel group of this network: ['stem']; groups are ['0', '14', '3', '6', '9']",
+        ),
     ],
 )
 def test_argument_that_is_none_of_those_allowed_is_told(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
