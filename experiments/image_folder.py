@@ -87,11 +87,21 @@ def write_split_lists(root: Path, folder: str, out: Path) -> tuple[Path, Path]:
     if not all(lists):
         msg = f"the images of '{folder}' in '{root}' are all {'odd' if lists[1] else 'even'}: nothing to divide"
         raise DataError(msg)
-    stem = folder.strip("/").replace("/", "-")
-    even, odd = out / f"{stem}-even.txt", out / f"{stem}-odd.txt"
-    for path, names in zip((even, odd), lists, strict=True):
+    paths = _list_files(folder, out)
+    for path, names in zip(paths, lists, strict=True):
         write_atomic(path, "".join(f"{name}\n" for name in names).encode())
-    return even, odd
+    return paths
+
+
+def split_lists(root: Path, folder: str, out: Path) -> tuple[Path, Path]:
+    """The lists of `write_split_lists`, which writes them unless they are there."""
+    even, odd = _list_files(folder, out)
+    return (even, odd) if even.exists() and odd.exists() else write_split_lists(root, folder, out)
+
+
+def _list_files(folder: str, out: Path) -> tuple[Path, Path]:
+    stem = folder.strip("/").replace("/", "-")
+    return out / f"{stem}-even.txt", out / f"{stem}-odd.txt"
 
 
 def image_files(root: Path, folder: str) -> dict[str, ImageFile]:

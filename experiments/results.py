@@ -26,7 +26,7 @@ from pruning.layer_policy import FULL_BITS
 
 from .apply import apply_saved
 from .config import Method, RunConfig, load_config
-from .image_folder import write_split_lists
+from .image_folder import split_lists
 from .interrupt import Interrupted, StopFlag, stop_on_signals
 from .latency_command import build_named
 from .machine import set_up_device
@@ -65,9 +65,7 @@ class Sitting:
         return load_config(None, self._options(cell))
 
     def _options(self, cell: Cell) -> dict[str, Any]:
-        even, odd = self.root / "lists" / "test-even.txt", self.root / "lists" / "test-odd.txt"
-        if not (even.exists() and odd.exists()):
-            write_split_lists(self.data, "test", even.parent)
+        even, odd = split_lists(self.data, "test", self.root / "lists")
         common = {
             "model.weights": str(self._weights(cell.options["model.name"])),
             "data.source": str(self.data),

@@ -40,7 +40,7 @@ from pruning.surgery import apply_policy
 
 from .config import FinetuneConfig
 from .data import DataError, DataRecipe, ImageData, ImageSplit, TrainBatches, calibration_batches, make_judge, normalise
-from .image_folder import write_split_lists
+from .image_folder import split_lists
 from .interrupt import Interrupted, StopFlag, stop_on_signals
 from .machine import describe_machine, set_up_device
 from .models import ModelError, build_model, load_weights
@@ -89,11 +89,10 @@ class Sitting:
     @cached_property
     def image_data(self) -> ImageData:
         """CIFAR-10: the even files of the test folder are validation images, the odd ones the test."""
-        even, odd = self.root / "lists" / "test-even.txt", self.root / "lists" / "test-odd.txt"
-        if not (even.exists() and odd.exists()):
-            write_split_lists(self.data, "test", even.parent)
+        paths = split_lists(self.data, "test", self.root / "lists")
         lists = {
-            name: {"folder": "test", "list_file": str(path)} for name, path in (("validation", even), ("test", odd))
+            name: {"folder": "test", "list_file": str(path)}
+            for name, path in zip(("validation", "test"), paths, strict=True)
         }
         return ImageData(DataRecipe.model_validate({"source": str(self.data), **lists}))
 

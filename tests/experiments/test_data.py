@@ -25,7 +25,7 @@ from experiments.data import (
     make_evaluate,
     normalise,
 )
-from experiments.image_folder import read_image_folder, write_split_lists
+from experiments.image_folder import read_image_folder, split_lists, write_split_lists
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +159,17 @@ def test_even_and_odd_lists_divide_a_folder(root: Path, tmp_path: Path) -> None:
     data = ImageData(recipe)
     assert data.validation.images[:, 0, 0, 0].tolist() == [0, 20, 40, 60]
     assert data.test.images[:, 0, 0, 0].tolist() == [10, 30, 50, 70]
+
+
+def test_lists_that_are_there_are_not_written_again(root: Path, tmp_path: Path) -> None:
+    even, odd = split_lists(root, "test", tmp_path)
+    even.write_text("cat/000.png\n")
+
+    assert split_lists(root, "test", tmp_path) == (even, odd)
+    assert even.read_text() == "cat/000.png\n"
+    odd.unlink()
+    assert split_lists(root, "test", tmp_path) == (even, odd)
+    assert len(even.read_text().split()) == len(odd.read_text().split()) == 4
 
 
 def test_list_that_leaves_a_class_out_does_not_shift_labels(root: Path, tmp_path: Path) -> None:
