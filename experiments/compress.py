@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from envs.evaluator import EvaluateFunction, Evaluation
 from envs.journal import Journal, JournalEntry
 from envs.reward import GALEN, GALEN_BETA, RewardFunction, resolve_reward
-from envs.space import SearchSpace
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 from latency.budget import BudgetLike, read_budgets
