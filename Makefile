@@ -6,7 +6,7 @@
 # make bench-kernels  docs/benchmarks/kernels.md: sparse layers against the best dense runtime
 # make han       docs/benchmarks/han.md: LeNet-300-100 and LeNet-5 as in Han et al. (2015), and runs/han/report.html
 # make schemes   docs/benchmarks/schemes.md: accuracy against latency for channels, zeros and blocks; skips what is finished
-# make results   the tables of docs/results.md; skips what is finished (options: python -m experiments.results --help)
+# make results   the tables of docs/results.md; skips what is finished (options: python -m experiments.studies.results --help)
 
 SHELL := /bin/bash
 VENV := .venv
@@ -47,22 +47,22 @@ test: check
 
 coverage: $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[coverage-benchmark]"
-	$(BIN)/python -m experiments.coverage
+	$(BIN)/python -m experiments.studies.coverage
 
 kernels: $(INSTALLED)
 	$(BIN)/python setup.py build_ext --inplace
 
 bench-kernels: kernels
-	$(BIN)/python -m experiments.bench_kernels
+	$(BIN)/python -m experiments.studies.bench_kernels
 
 han: $(INSTALLED)
-	$(BIN)/python -m experiments.han --page docs/benchmarks/han.md
+	$(BIN)/python -m experiments.studies.han --page docs/benchmarks/han.md
 
 schemes: kernels
-	$(BIN)/python -m experiments.schemes
+	$(BIN)/python -m experiments.studies.schemes
 
 results: $(INSTALLED)
-	$(BIN)/python -m experiments.results
+	$(BIN)/python -m experiments.studies.results
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

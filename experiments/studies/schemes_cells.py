@@ -1,4 +1,4 @@
-"""The networks of `experiments.schemes`: each a scheme at one strength, with one seed."""
+"""The networks of `experiments.studies.schemes`: each a scheme at one strength, with one seed."""
 
 from __future__ import annotations
 

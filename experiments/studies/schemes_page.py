@@ -1,4 +1,4 @@
-"""The page of `experiments.schemes`: every network, accuracy at equal latency, and the figure."""
+"""The page of `experiments.studies.schemes`: every network, accuracy at equal latency, and the figure."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from latency.runtimes import ONNXRUNTIME, SPARSE
 from pruning.files import write_atomic
 
-from .figures import STYLE, WIDTH
-from .outcome import percent
-from .pages import Table
+from ..figures import STYLE, WIDTH
+from ..outcome import percent
+from ..pages import Table
 from .schemes_cells import Cell
 
 SHADES = {

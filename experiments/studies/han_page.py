@@ -1,4 +1,4 @@
-"""The page of `experiments.han`: tables beside the paper's, and its figures as PNG."""
+"""The page of `experiments.studies.han`: tables beside the paper's, and its figures as PNG."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from latency.measure import cpu_name
 
-from .figures import STYLE, WIDTH
+from ..figures import STYLE, WIDTH
+from ..pages import Figure, Items, Section, Table
 from .han_config import HanConfig
 from .han_study import CURVE_DENSITIES, DENSITIES, Outcome
-from .pages import Figure, Items, Section, Table
 
 SHADES = ("#2f80c2", "#e0a100", "#1f8a5b", "#7a4fbf", "#b91c1c", "#334155")
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -31,7 +31,7 @@ TITLE = "Learning both weights and connections, reproduced"
 INTRODUCTION = (
     'Han, Pool, Tran & Dally (2015), "Learning both weights and connections for efficient neural networks", sections 3 '
     "and 4.1, with the schemes of [docs/sparsity.md](../sparsity.md). Written by `{command}`; the code is "
-    "`experiments/han.py`, the configurations are in `experiments/configs/han`."
+    "`experiments/studies/han.py`, the configurations are in `experiments/configs/han`."
 )
 NETWORKS = {
     "dense": "dense",

@@ -1,6 +1,6 @@
 """Whether scoring in bfloat16 ranks plans as single precision does, and what it saves.
 
-Run as ``python -m experiments.bench_precision run.yaml --plans 40``: the configuration is that of a search.
+Run as ``python -m experiments.studies.bench_precision run.yaml --plans 40``: the configuration is that of a search.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from envs.evaluator import CandidateEvaluator
 from envs.journal import Journal
 from pruning.files import write_atomic
 
-from .config import RunConfig, load_config, parse_setting
-from .interrupt import StopFlag
-from .latency_command import spearman
-from .machine import describe_machine, set_up_device
-from .outcome import budget_words
-from .pages import Table
-from .problem import SearchProblem
-from .progress import RunDisplay
-from .search import build_problem, importance_of, space_of_graph
-from .subject import prepare_subject
+from ..config import RunConfig, load_config, parse_setting
+from ..interrupt import StopFlag
+from ..latency_command import spearman
+from ..machine import describe_machine, set_up_device
+from ..outcome import budget_words
+from ..pages import Table
+from ..problem import SearchProblem
+from ..progress import RunDisplay
+from ..search import build_problem, importance_of, space_of_graph
+from ..subject import prepare_subject
 
 SPREAD = 0.5
 """Standard deviation of the actions that the plans come from."""
@@ -70,7 +70,7 @@ def main(
         ["time, single precision over bfloat16 (quartiles)", _ratio(seconds[0] / seconds[1])],
     ]
     others = "".join(f" --set {shlex.quote(text)}" for text in settings or [])
-    command = f"Command: `python -m experiments.bench_precision {config.name} --plans {plans}{others}`."
+    command = f"Command: `python -m experiments.studies.bench_precision {config.name} --plans {plans}{others}`."
     record = f"Seed {asked.search.seed}; {machine.processor}, torch {torch.__version__}, commit {machine.commit}."
     text = _PAGE + "\n\n".join([Table(["what", "found"], lines).markdown(), command, record]) + "\n"
     write_atomic(page, text.encode())

@@ -1,9 +1,9 @@
 """Accuracy against measured latency for channels, unstructured zeros and blocks, after the same fine-tuning.
 
-Start it with ``make schemes`` or ``python -m experiments.schemes``; it writes ``docs/benchmarks/schemes.md``. Each
-network is a cell in a folder of its own, done once; a sitting may end at any time, and the next one continues where it
-stopped, inside a fine-tuning too. ``--images 512 --epochs 1`` with another ``--root`` and ``--page`` tries all of it in
-minutes.
+Start it with ``make schemes`` or ``python -m experiments.studies.schemes``; it writes ``docs/benchmarks/schemes.md``.
+Each network is a cell in a folder of its own, done once; a sitting may end at any time, and the next one continues
+where it stopped, inside a fine-tuning too. ``--images 512 --epochs 1`` with another ``--root`` and ``--page`` tries all of it
+in minutes.
 """
 
 from __future__ import annotations
@@ -38,17 +38,26 @@ from pruning.policy import CompressionPolicy, LayerPolicy
 from pruning.sparse_training import prune_along
 from pruning.surgery import apply_policy
 
-from .config import FinetuneConfig
-from .data import DataError, DataRecipe, ImageData, ImageSplit, TrainBatches, calibration_batches, make_judge, normalise
-from .image_folder import split_lists
-from .interrupt import Interrupted, StopFlag, stop_on_signals
-from .machine import describe_machine, set_up_device
-from .models import ModelError, build_model, load_weights
-from .progress import RunDisplay, count
+from ..config import FinetuneConfig
+from ..data import (
+    DataError,
+    DataRecipe,
+    ImageData,
+    ImageSplit,
+    TrainBatches,
+    calibration_batches,
+    make_judge,
+    normalise,
+)
+from ..image_folder import split_lists
+from ..interrupt import Interrupted, StopFlag, stop_on_signals
+from ..machine import describe_machine, set_up_device
+from ..models import ModelError, build_model, load_weights
+from ..progress import RunDisplay, count
+from ..training import tune
 from .schemes_cells import Cell, matrix
 from .schemes_page import write_page
 from .schemes_timing import time_networks
-from .training import tune
 
 EPOCHS = {"resnet20": 3, "resnet56": 2}
 """Of fine-tuning: about half an hour for all networks of a model on two cores."""

@@ -1,9 +1,9 @@
 """Learning both weights and connections (Han et al. 2015): a network with 12 times fewer weights, and how it got there.
 
-``python -m experiments.han`` does the paper's LeNet-300-100 and LeNet-5 on the bundled digits; ``python -m
-experiments.han lenet5 --set finetune.epochs=8`` one of them in another way; ``python -m experiments.han mine.yaml`` a
-network and images of your own: `experiments/configs/han/lenet5.yaml` is a pattern, and `experiments/han_config.py` has
-every key. It writes ``report.html`` into the root. A sitting may end at any time; the next one starts again with the
+``python -m experiments.studies.han`` does the paper's LeNet-300-100 and LeNet-5 on the bundled digits; with ``lenet5
+--set finetune.epochs=8`` one of them in another way; with ``mine.yaml`` a network and images of your own:
+`experiments/configs/han/lenet5.yaml` is a pattern, and `experiments/studies/han_config.py` has every key. It writes
+``report.html`` into the root. A sitting may end at any time; the next one starts again with the
 training at which it stopped.
 """
 
@@ -20,17 +20,17 @@ from pruning.files import write_atomic
 from pruning.policy import PolicyError
 from pruning.sparsity import sparse_weight
 
-from .config import ConfigError, config_file, load_as, parse_setting
+from ..config import ConfigError, config_file, load_as, parse_setting
+from ..images import DataError
+from ..interrupt import Interrupted, StopFlag, stop_on_signals
+from ..machine import set_up_device
+from ..models import ModelError
+from ..pages import write_html, write_markdown
+from ..progress import RunDisplay
+from ..user_function import UserFunctionError
 from .han_config import HanConfig
 from .han_page import TITLE, Finding, sections_of
 from .han_study import Images, Outcome, Trial
-from .images import DataError
-from .interrupt import Interrupted, StopFlag, stop_on_signals
-from .machine import set_up_device
-from .models import ModelError
-from .pages import write_html, write_markdown
-from .progress import RunDisplay
-from .user_function import UserFunctionError
 
 BUNDLED = ("lenet_300_100", "lenet5")
 
@@ -95,7 +95,7 @@ def main(
             display.say(str(error))
             raise typer.Exit(1) from error
         words = [*(configs or []), *(f"--set {setting}" for setting in settings or [])]
-        sections = sections_of(findings, " ".join(["python -m experiments.han", *words]))
+        sections = sections_of(findings, " ".join(["python -m experiments.studies.han", *words]))
         write_html(root / "report.html", TITLE, sections)
         display.say(f"wrote {root / 'report.html'}")
         if page is not None:

@@ -1,11 +1,11 @@
-"""The configuration of `experiments.han`: where keys mean what they mean for a run, they are those of a run."""
+"""The configuration of `experiments.studies.han`: where keys mean what they mean for a run, they are those of a run."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .config import ModelConfig, TrainConfig
-from .data import DataRecipe
+from ..config import ModelConfig, TrainConfig
+from ..data import DataRecipe
 
 
 class _Section(BaseModel):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .outcome import MethodOutcome, RunOutcome, percent
-from .run import RunFolder
+from ..outcome import MethodOutcome, RunOutcome, percent
+from ..run import RunFolder
 
 NOT_RUN = "not run"
 

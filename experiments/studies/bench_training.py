@@ -18,9 +18,9 @@ from torch.nn.utils import prune as masking
 from pruning.kernels.functional import mask_fake_quantize
 from pruning.sparse_training import hold_zeros
 
+from ..pages import Table
+from ..resnet import CifarResNet
 from .bench_setup import Reading, Scheme, fastest, prune, random_network, ratio_with_quartiles, time_in_turn
-from .pages import Table
-from .resnet import CifarResNet
 
 SCHEMES = (Scheme(16, 0.2), Scheme(1, 0.2), Scheme(1, 0.1))
 MASKS = ("masks", "masks, channels last")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..outcome import DENSE, MethodOutcome, percent
+from ..pages import Table
+from ..progress import duration
 from .joint_page import joint_sections
 from .matrix import JOINT_BUDGETS, JOINT_EVALUATIONS
-from .outcome import DENSE, MethodOutcome, percent
-from .pages import Table
-from .progress import duration
 from .results_cells import NOT_RUN, Cells, in_points, interval, spread
 
 

@@ -5,14 +5,14 @@ import pytest
 
 from experiments.data import DataError
 from experiments.interrupt import StopFlag
-from experiments.matrix import Cell, matrix
 from experiments.progress import RunDisplay
-from experiments.results import Sitting
-from experiments.results_cells import interval, spread
-from experiments.results_page import render_page
 from experiments.run import RunBusyError, RunFolder, locked
+from experiments.studies.matrix import Cell, matrix
+from experiments.studies.results import Sitting
+from experiments.studies.results_cells import interval, spread
+from experiments.studies.results_page import render_page
 
-from .outcomes import outcome, row
+from ..outcomes import outcome, row
 
 CELLS = {cell.name: cell for cell in matrix("ppo")}
 NAMES = list(CELLS)

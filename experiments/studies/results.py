@@ -1,6 +1,6 @@
 """The tables of docs/results.md: a matrix of runs, done in order of worth; what is finished is not done again.
 
-Start it with ``make results`` or ``python -m experiments.results``. A sitting may end at any time; the next one
+Start it with ``make results`` or ``python -m experiments.studies.results``. A sitting may end at any time; the next one
 continues where it stopped, inside a run too.
 """
 
@@ -24,20 +24,20 @@ from latency.budget import Budget
 from pruning.files import write_atomic
 from pruning.layer_policy import FULL_BITS
 
-from .apply import apply_saved
-from .config import Method, RunConfig, load_config
-from .image_folder import split_lists
-from .interrupt import Interrupted, StopFlag, stop_on_signals
-from .latency_command import build_named
-from .machine import set_up_device
+from ..apply import apply_saved
+from ..config import Method, RunConfig, load_config
+from ..image_folder import split_lists
+from ..interrupt import Interrupted, StopFlag, stop_on_signals
+from ..latency_command import build_named
+from ..machine import set_up_device
+from ..problem import PROBES
+from ..progress import RunDisplay
+from ..run import RunBusyError, RunFolder, locked
+from ..search import create_run, resume_run, space_of_graph
+from ..standalone_training import train_named
+from ..subject import prepare_subject
 from .matrix import EVALUATIONS, SHORTCUT_GROUPS, Cell, matrix
-from .problem import PROBES
-from .progress import RunDisplay
 from .results_page import render_page
-from .run import RunBusyError, RunFolder, locked
-from .search import create_run, resume_run, space_of_graph
-from .standalone_training import train_named
-from .subject import prepare_subject
 
 TRAINING = {"train.epochs": 20, "train.autocast": True}
 """Of a network that has no weights yet."""
@@ -140,7 +140,7 @@ class Sitting:
             write_atomic(folder / "applied.json", json.dumps(facts, indent=2).encode())
             return
         if not (folder / "config.yaml").exists():
-            command = ["python", "-m", "experiments.results", "--only", cell.name]
+            command = ["python", "-m", "experiments.studies.results", "--only", cell.name]
             self.prepare(cell, display, stop)
             self._share_probes(create_run(self._above_floor(cell, display, stop), folder, command))
         resume_run(folder, display, stop)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .pages import Table
+from ..pages import Table
 
 
 @dataclass(frozen=True)

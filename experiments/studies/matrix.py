@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .config import Method
+from ..config import Method
 
 EVALUATIONS = 300
 LAYERWISE_EVALUATIONS = 60

@@ -11,14 +11,14 @@ from torch import nn
 
 from experiments.config import ConfigError, config_file, load_as
 from experiments.data import ImageData
-from experiments.han import BUNDLED, main
-from experiments.han_config import HanConfig
-from experiments.han_page import interval_over_images
-from experiments.han_study import DENSITIES, Images, Outcome, Trial, common_factor, crossing, relative_quality
 from experiments.images import DataError
 from experiments.interrupt import Interrupted, StopFlag
 from experiments.lenet import lenet_5, lenet_300_100
 from experiments.mnist import splits
+from experiments.studies.han import BUNDLED, main
+from experiments.studies.han_config import HanConfig
+from experiments.studies.han_page import interval_over_images
+from experiments.studies.han_study import DENSITIES, Images, Outcome, Trial, common_factor, crossing, relative_quality
 from pruning.sparsity import sparse_weight, zero_weights
 
 
@@ -93,7 +93,7 @@ def digits() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def small(**changes: object) -> HanConfig:
-    options = {"data.source": "tests.experiments.test_han:digits", "train.epochs": 2, "finetune.epochs": 1}
+    options = {"data.source": "tests.experiments.studies.test_han:digits", "train.epochs": 2, "finetune.epochs": 1}
     return load_as(
         HanConfig, config_file("lenet_300_100", "han"), {**options, "prune.rounds": 2, "seeds": 1, **changes}
     )

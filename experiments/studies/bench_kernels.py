@@ -1,8 +1,8 @@
 """How fast the sparse kernels are, by layers and by whole networks, beside the best dense runtime for the same.
 
-Run as ``python -m experiments.bench_kernels``. All sides are called in turn in one process, so that what slows the
-machine down slows them all; a ratio is one of medians, and its quartiles are those of the rounds. Beside it stands the
-ratio of processor time: on a machine that others use, the clock counts their work too.
+Run as ``python -m experiments.studies.bench_kernels``. All sides are called in turn in one process, so that what slows
+the machine down slows them all; a ratio is one of medians, and its quartiles are those of the rounds. Beside it stands
+the ratio of processor time: on a machine that others use, the clock counts their work too.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from pruning.kernels.operators import Convolution, Weighted
 from pruning.kernels.plan import Plan
 from pruning.sparse_network import SparseNetwork, sparsify
 
+from ..pages import Table
+from ..resnet import CifarResNet
 from .bench_setup import (
     Reading,
     Scheme,
@@ -49,8 +51,6 @@ from .bench_setup import (
     time_in_turn,
 )
 from .bench_training import bench_fake_quantize, bench_training
-from .pages import Table
-from .resnet import CifarResNet
 
 
 @dataclass(frozen=True)
@@ -406,7 +406,7 @@ def main() -> None:
     left_out = (
         "torch.compile was left out." if options.no_compile else "torch.compile is left out of MobileNet's layers."
     )
-    head.append(f"Command: `python -m experiments.bench_kernels {' '.join(sys.argv[1:])}`. {left_out}")
+    head.append(f"Command: `python -m experiments.studies.bench_kernels {' '.join(sys.argv[1:])}`. {left_out}")
     options.page.parent.mkdir(parents=True, exist_ok=True)
     readings: list[Reading] = []
     sections: list[str] = []

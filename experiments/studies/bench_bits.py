@@ -1,6 +1,6 @@
 """What bits cost and save: accuracy and latency of trained networks with 8-bit and 4-bit layers.
 
-Run as ``python -m experiments.bench_bits``; what an earlier sitting measured is not measured again.
+Run as ``python -m experiments.studies.bench_bits``; what an earlier sitting measured is not measured again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from pruning.layer_policy import LayerPolicy
 from pruning.qdq import saturates
 from pruning.quantize import quantize_layers
 
-from .data import DataRecipe, ImageData, SplitRecipe, TrainBatches, make_evaluate, normalise
-from .image_folder import write_split_lists
-from .models import build_model, load_weights
-from .pages import Table
+from ..data import DataRecipe, ImageData, SplitRecipe, TrainBatches, make_evaluate, normalise
+from ..image_folder import write_split_lists
+from ..models import build_model, load_weights
+from ..pages import Table
 
 NETWORKS = {
     "resnet18_cifar": "resnet18-cifar10.safetensors",
@@ -185,7 +185,7 @@ def page(found: Sequence[tuple[str, dict[str, Any]]], options: argparse.Namespac
         f"Calibrated on {N_CALIBRATION} training images without augmentation, seed {options.seed}. 4 bits: the "
         f"first and the last layer have 8; trained: on {options.train_images} images, learning rate "
         f"{options.learning_rate:g}.",
-        f"Command: `python -m experiments.bench_bits {' '.join(sys.argv[1:])}`.",
+        f"Command: `python -m experiments.studies.bench_bits {' '.join(sys.argv[1:])}`.",
     ]
     return "\n\n".join([*head, *(table.markdown() for table in tables)]) + "\n"
 

@@ -23,11 +23,11 @@ from pruning.layer_policy import LayerPolicy
 from pruning.sparse_training import hold_zeros, l1_penalty
 from pruning.sparsity import can_be_sparse, sparse_weight, zero_weights
 
-from .config import ConfigError, TrainConfig
-from .data import ImageData, ImageSplit, TrainBatches, make_evaluate, make_judge
+from ..config import ConfigError, TrainConfig
+from ..data import ImageData, ImageSplit, TrainBatches, make_evaluate, make_judge
+from ..interrupt import StopFlag
+from ..models import build_model, load_weights
 from .han_config import HanConfig
-from .interrupt import StopFlag
-from .models import build_model, load_weights
 
 DENSITIES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
 """Of the sensitivity curves."""

@@ -9,9 +9,17 @@ import torch
 from PIL import Image
 
 from experiments.models import build_model
-from experiments.schemes import SchemesError, Sitting, channel_policy, main, schedule, sparse_layers
-from experiments.schemes_cells import Cell, matrix
-from experiments.schemes_page import Point, curve_of, difference, equal_latency_table, judged_at, winners, write_page
+from experiments.studies.schemes import SchemesError, Sitting, channel_policy, main, schedule, sparse_layers
+from experiments.studies.schemes_cells import Cell, matrix
+from experiments.studies.schemes_page import (
+    Point,
+    curve_of,
+    difference,
+    equal_latency_table,
+    judged_at,
+    winners,
+    write_page,
+)
 from graph_encoder.capture import capture
 from latency.cost import predict_cost
 from pruning.kernels.native import library

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..outcome import DENSE, MethodOutcome, amount, percent
+from ..pages import Table
 from .matrix import CURVE_SHARES, JOINT_BUDGETS, JOINT_EPOCHS, JOINT_EVALUATIONS, SAME_MACS
-from .outcome import DENSE, MethodOutcome, amount, percent
-from .pages import Table
 from .results_cells import NOT_RUN, Cells, in_points
 
 _JOINT = f"""Channels and bits (8 or 32) of every layer, chosen together under a budget of latency in ONNX Runtime, by

@@ -1,7 +1,7 @@
 """How many networks are captured right: every classification model of torchvision, with Torch-Pruning beside it.
 
-Run as ``python -m experiments.coverage``. Finished models are kept in the cells folder and skipped, so that the run can
-be stopped at any time; the page is rendered from the cells.
+Run as ``python -m experiments.studies.coverage``. Finished models are kept in the cells folder and skipped, so that the
+run can be stopped at any time; the page is rendered from the cells.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pruning.policy import CompressionPolicy
 from pruning.proof import prove, random_policy
 from pruning.surgery import apply_policy
 
-from .pages import Table
+from ..pages import Table
 
 SIZES = (64, 128, 224, 299)
 """Image sizes in pixels; the first that a network accepts is used."""

@@ -1,0 +1,1 @@
+"""Studies of Secateur itself: the tables and benchmarks in docs/, each a command with cells that are done once."""
