@@ -2,8 +2,8 @@
 
 Start it with ``make schemes`` or ``python -m experiments.studies.schemes``; it writes ``docs/benchmarks/schemes.md``.
 Each network is a cell in a folder of its own, done once; a sitting may end at any time, and the next one continues
-where it stopped, inside a fine-tuning too. ``--images 512 --epochs 1`` with another ``--root`` and ``--page`` tries all of it
-in minutes.
+where it stopped, inside a fine-tuning too. ``--images 512 --epochs 1`` with another ``--root`` and ``--page`` tries
+all of it in minutes.
 """
 
 from __future__ import annotations
