@@ -49,6 +49,7 @@ from pruning.surgery import apply_policy
 from .machine import current_commit
 from .models import build_model, image_sizes
 from .pages import Table
+from .rank_correlation import spearman
 
 Say = Callable[[str], None]
 
@@ -380,19 +381,6 @@ def _row(check: CheckedTable) -> list[str]:
         f"{found['largest_error']:.1%}",
         f"{found['spearman']:.3f}",
     ]
-
-
-def spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Rank correlation; equal values share their middle rank."""
-    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    ordered = np.sort(values)
-    ranks: NDArray[np.float64] = (
-        np.searchsorted(ordered, values, side="left") + np.searchsorted(ordered, values, side="right")
-    ) / 2
-    return ranks
 
 
 def device_for(runtime: str, threads: int, remote: Remote | None) -> Device:

@@ -22,12 +22,12 @@ from pruning.files import write_atomic
 
 from ..config import RunConfig, load_config, parse_setting
 from ..interrupt import StopFlag
-from ..latency_command import spearman
 from ..machine import describe_machine, set_up_device
 from ..outcome import budget_words
 from ..pages import Table
 from ..problem import SearchProblem
 from ..progress import RunDisplay
+from ..rank_correlation import spearman
 from ..search import build_problem, importance_of, space_of_graph
 from ..subject import prepare_subject
 

@@ -9,19 +9,13 @@ import pytest
 
 from envs.action import counts_of
 from envs.space import Bound
-from experiments.latency_command import Subject, spearman
+from experiments.latency_command import Subject
 from latency.predict import LatencyModel
 from latency.table import LatencyTable, build_table, needed_kinds, start_table
 from tests.latency.synthetic import FormulaDevice
 
 Command = Callable[..., Any]
 TINY = ("--model", "tests.experiments.tiny:network", "--shape", "1,8,8", "--classes", "3")
-
-
-def test_rank_correlation_by_hand() -> None:
-    # Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5 over the root of 4.5 and 5.
-    found = spearman(np.array([1.0, 2, 2, 9]), np.array([1.0, 2, 3, 4]))
-    assert found == pytest.approx(4.5 / np.sqrt(4.5 * 5))
 
 
 def test_plans_of_one_seed_are_the_same_and_lie_on_the_rungs() -> None:
