@@ -318,7 +318,8 @@ def latency_build(
     as_json: AsJson = False,
 ) -> None:
     """Measure the layers of networks on this device; a build that was stopped goes on."""
-    from .latency_command import Remote, build_named
+    from .latency_command import build_named
+    from .timing_device import Remote
 
     built = [
         build_named(
@@ -355,7 +356,8 @@ def latency_check(
     as_json: AsJson = False,
 ) -> None:
     """Compare a table with whole networks of random policies: error and rank correlation."""
-    from .latency_command import Remote, check_named, write_page
+    from .latency_command import check_named, write_page
+    from .timing_device import Remote
 
     checks = [
         check_named(
@@ -390,9 +392,9 @@ def latency_measure(
     as_json: AsJson = False,
 ) -> None:
     """Time what a run saved beside its dense network, again and in turns."""
-    from .latency_command import Remote
     from .measure_run import HEADINGS, measure_run
     from .outcome import plain_lines
+    from .timing_device import Remote
 
     remote = Remote(host, host_python) if host else None
     readings = measure_run(run, runtime=runtime, threads=threads or (1,), rounds=rounds, remote=remote, say=_to_stderr)

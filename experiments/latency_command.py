@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,14 +23,12 @@ from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 from latency.decision import EIGHT_BITS, LayerDecision, layer_decisions, layer_policies
 from latency.predict import LatencyModel, calibrated
-from latency.remote import RemoteDevice, RemoteError
-from latency.runtimes import ONNXRUNTIME, Artifact, find_runtime
+from latency.runtimes import Artifact
 from latency.sliced import sliced_onnx
 from latency.table import (
     Calibration,
     Device,
     LatencyTable,
-    LocalDevice,
     TableError,
     build_table,
     needed_kinds,
@@ -49,9 +47,9 @@ from pruning.surgery import apply_policy
 from .machine import current_commit
 from .models import build_model, image_sizes
 from .pages import Table
+from .progress import Say
 from .rank_correlation import spearman
-
-Say = Callable[[str], None]
+from .timing_device import Remote, device_for
 
 _BATCH = 8
 """Whole networks timed in turn; each keeps its session in memory meanwhile."""
@@ -60,14 +58,6 @@ _CALIBRATION_SEED = 1
 _MIXING_SEED = 2
 _MIXES = 2
 """Networks with integers for each network of floats of a calibration, with the same channels."""
-
-
-@dataclass(frozen=True)
-class Remote:
-    """Another machine: its name for SSH, and Python there."""
-
-    host: str
-    python: str
 
 
 @dataclass(frozen=True)
@@ -381,20 +371,6 @@ def _row(check: CheckedTable) -> list[str]:
         f"{found['largest_error']:.1%}",
         f"{found['spearman']:.3f}",
     ]
-
-
-def device_for(runtime: str, threads: int, remote: Remote | None) -> Device:
-    """This machine, or another one; there is only ONNX Runtime on that.
-
-    Raises:
-        LatencyError: if the runtime cannot be used.
-    """
-    if remote is None:
-        return LocalDevice(find_runtime(runtime), threads)
-    if runtime != ONNXRUNTIME:
-        msg = f"another machine is timed with {ONNXRUNTIME} only, not with '{runtime}'; leave out one of them"
-        raise RemoteError(msg)
-    return RemoteDevice(remote.host, remote.python, threads)
 
 
 def _timed(device: Device, subject: Subject, plans: Sequence[Mapping[str, int]], say: Say) -> NDArray[np.float64]:

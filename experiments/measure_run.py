@@ -17,11 +17,11 @@ from pruning.export import load_compressed, read_manifest
 from pruning.policy import CompressionPolicy
 
 from .data import ImageData
-from .latency_command import Remote, Say, device_for
 from .models import build_model
 from .outcome import DENSE
-from .progress import count
+from .progress import Say, count
 from .run import RunError, RunFolder
+from .timing_device import Remote, device_for
 
 WARMUP = 10
 HEADINGS = ["method", "threads", "ms (quartiles)", "of dense (95 %)", ""]
