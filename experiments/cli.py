@@ -318,7 +318,7 @@ def latency_build(
     as_json: AsJson = False,
 ) -> None:
     """Measure the layers of networks on this device; a build that was stopped goes on."""
-    from .latency_command import build_named
+    from .table_building import build_named
     from .timing_device import Remote
 
     built = [
@@ -356,7 +356,8 @@ def latency_check(
     as_json: AsJson = False,
 ) -> None:
     """Compare a table with whole networks of random policies: error and rank correlation."""
-    from .latency_command import check_named, write_page
+    from .table_checking import check_named
+    from .table_page import write_page
     from .timing_device import Remote
 
     checks = [

@@ -28,7 +28,6 @@ from ..apply import apply_saved
 from ..config import Method, RunConfig, load_config
 from ..image_folder import split_lists
 from ..interrupt import Interrupted, StopFlag, stop_on_signals
-from ..latency_command import build_named
 from ..machine import set_up_device
 from ..problem import PROBES
 from ..progress import RunDisplay
@@ -36,6 +35,7 @@ from ..run import RunBusyError, RunFolder, locked
 from ..search import create_run, resume_run, space_of_graph
 from ..standalone_training import train_named
 from ..subject import prepare_subject
+from ..table_building import build_named
 from .matrix import EVALUATIONS, SHORTCUT_GROUPS, Cell, matrix
 from .results_page import render_page
 

@@ -14,8 +14,8 @@ from torch import nn
 from envs.space import SearchSpace
 from experiments.config import load_config
 from experiments.floor import Floor
-from experiments.latency_command import Subject
 from experiments.search import search_space
+from experiments.timed_network import TimedNetwork
 from latency.decision import layer_decisions
 from latency.measure import Comparison
 from latency.table import Fingerprint, LatencyTable, build_table, needed_kinds, start_table
@@ -42,19 +42,19 @@ def wide(num_classes: int, in_channels: int) -> nn.Module:
 
 def saved_table(folder: Path, device: FormulaDevice, bits: list[int]) -> Path:
     device.fingerprint = Fingerprint("slide rule", "onnxruntime", "1.0", 1)
-    subject = Subject.build(TINY[0], "1,8,8", 3, 4)
-    table = build_table(start_table(device), device, needed_kinds(subject.graph, subject.steps, bits))
+    network = TimedNetwork.build(TINY[0], "1,8,8", 3, 4)
+    table = build_table(start_table(device), device, needed_kinds(network.graph, network.steps, bits))
     table.save(folder / "table.json")
     return folder / "table.json"
 
 
 def joint_space(table: Path) -> SearchSpace:
     """What a search of channels and bits decides of the tiny network."""
-    subject = Subject.build(TINY[0], "1,8,8", 3, 4)
-    importance = {group.name: np.zeros(group.size) for group in subject.graph.prunable}
-    layers = layer_decisions(subject.graph, ["bits"])
+    network = TimedNetwork.build(TINY[0], "1,8,8", 3, 4)
+    importance = {group.name: np.zeros(group.size) for group in network.graph.prunable}
+    layers = layer_decisions(network.graph, ["bits"])
     return SearchSpace.build(
-        subject.graph, importance, None, kind="latency", layers=layers, rounding=4, table=LatencyTable.load(table)
+        network.graph, importance, None, kind="latency", layers=layers, rounding=4, table=LatencyTable.load(table)
     )
 
 
@@ -167,7 +167,7 @@ def test_a_search_refuses_a_latency_below_the_floor_before_any_training(
     done = command("search", tiny_yaml, *options, "--out", tmp_path / "run")
 
     config = load_config(tiny_yaml, {"search.rounding": 4, "latency.table": str(table), "budget": "99% latency"})
-    graph = Subject.build(TINY[0], "1,8,8", 3, 4).graph
+    graph = TimedNetwork.build(TINY[0], "1,8,8", 3, 4).graph
     lowest = search_space(config, graph, {group.name: torch.zeros(group.size) for group in graph.prunable}).lowest_cost
     assert done.code == 1
     assert f"Pass at least {lowest / 1e6:.4g} ms, or lower min_keep_ratio" in done.err

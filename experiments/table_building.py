@@ -1,0 +1,114 @@
+"""`secateur latency build`: a latency table of a device, calibrated with whole networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from latency.decision import EIGHT_BITS
+from latency.predict import LatencyModel, calibrated
+from latency.table import Calibration, LatencyTable, build_table, needed_kinds, network_key, start_table
+from pruning.layer_policy import FULL_BITS
+
+from .progress import Say
+from .timed_network import TimedNetwork
+from .timing_device import Remote, device_for
+from .whole_networks import plan_ratios
+
+_MIXES = 2
+"""Networks with integers for each network of floats of a calibration, with the same channels."""
+
+
+def build_named(
+    model: str,
+    out: Path,
+    *,
+    shape: str | None = None,
+    n_classes: int = 10,
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    remote: Remote | None = None,
+    rounding: int | None = None,
+    bits: Sequence[int] = (FULL_BITS,),
+    n_networks: int = 8,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Measure what the table ``out`` lacks for a network, and calibrate it with whole networks.
+
+    A table that is there is extended, so that one file serves several networks, and a build that was stopped goes on.
+
+    Args:
+        model: as for `secateur search`.
+        out: file of the table.
+        shape: of one image, ``"3,32,32"``; goes by the network if not given.
+        n_classes: outputs of the network.
+        runtime: name of the runtime.
+        threads: its threads.
+        remote: the machine to measure on; this one if not given.
+        rounding: units that groups keep a multiple of, as in a search.
+        bits: each layer is timed with each of these; 8 only on runtimes that take ONNX.
+        n_networks: whole networks of floats, beside the dense one, that the sum over layers is calibrated with; with 8
+            bits each has `_MIXES` with integers beside it.
+        say: told of progress.
+
+    Returns:
+        What was done, as plain values.
+
+    Raises:
+        TableError: if ``out`` is the table of another device, or not a table.
+        LatencyError: if the runtime cannot be used here.
+    """
+    device = device_for(runtime, threads, remote)
+    if out.exists():
+        table = LatencyTable.load(out)
+        table.check_device(device.fingerprint)
+    else:
+        table = start_table(device)
+        table.save(out)
+    network = TimedNetwork.build(model, shape, n_classes, rounding)
+    needed = needed_kinds(network.graph, network.steps, bits)
+    say(f"{model}: {len(needed)} kinds of layer")
+    table = build_table(
+        table,
+        device,
+        needed,
+        save=lambda grown: grown.save(out),
+        progress=lambda done, total: say(f"{model}: {done:,} of {total:,} layers measured"),
+    )
+    known = table.calibrations.get(network_key(network.graph), Calibration())
+    # What was calibrated with integers before stays so.
+    cost = network.cost(table, integers=EIGHT_BITS in bits or known.n_mixed > 0)
+    n_mixed = _MIXES * (n_networks + 1) if cost.has_integers else 0
+    if known.n_networks < n_networks + 1 or known.n_mixed < n_mixed:
+        dense = dict(zip(network.space.names, network.space.sizes.tolist(), strict=True))
+        plans = [dense, *network.plans(n_networks, seed=0)]
+        if n_mixed:
+            mixes = ([plan, *_rotated(network, plan, seed)] for seed, plan in enumerate(plans))
+            plans = [mixed for each in mixes for mixed in each]
+        ratios = plan_ratios(device, network, plans, say)
+        counts = [[plan.get(name, FULL_BITS) for name in cost.groups] for plan in plans]
+        table = calibrated(table, cost, counts, ratios)
+        table.save(out)
+    found = table.calibrations[cost.key]
+    return {
+        "table": str(out),
+        "device": str(table.fingerprint),
+        "kinds": len(needed),
+        "layers": sum(len(inputs) * len(outputs) for inputs, outputs in needed.values()),
+        "networks": found.n_networks,
+        "mixed_networks": found.n_mixed,
+        "scale": round(found.scale, 4),
+        "integer_scale": round(found.integer_scale, 4),
+        "conversion_us": round(found.conversion * table.reference_ns / 1e3, 4),
+        "element_ns": round(found.element * table.reference_ns, 4),
+        "offset_ms": round(found.offset * table.reference_ns / 1e6, 4),
+        "error_of_fit": round(found.error, 4),
+        "dense_ms": round(LatencyModel(network.graph, table).dense / 1e6, 4),
+    }
+
+
+def _rotated(network: TimedNetwork, plan: Mapping[str, int], seed: int) -> list[dict[str, int]]:
+    """Two of the three ways to mix bits, other ones for each plan."""
+    mixes = network.mixed(plan, 3, seed)
+    return [mixes[(seed + index) % 3] for index in range(_MIXES)]

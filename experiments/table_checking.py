@@ -1,0 +1,108 @@
+"""`secateur latency check`: how well a latency table predicts whole networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latency.table import LatencyTable, TableError
+
+from .progress import Say
+from .rank_correlation import spearman
+from .timed_network import TimedNetwork
+from .timing_device import Remote, device_for
+from .whole_networks import plan_ratios
+
+
+@dataclass(frozen=True)
+class CheckedTable:
+    """Predicted and measured times of random plans of one network.
+
+    Attributes:
+        model: name of the network.
+        shape: of one image.
+        table: what predicted.
+        seed: of the plans.
+        integers: whether layers have random bits.
+        predicted_ms: shape ``(plans,)``.
+        measured_ms: times over the reference layer's in the same rounds, in milliseconds of the table's reference
+            layer; shape ``(plans,)``.
+    """
+
+    model: str
+    shape: tuple[int, ...]
+    table: LatencyTable
+    seed: int
+    integers: bool
+    predicted_ms: NDArray[np.float64]
+    measured_ms: NDArray[np.float64]
+
+    @property
+    def errors(self) -> NDArray[np.float64]:
+        """Predicted over measured, less 1."""
+        found: NDArray[np.float64] = self.predicted_ms / self.measured_ms - 1
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain values."""
+        absolute = np.abs(self.errors)
+        return {
+            "model": self.model,
+            "device": str(self.table.fingerprint),
+            "policies": len(self.errors),
+            "seed": self.seed,
+            "integers": self.integers,
+            "fastest_ms": round(float(self.measured_ms.min()), 3),
+            "slowest_ms": round(float(self.measured_ms.max()), 3),
+            "median_absolute_error": round(float(np.median(absolute)), 4),
+            "upper_quartile_of_error": round(float(np.percentile(absolute, 75)), 4),
+            "largest_error": round(float(absolute.max()), 4),
+            "spearman": round(spearman(self.predicted_ms, self.measured_ms), 4),
+        }
+
+
+def check_named(
+    path: Path,
+    model: str,
+    *,
+    shape: str | None = None,
+    n_classes: int = 10,
+    rounding: int | None = None,
+    n_policies: int = 50,
+    seed: int = 0,
+    integers: bool = False,
+    remote: Remote | None = None,
+    say: Say = lambda text: None,
+) -> CheckedTable:
+    """Time whole networks of random plans, and compare with what the table predicts.
+
+    With ``integers``, layers have 8 bits too, by turns all of them, in runs, and each by itself.
+
+    Raises:
+        TableError: if the table cannot be read, is of another device, or lacks layers of the network.
+    """
+    table = LatencyTable.load(path)
+    device = device_for(table.fingerprint.runtime, table.fingerprint.threads, remote)
+    table.check_device(device.fingerprint)
+    network = TimedNetwork.build(model, shape, n_classes, rounding)
+    predicts = network.cost(table, integers=integers)
+    found = predicts.calibration
+    if not found.n_networks or (integers and not found.n_mixed):
+        option = " with --integers" if integers else ""
+        msg = (
+            f"the table '{path}' is not calibrated for '{model}' with these inputs; build it for this network first"
+            f"{option}"
+        )
+        raise TableError(msg)
+    # Seed 0 is the calibration's: no network is to be predicted from itself.
+    plans = network.plans(n_policies, seed + 1)
+    if integers:
+        plans = [network.mixed(plan, 3, n_policies * seed + at)[at % 3] for at, plan in enumerate(plans)]
+    predicted = [predicts([plan[name] for name in predicts.groups]) for plan in plans]
+    measured = plan_ratios(device, network, plans, say) * table.reference_ns
+    image = tuple(network.example.shape[1:])
+    return CheckedTable(model, image, table, seed, integers, np.array(predicted) / 1e6, measured / 1e6)
