@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 Timer = Callable[[], tuple[int, int]]
-"""Makes one call; returns its nanoseconds by the clock, and how many of these the thread waited for a processor."""
+"""Makes one call; returns two readings of it in nanoseconds.
+
+Those of a `Stopwatch` are the time by the clock, and how much of it the thread waited for a processor.
+"""
 
 
 class Stopwatch:
@@ -59,7 +62,7 @@ def interleave(timers: Sequence[Timer], n_runs: int, n_warmup: int) -> tuple[lis
     """Make one call of each in turn, ``n_runs`` rounds; each round starts one call later, so that none is always first.
 
     Returns:
-        Elapsed and waited nanoseconds, a list of ``n_runs`` values for each timer.
+        First and second readings in nanoseconds, each a list of ``n_runs`` values for each timer.
     """
     for timer in timers:
         for _ in range(n_warmup):

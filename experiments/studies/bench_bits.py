@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from latency.measure import cpu_name
+from latency.worker import Timer, interleave, onnx_call
 from pruning.calibration import RangeMethod
 from pruning.export import export_onnx
 from pruning.files import write_atomic
@@ -40,6 +41,7 @@ NETWORKS = {
 }
 METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "entropy", "mse")
 N_CALIBRATION = 256
+CALLS_OF_A_TURN = 5
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 EXPLANATION = """Accuracies are on the even-numbered test images. Latencies are of single images in ONNX Runtime, both
 networks in turn in one process, five calls a turn: what slows the machine down slows both. A ratio is one of medians,
@@ -107,36 +109,30 @@ def onnx_accuracy(path: Path, data: ImageData, batch_size: int = 50) -> float:
 
 def latency_ratio(folder: Path, name: str, threads: int, rounds: int) -> dict[str, float]:
     """How many times faster the integers are, by the clock and, with one thread, by processor time."""
-    calls = [_call(folder / f"{name}-{kind}.onnx", threads) for kind in ("fp32", "int8")]
-    times = np.array([[_times(call) for call in calls] for _ in range(rounds + 5)])[5:]
-    wall, processor = times[..., 0], times[..., 1]
-    lower, upper = np.percentile(wall[:, 0] / wall[:, 1], [25, 75])
-    fp32, int8 = np.median(wall, axis=0)
+    files = (str(folder / f"{name}-{kind}.onnx") for kind in ("fp32", "int8"))
+    turns = [_turn(onnx_call(file, [EXAMPLE.numpy()], threads)) for file in files]
+    wall, processor = np.array(interleave(turns, rounds, n_warmup=5)) / 1e6 / CALLS_OF_A_TURN
+    lower, upper = np.percentile(wall[0] / wall[1], [25, 75])
+    fp32, int8 = np.median(wall, axis=1)
     found = {"ratio": fp32 / int8, "lower": lower, "upper": upper, "fp32_ms": fp32, "int8_ms": int8}
     if threads == 1:
-        lower, upper = np.percentile(processor[:, 0] / processor[:, 1], [25, 75])
-        fp32, int8 = np.median(processor, axis=0)
+        lower, upper = np.percentile(processor[0] / processor[1], [25, 75])
+        fp32, int8 = np.median(processor, axis=1)
         found |= {"processor": fp32 / int8, "processor_lower": lower, "processor_upper": upper}
     return {key: float(value) for key, value in found.items()}
 
 
-def _call(path: Path, threads: int) -> Callable[[], object]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Its idle threads would spin on the cores that the other network is timed on.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: EXAMPLE.numpy()}
-    return lambda: session.run(None, feed)
+def _turn(call: Callable[[], object]) -> Timer:
+    """Several calls, by the clock and by this thread's processor time."""
 
+    def timed() -> tuple[int, int]:
+        call()  # brings the weights back into the caches, from which the other network's turn has driven them
+        wall, processor = time.perf_counter_ns(), time.thread_time_ns()
+        for _ in range(CALLS_OF_A_TURN):
+            call()
+        return time.perf_counter_ns() - wall, time.thread_time_ns() - processor
 
-def _times(call: Callable[[], object], n_calls: int = 5) -> tuple[float, float]:
-    """Milliseconds of a call by the clock and of this thread's processor time, in a turn of several."""
-    call()  # brings the weights back into the caches, from which the other network's turn has driven them
-    wall, processor = time.perf_counter_ns(), time.thread_time_ns()
-    for _ in range(n_calls):
-        call()
-    return (time.perf_counter_ns() - wall) / 1e6 / n_calls, (time.thread_time_ns() - processor) / 1e6 / n_calls
+    return timed
 
 
 def read_data(options: argparse.Namespace) -> ImageData:

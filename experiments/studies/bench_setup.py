@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from latency.worker import Timer, interleave
+
 from ..pages import Table
 
 
@@ -84,18 +86,21 @@ def time_in_turn(
     Each round starts one side later. An untimed call goes before each timed one, or a side would pay for the caches
     that the one before it filled.
     """
-    names = list(sides)
-    seconds, busy = ({name: np.empty(rounds) for name in names} for _ in range(2))
-    for round_index in range(-3, rounds):
-        for turn in range(len(names)):
-            name = names[(round_index + turn) % len(names)]
-            sides[name]()
-            start, start_busy = time.perf_counter(), time.process_time()
-            sides[name]()
-            if round_index >= 0:
-                seconds[name][round_index] = time.perf_counter() - start
-                busy[name][round_index] = time.process_time() - start_busy
-    return seconds, busy
+    elapsed, busy = interleave([_processor_timer(call) for call in sides.values()], rounds, n_warmup=3)
+    first, second = (dict(zip(sides, np.array(readings) / 1e9, strict=True)) for readings in (elapsed, busy))
+    return first, second
+
+
+def _processor_timer(call: Callable[[], object]) -> Timer:
+    """Reads the clock and the processor time of all threads; `latency.worker.Stopwatch` sees one thread only."""
+
+    def timed() -> tuple[int, int]:
+        call()
+        start, start_busy = time.perf_counter_ns(), time.process_time_ns()
+        call()
+        return time.perf_counter_ns() - start, time.process_time_ns() - start_busy
+
+    return timed
 
 
 def ratio_with_quartiles(base: np.ndarray, side: np.ndarray) -> str:
