@@ -1,7 +1,8 @@
 """The tables of docs/results.md: a matrix of runs, done in order of worth; what is finished is not done again.
 
 Start it with ``make results`` or ``python -m experiments.studies.results``. A sitting may end at any time; the next one
-continues where it stopped, inside a run too.
+continues where it stopped, inside a run too. What a finished cell found is kept as a record beside the page, under
+version control, so that sittings on different machines add up: delete a record to have its cell done again.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ..standalone_training import train_named
 from ..subject import prepare_subject
 from ..table_building import build_named
 from .matrix import EVALUATIONS, SHORTCUT_GROUPS, Cell, matrix
+from .records import keep
 from .results_page import render_page
 
 TRAINING = {"train.epochs": 20, "train.autocast": True}
@@ -50,12 +52,14 @@ class Sitting:
 
     Attributes:
         root: folder of the cells.
+        records: folder of what is kept of those that are finished.
         data: archive or folder of CIFAR-10 as images.
         models: folder of the trained networks.
         agent: the method whose agent is carried to another network.
     """
 
     root: Path
+    records: Path
     data: Path
     models: Path
     agent: Method
@@ -109,14 +113,13 @@ class Sitting:
                 build_named(model, self._table(model), bits=(8, FULL_BITS), say=display.say)
 
     def is_done(self, cell: Cell) -> bool:
-        """Whether the cell needs no more work."""
-        last = "timed.json" if cell.is_timed else "applied.json" if cell.agent or cell.plan else "results.json"
-        return (self.root / cell.name / last).exists()
+        """Whether the cell needs no more work: its record is there."""
+        return (self.records / cell.name / _last_file(cell)).exists()
 
-    def can_start(self, cell: Cell) -> bool:
-        """Whether the cell that it applies is finished, if it applies one."""
-        source = cell.agent or (cell.plan[0] if cell.plan else "")
-        return not source or (self.root / source / "results.json").exists()
+    def missing(self, cell: Cell) -> Path | None:
+        """The plan or the agent that it applies, where that is not there yet."""
+        source = self._applied_in(cell)
+        return None if source is None or source.exists() else source
 
     def carry_out(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
         """Start or continue one cell.
@@ -129,6 +132,7 @@ class Sitting:
             # Another sitting may have finished it since it was looked at.
             if not self.is_done(cell):
                 self._carry_out(cell, display, stop)
+                keep(self.root / cell.name, self.records / cell.name, _last_file(cell))
 
     def _carry_out(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
         folder = self.root / cell.name
@@ -163,7 +167,8 @@ class Sitting:
     def _applied_in(self, cell: Cell) -> Path | None:
         if cell.plan:
             name, method = cell.plan
-            return RunFolder(self.root / name).method(method).policy_file
+            return RunFolder(self.records / name).method(method).policy_file
+        # Agents are too large for records.
         return RunFolder(self.root / cell.agent).method(self.agent).agent_file if cell.agent else None
 
     def _share_probes(self, run: RunFolder) -> None:
@@ -175,6 +180,11 @@ class Sitting:
                 for entry in probes:
                     journal.append(entry)
                 return
+
+
+def _last_file(cell: Cell) -> str:
+    """The file that a cell writes when all else is done."""
+    return "timed.json" if cell.is_timed else "applied.json" if cell.agent or cell.plan else "results.json"
 
 
 def _probed_alike(one: RunConfig, other: RunConfig) -> bool:
@@ -197,7 +207,9 @@ def main(
         "../shared/models"
     ),
     root: Annotated[Path, typer.Option(help="Folder of the cells.")] = Path("runs/results"),
-    page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/results.md"),
+    page: Annotated[Path, typer.Option(help="Page to write; records of cells lie in a folder of its name.")] = Path(
+        "docs/results.md"
+    ),
     agent: Annotated[str, typer.Option(help="Agent whose plans are fine-tuned: ppo or ddpg.")] = "ppo",
     only: Annotated[str, typer.Option(help="Regular expression: do only the cells whose name it matches.")] = "",
     minutes: Annotated[float, typer.Option(help="Start no further cell after so many minutes; 0 for no end.")] = 0,
@@ -206,15 +218,15 @@ def main(
     """Carry out the cells that are missing and write the page of results."""
     started = time.monotonic()
     chosen: Method = "ddpg" if agent == "ddpg" else "ppo"
-    sitting, cells = Sitting(root, data, models, chosen), list(matrix(chosen))
+    sitting, cells = Sitting(root, page.with_suffix(""), data, models, chosen), list(matrix(chosen))
     with RunDisplay() as display, stop_on_signals(display.say) as stop:
         try:
             for cell in cells:
                 late = minutes and time.monotonic() - started > 60 * minutes
                 if render or late or sitting.is_done(cell) or not re.search(only, cell.name):
                     continue
-                if not sitting.can_start(cell):
-                    display.say(f"cell {cell.name} waits for the cell that it applies")
+                if missing := sitting.missing(cell):
+                    display.say(f"cell {cell.name} waits for what it applies: there is no {missing}")
                     continue
                 display.say(f"cell {cell.name}")
                 # Several sittings may share the cells: each takes the next one that is free.
@@ -225,7 +237,7 @@ def main(
         except Interrupted as stopped:
             display.say(f"{stopped}; run the same command to go on")
         finally:
-            write_atomic(page, render_page(root, [cell.name for cell in cells]).encode())
+            write_atomic(page, render_page(sitting.records, [cell.name for cell in cells]).encode())
             display.say(f"{sum(map(sitting.is_done, cells))} of {len(cells)} cells are done; wrote {page}")
 
 

@@ -8,6 +8,7 @@ from experiments.interrupt import StopFlag
 from experiments.progress import RunDisplay
 from experiments.run import RunBusyError, RunFolder, locked
 from experiments.studies.matrix import Cell, matrix
+from experiments.studies.records import keep
 from experiments.studies.results import Sitting
 from experiments.studies.results_cells import interval, spread
 from experiments.studies.results_page import render_page
@@ -35,7 +36,7 @@ def sitting_at(root: Path) -> Sitting:
     for path in ("models/resnet56-cifar10.safetensors", "lists/test-even.txt", "lists/test-odd.txt"):
         (root / path).parent.mkdir(exist_ok=True)
         (root / path).touch()
-    return Sitting(root, root / "no-images", root / "models", "ppo")
+    return Sitting(root, root / "records", root / "no-images", root / "models", "ppo")
 
 
 def carry_out(sitting: Sitting, cell: Cell) -> None:
@@ -78,12 +79,13 @@ def test_the_weights_of_a_network_are_kept_from_a_second_sitting(tmp_path: Path)
 
 
 def test_a_cell_that_another_sitting_has_finished_is_not_done_again(tmp_path: Path) -> None:
-    (tmp_path / APPLIED.name).mkdir()
-    (tmp_path / APPLIED.name / "applied.json").write_text("{}")
+    record = tmp_path / "records" / APPLIED.name / "applied.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
 
     carry_out(sitting_at(tmp_path), APPLIED)
 
-    assert (tmp_path / APPLIED.name / "applied.json").read_text() == "{}"
+    assert record.read_text() == "{}"
 
 
 def test_a_cell_that_was_killed_while_its_folder_was_made_starts_again(tmp_path: Path) -> None:
@@ -95,6 +97,38 @@ def test_a_cell_that_was_killed_while_its_folder_was_made_starts_again(tmp_path:
         carry_out(sitting_at(tmp_path), SEARCH)
 
     assert (tmp_path / SEARCH.name / "config.yaml").exists()
+
+
+def test_a_record_holds_figures_plans_and_verdicts_and_nothing_large(tmp_path: Path) -> None:
+    finish(tmp_path / "runs", SEARCH.name, {"ppo": "10"}, ppo=0.8)
+    run, record = tmp_path / "runs" / SEARCH.name, tmp_path / "records" / SEARCH.name
+    (run / "methods/ppo/policy.json").write_text("{}")
+    for name in ("machine.json", "journal.jsonl", "dense.safetensors", "methods/ppo/agent.pt"):
+        (run / name).write_text("large")
+
+    keep(run, record, "results.json")
+
+    names = {str(path.relative_to(record)) for path in record.rglob("*") if path.is_file()}
+    assert names == {"results.json", "methods/ppo/policy.json", "methods/ppo/test_judged.txt"}
+    assert (record / "results.json").read_bytes() == (run / "results.json").read_bytes()
+
+
+def test_a_plan_is_applied_from_the_record_of_the_cell_that_found_it(tmp_path: Path) -> None:
+    cell, sitting = CELLS["resnet56-reconstructed-ppo-seed0"], sitting_at(tmp_path)
+    plan = tmp_path / "records" / SEARCH.name / "methods" / "ppo" / "policy.json"
+    assert sitting.missing(cell) == plan
+
+    plan.parent.mkdir(parents=True)
+    plan.touch()
+
+    assert sitting.missing(cell) is None
+
+
+def test_an_agent_is_missing_where_only_the_record_of_its_cell_is_left(tmp_path: Path) -> None:
+    finish(tmp_path / "records", "transfer-resnet20", {}, ppo=0.8)
+    agent = tmp_path / "transfer-resnet20" / "methods" / "ppo" / "agent.pt"
+
+    assert sitting_at(tmp_path).missing(APPLIED) == agent
 
 
 def test_cells_that_were_not_run_are_said_to_be(tmp_path: Path) -> None:
