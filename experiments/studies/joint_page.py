@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..outcome import DENSE, MethodOutcome, amount, percent
 from ..pages import Table
 from .matrix import CURVE_SHARES, JOINT_BUDGETS, JOINT_EPOCHS, JOINT_EVALUATIONS, SAME_MACS
-from .results_cells import NOT_RUN, Cells, in_points
+from .results_cells import Cells, in_points
 
 _JOINT = f"""Channels and bits (8 or 32) of every layer, chosen together under a budget of latency in ONNX Runtime, by
 {JOINT_EVALUATIONS} evaluations a search, seed 0, rounding 8; shares are of the dense network in single precision.
@@ -20,20 +21,23 @@ _SAME = f"""Inner channels of ResNet-56 in single precision, rounding 1, {JOINT_
 searched under half of the multiply-adds, and under half of the multiply-adds and half of the latency."""
 
 
-def joint_sections(cells: Cells) -> list[str]:
-    """The sections as Markdown, finished or not."""
-    parts = ["## Channels and bits under a latency budget", _JOINT]
+def joint_sections(cells: Cells) -> list[tuple[str, str, list[str]]]:
+    """Title, text and tables of each section; no tables where no cell is finished."""
+    joint: list[str] = []
     for model, asked in JOINT_BUDGETS.items():
-        words = f"{asked} times the least of its table" if isinstance(asked, float) else asked
-        parts += [f"### {model} at {words}", *_joint_table(cells, f"{model}-joint")]
-    parts += ["### Channels, bits, and both: ResNet-18", _CURVES, _curves(cells)]
-    parts += ["### The same multiply-adds, found for latency", _SAME, _same_macs(cells)]
-    return parts
+        if table := _joint_table(cells, f"{model}-joint"):
+            words = f"{asked} times the least of its table" if isinstance(asked, float) else asked
+            joint += [f"### {model} at {words}", *table]
+    return [
+        ("Channels and bits under a latency budget", _JOINT, joint),
+        ("Channels, bits, and both: ResNet-18", _CURVES, _curves(cells)),
+        ("The same multiply-adds, found for latency", _SAME, _same_macs(cells)),
+    ]
 
 
 def _joint_table(cells: Cells, name: str) -> list[str]:
     if name not in cells.outcomes:
-        return [NOT_RUN]
+        return []
     rows = cells.outcomes[name].rows
     budget = f"Budget: {cells.outcomes[name].budget}."
     control = next((row.tuned_test_accuracy for row in rows if row.method == DENSE), None)
@@ -52,29 +56,29 @@ def _joint_table(cells: Cells, name: str) -> list[str]:
     return [budget, Table(heads, lines).markdown()]
 
 
-def _curves(cells: Cells) -> str:
-    heads = ["decided", "budget", "before", "fine-tuned", "multiply-adds", *_latency_heads()]
+def _curves(cells: Cells) -> list[str]:
+    names: dict[tuple[str, ...], str] = {
+        (what, f"{share} %"): f"resnet18_cifar-curve-{what}-{share}"
+        for what, shares in CURVE_SHARES.items()
+        for share in shares
+    }
+    return _table_of_found(cells, ("decided", "budget"), names)
+
+
+def _same_macs(cells: Cells) -> list[str]:
+    return _table_of_found(cells, ("budget",), {(budget,): f"resnet56-{name}" for name, budget in SAME_MACS.items()})
+
+
+def _table_of_found(cells: Cells, heads: tuple[str, ...], names: Mapping[tuple[str, ...], str]) -> list[str]:
+    """What the only method of each finished cell found, after the words that tell the cells apart."""
     lines = []
-    for what, shares in CURVE_SHARES.items():
-        for share in shares:
-            name = f"resnet18_cifar-curve-{what}-{share}"
-            lines.append([what, f"{share} %", *_found(cells, name)])
-    return Table(heads, lines).markdown()
-
-
-def _same_macs(cells: Cells) -> str:
-    heads = ["budget", "before", "fine-tuned", "multiply-adds", *_latency_heads()]
-    lines = [[budget, *_found(cells, f"resnet56-{name}")] for name, budget in SAME_MACS.items()]
-    return Table(heads, lines).markdown()
-
-
-def _found(cells: Cells, name: str) -> list[str]:
-    """What the only method of a cell found."""
-    if name not in cells.outcomes:
-        return [NOT_RUN, *["-"] * (2 + len(_latency_heads()))]
-    row = _only(cells.outcomes[name].rows)
-    own = [percent(row.test_accuracy), percent(row.tuned_test_accuracy), amount(row.macs)]
-    return [*own, *_latencies(cells, name, row.method)]
+    for words, name in names.items():
+        if name in cells.outcomes:
+            row = _only(cells.outcomes[name].rows)
+            own = [percent(row.test_accuracy), percent(row.tuned_test_accuracy), amount(row.macs)]
+            lines.append([*words, *own, *_latencies(cells, name, row.method)])
+    table = Table([*heads, "before", "fine-tuned", "multiply-adds", *_latency_heads()], lines)
+    return [table.markdown()] if lines else []
 
 
 def _only(rows: tuple[MethodOutcome, ...]) -> MethodOutcome:

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from ..outcome import MethodOutcome, RunOutcome, percent
 from ..run import RunFolder
 
-NOT_RUN = "not run"
-
 _STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """97.5 % quantile of Student's t by degrees of freedom."""
 

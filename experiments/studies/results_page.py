@@ -1,4 +1,4 @@
-"""docs/results.md out of the cells that are finished; what is missing is said to be."""
+"""docs/results.md out of the cells that are finished; those that are missing are named at its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..pages import Table
 from ..progress import duration
 from .joint_page import joint_sections
 from .matrix import JOINT_BUDGETS, JOINT_EVALUATIONS
-from .results_cells import NOT_RUN, Cells, in_points, interval, spread
+from .results_cells import Cells, in_points, interval, spread
 
 
 def render_page(root: Path, names: Sequence[str]) -> str:
@@ -25,27 +25,28 @@ def render_page(root: Path, names: Sequence[str]) -> str:
         names: all cells of the matrix, finished or not.
     """
     cells = Cells(root, names)
-    parts = [_HEAD]
-    for table, title, text in _SEARCH_TABLES:
-        parts += [f"## {title}", text, *_search_table(cells, table)]
-    parts += ["## ResNet-56 before fine-tuning, with least-squares reconstruction", _RECONSTRUCTED]
-    parts += _reconstructed_table(cells)
+    sections = [(title, text, _search_table(cells, table)) for table, title, text in _SEARCH_TABLES]
+    sections.append((*_RECONSTRUCTED, _reconstructed_table(cells)))
     for model, text in (("resnet20", _TUNED_20), ("resnet56", _TUNED_56)):
-        parts += [f"## {model} after fine-tuning", text, *_tuned_table(cells, f"tuned-{model}")]
-    parts += ["## A frozen agent on another network", _TRANSFER, *_transfer_table(cells)]
-    parts += joint_sections(cells)
-    title, text = _JOINT_SEARCHES
-    parts += [f"## {title}", text, *_search_table(cells, "resnet18_cifar")]
+        sections.append((f"{model} after fine-tuning", text, _tuned_table(cells, f"tuned-{model}")))
+    sections.append((*_TRANSFER, _transfer_table(cells)))
+    sections += joint_sections(cells)
+    sections.append((*_JOINT_SEARCHES, _search_table(cells, "resnet18_cifar")))
+    parts = [_HEAD]
+    for title, text, tables in sections:
+        parts += [f"## {title}", text, *tables] if tables else []
     parts += ["## Every cell", *_records(cells)]
     return "\n\n".join(parts) + "\n"
 
 
 _HEAD = """# Results on CIFAR-10
 
-Written by `make results` from the finished cells; do not edit. Half of the multiply-adds are removed, rounding 1,
-where a section says nothing else. The searches score on even-numbered files of the test folder; accuracies are those
-of the odd-numbered ones, read once when a cell was finished. The images went through JPEG, so compare differences with
-published ones, not absolutes."""
+Written by `make results` from the records of finished cells in `docs/results`, each with the plans found and a verdict
+for each test image; do not edit. What has no finished cell has no section yet: the end of the page names what is
+missing, and `docs/results/2026-11-22.md` holds readings from before records were kept. Half of the multiply-adds are
+removed, rounding 1, where a section says nothing else. The searches score on even-numbered files of the test folder;
+accuracies are those of the odd-numbered ones, read once when a cell was finished. The images went through JPEG, so
+compare differences with published ones, not absolutes."""
 
 _SEARCH_TABLES = (
     (
@@ -79,15 +80,21 @@ _JOINT_SEARCHES = (
     f"Channels and bits by the table, scored on 2,000 of the even-numbered files, {JOINT_EVALUATIONS} evaluations, "
     "the probes among them. Columns as in the first table.",
 )
-_RECONSTRUCTED = """The plans of the first table, their pruned layers fitted to the dense network's outputs and sums by
+_RECONSTRUCTED = (
+    "ResNet-56 before fine-tuning, with least-squares reconstruction",
+    """The plans of the first table, their pruned layers fitted to the dense network's outputs and sums by
 least squares (AMC's method, see `pruning/reconstruction.py`) on 4,000 training images, before batch norms are
-re-estimated. The plans were found without it."""
+re-estimated. The plans were found without it.""",
+)
 _TUNED_20 = """15 epochs for each network, the dense one too: SGD with Nesterov momentum, cosine schedule, the same
 batches. Differences in points, with 95 % intervals: over the seeds (pairs of runs, Student's t), and over the test
 images (pairs of verdicts on the same image, averaged over the seeds, normal)."""
 _TUNED_56 = "30 epochs for each network, the dense one too; one seed."
-_TRANSFER = """An agent trained on ResNet-20 (300 evaluations from the uniform plan, without sensitivities, seed 0), its
-weights frozen, plans ResNet-56 in one forward pass with the features that cost nothing: no evaluation on ResNet-56."""
+_TRANSFER = (
+    "A frozen agent on another network",
+    """An agent trained on ResNet-20 (300 evaluations from the uniform plan, without sensitivities, seed 0), its
+weights frozen, plans ResNet-56 in one forward pass with the features that cost nothing: no evaluation on ResNet-56.""",
+)
 
 
 def _search_table(cells: Cells, table: str) -> list[str]:
@@ -107,7 +114,6 @@ def _search_table(cells: Cells, table: str) -> list[str]:
         names = cells.seeds(table, method)
         rows = cells.rows(names, method)
         if not rows:
-            lines.append([method, NOT_RUN, "-", f"0 of {len(names)}", *["-"] * 5])
             continue
         lines.append(
             [
@@ -126,7 +132,7 @@ def _search_table(cells: Cells, table: str) -> list[str]:
     if dense:
         head = [DENSE, percent(dense[0].test_accuracy), "-", "-", percent(dense[0].validation_accuracy)]
         lines.insert(0, [*head, *["-"] * 4])
-    return [Table(heads, lines).markdown()]
+    return [Table(heads, lines).markdown()] if lines else []
 
 
 def _against_cem(cells: Cells, table: str, method: str) -> str:
@@ -146,7 +152,7 @@ def _tuned_table(cells: Cells, table: str) -> list[str]:
     names = [name for name in cells.names if name.startswith(f"{table}-")]
     done = [name for name in names if name in cells.outcomes]
     if not done:
-        return [f"{NOT_RUN} (0 of {len(names)} seeds)"]
+        return []
     methods = [row.method for row in cells.outcomes[done[0]].rows]
     lines = []
     for method in methods:
@@ -190,11 +196,14 @@ def _reconstructed_table(cells: Cells) -> list[str]:
     for method in cells.methods("resnet56-reconstructed"):
         names = cells.seeds("resnet56-reconstructed", method)
         done = [name for name in names if name in cells.applied]
-        plain = cells.rows([name.replace("-reconstructed", "") for name in done], method)
-        with_it = spread([cells.applied[name]["accuracy"] for name in done]) if done else NOT_RUN
-        without = spread([row.test_accuracy for row in plain]) if done else "-"
-        lines.append([method, with_it, without, f"{len(done)} of {len(names)}"])
-    return [Table(["method", "test accuracy", "without reconstruction", "seeds"], lines).markdown()]
+        if done:
+            plain = cells.rows([name.replace("-reconstructed", "") for name in done], method)
+            with_it = spread([cells.applied[name]["accuracy"] for name in done])
+            lines.append(
+                [method, with_it, spread([row.test_accuracy for row in plain]), f"{len(done)} of {len(names)}"]
+            )
+    heads = ["method", "test accuracy", "without reconstruction", "seeds"]
+    return [Table(heads, lines).markdown()] if lines else []
 
 
 def _transfer_table(cells: Cells) -> list[str]:
@@ -205,26 +214,24 @@ def _transfer_table(cells: Cells) -> list[str]:
         if name.startswith("transfer-")
         for plan, key in (("dense", "dense_"), ("uniform", "uniform_"), ("agent", ""))
     ]
-    return [Table(heads, lines).markdown()] if lines else [NOT_RUN]
+    return [Table(heads, lines).markdown()] if lines else []
 
 
 def _records(cells: Cells) -> list[str]:
     heads = ["cell", "seed", "date", "commit", "threads", "command"]
     lines = []
-    for name in cells.names:
-        if name in cells.outcomes:
-            outcome = cells.outcomes[name]
-            machine = outcome.machine
-            lines.append(
-                [name, str(outcome.seed), machine.date, machine.commit, str(machine.threads), f"`{outcome.command}`"]
-            )
-        else:
-            lines.append([name, *(["-"] * 4), "applied" if name in cells.applied else NOT_RUN])
+    for name, outcome in cells.outcomes.items():
+        machine = outcome.machine
+        own = [name, str(outcome.seed), machine.date, machine.commit, str(machine.threads), f"`{outcome.command}`"]
+        lines.append(own)
     processors = sorted({outcome.machine.processor for outcome in cells.outcomes.values()})
     total = math.fsum(row.seconds for outcome in cells.outcomes.values() for row in outcome.rows)
+    missing = [name for name in cells.names if name not in cells.outcomes and name not in cells.applied]
     return [
         Table(heads, lines, words=("date", "commit", "command")).markdown(),
         f"Searching took {duration(total)} in all, on: {', '.join(processors) or 'nothing yet'}.",
+        f"Plans applied: {', '.join(cells.applied) or 'none yet'}.",
+        f"Not run, {len(missing)} of {len(cells.names)} cells: {', '.join(missing) or 'none'}.",
     ]
 
 
