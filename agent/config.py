@@ -24,7 +24,7 @@ class AgentConfig(BaseModel):
     """Sines of a layer's place that the encoder reads; 0 for an agent that is meant for other networks."""
     std: Positive = 0.3
     """Spread of the plans around the agent's own at the start of a run, on the scale of actions (0 to 2 wide)."""
-    std_end: Positive = 0.1
+    std_end: Positive = 0.05
     """Spread at the end of the run; it falls geometrically with the share of evaluations spent."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount a step; without effect where an episode is one step."""
@@ -58,8 +58,6 @@ class PPOConfig(AgentConfig):
 class DDPGConfig(AgentConfig):
     """Deep deterministic policy gradient."""
 
-    std_end: Positive = 0.05
-    """Spread at the end of the run; it falls geometrically with the share of evaluations spent."""
     rollout: Count = 10
     """Evaluations between trainings, adjusted by up to a quarter so that rollouts fill the budget."""
     learning_starts: Annotated[int, Field(ge=0)] = 20
