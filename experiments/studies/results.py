@@ -1,8 +1,8 @@
 """The tables of docs/results.md: a matrix of runs, done in order of worth; what is finished is not done again.
 
 Start it with ``make results`` or ``python -m experiments.studies.results``. A sitting may end at any time; the next one
-continues where it stopped, inside a run too. What a finished cell found is kept as a record beside the page, under
-version control, so that sittings on different machines add up: delete a record to have its cell done again.
+continues where it stopped, inside a run too. What a finished cell found is kept as a record, under version control, so
+that sittings add up when run folders are gone: to have a cell done again, delete its record and its run folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..apply import apply_saved
 from ..config import Method, RunConfig, load_config
 from ..image_folder import split_lists
 from ..interrupt import Interrupted, StopFlag, stop_on_signals
-from ..machine import set_up_device
+from ..machine import describe_machine, set_up_device
 from ..problem import PROBES
 from ..progress import RunDisplay
 from ..run import RunBusyError, RunFolder, locked
@@ -114,7 +114,7 @@ class Sitting:
 
     def is_done(self, cell: Cell) -> bool:
         """Whether the cell needs no more work: its record is there."""
-        return (self.records / cell.name / _last_file(cell)).exists()
+        return (self.records / cell.name).is_dir()
 
     def missing(self, cell: Cell) -> Path | None:
         """The plan or the agent that it applies, where that is not there yet."""
@@ -132,7 +132,7 @@ class Sitting:
             # Another sitting may have finished it since it was looked at.
             if not self.is_done(cell):
                 self._carry_out(cell, display, stop)
-                keep(self.root / cell.name, self.records / cell.name, _last_file(cell))
+                keep(self.root / cell.name, self.records / cell.name)
 
     def _carry_out(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
         folder = self.root / cell.name
@@ -140,7 +140,9 @@ class Sitting:
             # What an interrupted sitting left of it would be refused as a folder that exists.
             shutil.rmtree(folder, ignore_errors=True)
         if source := self._applied_in(cell):
-            facts = apply_saved(source, self.config(cell), folder / "network", 0, display, stop)
+            config = self.config(cell)
+            facts = apply_saved(source, config, folder / "network", 0, display, stop)
+            facts["machine"] = describe_machine(set_up_device(config.device, config.threads)).model_dump()
             write_atomic(folder / "applied.json", json.dumps(facts, indent=2).encode())
             return
         if not (folder / "config.yaml").exists():
@@ -182,11 +184,6 @@ class Sitting:
                 return
 
 
-def _last_file(cell: Cell) -> str:
-    """The file that a cell writes when all else is done."""
-    return "timed.json" if cell.is_timed else "applied.json" if cell.agent or cell.plan else "results.json"
-
-
 def _probed_alike(one: RunConfig, other: RunConfig) -> bool:
     """Whether the probes of two runs score the same candidates on the same images."""
     unrelated = {"methods", "evaluations", "environment", "finalists", "start", "span"}
@@ -207,9 +204,8 @@ def main(
         "../shared/models"
     ),
     root: Annotated[Path, typer.Option(help="Folder of the cells.")] = Path("runs/results"),
-    page: Annotated[Path, typer.Option(help="Page to write; records of cells lie in a folder of its name.")] = Path(
-        "docs/results.md"
-    ),
+    records: Annotated[Path, typer.Option(help="Folder of what is kept of finished cells.")] = Path("docs/results"),
+    page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/results.md"),
     agent: Annotated[str, typer.Option(help="Agent whose plans are fine-tuned: ppo or ddpg.")] = "ppo",
     only: Annotated[str, typer.Option(help="Regular expression: do only the cells whose name it matches.")] = "",
     minutes: Annotated[float, typer.Option(help="Start no further cell after so many minutes; 0 for no end.")] = 0,
@@ -218,7 +214,7 @@ def main(
     """Carry out the cells that are missing and write the page of results."""
     started = time.monotonic()
     chosen: Method = "ddpg" if agent == "ddpg" else "ppo"
-    sitting, cells = Sitting(root, page.with_suffix(""), data, models, chosen), list(matrix(chosen))
+    sitting, cells = Sitting(root, records, data, models, chosen), list(matrix(chosen))
     with RunDisplay() as display, stop_on_signals(display.say) as stop:
         try:
             for cell in cells:
@@ -226,7 +222,10 @@ def main(
                 if render or late or sitting.is_done(cell) or not re.search(only, cell.name):
                     continue
                 if missing := sitting.missing(cell):
-                    display.say(f"cell {cell.name} waits for what it applies: there is no {missing}")
+                    display.say(
+                        f"cell {cell.name} is left out: it applies {missing}, which is not there; a run of cell "
+                        f"{cell.agent or cell.plan} makes it"
+                    )
                     continue
                 display.say(f"cell {cell.name}")
                 # Several sittings may share the cells: each takes the next one that is free.
@@ -237,7 +236,7 @@ def main(
         except Interrupted as stopped:
             display.say(f"{stopped}; run the same command to go on")
         finally:
-            write_atomic(page, render_page(sitting.records, [cell.name for cell in cells]).encode())
+            write_atomic(page, render_page(records, [cell.name for cell in cells]).encode())
             display.say(f"{sum(map(sitting.is_done, cells))} of {len(cells)} cells are done; wrote {page}")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..machine import Machine
 from ..outcome import DENSE, MethodOutcome, percent
 from ..pages import Table
 from ..progress import duration
@@ -21,7 +22,7 @@ def render_page(root: Path, names: Sequence[str]) -> str:
     """The page as Markdown.
 
     Args:
-        root: folder of the cells.
+        root: folder of their records.
         names: all cells of the matrix, finished or not.
     """
     cells = Cells(root, names)
@@ -35,14 +36,14 @@ def render_page(root: Path, names: Sequence[str]) -> str:
     parts = [_HEAD]
     for title, text, tables in sections:
         parts += [f"## {title}", text, *tables] if tables else []
-    parts += ["## Every cell", *_records(cells)]
+    parts += ["## Every cell", *_every_cell(cells)]
     return "\n\n".join(parts) + "\n"
 
 
 _HEAD = """# Results on CIFAR-10
 
-Written by `make results` from the records of finished cells in `docs/results`, each with the plans found and a verdict
-for each test image; do not edit. What has no finished cell has no section yet: the end of the page names what is
+Written by `make results` from the records of finished cells in `docs/results`, with the plans found and a verdict for
+each test image; do not edit. What has no finished cell has no section yet: the end of the page names what is
 missing, and `docs/results/2026-11-22.md` holds readings from before records were kept. Half of the multiply-adds are
 removed, rounding 1, where a section says nothing else. The searches score on even-numbered files of the test folder;
 accuracies are those of the odd-numbered ones, read once when a cell was finished. The images went through JPEG, so
@@ -60,13 +61,12 @@ _SEARCH_TABLES = (
     (
         "resnet56-uniform-start",
         "ResNet-56 before fine-tuning, from the uniform plan",
-        "As the first table, without sensitivity probes and the start that they give.",
+        "As from the sensitivity plan, without the probes and the start that they give.",
     ),
     (
         "resnet56-fitted",
         "ResNet-56 before fine-tuning, searched with reconstruction",
-        "As the first table, every candidate fitted to the dense network by least squares on 500 training images "
-        "before it is scored.",
+        "Every candidate was fitted to the dense network by least squares on 500 training images before it was scored.",
     ),
     (
         "resnet56-layerwise",
@@ -78,13 +78,13 @@ _SEARCH_TABLES = (
 _JOINT_SEARCHES = (
     f"ResNet-18 at {JOINT_BUDGETS['resnet18_cifar']}, before fine-tuning",
     f"Channels and bits by the table, scored on 2,000 of the even-numbered files, {JOINT_EVALUATIONS} evaluations, "
-    "the probes among them. Columns as in the first table.",
+    "the probes among them. Differences from the cross-entropy method in points, paired by seed.",
 )
 _RECONSTRUCTED = (
     "ResNet-56 before fine-tuning, with least-squares reconstruction",
-    """The plans of the first table, their pruned layers fitted to the dense network's outputs and sums by
-least squares (AMC's method, see `pruning/reconstruction.py`) on 4,000 training images, before batch norms are
-re-estimated. The plans were found without it.""",
+    """The plans that searches found without it, from the sensitivity plan, their pruned layers fitted to the dense
+network's outputs and sums by least squares (AMC's method, see `pruning/reconstruction.py`) on 4,000 training images,
+before batch norms are re-estimated.""",
 )
 _TUNED_20 = """15 epochs for each network, the dense one too: SGD with Nesterov momentum, cosine schedule, the same
 batches. Differences in points, with 95 % intervals: over the seeds (pairs of runs, Student's t), and over the test
@@ -129,7 +129,7 @@ def _search_table(cells: Cells, table: str) -> list[str]:
             ]
         )
     dense = [outcome.row(DENSE) for name, outcome in cells.outcomes.items() if name.startswith(f"{table}-")]
-    if dense:
+    if dense and lines:
         head = [DENSE, percent(dense[0].test_accuracy), "-", "-", percent(dense[0].validation_accuracy)]
         lines.insert(0, [*head, *["-"] * 4])
     return [Table(heads, lines).markdown()] if lines else []
@@ -217,22 +217,28 @@ def _transfer_table(cells: Cells) -> list[str]:
     return [Table(heads, lines).markdown()] if lines else []
 
 
-def _records(cells: Cells) -> list[str]:
-    heads = ["cell", "seed", "date", "commit", "threads", "command"]
+def _every_cell(cells: Cells) -> list[str]:
+    heads = ["cell", "seed", "date", "commit", "processor", "threads", "command"]
     lines = []
-    for name, outcome in cells.outcomes.items():
-        machine = outcome.machine
-        own = [name, str(outcome.seed), machine.date, machine.commit, str(machine.threads), f"`{outcome.command}`"]
-        lines.append(own)
-    processors = sorted({outcome.machine.processor for outcome in cells.outcomes.values()})
+    for name in cells.names:
+        command = f"`python -m experiments.studies.results --only {name}`"
+        if name in cells.outcomes:
+            outcome = cells.outcomes[name]
+            lines.append([name, str(outcome.seed), *_where(outcome.machine), command])
+        elif name in cells.applied:
+            machine = Machine.model_validate(cells.applied[name]["machine"])
+            lines.append([name, "-", *_where(machine), command])
     total = math.fsum(row.seconds for outcome in cells.outcomes.values() for row in outcome.rows)
     missing = [name for name in cells.names if name not in cells.outcomes and name not in cells.applied]
+    table = Table(heads, lines, words=("date", "commit", "processor", "command")).markdown()
     return [
-        Table(heads, lines, words=("date", "commit", "command")).markdown(),
-        f"Searching took {duration(total)} in all, on: {', '.join(processors) or 'nothing yet'}.",
-        f"Plans applied: {', '.join(cells.applied) or 'none yet'}.",
+        *([table, f"Searching took {duration(total)} in all."] if lines else []),
         f"Not run, {len(missing)} of {len(cells.names)} cells: {', '.join(missing) or 'none'}.",
     ]
+
+
+def _where(machine: Machine) -> list[str]:
+    return [machine.date, machine.commit, machine.processor, str(machine.threads)]
 
 
 def _each(row: MethodOutcome) -> float | None:

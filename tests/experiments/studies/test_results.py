@@ -7,8 +7,8 @@ from experiments.data import DataError
 from experiments.interrupt import StopFlag
 from experiments.progress import RunDisplay
 from experiments.run import RunBusyError, RunFolder, locked
+from experiments.studies import records, results
 from experiments.studies.matrix import Cell, matrix
-from experiments.studies.records import keep
 from experiments.studies.results import Sitting
 from experiments.studies.results_cells import interval, spread
 from experiments.studies.results_page import render_page
@@ -99,18 +99,32 @@ def test_a_cell_that_was_killed_while_its_folder_was_made_starts_again(tmp_path:
     assert (tmp_path / SEARCH.name / "config.yaml").exists()
 
 
-def test_a_record_holds_figures_plans_and_verdicts_and_nothing_large(tmp_path: Path) -> None:
-    finish(tmp_path / "runs", SEARCH.name, {"ppo": "10"}, ppo=0.8)
-    run, record = tmp_path / "runs" / SEARCH.name, tmp_path / "records" / SEARCH.name
+def test_a_finished_cell_is_kept_as_figures_plans_and_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sitting = sitting_at(tmp_path)
+    finish(tmp_path, SEARCH.name, {"ppo": "10"}, ppo=0.8)
+    run, record = tmp_path / SEARCH.name, tmp_path / "records" / SEARCH.name
     (run / "methods/ppo/policy.json").write_text("{}")
-    for name in ("machine.json", "journal.jsonl", "dense.safetensors", "methods/ppo/agent.pt"):
-        (run / name).write_text("large")
+    for name in ("config.yaml", "machine.json", "journal.jsonl", "dense.safetensors", "methods/ppo/agent.pt"):
+        (run / name).write_text("large, or of one machine")
+    monkeypatch.setattr(results, "resume_run", lambda *_: None)
 
-    keep(run, record, "results.json")
+    carry_out(sitting, SEARCH)
 
+    assert sitting.is_done(SEARCH)
     names = {str(path.relative_to(record)) for path in record.rglob("*") if path.is_file()}
     assert names == {"results.json", "methods/ppo/policy.json", "methods/ppo/test_judged.txt"}
     assert (record / "results.json").read_bytes() == (run / "results.json").read_bytes()
+
+
+def test_a_record_that_was_not_finished_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sitting = sitting_at(tmp_path)
+    finish(tmp_path, SEARCH.name, {"ppo": "10"}, ppo=0.8)
+    monkeypatch.setattr(records, "write_atomic", lambda *_: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        records.keep(tmp_path / SEARCH.name, sitting.records / SEARCH.name)
+
+    assert not sitting.is_done(SEARCH)
 
 
 def test_a_plan_is_applied_from_the_record_of_the_cell_that_found_it(tmp_path: Path) -> None:
@@ -133,14 +147,33 @@ def test_an_agent_is_missing_where_only_the_record_of_its_cell_is_left(tmp_path:
 
 def test_what_was_not_run_has_no_section_and_is_named_at_the_end(tmp_path: Path) -> None:
     finish(tmp_path, "resnet56-ppo-seed0", {}, ppo=0.82)
+    judged = {"ppo": "10", "uniform": "10", "dense": "10"}
+    finish(tmp_path, "tuned-resnet56-seed0", judged, uniform=0.8, ppo=0.82)
+    finish(tmp_path, "resnet18_cifar-joint", {}, dense=0.9, ppo=0.82)
+    facts = {"accuracy": 0.87, "machine": json.loads(outcome().model_dump_json())["machine"]}
+    (tmp_path / "resnet56-reconstructed-ppo-seed0").mkdir()
+    (tmp_path / "resnet56-reconstructed-ppo-seed0" / "applied.json").write_text(json.dumps(facts))
 
     page = render_page(tmp_path, NAMES)
 
     titles = [line for line in page.splitlines() if line.startswith("## ")]
-    assert titles == ["## ResNet-56 before fine-tuning", "## Every cell"]
-    last = page.splitlines()[-1]
-    assert last.startswith(f"Not run, {len(NAMES) - 1} of {len(NAMES)} cells: resnet56-uniform-seed0, ")
-    assert "resnet56-ppo-seed0" not in last
+    assert titles == [
+        "## ResNet-56 before fine-tuning",
+        "## ResNet-56 before fine-tuning, with least-squares reconstruction",
+        "## resnet56 after fine-tuning",
+        "## Channels and bits under a latency budget",
+        "## Every cell",
+    ]
+    *_, last = lines = section(page, "Every cell")
+    listed = [line.split(" | ")[0][2:] for line in lines if line.startswith("| ")][2:]
+    assert listed == [
+        "resnet56-ppo-seed0",
+        "resnet56-reconstructed-ppo-seed0",
+        "tuned-resnet56-seed0",
+        "resnet18_cifar-joint",
+    ]
+    assert last.startswith(f"Not run, {len(NAMES) - 4} of {len(NAMES)} cells: resnet56-uniform-seed0, ")
+    assert not any(f" {name}," in last for name in listed)
 
 
 def test_mean_and_spread_are_over_the_seeds_that_were_run(tmp_path: Path) -> None:
@@ -182,7 +215,9 @@ def test_reconstructed_plans_stand_beside_the_same_plans_without(tmp_path: Path)
     for seed, before, after in ((0, 0.82, 0.87), (1, 0.84, 0.88)):
         finish(tmp_path, f"resnet56-ppo-seed{seed}", {}, ppo=before)
         (tmp_path / f"resnet56-reconstructed-ppo-seed{seed}").mkdir()
-        (tmp_path / f"resnet56-reconstructed-ppo-seed{seed}" / "applied.json").write_text(f'{{"accuracy": {after}}}')
+        (tmp_path / f"resnet56-reconstructed-ppo-seed{seed}" / "applied.json").write_text(
+            json.dumps({"accuracy": after, "machine": json.loads(outcome().model_dump_json())["machine"]})
+        )
 
     table = section(render_page(tmp_path, NAMES), "ResNet-56 before fine-tuning, with least-squares reconstruction")
 
