@@ -114,7 +114,7 @@ class PlanModel:
         self._critics = nn.ModuleList()
         self._mean, self._scale = 0.0, 1.0
 
-    def fit(self, plans: Plans, seed: int, steps: int = STEPS) -> None:
+    def fit(self, plans: Plans, seed: int, steps: int) -> None:
         """Train new critics on the plans, each on the same batches from other first weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -172,6 +172,13 @@ class Simulation:
     dense_accuracy: float
     noise: float
 
+    @classmethod
+    def of(cls, model: PlanModel, problem: SearchProblem, noise: float) -> Simulation:
+        """In place of the images of a problem whose probes were made."""
+        assert problem.sensitivity is not None
+        widths = {name: len(weight) for name, weight in problem.model.named_parameters()}
+        return cls(model, problem.graph, widths, problem.sensitivity.dense_accuracy, noise)
+
     def evaluate(self, network: nn.Module) -> float:
         """A score, by what the network has kept of each group."""
         ratios = self.ratios(network)
@@ -205,6 +212,10 @@ def simulate(
     return found.search_accuracy, float(simulation.model.accuracy(ratios)[0])
 
 
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, all of one network, budget and start.")],
     methods: Annotated[str, typer.Option(help="Searches to simulate, divided by commas.")] = "random,cem,ppo,ddpg",
@@ -213,36 +224,40 @@ def main(
     noise: Annotated[
         float | None, typer.Option(help="Deviation of a score, in accuracy; by default what the model leaves.")
     ] = None,
+    steps: Annotated[int, typer.Option(help="Gradient steps of the model.", min=1)] = STEPS,
 ) -> None:
     """Fit the model, say how good it is, and simulate searches on it."""
     with RunDisplay() as display:
         try:
-            _carry_out(runs, methods, settings or [], seeds, noise, display)
+            _carry_out(runs, methods, settings or [], seeds, noise, steps, display)
         except (ConfigError, RunError) as error:
             display.say(str(error))
             raise typer.Exit(1) from error
 
 
 def _carry_out(
-    runs: list[Path], methods: str, settings: list[str], seeds: int, noise: float | None, display: RunDisplay
+    runs: list[Path],
+    methods: str,
+    settings: list[str],
+    seeds: int,
+    noise: float | None,
+    steps: int,
+    display: RunDisplay,
 ) -> None:
     chosen, first = _methods(methods), RunFolder.open(runs[0])
     config = load_as(RunConfig, first.config_file, dict(parse_setting(text) for text in settings))
-    problem = _problem(first, config, display)
+    problem = load_problem(first, config, display)
     plans, model = Plans.of_runs(runs, problem.space), PlanModel(problem, config)
-    left = _check(model, plans, display)
-    model.fit(plans, seed=0)
-    widths = {name: len(weight) for name, weight in problem.model.named_parameters()}
-    assert problem.sensitivity is not None
-    dense, deviation = problem.sensitivity.dense_accuracy, left if noise is None else noise
-    simulation = Simulation(model, problem.graph, widths, dense, deviation)
+    left = _check(model, plans, steps, display)
+    model.fit(plans, 0, steps)
+    simulation = Simulation.of(model, problem, left if noise is None else noise)
     lines = []
     for method in chosen:
         started = time.perf_counter()
         found = [simulate(problem, simulation, config, method, seed) for seed in range(seeds)]
         scores, worth = zip(*found, strict=True)
         lines.append([method, spread(worth), spread(scores), f"{(time.perf_counter() - started) / seeds:.1f}"])
-    display.say(f"{seeds} seeds, noise {100 * deviation:.2f} points, {', '.join(settings) or 'defaults'}")
+    display.say(f"{seeds} seeds, noise {100 * simulation.noise:.2f} points, {', '.join(settings) or 'defaults'}")
     display.say(Table(["method", "worth by the model", "score chosen by", "s a search"], lines).markdown())
 
 
@@ -254,7 +269,7 @@ def _methods(names: str) -> list[Method]:
     return [known[name] for name in names.split(",")]
 
 
-def _problem(folder: RunFolder, config: RunConfig, display: RunDisplay) -> SearchProblem:
+def load_problem(folder: RunFolder, config: RunConfig, display: RunDisplay) -> SearchProblem:
     """What the first run searched, with its probes, which its journal holds."""
     subject = prepare_subject(
         config,
@@ -272,12 +287,12 @@ def _problem(folder: RunFolder, config: RunConfig, display: RunDisplay) -> Searc
     return probe(problem, config.search.probe_share, lambda _: None, as_start=is_start, notify=display.say)
 
 
-def _check(model: PlanModel, plans: Plans, display: RunDisplay) -> float:
+def _check(model: PlanModel, plans: Plans, steps: int, display: RunDisplay) -> float:
     """Say how well plans are predicted that the model has not seen; what it leaves unexplained, in accuracy."""
     order = np.random.default_rng(0).permutation(len(plans))
     n_held = max(2, round(HELD_OUT * len(plans)))
     held, seen = plans.take(order[:n_held]), plans.take(order[n_held:])
-    model.fit(seen, seed=0)
+    model.fit(seen, 0, steps)
     predicted = model.accuracy(held.ratios)
     left = float(np.sqrt(np.mean((predicted - held.accuracies) ** 2)))
     explained = 1 - left**2 / float(held.accuracies.var())
@@ -290,4 +305,4 @@ def _check(model: PlanModel, plans: Plans, display: RunDisplay) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
