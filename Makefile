@@ -6,7 +6,7 @@
 # make bench-kernels  docs/benchmarks/kernels.md: sparse layers against the best dense runtime
 # make han       docs/benchmarks/han.md: LeNet-300-100 and LeNet-5 as in Han et al. (2015), and runs/han/report.html
 # make schemes   docs/benchmarks/schemes.md: accuracy against latency for channels, zeros and blocks; skips what is finished
-# make results   the tables of docs/results.md; skips what is finished (options: python -m experiments.studies.results --help)
+# make results   the tables of docs/results.md; skips what docs/results has a record of (options: python -m experiments.studies.results --help)
 
 SHELL := /bin/bash
 VENV := .venv

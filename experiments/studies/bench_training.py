@@ -27,8 +27,10 @@ SCHEMES = (Scheme(16, 0.2), Scheme(1, 0.2), Scheme(1, 0.1))
 MASKS = ("masks", "masks, channels last")
 HELD = ("hold_zeros", "hold_zeros(skip=True)")
 TARGET = (1.0, 1.3)
-_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 16
+_M_MMAP_THRESHOLD = -3
 """Parameter of mallopt(3): larger allocations are maps of their own, which the system gets back when they are freed."""
+_LARGE = 1 << 16
+"""Bytes from which on that is so."""
 
 
 def bench_training(batch: int, rounds: int, threads: int) -> tuple[str, list[Reading]]:
@@ -36,8 +38,8 @@ def bench_training(batch: int, rounds: int, threads: int) -> tuple[str, list[Rea
     text = (
         "Masks are those of torch.nn.utils.prune, float32; hold_zeros runs channels last, as finetune does. The "
         "memory kept is that of the tensors from the forward to the backward pass; the peak is that by which resident "
-        "memory grows within a step, over three steps after two others, each side in a process of its own (Linux), "
-        "where what is freed goes back to the system at once."
+        "memory grows within a step, over three steps after two others, each side in a process of its own (Linux with "
+        "glibc), where freed blocks of 64 KiB and more go back to the system at once."
     )
     heads = ["scheme", "side", "ms a step", "ratio to masks, best layout (quartiles)", "of processor time", "MiB kept"]
     rows, readings = [], []
@@ -97,8 +99,10 @@ def memory_of(side: str, scheme: Scheme, batch: int, threads: int) -> tuple[floa
 
 def _memory_here(side: str, scheme: Scheme, batch: int, threads: int) -> tuple[float, float]:
     torch.set_num_threads(threads)
-    # glibc keeps freed memory in gaps that depend on the order of sizes: of one step they hold more than its tensors.
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    # glibc would keep what is freed, in gaps that can take more than a step's tensors do.
+    if not ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE):
+        msg = "mallopt refused to set the threshold of mapped memory; peaks would count the allocator's gaps"
+        raise RuntimeError(msg)
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
