@@ -142,6 +142,7 @@ class Sitting:
         if source := self._applied_in(cell):
             config = self.config(cell)
             facts = apply_saved(source, config, folder / "network", 0, display, stop)
+            del facts["network"]  # which folder it lies in says nothing elsewhere
             facts["machine"] = describe_machine(set_up_device(config.device, config.threads)).model_dump()
             write_atomic(folder / "applied.json", json.dumps(facts, indent=2).encode())
             return

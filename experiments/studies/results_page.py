@@ -233,8 +233,18 @@ def _every_cell(cells: Cells) -> list[str]:
     table = Table(heads, lines, words=("date", "commit", "processor", "command")).markdown()
     return [
         *([table, f"Searching took {duration(total)} in all."] if lines else []),
-        f"Not run, {len(missing)} of {len(cells.names)} cells: {', '.join(missing) or 'none'}.",
+        f"Not run, {len(missing)} of {len(cells.names)} cells: {_by_seed(missing)}.",
     ]
+
+
+def _by_seed(names: Sequence[str]) -> str:
+    """Names of cells, those that differ by their seed together."""
+    seeds: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, seed = name.partition("-seed")
+        seeds.setdefault(stem, []).extend([seed] if seed else [])
+    texts = [f"{stem} (seed {', '.join(own)})" if own else stem for stem, own in seeds.items()]
+    return ", ".join(texts) or "none"
 
 
 def _where(machine: Machine) -> list[str]:

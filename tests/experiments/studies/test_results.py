@@ -172,8 +172,10 @@ def test_what_was_not_run_has_no_section_and_is_named_at_the_end(tmp_path: Path)
         "tuned-resnet56-seed0",
         "resnet18_cifar-joint",
     ]
-    assert last.startswith(f"Not run, {len(NAMES) - 4} of {len(NAMES)} cells: resnet56-uniform-seed0, ")
-    assert not any(f" {name}," in last for name in listed)
+    assert last.startswith(f"Not run, {len(NAMES) - 4} of {len(NAMES)} cells: resnet56-uniform (seed 0, 1, 2), ")
+    assert "resnet56-ppo (seed 1, 2)" in last
+    assert "transfer-resnet56" in last
+    assert "tuned-resnet56" not in last
 
 
 def test_mean_and_spread_are_over_the_seeds_that_were_run(tmp_path: Path) -> None:
