@@ -3,7 +3,7 @@
 # make test      check and the slow tests: what CI runs
 # make coverage  docs/coverage.md: every classification model of torchvision, with Torch-Pruning beside it
 # make kernels   compiles the sparse kernels in place (needs g++ or clang++; the install does it too where it can)
-# make bench-kernels  docs/benchmarks/kernels.md: sparse layers against the best dense runtime
+# make bench-kernels  docs/benchmarks/kernels.md and training.md: sparse layers against the best dense runtime, and training
 # make han       docs/benchmarks/han.md: LeNet-300-100 and LeNet-5 as in Han et al. (2015), and runs/han/report.html
 # make schemes   docs/benchmarks/schemes.md: accuracy against latency for channels, zeros and blocks; skips what is finished
 # make results   the tables of docs/results.md; skips what docs/results has a record of (options: python -m experiments.studies.results --help)
@@ -54,6 +54,7 @@ kernels: $(INSTALLED)
 
 bench-kernels: kernels
 	$(BIN)/python -m experiments.studies.bench_kernels
+	$(BIN)/python -m experiments.studies.bench_training
 
 han: $(INSTALLED)
 	$(BIN)/python -m experiments.studies.han --page docs/benchmarks/han.md

@@ -25,13 +25,11 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from latency.cost import count_macs
-from latency.measure import cpu_name
 from pruning.export import export_onnx
-from pruning.files import write_atomic
 from pruning.kernels.formats import pack
 from pruning.kernels.functional import sparse_conv2d
 from pruning.kernels.lowering import lower
-from pruning.kernels.native import Library, library
+from pruning.kernels.native import Library
 from pruning.kernels.operators import Convolution, Weighted
 from pruning.kernels.plan import Plan
 from pruning.sparse_network import SparseNetwork, sparsify
@@ -43,14 +41,15 @@ from .bench_setup import (
     Scheme,
     fastest,
     geometric_mean,
+    machine_line,
     processor_time_ratio,
     prune,
     random_network,
     ratio_with_quartiles,
-    table_of,
+    require_library,
     time_in_turn,
+    write_page,
 )
-from .bench_training import bench_fake_quantize, bench_training
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,7 @@ EXPLANATION = (
     "Winograd's filtering needs fewer; peak is a loop of multiply-adds. "
     "*Operator* is the PyTorch operator, *native* the same layer as a step of the plan of a network. Of whole "
     "networks, all convolutions but the first have the sparsity named; ideal takes into account what stays dense, and "
-    "every sparse network chose sparse or dense layer by layer, by its own measurement. Batch 1, float32, except where "
-    "steps of training are timed."
+    "every sparse network chose sparse or dense layer by layer, by its own measurement. Batch 1, float32."
 )
 LAYERS = {"resnet18": RESNET18, "mobilenet": MOBILENET}
 
@@ -362,15 +360,6 @@ def dense_network_sides(
     return _sides(model, last, x, session, with_compile)
 
 
-def require_library() -> Library:
-    """The compiled library, or an end with what to do."""
-    native = library()
-    if native is None:
-        msg = "the sparse kernels are not compiled; run: python setup.py build_ext --inplace"
-        raise SystemExit(msg)
-    return native
-
-
 EAGER = ("eager", "eager, channels last")
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "ResNet-18, 224x224": lambda: random_network(resnet18, 224),
@@ -390,9 +379,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", nargs="*", choices=sorted(LAYERS), default=sorted(LAYERS, reverse=True))
     parser.add_argument("--networks", nargs="*", choices=sorted(NETWORKS), default=sorted(NETWORKS))
-    parser.add_argument("--rounds", type=int, default=40, help="timed calls of each side; steps of training take fewer")
+    parser.add_argument("--rounds", type=int, default=40, help="timed calls of each side")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--batches", type=int, nargs="*", default=[128, 32], help="of steps of training")
     parser.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out, which takes long to compile"
     )
@@ -400,22 +388,12 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/kernels.md"), help="page to write")
     options = parser.parse_args()
     native = require_library()
-    versions = f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}, kernels: {native.instruction_set}"
-    peak = f"one thread multiplies and adds at {native.peak_flops() / 1e9:.0f} GFLOP/s"
-    head = ["# Sparse kernels beside the best dense runtime", f"{cpu_name()}, {versions}; {peak}.", EXPLANATION]
     left_out = (
         "torch.compile was left out." if options.no_compile else "torch.compile is left out of MobileNet's layers."
     )
-    head.append(f"Command: `python -m experiments.studies.bench_kernels {' '.join(sys.argv[1:])}`. {left_out}")
-    options.page.parent.mkdir(parents=True, exist_ok=True)
-    readings: list[Reading] = []
-    sections: list[str] = []
-    for title, table, found in measured_sections(native, options):
-        readings += found
-        sections += [f"## {title}", table]
-        page = [*head, "## Beside the targets", table_of(readings), *sections]
-        # After each table: a run that is cut short keeps what it has.
-        write_atomic(options.page, ("\n\n".join(page) + "\n").encode())
+    command = f"Command: `python -m experiments.studies.bench_kernels {' '.join(sys.argv[1:])}`. {left_out}"
+    head = ["# Sparse kernels beside the best dense runtime", machine_line(native), EXPLANATION, command]
+    write_page(options.page, head, measured_sections(native, options))
 
 
 def measured_sections(native: Library, options: argparse.Namespace) -> Iterator[tuple[str, str, list[Reading]]]:
@@ -425,13 +403,6 @@ def measured_sections(native: Library, options: argparse.Namespace) -> Iterator[
         torch.set_num_threads(threads)
         for name in options.networks:
             yield f"{name}, {threads} thread(s)", *bench_network(name, rounds, threads, with_compile)
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        for batch in options.batches:
-            title = f"Fine-tuning ResNet-56 for CIFAR with a fixed pattern, batch {batch}, {threads} thread(s)"
-            yield title, *bench_training(batch, max(5, rounds // 3), threads)
-        title = f"Mask and fake-quantize a weight of 512x512x3x3, forward and backward, {threads} thread(s)"
-        yield title, *bench_fake_quantize(rounds, threads)
     torch.set_num_threads(1)
     for name, scheme, form in PROFILES if options.profile else ():
         title = f"Where the time of {name} goes: {scheme}, one thread, operators timed alone"

@@ -7,12 +7,17 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from latency.measure import cpu_name
 from latency.worker import Timer, interleave
+from pruning.files import write_atomic
+from pruning.kernels.native import Library, library
 
 from ..pages import Table
 
@@ -76,6 +81,39 @@ def table_of(readings: Iterable[Reading]) -> str:
     """All readings as Markdown."""
     heads = ["what", "threads", "ratio", "to PyTorch's best layout", "ideal", "at least", "reached", "goal", "reached"]
     return Table(heads, [reading.row for reading in readings], words=("reached",)).markdown()
+
+
+def machine_line(native: Library) -> str:
+    """What the figures of a page were measured on."""
+    versions = f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}, kernels: {native.instruction_set}"
+    return f"{cpu_name()}, {versions}; one thread multiplies and adds at {native.peak_flops() / 1e9:.0f} GFLOP/s."
+
+
+def require_library() -> Library:
+    """The compiled library, or an end with what to do."""
+    native = library()
+    if native is None:
+        msg = "the sparse kernels are not compiled; run: python setup.py build_ext --inplace"
+        raise SystemExit(msg)
+    return native
+
+
+def write_page(page: Path, head: Sequence[str], measured: Iterable[tuple[str, str, list[Reading]]]) -> None:
+    """Write a page after each of its tables, so that a run that is cut short keeps what it has.
+
+    Args:
+        page: file to write.
+        head: paragraphs before the table of targets.
+        measured: title, table and ratios of each section, measured as they are asked for.
+    """
+    readings: list[Reading] = []
+    sections: list[str] = []
+    for title, table, found in measured:
+        readings += found
+        sections += [f"## {title}", table]
+        write_atomic(
+            page, ("\n\n".join([*head, "## Beside the targets", table_of(readings), *sections]) + "\n").encode()
+        )
 
 
 def time_in_turn(

@@ -1,9 +1,14 @@
-"""How fast a step of fine-tuning with a fixed pattern of zeros is, and how much memory it takes, beside masks."""
+"""How fast a step of fine-tuning with a fixed pattern of zeros is, and how much memory it takes, beside masks.
+
+Run as ``python -m experiments.studies.bench_training``. All sides of a table are called in turn in one process.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -21,7 +26,18 @@ from pruning.sparse_training import hold_zeros
 
 from ..pages import Table
 from ..resnet import CifarResNet
-from .bench_setup import Reading, Scheme, fastest, prune, random_network, ratio_with_quartiles, time_in_turn
+from .bench_setup import (
+    Reading,
+    Scheme,
+    fastest,
+    machine_line,
+    prune,
+    random_network,
+    ratio_with_quartiles,
+    require_library,
+    time_in_turn,
+    write_page,
+)
 
 SCHEMES = (Scheme(16, 0.2), Scheme(1, 0.2), Scheme(1, 0.1))
 MASKS = ("masks", "masks, channels last")
@@ -31,6 +47,38 @@ _M_MMAP_THRESHOLD = -3
 """Parameter of mallopt(3): larger allocations are maps of their own, which the system gets back when they are freed."""
 _LARGE = 1 << 16
 """Bytes from which on that is so."""
+
+
+EXPLANATION = (
+    "All sides of a table are called in turn in one process. A ratio is the median of the best of the others over that "
+    "of the side, with the quartiles over the rounds; beside it stands the same ratio of the processor time of all "
+    "threads together, which leaves out what other programs did meanwhile. Zeros are at random in all convolutions but "
+    "the first."
+)
+
+
+def main() -> None:
+    """Measure and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each side")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--batches", type=int, nargs="*", default=[32], help="images of a step")
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/training.md"), help="page to write")
+    options = parser.parse_args()
+    command = f"Command: `python -m experiments.studies.bench_training {' '.join(sys.argv[1:])}`."
+    head = ["# Fine-tuning with a fixed pattern beside masks", machine_line(require_library()), EXPLANATION, command]
+    write_page(options.page, head, measured_sections(options))
+
+
+def measured_sections(options: argparse.Namespace) -> Iterator[tuple[str, str, list[Reading]]]:
+    """Title, table and ratios of everything that the options ask for, as it is measured."""
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for batch in options.batches:
+            title = f"Fine-tuning ResNet-56 for CIFAR with a fixed pattern, batch {batch}, {threads} thread(s)"
+            yield title, *bench_training(batch, options.rounds, threads)
+        title = f"Mask and fake-quantize a weight of 512x512x3x3, forward and backward, {threads} thread(s)"
+        yield title, *bench_fake_quantize(options.rounds, threads)
 
 
 def bench_training(batch: int, rounds: int, threads: int) -> tuple[str, list[Reading]]:
@@ -48,8 +96,8 @@ def bench_training(batch: int, rounds: int, threads: int) -> tuple[str, list[Rea
             steps = {side: stack.enter_context(training_step(side, scheme, batch)) for side in (*MASKS, *HELD)}
             seconds, busy = time_in_turn(steps, rounds)
         best, frugal = fastest(MASKS, seconds), fastest(MASKS, busy)
-        for side in steps:
-            kept, peak = memory_of(side, scheme, batch, threads)
+        memory = {side: memory_of(side, scheme, batch, threads) for side in steps}
+        for side, (kept, peak) in memory.items():
             by_work = float(np.median(busy[frugal]) / np.median(busy[side]))
             times = [f"{np.median(seconds[side]) * 1e3:.1f}", ratio_with_quartiles(seconds[best], seconds[side])]
             rows.append([str(scheme), side, *times, f"{by_work:.2f}", f"{kept:.1f}", f"{peak:.1f}"])
@@ -57,6 +105,8 @@ def bench_training(batch: int, rounds: int, threads: int) -> tuple[str, list[Rea
             ratio = float(np.median(seconds[best]) / np.median(seconds[side]))
             what = f"training step of ResNet-56, batch {batch}, {scheme}, {side}"
             readings.append(Reading(what, threads, ratio, ratio, None, *TARGET))
+            saved = min(memory[other][1] for other in MASKS) / memory[side][1]
+            readings.append(Reading(f"peak memory of the {what}", threads, saved, saved, None, 1.0, None))
     table = Table([*heads, "MiB at the peak"], rows, words=("side",)).markdown()
     return f"{text}\n\n{table}", readings
 
@@ -164,3 +214,7 @@ def bench_fake_quantize(rounds: int, threads: int) -> tuple[str, list[Reading]]:
     table = Table(["side", "ms", "ratio to the faster of the others (quartiles)"], rows).markdown()
     ratio = float(np.median(seconds[best]) / np.median(seconds[own]))
     return table, [Reading("mask and fake-quantize in one pass", threads, ratio, ratio, None, None, None)]
+
+
+if __name__ == "__main__":
+    main()
