@@ -223,10 +223,7 @@ def main(
                 if render or late or sitting.is_done(cell) or not re.search(only, cell.name):
                     continue
                 if missing := sitting.missing(cell):
-                    display.say(
-                        f"cell {cell.name} is left out: it applies {missing}, which is not there; a run of cell "
-                        f"{cell.agent or cell.plan} makes it"
-                    )
+                    display.say(f"cell {cell.name} is left out: it applies {missing}, which is not there")
                     continue
                 display.say(f"cell {cell.name}")
                 # Several sittings may share the cells: each takes the next one that is free.
