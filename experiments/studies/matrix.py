@@ -129,8 +129,8 @@ def _reconstructed(model: str, method: Method, seed: int) -> Cell:
 
 
 def _tuned(model: str, agent: Method, epochs: int, seed: int) -> Cell:
-    own = {"model.name": model, "search.methods": ["uniform", agent], "search.seed": seed, "finetune.epochs": epochs}
-    return Cell(f"tuned-{model}-seed{seed}", own)
+    own = {"model.name": model, "search.methods": ["uniform", agent], "search.seed": seed}
+    return Cell(f"tuned-{model}-seed{seed}", own | {"finetune.epochs": epochs, "finetune.autocast": True})
 
 
 def _timed(name: str, model: str, methods: Sequence[Method], options: dict[str, Any]) -> Cell:
