@@ -1,7 +1,8 @@
 """How many networks are captured right: every classification model of torchvision, with Torch-Pruning beside it.
 
-Run as ``python -m experiments.studies.coverage``. Finished models are kept in the cells folder and skipped, so that the
-run can be stopped at any time; the page is rendered from the cells.
+Run as ``python -m experiments.studies.coverage``. Finished models are kept in ``docs/coverage``, under version control,
+and skipped, so that the run can be stopped at any time; the page is rendered from them. To have a model measured again,
+delete its file.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Cell:
     """What was measured on one model; seconds are of one run, MACs for a batch of one."""
 
     model: str
+    measured_with: str
     size: int
     macs: int
     groups: int
@@ -115,7 +117,8 @@ def measure(name: str) -> Cell:
     floor = CompressionPolicy({g.name: (0,) for g in graph.prunable}, {g.name: g.size for g in graph.prunable})
     left, peer_left_failure = _peer_half(model, image) if not peer_failure else (math.nan, peer_failure)
     return Cell(
-        model=name, size=image.shape[-1], macs=graph.macs, groups=len(graph.groups), offered=len(graph.prunable),
+        model=name, measured_with=_versions(), size=image.shape[-1], macs=graph.macs,
+        groups=len(graph.groups), offered=len(graph.prunable),
         prunable_share=1 - _predicted(graph, floor) / graph.macs,
         left_at_half=_predicted(graph, _half(graph)) / graph.macs,
         capture_seconds=statistics.median(ours), slice_seconds=statistics.median(sliced) if sliced else math.nan,
@@ -189,7 +192,7 @@ def _last_linear(model: nn.Module) -> list[nn.Module]:
     return [[m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]]
 
 
-def render(cells: list[Cell], missing: list[str], machine: str) -> str:
+def render(cells: list[Cell], missing: list[str]) -> str:
     """The page, in Markdown; ``missing`` names the models not measured yet."""
     passed = sum(cell.passes for cell in cells)
     wrong = sum(not cell.failure and cell.worst_error > 1e-4 for cell in cells)
@@ -219,14 +222,14 @@ are those of the model that was built.
     make coverage
 
 - {passed} of {len(cells)} models pass; {wrong} silently wrong.
-- Torch-Pruning {_version("torch-pruning")}: its default pruner finishes, and the pruned network runs, on
+- Torch-Pruning: its default pruner finishes, and the pruned network runs, on
   {peer_passed} of {len(cells)} (no comparison of outputs). At the same request, half of the channels of everything but
   the last layer, the column "left" shows the share of MACs left by each.
 - Capture with groups takes {ratio:.2f} of Torch-Pruning's graph with groups (median of ratios over the {len(both)}
   models that both capture, interleaved in one run, median of 3).
 - "prunable" is the share of MACs that goes when every offered group keeps one unit.
 
-{machine}
+Measured with {" and ".join(sorted({cell.measured_with for cell in cells}))}.
 
 {table}
 
@@ -257,17 +260,15 @@ def _row(cell: Cell) -> list[str]:
     ]
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(not installed)"
+def _versions() -> str:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "torch-pruning"))
+    return f"Python {platform.python_version()}, {packages}, {torch.get_num_threads()} threads, {platform.machine()}"
 
 
 def main() -> None:
     """Measure what is missing and render the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cells", type=Path, default=Path("runs/coverage"), help="folder of finished models")
+    parser.add_argument("--cells", type=Path, default=Path("docs/coverage"), help="folder of finished models")
     parser.add_argument("--page", type=Path, default=Path("docs/coverage.md"), help="page to write")
     parser.add_argument("--models", nargs="*", help="models to measure now; all of torchvision's classification models")
     options = parser.parse_args()
@@ -275,15 +276,11 @@ def main() -> None:
     for name in names if options.models is None else options.models:
         path = options.cells / f"{name}.json"
         if not path.exists():
-            write_atomic(path, json.dumps(asdict(measure(name))).encode())
+            write_atomic(path, json.dumps(asdict(measure(name)), indent=2).encode())
     found: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(options.cells.glob("*.json"))]
-    machine = (
-        f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
-        f"{torch.get_num_threads()} threads, {platform.machine()}."
-    )
     cells = [Cell(**values) for values in found]
     missing = sorted(set(names) - {cell.model for cell in cells})
-    write_atomic(options.page, render(cells, missing, machine).encode())
+    write_atomic(options.page, render(cells, missing).encode())
 
 
 if __name__ == "__main__":

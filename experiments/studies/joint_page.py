@@ -7,6 +7,7 @@ from typing import Any
 
 from ..outcome import DENSE, MethodOutcome, amount, percent
 from ..pages import Table
+from ..progress import count
 from .matrix import CURVE_SHARES, JOINT_BUDGETS, JOINT_EPOCHS, JOINT_EVALUATIONS, SAME_MACS
 from .results_cells import Cells, in_points
 
@@ -18,7 +19,8 @@ fine-tuned for {JOINT_EPOCHS} epochs on the same batches; bits take part in that
 _CURVES = f"""One search of {JOINT_EVALUATIONS} evaluations (seed 0) for each budget, then {JOINT_EPOCHS} epochs.
 Deciding bits alone, no plan is faster than 8 bits in every layer; channels alone stay in single precision."""
 _SAME = f"""Inner channels of ResNet-56 in single precision, rounding 1, {JOINT_EVALUATIONS} evaluations, seed 0:
-searched under half of the multiply-adds, and under half of the multiply-adds and half of the latency."""
+searched under half of the multiply-adds alone, and under a latency as well that leaves room for as many of them. Each
+is timed beside the same dense network; the ratio of both shares has the interval that their two intervals allow."""
 
 
 def joint_sections(cells: Cells) -> list[tuple[str, str, list[str]]]:
@@ -39,7 +41,7 @@ def _joint_table(cells: Cells, name: str) -> list[str]:
     if name not in cells.outcomes:
         return []
     rows = cells.outcomes[name].rows
-    budget = f"Budget: {cells.outcomes[name].budget}."
+    budget = f"Budget: {cells.outcomes[name].budget}.{_floor(cells, name)}"
     control = next((row.tuned_test_accuracy for row in rows if row.method == DENSE), None)
     heads = ["network", "before", "fine-tuned", "points of dense", "multiply-adds", *_latency_heads()]
     lines = [
@@ -56,6 +58,19 @@ def _joint_table(cells: Cells, name: str) -> list[str]:
     return [budget, Table(heads, lines).markdown()]
 
 
+def _floor(cells: Cells, name: str) -> str:
+    """The fastest network that the search could have chosen, where it was measured."""
+    found = cells.floors.get(name)
+    if not found:
+        return ""
+    (floor,) = found["floors"]
+    table = f"{floor['predicted_ms']:.4g} ms, {floor['predicted_share']:.1%} of the dense network, by the table"
+    if not floor["measured_share"]:
+        return f" The fastest network that could be chosen: {table}; not measured."
+    low, share, high = floor["measured_share"]
+    return f" The fastest network that could be chosen: {table}; {share:.1%} [{low:.1%}, {high:.1%}] when measured."
+
+
 def _curves(cells: Cells) -> list[str]:
     names: dict[tuple[str, ...], str] = {
         (what, f"{share} %"): f"resnet18_cifar-curve-{what}-{share}"
@@ -66,7 +81,24 @@ def _curves(cells: Cells) -> list[str]:
 
 
 def _same_macs(cells: Cells) -> list[str]:
-    return _table_of_found(cells, ("budget",), {(budget,): f"resnet56-{name}" for name, budget in SAME_MACS.items()})
+    names: dict[tuple[str, ...], str] = {(budget,): f"resnet56-{name}" for name, budget in SAME_MACS.items()}
+    tables = _table_of_found(cells, ("budget",), names)
+    if len(found := [name for name in names.values() if name in cells.outcomes]) < len(names):
+        return tables
+    rows = [_only(cells.outcomes[name].rows) for name in found]
+    macs = rows[1].macs / rows[0].macs
+    for threads in (1, 2):
+        by_macs, by_latency = (
+            reading_of(cells.timed.get(n, []), r.method, threads) for n, r in zip(found, rows, strict=True)
+        )
+        if by_macs and by_latency:
+            share = by_latency["ratio"] / by_macs["ratio"]
+            low, high = by_latency["low"] / by_macs["high"], by_latency["high"] / by_macs["low"]
+            tables.append(
+                f"At {macs:.1%} of the other's multiply-adds, the plan found for latency takes {share:.1%} "
+                f"[{low:.1%}, {high:.1%}] of its time on {count(threads, 'thread')}."
+            )
+    return tables
 
 
 def _table_of_found(cells: Cells, heads: tuple[str, ...], names: Mapping[tuple[str, ...], str]) -> list[str]:
@@ -91,17 +123,20 @@ def _latency_heads() -> list[str]:
 
 
 def _latencies(cells: Cells, name: str, method: str) -> list[str]:
-    readings = [reading for reading in cells.timed.get(name, []) if reading["method"] == method]
-    return [_latency(readings, threads) for threads in (1, 2)]
+    return [_latency(reading_of(cells.timed.get(name, []), method, threads)) for threads in (1, 2)]
 
 
-def _latency(readings: list[dict[str, Any]], threads: int) -> str:
-    for reading in readings:
-        if reading["threads"] == threads:
-            times = f"{reading['median_ms']:.3g} ms"
-            share = f"{reading['ratio']:.1%} [{reading['low']:.1%}, {reading['high']:.1%}]"
-            return times if reading["method"] == DENSE else f"{share}, {times}"
-    return "-"
+def reading_of(readings: list[dict[str, Any]], method: str, threads: int) -> dict[str, Any] | None:
+    """The time of one method's network on so many threads, if it was taken."""
+    return next((r for r in readings if r["method"] == method and r["threads"] == threads), None)
+
+
+def _latency(reading: dict[str, Any] | None) -> str:
+    if reading is None:
+        return "-"
+    times = f"{reading['median_ms']:.3g} ms"
+    share = f"{reading['ratio']:.1%} [{reading['low']:.1%}, {reading['high']:.1%}]"
+    return times if reading["method"] == DENSE else f"{share}, {times}"
 
 
 def _points(own: float | None, control: float | None) -> str:

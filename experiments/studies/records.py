@@ -7,7 +7,14 @@ from pathlib import Path
 
 from pruning.files import write_atomic
 
-KEPT = ("results.json", "applied.json", "timed.json", "methods/*/policy.json", "methods/*/test_judged.txt")
+KEPT = (
+    "results.json",
+    "applied.json",
+    "timed.json",
+    "floor.json",
+    "methods/*/policy.json",
+    "methods/*/test_judged.txt",
+)
 """Files of a cell's folder that its record holds, under the same names."""
 
 

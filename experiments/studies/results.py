@@ -27,6 +27,7 @@ from pruning.layer_policy import FULL_BITS
 
 from ..apply import apply_saved
 from ..config import Method, RunConfig, load_config
+from ..floor import find_floors
 from ..image_folder import split_lists
 from ..interrupt import Interrupted, StopFlag, stop_on_signals
 from ..machine import describe_machine, set_up_device
@@ -35,8 +36,9 @@ from ..progress import RunDisplay
 from ..run import RunBusyError, RunFolder, locked
 from ..search import create_run, resume_run, space_of_graph
 from ..standalone_training import train_named
-from ..subject import prepare_subject
+from ..subject import Subject, prepare_subject
 from ..table_building import build_named
+from ..user_errors import USER_ERRORS
 from .matrix import EVALUATIONS, SHORTCUT_GROUPS, Cell, matrix
 from .records import keep
 from .results_page import render_page
@@ -44,6 +46,8 @@ from .results_page import render_page
 TRAINING = {"train.epochs": 20, "train.autocast": True}
 """Of a network that has no weights yet."""
 TIMED_ROUNDS = 200
+FLOOR_IMAGES = 8
+"""That statistics and ranges of the fastest network are read off: only its time is asked."""
 
 
 @dataclass(frozen=True)
@@ -156,16 +160,25 @@ class Sitting:
             rounds = ["--rounds", str(TIMED_ROUNDS), "--threads", "1", "--threads", "2"]
             done = subprocess.run([*measure, *rounds], check=True, stdout=subprocess.PIPE)
             write_atomic(folder / "timed.json", done.stdout)
+        if cell.above_floor:
+            config, subject = self._subject(cell, display, stop)
+            images = subject.example(FLOOR_IMAGES)
+            floors = find_floors(subject.model, subject.graph, config, config.budget, images)
+            write_atomic(folder / "floor.json", json.dumps(floors.to_dict(), indent=2).encode())
 
     def _above_floor(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> RunConfig:
         """The configuration, with the latency that `Cell.above_floor` asks for."""
-        config = self.config(cell)
         if not cell.above_floor:
-            return config
-        device = set_up_device(config.device, config.threads)
-        subject = prepare_subject(config, device, display, stop, check=lambda graph: space_of_graph(config, graph))
+            return self.config(cell)
+        config, subject = self._subject(cell, display, stop)
         limit = math.floor(cell.above_floor * space_of_graph(config, subject.graph).lowest_cost)
         return config.model_copy(update={"budget": (Budget(kind="latency", absolute=limit),)})
+
+    def _subject(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> tuple[RunConfig, Subject]:
+        """The configuration of a cell, and its network and images."""
+        config = self.config(cell)
+        device = set_up_device(config.device, config.threads)
+        return config, prepare_subject(config, device, display, stop, check=lambda graph: space_of_graph(config, graph))
 
     def _applied_in(self, cell: Cell) -> Path | None:
         if cell.plan:
@@ -212,10 +225,11 @@ def main(
     minutes: Annotated[float, typer.Option(help="Start no further cell after so many minutes; 0 for no end.")] = 0,
     render: Annotated[bool, typer.Option("--render", help="Only write the page from what is there.")] = False,
 ) -> None:
-    """Carry out the cells that are missing and write the page of results."""
+    """Carry out the cells that are missing and write the page of results; the exit code is 1 if one of them failed."""
     started = time.monotonic()
     chosen: Method = "ddpg" if agent == "ddpg" else "ppo"
     sitting, cells = Sitting(root, records, data, models, chosen), list(matrix(chosen))
+    failed: list[str] = []
     with RunDisplay() as display, stop_on_signals(display.say) as stop:
         try:
             for cell in cells:
@@ -231,11 +245,16 @@ def main(
                     sitting.carry_out(cell, display, stop)
                 except RunBusyError as busy:
                     display.say(f"cell {cell.name} is left out: {busy}")
+                except USER_ERRORS as error:
+                    failed.append(cell.name)
+                    display.say(f"cell {cell.name} failed: {error}")
         except Interrupted as stopped:
             display.say(f"{stopped}; run the same command to go on")
         finally:
-            write_atomic(page, render_page(records, [cell.name for cell in cells]).encode())
+            write_atomic(page, render_page(records, [cell.name for cell in cells], chosen).encode())
             display.say(f"{sum(map(sitting.is_done, cells))} of {len(cells)} cells are done; wrote {page}")
+    if failed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Cells:
         self.outcomes = {n: RunOutcome.load(p) for n in names if (p := root / n / "results.json").exists()}
         self.applied = self._read("applied.json")
         self.timed = self._read("timed.json")
+        self.floors = self._read("floor.json")
 
     def _read(self, file: str) -> dict[str, Any]:
         return {n: json.loads(path.read_text()) for n in self.names if (path := self.root / n / file).exists()}

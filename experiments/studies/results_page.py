@@ -9,21 +9,23 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import Method
 from ..machine import Machine
 from ..outcome import DENSE, MethodOutcome, percent
 from ..pages import Table
 from ..progress import duration
-from .joint_page import joint_sections
+from .joint_page import joint_sections, reading_of
 from .matrix import JOINT_BUDGETS, JOINT_EVALUATIONS
 from .results_cells import Cells, in_points, interval, spread
 
 
-def render_page(root: Path, names: Sequence[str]) -> str:
+def render_page(root: Path, names: Sequence[str], agent: Method) -> str:
     """The page as Markdown.
 
     Args:
         root: folder of their records.
         names: all cells of the matrix, finished or not.
+        agent: the method that the joint searches are compared with.
     """
     cells = Cells(root, names)
     sections = [(title, text, _search_table(cells, table)) for table, title, text in _SEARCH_TABLES]
@@ -32,7 +34,7 @@ def render_page(root: Path, names: Sequence[str]) -> str:
         sections.append((f"{model} after fine-tuning", text, _tuned_table(cells, f"tuned-{model}")))
     sections.append((*_TRANSFER, _transfer_table(cells)))
     sections += joint_sections(cells)
-    sections.append((*_JOINT_SEARCHES, _search_table(cells, "resnet18_cifar")))
+    sections.append((*_JOINT_SEARCHES, _search_table(cells, "resnet18_cifar", reference=agent)))
     parts = [_HEAD]
     for title, text, tables in sections:
         parts += [f"## {title}", text, *tables] if tables else []
@@ -78,7 +80,8 @@ _SEARCH_TABLES = (
 _JOINT_SEARCHES = (
     f"ResNet-18 at {JOINT_BUDGETS['resnet18_cifar']}, before fine-tuning",
     f"Channels and bits by the table, scored on 2,000 of the even-numbered files, {JOINT_EVALUATIONS} evaluations, "
-    "the probes among them. Differences from the cross-entropy method in points, paired by seed.",
+    "the probes among them. Differences from the agent in points, paired by seed; latency of the saved files on one "
+    "thread, as a share of the dense network's in single precision.",
 )
 _RECONSTRUCTED = (
     "ResNet-56 before fine-tuning, with least-squares reconstruction",
@@ -97,17 +100,19 @@ weights frozen, plans ResNet-56 in one forward pass with the features that cost 
 )
 
 
-def _search_table(cells: Cells, table: str) -> list[str]:
+def _search_table(cells: Cells, table: str, reference: Method = "cem") -> list[str]:
+    is_timed = any(name.startswith(f"{table}-") for name in cells.timed)
     heads = [
         "method",
         "test accuracy",
-        "against CEM",
+        f"against {reference}",
         "seeds",
         "validation",
         "evaluations",
         "seconds",
         "s an evaluation",
         "outside evaluating",
+        *(["latency"] if is_timed else []),
     ]
     lines = []
     for method in cells.methods(table):
@@ -119,26 +124,33 @@ def _search_table(cells: Cells, table: str) -> list[str]:
             [
                 method,
                 spread([row.test_accuracy for row in rows]),
-                _against_cem(cells, table, method),
+                _against(cells, table, method, reference),
                 f"{len(rows)} of {len(names)}",
                 spread([row.validation_accuracy for row in rows]),
                 f"{statistics.mean(row.evaluations for row in rows):.4g}",
                 f"{statistics.mean(row.seconds for row in rows):.1f}",
                 f"{_mean_of([_each(row) for row in rows]):.2f}",
                 f"{_mean_of([row.overhead for row in rows]):.1%}",
+                *([_share_of_dense(cells, names, method)] if is_timed else []),
             ]
         )
     dense = [outcome.row(DENSE) for name, outcome in cells.outcomes.items() if name.startswith(f"{table}-")]
     if dense and lines:
         head = [DENSE, percent(dense[0].test_accuracy), "-", "-", percent(dense[0].validation_accuracy)]
-        lines.insert(0, [*head, *["-"] * 4])
+        lines.insert(0, [*head, *["-"] * (len(heads) - len(head))])
     return [Table(heads, lines).markdown()] if lines else []
 
 
-def _against_cem(cells: Cells, table: str, method: str) -> str:
-    """Difference of test accuracies from those of the cross-entropy method, seed by seed."""
-    own, theirs = (_test_accuracies(cells, table, name) for name in (method, "cem"))
+def _against(cells: Cells, table: str, method: str, reference: str) -> str:
+    """Difference of test accuracies from those of the method ``reference``, seed by seed."""
+    own, theirs = (_test_accuracies(cells, table, name) for name in (method, reference))
     return interval([accuracy - theirs[seed] for seed, accuracy in own.items() if seed in theirs])
+
+
+def _share_of_dense(cells: Cells, names: Sequence[str], method: str) -> str:
+    """Measured latency of a method's networks on one thread, as a share of the dense one's."""
+    readings = [reading_of(cells.timed.get(name, []), method, threads=1) for name in names]
+    return spread([reading["ratio"] if reading else None for reading in readings])
 
 
 def _test_accuracies(cells: Cells, table: str, method: str) -> dict[str, float]:

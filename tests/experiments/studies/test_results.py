@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
 
 from experiments.data import DataError
 from experiments.interrupt import StopFlag
@@ -12,6 +13,7 @@ from experiments.studies.matrix import Cell, matrix
 from experiments.studies.results import Sitting
 from experiments.studies.results_cells import interval, spread
 from experiments.studies.results_page import render_page
+from latency.budget import BudgetError
 
 from ..outcomes import outcome, row
 
@@ -154,7 +156,7 @@ def test_what_was_not_run_has_no_section_and_is_named_at_the_end(tmp_path: Path)
     (tmp_path / "resnet56-reconstructed-ppo-seed0").mkdir()
     (tmp_path / "resnet56-reconstructed-ppo-seed0" / "applied.json").write_text(json.dumps(facts))
 
-    page = render_page(tmp_path, NAMES)
+    page = render_page(tmp_path, NAMES, "ppo")
 
     titles = [line for line in page.splitlines() if line.startswith("## ")]
     assert titles == [
@@ -182,7 +184,7 @@ def test_mean_and_spread_are_over_the_seeds_that_were_run(tmp_path: Path) -> Non
     finish(tmp_path, "resnet56-ppo-seed0", {}, ppo=0.82)
     finish(tmp_path, "resnet56-ppo-seed1", {}, ppo=0.84)
 
-    table = section(render_page(tmp_path, NAMES), "ResNet-56 before fine-tuning")
+    table = section(render_page(tmp_path, NAMES, "ppo"), "ResNet-56 before fine-tuning")
 
     cells = next(line for line in table if line.startswith("| ppo")).split(" | ")
     assert cells[1:5] == ["83.00 % ± 1.41", "-", "2 of 3", "83.00 % ± 1.41"]
@@ -194,7 +196,7 @@ def test_searches_are_compared_with_the_cross_entropy_method_seed_by_seed(tmp_pa
     finish(tmp_path, "resnet56-cem-seed0", {}, cem=0.81)
     finish(tmp_path, "resnet56-cem-seed2", {}, cem=0.50)
 
-    table = section(render_page(tmp_path, NAMES), "ResNet-56 before fine-tuning")
+    table = section(render_page(tmp_path, NAMES, "ppo"), "ResNet-56 before fine-tuning")
 
     assert next(line for line in table if line.startswith("| ppo")).split(" | ")[2] == "+1.00"
 
@@ -204,7 +206,7 @@ def test_fine_tuned_networks_are_compared_seed_by_seed(tmp_path: Path) -> None:
     finish(tmp_path, "tuned-resnet20-seed0", right | {"uniform": "1100"}, uniform=0.80, ppo=0.81)
     finish(tmp_path, "tuned-resnet20-seed1", right | {"uniform": "1000"}, uniform=0.70, ppo=0.73)
 
-    table = section(render_page(tmp_path, NAMES), "resnet20 after fine-tuning")
+    table = section(render_page(tmp_path, NAMES, "ppo"), "resnet20 after fine-tuning")
 
     cells = next(line for line in table if line.startswith("| ppo")).split(" | ")
     # Differences of 1 and 3 points: mean 2, standard error 1, Student's t with one degree of freedom 12.706.
@@ -221,7 +223,9 @@ def test_reconstructed_plans_stand_beside_the_same_plans_without(tmp_path: Path)
             json.dumps({"accuracy": after, "machine": json.loads(outcome().model_dump_json())["machine"]})
         )
 
-    table = section(render_page(tmp_path, NAMES), "ResNet-56 before fine-tuning, with least-squares reconstruction")
+    table = section(
+        render_page(tmp_path, NAMES, "ppo"), "ResNet-56 before fine-tuning, with least-squares reconstruction"
+    )
 
     assert "| ppo | 87.50 % ± 0.71 | 83.00 % ± 1.41 | 2 of 3 |" in table
     assert not any(line.startswith("| uniform") for line in table)
@@ -233,7 +237,7 @@ def test_what_was_found_for_latency_is_shown_with_the_times_of_its_files(tmp_pat
     dense = {"method": "dense", "threads": 1, "median_ms": 5.0, "ratio": 1.0, "low": 1.0, "high": 1.0}
     (tmp_path / "resnet18_cifar-joint" / "timed.json").write_text(json.dumps([dense, reading]))
 
-    page = render_page(tmp_path, NAMES)
+    page = render_page(tmp_path, NAMES, "ppo")
 
     lines = page.split("### resnet18_cifar at 10% latency\n")[1].splitlines()
     cells = {line.split(" | ")[0]: line.split(" | ") for line in lines[5:7]}
@@ -244,13 +248,92 @@ def test_what_was_found_for_latency_is_shown_with_the_times_of_its_files(tmp_pat
     assert "### resnet56" not in page
 
 
+def timed(root: Path, name: str, method: str, ratio: float, threads: int = 1) -> None:
+    """Write the time of one cell's network, 1 % to both sides of it in doubt."""
+    reading = {"method": method, "threads": threads, "median_ms": ratio, "ratio": ratio}
+    (root / name / "timed.json").write_text(
+        json.dumps([reading | {"low": ratio * 0.99, "high": ratio * 1.01}]),
+    )
+
+
+def test_the_floor_of_a_network_is_shown_as_it_was_measured(tmp_path: Path) -> None:
+    finish(tmp_path, "resnet56-joint", {}, ppo=0.79)
+    floor = {
+        "decide": ["channels", "bits"],
+        "predicted_ms": 0.5,
+        "predicted_share": 0.41,
+        "measured_share": [0.4, 0.42, 0.44],
+    }
+    (tmp_path / "resnet56-joint" / "floor.json").write_text(
+        json.dumps({"floors": [floor], "notes": [], "refusal": None})
+    )
+
+    page = render_page(tmp_path, NAMES, "ppo")
+
+    lines = page.split("### resnet56 at 1.1 times the least of its table\n")[1].splitlines()
+    assert lines[1].endswith(
+        " The fastest network that could be chosen: 0.5 ms, 41.0% of the dense network, by the table; "
+        "42.0% [40.0%, 44.0%] when measured."
+    )
+
+
+def test_a_plan_found_for_latency_is_compared_with_one_found_for_multiply_adds(tmp_path: Path) -> None:
+    for name, ratio in (("resnet56-macs", 0.80), ("resnet56-macs-and-latency", 0.72)):
+        finish(tmp_path, name, {}, ppo=0.79)
+        timed(tmp_path, name, "ppo", ratio)
+
+    lines = section(render_page(tmp_path, NAMES, "ppo"), "The same multiply-adds, found for latency")
+
+    words = "At 100.0% of the other's multiply-adds, the plan found for latency takes 90.0% [88.2%, 91.8%] of its time"
+    assert f"{words} on 1 thread." in lines
+
+
+def test_joint_searches_are_compared_with_the_agent_and_show_what_was_measured(tmp_path: Path) -> None:
+    for method, accuracy, ratio in (("cem", 0.80, 0.12), ("ppo", 0.82, 0.10)):
+        finish(tmp_path, f"resnet18_cifar-{method}-seed0", {}, **{method: accuracy})
+        timed(tmp_path, f"resnet18_cifar-{method}-seed0", method, ratio)
+
+    table = section(render_page(tmp_path, NAMES, "ppo"), "ResNet-18 at 10% latency, before fine-tuning")
+
+    cells = {line.split(" | ")[0]: line.split(" | ") for line in table if line.startswith("|")}
+    assert cells["| method"][2] == "against ppo"
+    assert (cells["| cem"][2], cells["| cem"][-1]) == ("-2.00", "12.00 % |")
+    assert (cells["| ppo"][2], cells["| ppo"][-1]) == ("-", "10.00 % |")
+
+
+def test_a_cell_that_fails_is_named_and_the_next_ones_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = []
+
+    def carry_out(_self: Sitting, cell: Cell, *_: object) -> None:
+        if cell.name == "resnet56-uniform-seed0":
+            msg = "no such budget"
+            raise BudgetError(msg)
+        done.append(cell.name)
+
+    monkeypatch.setattr(Sitting, "carry_out", carry_out)
+
+    with pytest.raises(typer.Exit) as ended:
+        results.main(
+            root=tmp_path,
+            records=tmp_path / "records",
+            page=tmp_path / "results.md",
+            only="^resnet56-(uniform|sensitivity)-seed0$",
+        )
+
+    assert ended.value.exit_code == 1
+    assert done == ["resnet56-sensitivity-seed0"]
+    assert "cell resnet56-uniform-seed0 failed: no such budget" in capsys.readouterr().err
+
+
 def test_methods_of_one_table_do_not_appear_in_another(tmp_path: Path) -> None:
     for name in NAMES:
         method = name.split("-")[-2]
         if name.startswith("resnet56-") and name.endswith("-seed0") and "reconstructed" not in name:
             finish(tmp_path, name, {}, **{method: 0.8})
 
-    table = section(render_page(tmp_path, NAMES), "ResNet-56 before fine-tuning")
+    table = section(render_page(tmp_path, NAMES, "ppo"), "ResNet-56 before fine-tuning")
 
     methods = [line.split(" | ")[0][2:] for line in table if line.startswith("| ")][2:]
     assert methods == ["dense", "uniform", "sensitivity", "magnitude", "ppo", "ddpg", "cem", "random"]
