@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import platform
+import signal
 import statistics
 import time
 import warnings
@@ -37,6 +38,8 @@ SIZES = (64, 128, 224, 299)
 """Image sizes in pixels; the first that a network accepts is used."""
 SEEDS = (0, 1, 2)
 """Seeds of the random keep ratios."""
+PEER_LIMIT = 120
+"""Seconds after which Torch-Pruning is stopped, in each of its two tasks."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +182,21 @@ def _peer_half(model: nn.Module, image: Tensor) -> tuple[float, str]:
 
 
 def _failure_of(run: Callable[[], None]) -> str:
+    def stop(*_: object) -> None:
+        msg = f"stopped after {PEER_LIMIT} seconds"
+        raise TimeoutError(msg)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(PEER_LIMIT)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run()
     except Exception as error:  # a peer may fail in any way; that it does is the result
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:120]
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
     return ""
 
 
@@ -224,7 +236,7 @@ are those of the model that was built.
 - {passed} of {len(cells)} models pass; {wrong} silently wrong.
 - Torch-Pruning: its default pruner finishes, and the pruned network runs, on
   {peer_passed} of {len(cells)} (no comparison of outputs). At the same request, half of the channels of everything but
-  the last layer, the column "left" shows the share of MACs left by each.
+  the last layer, the column "left" shows the share of MACs left by each. It is given {PEER_LIMIT} seconds for either.
 - Capture with groups takes {ratio:.2f} of Torch-Pruning's graph with groups (median of ratios over the {len(both)}
   models that both capture, interleaved in one run, median of 3).
 - "prunable" is the share of MACs that goes when every offered group keeps one unit.
