@@ -8,6 +8,7 @@ delete its file.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import platform
@@ -39,7 +40,7 @@ SIZES = (64, 128, 224, 299)
 SEEDS = (0, 1, 2)
 """Seeds of the random keep ratios."""
 PEER_LIMIT = 120
-"""Seconds after which Torch-Pruning is stopped, in each of its two tasks."""
+"""Seconds of processor time after which Torch-Pruning is stopped, in each of its two tasks."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,8 @@ def _failure_of(run: Callable[[], None]) -> str:
         msg = f"stopped after {PEER_LIMIT} seconds"
         raise TimeoutError(msg)
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(PEER_LIMIT)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, PEER_LIMIT)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -195,8 +196,8 @@ def _failure_of(run: Callable[[], None]) -> str:
     except Exception as error:  # a peer may fail in any way; that it does is the result
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:120]
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
     return ""
 
 
@@ -236,7 +237,8 @@ are those of the model that was built.
 - {passed} of {len(cells)} models pass; {wrong} silently wrong.
 - Torch-Pruning: its default pruner finishes, and the pruned network runs, on
   {peer_passed} of {len(cells)} (no comparison of outputs). At the same request, half of the channels of everything but
-  the last layer, the column "left" shows the share of MACs left by each. It is given {PEER_LIMIT} seconds for either.
+  the last layer, the column "left" shows the share of MACs left by each. It is given {PEER_LIMIT} seconds of
+  processor time for either.
 - Capture with groups takes {ratio:.2f} of Torch-Pruning's graph with groups (median of ratios over the {len(both)}
   models that both capture, interleaved in one run, median of 3).
 - "prunable" is the share of MACs that goes when every offered group keeps one unit.
@@ -289,6 +291,7 @@ def main() -> None:
         path = options.cells / f"{name}.json"
         if not path.exists():
             write_atomic(path, json.dumps(asdict(measure(name)), indent=2).encode())
+            gc.collect()  # graphs that refer to themselves keep whole networks until then
     found: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(options.cells.glob("*.json"))]
     cells = [Cell(**values) for values in found]
     missing = sorted(set(names) - {cell.model for cell in cells})
