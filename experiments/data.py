@@ -28,6 +28,7 @@ __all__ = [
     "SplitRecipe",
     "TrainBatches",
     "calibration_batches",
+    "labelled_batches",
     "make_evaluate",
     "make_judge",
     "normalise",
@@ -358,6 +359,33 @@ def calibration_batches(
     chosen = _draw(len(split), n_images, generator)
     images = _augmented(split.images[chosen].to(device), recipe, generator)
     return list(torch.split(normalise(images, recipe), batch_size))
+
+
+def labelled_batches(
+    split: ImageSplit,
+    recipe: DataRecipe,
+    *,
+    n_images: int = 1000,
+    batch_size: int = 250,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> list[tuple[Tensor, Tensor]]:
+    """The images that `calibration_batches` draws, not augmented but as in use, with their labels.
+
+    Args:
+        split: the training images.
+        recipe: for mean and standard deviation.
+        n_images: how many, drawn without replacement; all if there are fewer.
+        batch_size: images a batch; the last one may be smaller.
+        device: where the batches are put.
+        seed: of the draw.
+
+    Returns:
+        Pairs of normalised float32 images, ``(N, C, H, W)``, and labels, int64 ``(N,)``.
+    """
+    chosen = _draw(len(split), n_images, torch.Generator().manual_seed(seed))
+    images, labels = normalise(split.images[chosen].to(device), recipe), split.labels[chosen].to(device)
+    return list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
 
 
 def _draw(n: int, n_drawn: int, generator: torch.Generator) -> Tensor:

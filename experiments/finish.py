@@ -14,7 +14,7 @@ from torch import nn
 from envs.journal import Journal
 from latency.cost import count_macs, count_params, predict_cost, size_bytes
 from latency.measure import measure
-from pruning.export import ExportError, export_onnx, save_compressed
+from pruning.export import save_compressed
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
 from pruning.sparse_training import hold_zeros
@@ -25,6 +25,7 @@ from .figures import Plan
 from .interrupt import StopFlag
 from .measured_budget import kept_by_the_clock
 from .methods import MethodSearch, is_finalists
+from .onnx_file import ONNX_NAME, write_onnx
 from .outcome import DENSE, Allowance, Latency, MethodOutcome, RunOutcome, budget_words
 from .problem import SearchProblem
 from .progress import RunDisplay
@@ -34,8 +35,6 @@ from .scalars import log_final_metrics
 from .sparse_times import layer_forms, prepared_networks, variants_of
 from .subject import Subject
 from .training import tune
-
-_ONNX = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -176,33 +175,18 @@ def _save_products(
 ) -> None:
     """Write every network of the table as files that others can read; ONNX is made where the exporter can."""
     constructor, example = subject.config.model.name, subject.example(2)
+    images = subject.labelled_batches()[0][0]
     with display.stage("saving networks", len(finalists), "network") as stage:
         for finalist in finalists:
             target = folder.method(finalist.name).model
             if not (target / "manifest.json").exists():
                 if subject.config.measure.onnx:
-                    _export_onnx(subject, finalist, target / _ONNX, display)
+                    write_onnx(finalist.product, finalist.name, example, target / ONNX_NAME, images, display)
                 save_compressed(
                     finalist.product, finalist.policy, target, constructor=constructor, example_inputs=example
                 )
             stage.advance()
             stop.check()
-
-
-def _export_onnx(subject: Subject, finalist: Finalist, path: Path, display: RunDisplay) -> None:
-    try:
-        integers = export_onnx(finalist.product, subject.example(2), path, images=subject.calibration()[0])
-    except ExportError as error:
-        display.say(f"warning: {finalist.name} is not written as ONNX: {error}")
-    else:
-        if integers is not None:
-            n_more = max(0, integers.fused_layers - integers.layers)
-            others = f" (and {n_more} more, which the runtime quantizes by itself)" if n_more else ""
-            display.say(
-                f"{finalist.name} as ONNX: {integers.fused_layers - n_more} of {integers.layers} 8-bit layers run in "
-                f"integers{others}; "
-                f"the same class as in PyTorch for {integers.agreement:.1%} of {integers.images} images"
-            )
 
 
 def _row(subject: Subject, problem: SearchProblem, finalist: Finalist) -> MethodOutcome:
@@ -250,7 +234,7 @@ def _with_latencies(
     # PyTorch only simulates integers, and takes longer for it: that time says nothing.
     simulated = {f.name for f in finalists if any(layer.is_quantized for layer in f.policy.layers.values())}
     networks = {f.name: copy.deepcopy(f.product).cpu() for f in finalists if f.name not in simulated}
-    onnx = {f.name: path for f in finalists if (path := folder.method(f.name).model / _ONNX).exists()}
+    onnx = {f.name: path for f in finalists if (path := folder.method(f.name).model / ONNX_NAME).exists()}
     has_zeros = any(f.policy.sparse_layers for f in finalists if f.name in networks)
     prepared = prepared_networks(networks, x, display) if has_zeros else {}
     started = time.perf_counter()

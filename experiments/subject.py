@@ -14,7 +14,7 @@ from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 
 from .config import RunConfig
-from .data import ImageData, TrainBatches, calibration_batches, make_evaluate, make_judge, normalise
+from .data import ImageData, TrainBatches, calibration_batches, labelled_batches, make_evaluate, make_judge, normalise
 from .interrupt import StopFlag
 from .models import build_model, check_outputs, load_weights
 from .outcome import percent
@@ -94,13 +94,16 @@ class Subject:
         )
 
     def labelled_batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Training images without augmentation, with labels: for importance by gradients."""
+        """Training images without augmentation, with labels."""
         search = self.config.search
-        generator = torch.Generator().manual_seed(search.seed)
-        chosen = torch.randperm(len(self.data.train), generator=generator)[: search.calibration_images]
-        images = normalise(self.data.train.images[chosen].to(self.device), self.config.data)
-        labels = self.data.train.labels[chosen].to(self.device)
-        return list(zip(images.split(search.batch_size), labels.split(search.batch_size), strict=True))
+        return labelled_batches(
+            self.data.train,
+            self.config.data,
+            n_images=search.calibration_images,
+            batch_size=search.batch_size,
+            device=self.device,
+            seed=search.seed,
+        )
 
     def train_batches(self, batch_size: int) -> TrainBatches:
         """Augmented training batches."""

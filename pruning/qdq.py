@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 from torch import Tensor, fx, nn
 
 from graph_encoder.symbolic import symbolic_trace
@@ -45,7 +46,11 @@ _VALUE_KEEPING = frozenset(
 )
 """Operators whose outputs are some of their first input's values, so that they lie on its grid."""
 _LAYERS = ("Conv", "Gemm")
-_LAYER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger")
+_WEIGHT_INPUT = {
+    **dict.fromkeys(("QLinearConv", "QGemm", "QLinearMatMul"), 3),
+    **dict.fromkeys(("MatMulIntegerToFloat", "ConvInteger", "MatMulInteger"), 1),
+}
+"""Integer kernels of layers, and which of their inputs is the weight."""
 _NORMAL_EPSILON = 1e-5
 
 
@@ -55,8 +60,10 @@ class IntegerReport:
 
     Attributes:
         layers: layers that were to run in integers.
-        fused_layers: layers for which the runtime has an integer kernel in its optimised graph. They can be more than
-            ``layers``: ONNX Runtime quantizes the weight of a float layer that stands between two integer tensors.
+        unfused: names of those for which the runtime has no integer kernel in its optimised graph: they compute in
+            floats.
+        others: float layers that have one all the same: ONNX Runtime quantizes the weight of a layer that stands
+            between two integer tensors.
         kernels: integer kernels in that graph, by operator (``QLinearAdd`` and so on too).
         conversions: QuantizeLinear and DequantizeLinear that are left in it.
         error: root mean square of the difference to PyTorch's simulation on the given images, relative to that of the
@@ -67,13 +74,19 @@ class IntegerReport:
     """
 
     layers: int
-    fused_layers: int
+    unfused: tuple[str, ...]
+    others: int
     kernels: Mapping[str, int]
     conversions: int
     error: float
     rounding: float
     agreement: float
     images: int
+
+    @property
+    def fused_layers(self) -> int:
+        """How many of ``layers`` the runtime computes in integers."""
+        return self.layers - len(self.unfused)
 
 
 @dataclass(frozen=True)
@@ -250,7 +263,7 @@ class _Reader:
             output = mark.output[0]
         self._graph.node.remove(mark)
         # A tensor of its own: the exporter makes one of two that are equal, and their scales may differ.
-        own = f"{name}.integer_weight"
+        own = _integer_weight(name)
         if own not in self.weights:  # a layer that runs twice has two marks
             self._graph.initializer.append(numpy_helper.from_array(weight, own))
         for reader in self._readers(output):
@@ -353,6 +366,10 @@ class _Reader:
         self._graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
 
 
+def _integer_weight(layer: str) -> str:
+    return f"{layer}.integer_weight"
+
+
 def _replace(names: Any, old: str, new: str) -> None:
     for index, name in enumerate(names):
         if name == old:
@@ -389,13 +406,16 @@ def _quantize(proto: onnx.ModelProto, found: _Reader) -> onnx.ModelProto:
 
 def count_kernels(content: bytes) -> Counter[str]:
     """Operators of the graph that ONNX Runtime makes of a model, by type, at its highest optimisation level."""
+    return Counter(node.op_type for node in _optimised(content).node)
+
+
+def _optimised(content: bytes) -> onnx.GraphProto:
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         options.log_severity_level = 3  # it warns that such a file is for this machine only
         onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        optimised = onnx.load(options.optimized_model_filepath)
-    return Counter(node.op_type for node in optimised.graph.node)
+        return onnx.load(options.optimized_model_filepath).graph
 
 
 def integer_report(content: bytes, model: nn.Module, images: tuple[Tensor, ...]) -> IntegerReport:
@@ -411,11 +431,17 @@ def integer_report(content: bytes, model: nn.Module, images: tuple[Tensor, ...])
     found = [np.asarray(output) for output in session.run(None, feed)]
     expected, plain = _outputs(model, images), _outputs(without_quantizers(model), images)
     same = [_largest(one) == _largest(other) for one, other in zip(expected, found, strict=True)]
-    counts = count_kernels(content)
+    optimised = _optimised(content)
+    counts = Counter(node.op_type for node in optimised.node)
     kernels = {kind: n for kind, n in counts.items() if kind.startswith(("QLinear", "QGemm")) or "Integer" in kind}
+    layers = [name for name, layer in quantized_layers(model).items() if is_integer(layer.policy)]
+    # An integer kernel reads the weight under the name that it has in the file.
+    asked, fused = _runs(onnx.load_from_string(content).graph), _integer_runs(optimised)
+    weights = {name: f"{_integer_weight(name)}{TENSOR_NAME_QUANT_SUFFIX}" for name in layers}
     return IntegerReport(
-        layers=sum(is_integer(layer.policy) for layer in quantized_layers(model).values()),
-        fused_layers=sum(kernels.get(kind, 0) for kind in _LAYER_KERNELS),
+        layers=len(layers),
+        unfused=tuple(name for name, weight in weights.items() if fused[weight] < asked[weight]),
+        others=fused.total() - sum(fused[weight] for weight in weights.values()),
         kernels=kernels,
         conversions=counts["QuantizeLinear"] + counts["DequantizeLinear"],
         error=_relative_difference(found, expected),
@@ -423,6 +449,21 @@ def integer_report(content: bytes, model: nn.Module, images: tuple[Tensor, ...])
         agreement=float(np.mean(np.concatenate(same))),
         images=len(images[0]),
     )
+
+
+def _runs(graph: onnx.GraphProto) -> Counter[str]:
+    """How many operators read each quantized tensor through its DequantizeLinear; a layer may run more than once."""
+    readers = Counter(name for node in graph.node for name in node.input)
+    runs: Counter[str] = Counter()
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear":
+            runs[node.input[0]] += readers[node.output[0]]
+    return runs
+
+
+def _integer_runs(graph: onnx.GraphProto) -> Counter[str]:
+    """How many integer kernels of layers read each weight."""
+    return Counter(node.input[_WEIGHT_INPUT[node.op_type]] for node in graph.node if node.op_type in _WEIGHT_INPUT)
 
 
 def _outputs(model: nn.Module, images: tuple[Tensor, ...]) -> list[NDArray[np.float32]]:

@@ -92,7 +92,10 @@ def export_both(model: nn.Module, data: ImageData, folder: Path, name: str, seed
     images = normalise(data.validation.images[:N_CALIBRATION], data.recipe).contiguous()
     report = export_onnx(quantized, EXAMPLE, folder / f"{name}-int8.onnx", images=images)
     assert report is not None
-    return asdict(report) | {"accuracy": onnx_accuracy(folder / f"{name}-int8.onnx", data)}
+    return asdict(report) | {
+        "fused_layers": report.fused_layers,
+        "accuracy": onnx_accuracy(folder / f"{name}-int8.onnx", data),
+    }
 
 
 def onnx_accuracy(path: Path, data: ImageData, batch_size: int = 50) -> float:

@@ -84,7 +84,7 @@ def integers(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 def test_every_layer_and_the_sum_run_in_integer_kernels(integers: Exported) -> None:
     _, report, path = integers
 
-    assert report.layers == report.fused_layers == 6
+    assert (report.layers, report.unfused, report.others) == (6, (), 0)
     assert report.kernels == {"QLinearConv": 4, "QLinearAdd": 1, "QLinearConcat": 1, "QGemm": 2}
     # The image in; what is averaged; the average in.
     assert report.conversions == 3
@@ -134,8 +134,20 @@ def test_layers_in_full_precision_stay_so_beside_integer_ones(tmp_path: Path) ->
     report = export_onnx(quantized, EXAMPLE, tmp_path / "model.onnx", images=IMAGES)
 
     assert report is not None
-    assert report.layers == report.fused_layers == report.kernels["QLinearConv"] == 2
+    assert (report.layers, report.unfused, report.others) == (2, (), 0)
+    assert report.kernels["QLinearConv"] == 2
     assert report.error < 0.01
+
+
+def test_float_layer_that_the_runtime_quantized_does_not_stand_in_for_one_that_stayed_in_floats(tmp_path: Path) -> None:
+    # The last layer writes outputs, which stay floats, so that it cannot fuse; the middle one lies between integers.
+    convolutions = [nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)]
+    model = nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1], nn.ReLU(), convolutions[2])
+    quantized = quantize_layers(model, {"0": INT8, "4": INT8}, [IMAGES])
+    report = export_onnx(quantized, EXAMPLE, tmp_path / "model.onnx", images=IMAGES)
+
+    assert report is not None
+    assert (report.layers, report.fused_layers, report.unfused, report.others) == (2, 1, ("4",), 1)
 
 
 @pytest.mark.slow
@@ -196,6 +208,8 @@ def test_layer_that_runs_twice_with_two_batch_norms_keeps_its_meaning(tmp_path: 
 
     assert report is not None
     assert report.error < 0.01
+    # Neither batch norm can be folded into a weight that both share, so what the layer writes is no tensor of integers.
+    assert (report.unfused, report.kernels) == (("conv",), {"QGemm": 1})
 
 
 def refused(layers: dict[str, LayerPolicy], tmp_path: Path, images: Tensor | None = IMAGES) -> str:
