@@ -23,7 +23,8 @@ from .config import ConfigError, RunConfig
 from .interrupt import StopFlag
 from .machine import set_up_device
 from .methods import ranked_plans
-from .outcome import DENSE, Latency, speeds_that_count
+from .onnx_file import ONNX_NAME, write_onnx
+from .outcome import DENSE, Latency, speeds_that_count, unsure_speedups
 from .problem import least_squares
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
@@ -145,11 +146,12 @@ def _saved(
     evaluate, example = subject.evaluate_on_validation(), subject.example(2)
     network = builder.build(policy)
     save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
-    export_onnx(network, example, out / "model.onnx", images=subject.calibration()[0])
-    own, dense = _times(subject, network, policy, out / "model.onnx", display)
+    images, onnx = subject.labelled_batches()[0][0], out / ONNX_NAME
+    is_written = write_onnx(network, COMPRESSED, example, onnx, images, display)
+    own, dense = _times(subject, network, policy, onnx if is_written else None, display)
     counting = speeds_that_count(COMPRESSED, own, dense, has_zeros=bool(policy.sparse_layers))
     speeds = [*speeds_that_count(COMPRESSED, own, dense, has_zeros=False), *counting]
-    missing = [str(speed) for speed in counting if speed.verdict != "faster"]
+    missing = unsure_speedups(COMPRESSED, counting)
     return {
         "network": str(out),
         "dense_accuracy": evaluate(subject.model),
@@ -161,15 +163,17 @@ def _saved(
         "params": predict_cost(subject.graph, policy, "params") if policy.layers else count_params(network),
         "dense_bytes": predict_cost(subject.graph, CompressionPolicy(), "bytes"),
         "bytes": predict_cost(subject.graph, policy, "bytes"),
+        "dense_bops": predict_cost(subject.graph, CompressionPolicy(), "bops"),
+        "bops": predict_cost(subject.graph, policy, "bops"),
         **{f"speed_on_{speed.runtime}": f"{speed.verdict}, {speed.quartiles}" for speed in speeds},
         **({"no_speedup": "; ".join(missing)} if missing else {}),
     }
 
 
 def _times(
-    subject: Subject, network: nn.Module, policy: CompressionPolicy, onnx: Path, display: RunDisplay
+    subject: Subject, network: nn.Module, policy: CompressionPolicy, onnx: Path | None, display: RunDisplay
 ) -> tuple[list[Latency], list[Latency]]:
-    """The compressed network and the dense one, in turns on each runtime that says something of them."""
+    """The compressed network and the dense one, in turns on each runtime that says something of them, if one does."""
     settings = subject.config.measure
     x = subject.example(settings.batch_size).cpu()
     # PyTorch only simulates integers, and takes longer for it: that time says nothing.
@@ -178,9 +182,13 @@ def _times(
     modules = {name: copy.deepcopy(module).cpu() for name, module in modules.items()}
     prepared = prepared_networks(modules, x, display) if policy.sparse_layers else {}
     with tempfile.TemporaryDirectory() as scratch:
-        dense_onnx = Path(scratch) / "dense.onnx"
-        export_onnx(subject.model, subject.example(2), dense_onnx)
-        timed = variants_of(modules, {DENSE: dense_onnx, COMPRESSED: onnx}, prepared)
+        files = {}
+        if onnx:
+            files = {DENSE: Path(scratch) / ONNX_NAME, COMPRESSED: onnx}
+            export_onnx(subject.model, subject.example(2), files[DENSE])
+        timed = variants_of(modules, files, prepared)
+        if not timed:
+            return [], []
         report = measure(timed, x, n_runs=settings.n_runs)
     before = {entry.runtime: entry for entry in report.entries if entry.model == DENSE}
     own = [Latency.of(entry, before.get(entry.runtime)) for entry in report.entries if entry.model == COMPRESSED]

@@ -343,9 +343,15 @@ def missing_speedups(outcome: RunOutcome) -> list[str]:
     for row in outcome.rows:
         if row.method != DENSE:
             found = speeds_that_count(row.method, row.latencies, dense, has_zeros=row.has_zeros)
-            missing += [str(speed) for speed in found if speed.verdict != "faster"]
-            missing += [] if found else [f"{row.method}: not timed on any runtime"]
+            missing += unsure_speedups(row.method, found)
     return missing
+
+
+def unsure_speedups(method: str, counting: Sequence[Speed]) -> list[str]:
+    """The speeds among those that count that are no sure speed-up, in words; a network without any is one, too."""
+    if not counting:
+        return [f"{method}: not timed on any runtime"]
+    return [str(speed) for speed in counting if speed.verdict != "faster"]
 
 
 def speeds_that_count(method: str, own: Sequence[Latency], dense: Sequence[Latency], *, has_zeros: bool) -> list[Speed]:

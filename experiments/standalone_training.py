@@ -8,14 +8,16 @@ from typing import Any
 import torch
 
 from graph_encoder.modes import evaluation_mode
-from pruning.export import export_onnx, load_compressed, read_manifest, save_compressed
+from pruning.export import load_compressed, read_manifest, save_compressed
 from pruning.policy import CompressionPolicy
+from pruning.sparse_training import hold_zeros
 
 from .config import ConfigError, RunConfig
-from .data import ImageData, TrainBatches, make_evaluate, normalise
+from .data import ImageData, TrainBatches, labelled_batches, make_evaluate, normalise
 from .interrupt import StopFlag
 from .machine import set_up_device
 from .models import build_model, check_outputs
+from .onnx_file import ONNX_NAME, write_onnx
 from .progress import RunDisplay
 from .run import refuse_existing
 from .training import train_from_scratch, tune
@@ -52,7 +54,7 @@ def train_named(config: RunConfig, out: Path, display: RunDisplay, stop: StopFla
 def finetune_saved(
     source: Path, model_name: str | None, config: RunConfig, out: Path, display: RunDisplay, stop: StopFlag
 ) -> dict[str, Any]:
-    """Fine-tune a compressed network that was saved, and save the result as it was.
+    """Fine-tune a compressed network that was saved, and save the result as it was, with its channels, zeros and bits.
 
     Args:
         source: folder of the compressed network.
@@ -85,11 +87,14 @@ def finetune_saved(
     n_classes, n_channels = len(data.classes), data.train.images.shape[1]
     name = model_name or manifest.constructor
     model = load_compressed(source, lambda: build_model(name, n_classes, n_channels)).to(device)
+    policy = CompressionPolicy.load(source / "policy.json")
     evaluate = make_evaluate(data.validation, config.data, device=device)
     before, seed = evaluate(model), config.search.seed
     batches = TrainBatches(data.train, config.data, batch_size=recipe.batch_size, seed=seed, device=device)
-    tune(model, batches, recipe, seed, f"fine-tuning {name}", display, stop, scratch=out.with_suffix(".training"))
-    policy = CompressionPolicy.load(source / "policy.json")
-    save_compressed(model, policy, out, constructor=manifest.constructor, example_inputs=manifest.examples())
-    export_onnx(model, manifest.examples(), out / "model.onnx")
+    with hold_zeros(model, policy.sparse_layers):
+        tune(model, batches, recipe, seed, f"fine-tuning {name}", display, stop, scratch=out.with_suffix(".training"))
+    example = manifest.examples()
+    save_compressed(model, policy, out, constructor=manifest.constructor, example_inputs=example)
+    images = labelled_batches(data.train, config.data, n_images=config.search.batch_size, seed=seed)[0][0]
+    write_onnx(model, "the fine-tuned network", example, out / ONNX_NAME, images, display)
     return {"network": str(out), "validation_accuracy_before": before, "validation_accuracy": evaluate(model)}
