@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from graph_encoder.modes import evaluation_mode
 
 from .files import CheckpointError, load_checked, write_atomic
+from .quantize import step_sizes
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def finetune(
         epochs: passes over the batches; 0 does nothing.
         learning_rate: peak of the schedule.
         momentum: of the gradient.
-        weight_decay: L2 penalty on every parameter.
+        weight_decay: L2 penalty on every parameter but the step sizes of quantizers.
         warmup_steps: steps of linear rise; by default one epoch, at most a twentieth of the run.
         label_smoothing: share of the target spread over all classes.
         teacher: network to distil from, on the same device; put into evaluation mode meanwhile.
@@ -118,7 +119,7 @@ def finetune(
     if warmup_steps is None:
         warmup_steps = min(steps, epochs * steps // 20)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
+        _parameter_groups(model), lr=learning_rate, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
     )
     # Everything that the result depends on, so that a checkpoint of another run is told apart.
     settings: dict[str, Any] = {
@@ -157,6 +158,17 @@ def finetune(
         for module, training in modes:
             module.training = training
     return FinetuneReport(progress.losses, progress.accuracies, progress.seconds, resumed_epoch)
+
+
+def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """All parameters, step sizes apart and without weight decay.
+
+    A penalty would pull the range of a grid towards zero, whatever values it has to hold.
+    """
+    steps = step_sizes(model)
+    chosen = {id(step) for step in steps}
+    others = {"params": [parameter for parameter in model.parameters() if id(parameter) not in chosen]}
+    return [others, {"params": steps, "weight_decay": 0.0}] if steps else [others]
 
 
 @dataclass(frozen=True)
@@ -286,6 +298,7 @@ def _restore(
         for failure in failures:
             _log.warning("checkpoint %s: going on from the previous one, '%s'", failure, path)
         _check_same_run(path, content, settings)
+        _check_same_groups(path, content["optimizer"], optimizer)
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
         return _Progress(tuple(content["losses"]), tuple(content["accuracies"]), content["seconds"])
@@ -302,4 +315,15 @@ def _check_same_run(path: Path, content: dict[str, Any], settings: dict[str, Any
     ]
     if changed:
         msg = f"checkpoint '{path}' is of another run: {', '.join(changed)}; use the same settings, or delete it"
+        raise CheckpointError(msg)
+
+
+def _check_same_groups(path: Path, before: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    groups = [before["param_groups"], optimizer.param_groups]
+    found, own = ([len(group["params"]) for group in each] for each in groups)
+    if found != own:
+        msg = (
+            f"checkpoint '{path}' is of another run: its optimizer has groups of {found} parameters, now {own} (step "
+            "sizes of quantizers are a group of their own); delete it to train from the start"
+        )
         raise CheckpointError(msg)

@@ -454,6 +454,12 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
+def step_sizes(model: nn.Module) -> list[nn.Parameter]:
+    """The learned step sizes of all quantizers of ``model``, each once."""
+    quantizers = [module for module in model.modules() if isinstance(module, ActQuantizer | LinearWeightQuantizer)]
+    return [quantizer.step for quantizer in quantizers]
+
+
 def quantizable_layers(model: nn.Module) -> tuple[str, ...]:
     """Qualified names of the layers of ``model`` that can be given bits; a module with several names counts once."""
     return tuple(name for name, module in model.named_modules() if type(module) in _QUANTIZED)

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from pruning.files import CheckpointError
 from pruning.finetune import FinetuneError, finetune
+from pruning.layer_policy import LayerPolicy
+from pruning.quantize import quantize_layers
 
 
 class Blobs:
@@ -177,6 +179,47 @@ def test_poisoned_checkpoint_is_refused_and_its_payload_not_run(tmp_path: Path) 
     assert not touched.exists()
     pickle.loads(pickle.dumps(Payload()))
     assert touched.exists()  # the payload does work where it is let in
+
+
+def test_step_sizes_do_not_decay_and_everything_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    decays: dict[int, float] = {}
+
+    def recorded(optimizer: torch.optim.SGD) -> None:
+        for group in optimizer.param_groups:
+            decays.update({id(parameter): group["weight_decay"] for parameter in group["params"]})
+
+    monkeypatch.setattr(torch.optim.SGD, "step", recorded)
+    layers = {"0": LayerPolicy(weight_bits=4, act_bits=4), "4": LayerPolicy(weight_bits=3, quantizer="kmeans")}
+    model = quantize_layers(network(), layers, [Blobs().points])
+    finetune(model, Blobs(), epochs=1, learning_rate=0.1, weight_decay=0.25)
+
+    found = {name: decays[id(parameter)] for name, parameter in model.named_parameters()}
+    steps = {"0.act_quantizer.step", "0.weight_quantizer.step"}
+    assert found == {name: 0.0 if name in steps else 0.25 for name in found}
+    assert steps < found.keys()
+
+
+def test_network_without_quantizers_is_trained_by_one_group_of_all_parameters_in_order(tmp_path: Path) -> None:
+    # So that its results, and checkpoints from before there were two groups, stay what they were.
+    path = tmp_path / "state.pt"
+    finetune(network(), Blobs(), epochs=1, learning_rate=0.1, checkpoint=path)
+
+    (group,) = torch.load(path)["optimizer"]["param_groups"]
+    assert group["params"] == list(range(len(list(network().parameters()))))
+
+
+def test_checkpoint_with_other_groups_of_parameters_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    finetune(network(), Blobs(), epochs=1, learning_rate=0.1, checkpoint=path)
+    model = quantize_layers(network(), {"0": LayerPolicy(weight_bits=4, act_bits=4)}, [Blobs().points])
+
+    with pytest.raises(CheckpointError) as caught:
+        finetune(model, Blobs(), epochs=1, learning_rate=0.1, checkpoint=path)
+
+    assert str(caught.value) == (
+        f"checkpoint '{path}' is of another run: its optimizer has groups of [6] parameters, now [6, 2] (step sizes of "
+        "quantizers are a group of their own); delete it to train from the start"
+    )
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
