@@ -28,7 +28,7 @@ from .outcome import DENSE, Latency, speeds_that_count, unsure_speedups
 from .problem import least_squares
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
-from .search import Watch, build_problem, importance_of, space_of_graph
+from .search import Watch, build_problem, importance_of, space_of_graph, tell_precision
 from .sparse_times import prepared_networks, variants_of
 from .subject import Subject, prepare_subject, report_dense
 
@@ -89,7 +89,7 @@ def apply_saved(
         subject.calibration(),
         reconstruct=least_squares(settings.seed) if settings.reconstruct else None,
         channels_last=True,
-        autocast=settings.autocast,
+        autocast=settings.scores_in_bfloat16,
     )
     return _saved(subject, builder, policy, out, display)
 
@@ -100,6 +100,7 @@ def _apply_agent(
     problem = build_problem(subject, importance_of(subject), Journal())
     evaluator = problem.evaluator("agent", lambda _: None)
     settings = subject.config.search
+    tell_precision(settings, display)
     config, policy = plan_by_agent(
         source, problem, evaluator, settings, lambda message: display.say(f"warning: {message}")
     )

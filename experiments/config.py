@@ -108,7 +108,8 @@ class SearchSettings(_Section):
     batch_size: int = Field(default=250, ge=1)
     """Images a forward pass while scoring."""
     autocast: bool = False
-    """Re-estimate statistics and score candidates in bfloat16."""
+    """Re-estimate statistics and score candidates in bfloat16; without effect where bits are decided, since its own
+    rounding is about that of 8 bits."""
 
     @field_validator("target", mode="before")
     @classmethod
@@ -139,6 +140,16 @@ class SearchSettings(_Section):
         """What is decided inside layers."""
         return tuple(choice for choice in self.decide if choice != "channels")
 
+    @property
+    def decides_bits(self) -> bool:
+        """Whether bits are among what is decided inside layers."""
+        return bool({"bits", "weight_bits", "act_bits"} & set(self.decide))
+
+    @property
+    def scores_in_bfloat16(self) -> bool:
+        """What `autocast` comes to: a layer left in single precision must be told from one of 8 bits."""
+        return self.autocast and not self.decides_bits
+
     @field_validator("methods")
     @classmethod
     def _no_repeats(cls, methods: tuple[Method, ...]) -> tuple[Method, ...]:
@@ -165,7 +176,7 @@ class TrainConfig(_Section):
     batch_size: int = Field(default=128, ge=1)
     """Images a step."""
     autocast: bool = False
-    """Train in bfloat16."""
+    """Train in bfloat16; without effect on a network whose layers have bits."""
 
 
 class FinetuneConfig(TrainConfig):

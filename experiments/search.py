@@ -112,6 +112,7 @@ def _carry_out(
     if journal.recovered:
         display.say(f"warning: {journal.recovered}")
     problem = build_problem(subject, _saved_importance(folder, subject), journal)
+    tell_precision(config.search, display)
     display.plan(_planned_work(config, problem))
     problem = _probed(problem, subject, display, stop)
     searches = [_search(folder, subject, problem, method, display, stop) for method in config.search.methods]
@@ -145,9 +146,18 @@ def build_problem(subject: Subject, importance: dict[str, torch.Tensor], journal
         few_images={share: subject.evaluate_on_search_images(share)} if share < 1 else None,
         reconstruct=least_squares(settings.seed) if settings.reconstruct else None,
         channels_last=True,
-        autocast=settings.autocast,
+        autocast=settings.scores_in_bfloat16,
     )
     return SearchProblem(subject.model, subject.graph, space, scoring, journal, settings.seed)
+
+
+def tell_precision(settings: SearchSettings, display: RunDisplay) -> None:
+    """Say so where candidates are scored in another precision than was asked for."""
+    if settings.autocast and not settings.scores_in_bfloat16:
+        display.say(
+            "search.autocast is without effect: bits are decided, and bfloat16 rounds about as much as 8 bits do, so "
+            "candidates are scored in single precision"
+        )
 
 
 def search_space(config: RunConfig, graph: NetworkGraph, importance: Mapping[str, torch.Tensor]) -> SearchSpace:

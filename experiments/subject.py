@@ -67,7 +67,7 @@ class Subject:
             n_images=max(1, round(share * self.n_search)),
             batch_size=search.batch_size,
             device=self.device,
-            autocast=search.autocast,
+            autocast=search.scores_in_bfloat16,
             seed=search.seed,
         )
 

@@ -14,6 +14,7 @@ from torch import nn
 from graph_encoder.modes import evaluation_mode
 from pruning.files import write_atomic
 from pruning.finetune import FinetuneReport, finetune
+from pruning.quantize import quantized_layers
 
 from .config import FinetuneConfig, RunConfig, TrainConfig
 from .data import ImageData, TrainBatches, normalise
@@ -39,7 +40,7 @@ def tune(
     Args:
         model: network, on the device to train on.
         batches: training images.
-        recipe: epochs, learning rate and so on.
+        recipe: epochs, learning rate and so on; a network with quantized layers is trained in single precision.
         seed: of what the network draws.
         title: what the display calls it.
         display: shows each epoch.
@@ -48,6 +49,9 @@ def tune(
         teacher: network to distil from, if the recipe says so.
     """
     tuning = recipe if isinstance(recipe, FinetuneConfig) else FinetuneConfig(**recipe.model_dump())
+    autocast = tuning.autocast and not quantized_layers(model)
+    if tuning.autocast and not autocast:
+        display.say(f"{title}: in single precision, as bfloat16 would round about as much as the network's bits do")
     model.train()
     with display.stage(title, recipe.epochs, "epoch") as stage:
 
@@ -65,7 +69,7 @@ def tune(
             teacher=teacher if tuning.distillation_weight else None,
             distillation_weight=tuning.distillation_weight,
             temperature=tuning.temperature,
-            autocast=tuning.autocast,
+            autocast=autocast,
             seed=seed,
             checkpoint=scratch / "checkpoint.pt",
             on_epoch=on_epoch,

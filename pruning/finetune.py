@@ -98,7 +98,8 @@ def finetune(
         teacher: network to distil from, on the same device; put into evaluation mode meanwhile.
         distillation_weight: ``w`` above; needs a teacher unless it is 0.
         temperature: ``T`` above.
-        autocast: compute in bfloat16 where PyTorch deems it safe; weights stay in float32.
+        autocast: compute in bfloat16 where PyTorch deems it safe; weights stay in float32, and quantized layers compute
+            in it.
         seed: of dropout and whatever else the model draws; the batches have their own.
         checkpoint: file in which the state is kept after each epoch, with the one before beside it.
         evaluate: accuracy after each epoch; it may look at validation images, never at the test's.

@@ -7,8 +7,9 @@ can go on changing them; what a layer computes is what integers would give.
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,6 +82,25 @@ class _KeepSign(torch.autograd.Function):
         return gradient, (gradient * weight.sign()).sum_to_size(step.shape) * ctx.scale, None
 
 
+def _single_precision(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Let a module compute in float32 where autocast would take fewer bits.
+
+    bfloat16 holds 8 significant bits: values on a grid of as many would leave it, and the gradient of the step, which
+    is what rounding leaves, would be the type's own rounding.
+    """
+
+    @functools.wraps(forward)
+    def in_single_precision(module: Any, x: Tensor) -> Tensor:
+        device = x.device.type
+        # Shapes are traced on the meta device, which knows no autocast.
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return forward(module, x)
+        with torch.autocast(device, enabled=False):
+            return forward(module, x.float())
+
+    return in_single_precision
+
+
 class ActQuantizer(nn.Module):
     """Values on one grid of ``2 ** bits`` levels with a learned step size.
 
@@ -114,6 +134,7 @@ class ActQuantizer(nn.Module):
         """The distance of neighbours on the grid, above 0."""
         return _positive(self.step)
 
+    @_single_precision
     def forward(self, x: Tensor) -> Tensor:
         """Values of the shape of ``x``, each on the grid."""
         if self.observer is not None:
@@ -240,7 +261,7 @@ def _positive(step: Tensor) -> Tensor:
 
 
 class QuantizedLayer(nn.Module):
-    """What all quantized layers have beside what they are.
+    """What all quantized layers have beside what they are. Under autocast, too, they compute in single precision.
 
     Attributes:
         policy: bits of the layer.
@@ -263,6 +284,7 @@ class QuantizedLayer(nn.Module):
 class QuantizedLinear(QuantizedLayer, nn.Linear):
     """A linear layer with fewer bits."""
 
+    @_single_precision
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
         return F.linear(self.act_quantizer(input), self.quantized_weight(), self.bias)
@@ -271,6 +293,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
     """A convolution over sequences with fewer bits."""
 
+    @_single_precision
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(N, in, L)`` to ``(N, out, L')``."""
         out: Tensor = self._conv_forward(self.act_quantizer(input), self.quantized_weight(), self.bias)
@@ -280,6 +303,7 @@ class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
     """A convolution over images with fewer bits."""
 
+    @_single_precision
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(N, in, H, W)`` to ``(N, out, H', W')``."""
         out: Tensor = self._conv_forward(self.act_quantizer(input), self.quantized_weight(), self.bias)
@@ -289,6 +313,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
 class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
     """A convolution over volumes with fewer bits."""
 
+    @_single_precision
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(N, in, D, H, W)`` to ``(N, out, D', H', W')``."""
         out: Tensor = self._conv_forward(self.act_quantizer(input), self.quantized_weight(), self.bias)

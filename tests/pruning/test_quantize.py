@@ -255,6 +255,24 @@ def test_channels_go_first_and_bits_follow(residual: nn.Module) -> None:
     torch.testing.assert_close(quantized(IMAGES), small(IMAGES), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("layer", [INT8, FOUR, LayerPolicy(weight_bits=3, act_bits=8, quantizer="kmeans")])
+def test_autocast_changes_neither_outputs_nor_gradients_of_quantized_layers(
+    residual: nn.Module, layer: LayerPolicy
+) -> None:
+    quantized = quantize_layers(residual, dict.fromkeys(LAYERS, layer), [IMAGES])
+    found = []
+    for autocast in (False, True):
+        quantized.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, autocast):
+            out = quantized(IMAGES)
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad for p in quantized.parameters() if p.grad is not None)])
+
+    assert all(tensor.dtype == torch.float32 for tensor in found[1])
+    for plain, cast in zip(*found, strict=True):
+        assert torch.equal(plain, cast)
+
+
 class Points:
     """Two classes of points on either side of a curve."""
 
