@@ -17,6 +17,7 @@ from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import NetworkGraph
 from latency.cost import predict_cost
 from pruning.batch_norm import reestimate_batch_norm
+from pruning.calibration import RangeMethod
 from pruning.policy import CompressionPolicy
 from pruning.quantize import quantize_layers
 from pruning.sparsity import apply_masks, sparse_weight
@@ -36,7 +37,7 @@ CostFunction = Callable[[CompressionPolicy], int]
 
 DENSE_DIGEST = "dense"
 RANGE_IMAGES = 256
-"""Calibration images that the ranges of quantized activations are read off."""
+"""Images that the ranges of quantized activations are read off."""
 
 
 class EvaluationBudgetSpent(RuntimeError):
@@ -131,6 +132,8 @@ class CandidateEvaluator:
         journal: Journal | None = None,
         max_evaluations: float = math.inf,
         reconstruct: ReconstructFunction | None = None,
+        range_images: Sequence[Tensor] | None = None,
+        calibration_method: RangeMethod = "mse",
         channels_last: bool = False,
         autocast: bool = False,
         searcher: str = "",
@@ -149,6 +152,9 @@ class CandidateEvaluator:
             journal: where evaluations are recorded; in memory if not given.
             max_evaluations: most evaluations that may be counted.
             reconstruct: repairs the candidate's weights before scoring, as AMC's least squares does.
+            range_images: batches of training images as in use, not augmented, for the ranges of quantized activations;
+                those of ``calibration`` if not given.
+            calibration_method: how these ranges are chosen.
             channels_last: build candidates in that memory format, faster for convolutions on CPUs.
             autocast: re-estimate batch-norm statistics in bfloat16.
             searcher: name of the search in the journal.
@@ -164,6 +170,8 @@ class CandidateEvaluator:
         self.cache_hits = 0
         self.journal = Journal() if journal is None else journal
         self._calibration = list(calibration)
+        self._range_images = _first(RANGE_IMAGES, self._calibration if range_images is None else range_images)
+        self._calibration_method: RangeMethod = calibration_method
         self._reconstruct = reconstruct
         self._channels_last = channels_last
         self._autocast = autocast
@@ -236,10 +244,10 @@ class CandidateEvaluator:
         """The network that ``policy`` leaves, as it is scored: repaired, quantized where it has bits, in eval mode.
 
         Repaired means reconstructed if asked for, and with batch-norm statistics re-estimated. Ranges of quantized
-        activations are those of the first calibration images.
+        activations are chosen on the first `RANGE_IMAGES` or so of their images.
 
         Raises:
-            CalibrationError: if the policy has bits and there are no calibration images.
+            CalibrationError: if the policy has bits and there are no images for ranges.
         """
         candidate = apply_policy(self.model, self.graph, policy)
         if self._channels_last:
@@ -252,17 +260,8 @@ class CandidateEvaluator:
         if self._calibration:
             reestimate_batch_norm(candidate, self._calibration, autocast=self._autocast)
         if any(layer.is_quantized for layer in policy.layers.values()):
-            candidate = quantize_layers(candidate, policy.layers, self._range_images())
+            candidate = quantize_layers(candidate, policy.layers, self._range_images, method=self._calibration_method)
         return candidate.eval()
-
-    def _range_images(self) -> list[Tensor]:
-        """The first `RANGE_IMAGES` or so calibration images: ranges need fewer than statistics, and read them twice."""
-        taken: list[Tensor] = []
-        for batch in self._calibration:
-            if sum(map(len, taken)) >= RANGE_IMAGES:
-                break
-            taken.append(batch)
-        return taken
 
     def probe_sensitivity(
         self, space: SearchSpace, keep_ratios: Sequence[float] = (0.3,), *, fidelity: float = 1.0
@@ -381,6 +380,16 @@ class CandidateEvaluator:
                 f"as {fidelity:g}; grant more evaluations, or score on fewer images"
             )
             raise EvaluationBudgetSpent(msg)
+
+
+def _first(n_images: int, batches: Sequence[Tensor]) -> list[Tensor]:
+    """The first batches that hold so many images: ranges need fewer than statistics, and read them twice."""
+    taken: list[Tensor] = []
+    for batch in batches:
+        if sum(map(len, taken)) >= n_images:
+            break
+        taken.append(batch)
+    return taken
 
 
 def check_accuracy(returned: object) -> float:

@@ -88,6 +88,8 @@ def apply_saved(
         subject.evaluate_on_validation(),
         subject.calibration(),
         reconstruct=least_squares(settings.seed) if settings.reconstruct else None,
+        range_images=subject.range_images(),
+        calibration_method=settings.calibration_method,
         channels_last=True,
         autocast=settings.scores_in_bfloat16,
     )
@@ -147,7 +149,7 @@ def _saved(
     evaluate, example = subject.evaluate_on_validation(), subject.example(2)
     network = builder.build(policy)
     save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
-    images, onnx = subject.labelled_batches()[0][0], out / ONNX_NAME
+    images, onnx = subject.range_images()[0], out / ONNX_NAME
     is_written = write_onnx(network, COMPRESSED, example, onnx, images, display)
     own, dense = _times(subject, network, policy, onnx if is_written else None, display)
     counting = speeds_that_count(COMPRESSED, own, dense, has_zeros=bool(policy.sparse_layers))

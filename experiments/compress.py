@@ -19,6 +19,7 @@ from graph_encoder.network import NetworkGraph
 from latency.budget import BudgetLike, read_budgets
 from latency.decision import DENSITIES
 from latency.table import LatencyTable
+from pruning.calibration import RangeMethod
 from pruning.importance import Criterion, rank_units
 from pruning.policy import CompressionPolicy
 
@@ -82,6 +83,7 @@ def compress(
     sparsity: str = "unstructured",
     densities: Sequence[int] = DENSITIES,
     bits: Sequence[int] = (8, 32),
+    calibration_method: RangeMethod = "mse",
     table: LatencyTable | None = None,
     criterion: Criterion = "l1",
     importance: Mapping[str, Tensor] | None = None,
@@ -122,6 +124,8 @@ def compress(
         sparsity: pattern of the zeros: ``"unstructured"``, ``"block4"``, ``"block8"``, ``"block16"``, ``"2:4"``.
         densities: percents of a layer's weights that may stay, ascending, up to 100.
         bits: bits that may be chosen, ascending, up to 32.
+        calibration_method: how ranges of activations are chosen, on the first of ``calibration``: ``"minmax"``,
+            ``"percentile"``, ``"entropy"``, ``"mse"``, or ``"lsq"`` before training.
         table: times of the network's layers, for a budget of latency; see ``secateur latency build``.
         criterion: importance by which channels are ranked; ``taylor`` needs labels, so for it pass what
             `pruning.importance.rank_units` returns as ``importance``.
@@ -163,6 +167,7 @@ def compress(
         "sparsity": sparsity,
         "densities": densities,
         "bits": bits,
+        "calibration_method": calibration_method,
         "rounding": rounding,
         "min_keep_ratio": min_keep_ratio,
         "protect_first": protect_first,
@@ -198,6 +203,7 @@ def compress(
             beta=beta,
         ),
         reconstruct=least_squares(seed) if reconstruct else None,
+        calibration_method=calibration_method,
     )
     identity = None
     if journal is not None:
@@ -214,6 +220,7 @@ def compress(
             sparsity=sparsity,
             densities=list(densities),
             bits=list(bits),
+            calibration_method=calibration_method,
             rounding=rounding,
             min_keep_ratio=min_keep_ratio,
             protect_first=protect_first,

@@ -15,6 +15,7 @@ from agent.config import AgentConfig, DDPGConfig, PPOConfig
 from envs.reward import GALEN, GALEN_BETA
 from latency.budget import Budget, read_budgets
 from latency.decision import DENSITIES, LayerChoice
+from pruning.calibration import RangeMethod
 from pruning.importance import Criterion
 from pruning.layer_policy import FULL_BITS, LayerPolicy
 
@@ -103,6 +104,9 @@ class SearchSettings(_Section):
     """Validation images a candidate is scored on; all if there are fewer. A search overfits to few of them."""
     calibration_images: int = Field(default=1000, ge=1)
     """Training images for re-estimating batch-norm statistics (and for reconstruction)."""
+    calibration_method: RangeMethod = "mse"
+    """How ranges of activations are chosen where layers have bits: minmax, percentile, entropy, mse, or lsq before
+    training; of candidates and of the networks that are saved."""
     finalists: int = Field(default=3, ge=1)
     """Best plans of each method that are scored again on the whole validation split."""
     batch_size: int = Field(default=250, ge=1)

@@ -175,7 +175,7 @@ def _save_products(
 ) -> None:
     """Write every network of the table as files that others can read; ONNX is made where the exporter can."""
     constructor, example = subject.config.model.name, subject.example(2)
-    images = subject.labelled_batches()[0][0]
+    images = subject.range_images()[0]
     with display.stage("saving networks", len(finalists), "network") as stage:
         for finalist in finalists:
             target = folder.method(finalist.name).model

@@ -29,6 +29,7 @@ from graph_encoder.network import NetworkGraph
 from latency.budget import Budget, BudgetError
 from latency.decision import layer_decisions
 from latency.table import LatencyTable
+from pruning.calibration import RangeMethod
 from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
 from pruning.reconstruction import reconstruct
@@ -82,6 +83,8 @@ class Scoring:
         n_images: search images; for the noise floor of the sensitivity probes.
         few_images: evaluate functions on a share of the search images.
         reconstruct: repairs a candidate's weights before it is scored, or None.
+        range_images: batches for the ranges of quantized activations; those of ``calibration`` if None.
+        calibration_method: how these ranges are chosen.
         reward: what a plan is worth.
         channels_last: memory format of the candidates.
         autocast: whether batch-norm statistics are re-estimated in bfloat16.
@@ -93,6 +96,8 @@ class Scoring:
     reward: RewardFunction
     few_images: Mapping[float, EvaluateFunction] | None = None
     reconstruct: ReconstructFunction | None = None
+    range_images: Sequence[Tensor] | None = None
+    calibration_method: RangeMethod = "mse"
     channels_last: bool = False
     autocast: bool = False
 
@@ -145,6 +150,8 @@ class SearchProblem:
             journal=self.journal,
             max_evaluations=max_evaluations,
             reconstruct=scoring.reconstruct,
+            range_images=scoring.range_images,
+            calibration_method=scoring.calibration_method,
             channels_last=scoring.channels_last,
             autocast=scoring.autocast,
             searcher=searcher,

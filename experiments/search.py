@@ -145,6 +145,8 @@ def build_problem(subject: Subject, importance: dict[str, torch.Tensor], journal
         reward=_reward(settings, space),
         few_images={share: subject.evaluate_on_search_images(share)} if share < 1 else None,
         reconstruct=least_squares(settings.seed) if settings.reconstruct else None,
+        range_images=subject.range_images(),
+        calibration_method=settings.calibration_method,
         channels_last=True,
         autocast=settings.scores_in_bfloat16,
     )
@@ -189,7 +191,7 @@ def _subject(
 def importance_of(subject: Subject) -> dict[str, torch.Tensor]:
     """Importance of every unit, by group name, on the CPU."""
     criterion = subject.config.search.criterion
-    batches = subject.labelled_batches() if criterion == "taylor" else None
+    batches = subject.labelled_batches(subject.config.search.calibration_images) if criterion == "taylor" else None
     importance = rank_units(subject.model, subject.graph, criterion, batches=batches)
     return {name: scores.detach().cpu().contiguous() for name, scores in importance.items()}
 

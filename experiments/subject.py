@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from envs.evaluator import check_validation_is_unseen
+from envs.evaluator import RANGE_IMAGES, check_validation_is_unseen
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 
@@ -93,13 +93,18 @@ class Subject:
             seed=search.seed,
         )
 
-    def labelled_batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Training images without augmentation, with labels."""
+    def range_images(self) -> list[Tensor]:
+        """The first of the calibration images as in use, not augmented: for ranges of quantized activations."""
+        n_images = min(RANGE_IMAGES, self.config.search.calibration_images)
+        return [images for images, _ in self.labelled_batches(n_images)]
+
+    def labelled_batches(self, n_images: int) -> list[tuple[Tensor, Tensor]]:
+        """So many of the calibration images, not augmented, with labels."""
         search = self.config.search
         return labelled_batches(
             self.data.train,
             self.config.data,
-            n_images=search.calibration_images,
+            n_images=n_images,
             batch_size=search.batch_size,
             device=self.device,
             seed=search.seed,

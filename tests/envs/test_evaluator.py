@@ -19,7 +19,9 @@ from envs.evaluator import (
 )
 from envs.journal import Journal
 from envs.space import SearchSpace
+from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
+from pruning.quantize import ActQuantizer
 
 from .conftest import SmallNetwork, images, make_evaluator, remaining_share
 
@@ -65,6 +67,20 @@ def test_batch_norm_statistics_are_those_of_the_calibration_images(model: SmallN
     out = model.conv1(images(8))
     torch.testing.assert_close(built.bn1.running_mean, out.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(built.bn1.running_var, out.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_ranges_are_chosen_by_the_method_on_images_of_their_own(model: SmallNetwork, space: SearchSpace) -> None:
+    policy, ranges = (
+        CompressionPolicy({}, {}, {"conv1": LayerPolicy(weight_bits=8, act_bits=8)}),
+        3 * images(16, seed=1),
+    )
+
+    def step_of_the_input(**options: object) -> float:
+        built = make_evaluator(model, space, calibration_method="minmax", **options).build(policy)
+        return next(module.step.item() for module in built.modules() if isinstance(module, ActQuantizer))
+
+    for x, options in ((ranges, {"range_images": [ranges]}), (images(8), {})):
+        assert step_of_the_input(**options) == pytest.approx(float(x.max() - x.min()) / 255)
 
 
 def test_a_plan_is_scored_once(model: SmallNetwork, space: SearchSpace) -> None:

@@ -149,6 +149,7 @@ def test_journal_of_another_network_with_the_same_layers_is_refused(tmp_path: Pa
         ({"criterion": "l2"}, "importance l1, now l2"),
         ({"start": "uniform", "rounding": 2}, "start sensitivity, now uniform; rounding None, now 2"),
         ({"n_images": 500}, "n_images 1000, now 500"),
+        ({"calibration_method": "minmax"}, "calibration_method mse, now minmax"),
     ],
 )
 def test_journal_of_other_arguments_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
