@@ -44,6 +44,7 @@ class SavedLatency:
         low: lower end of the interval that holds the true median ratio at 95 %.
         high: its upper end.
         verdict: faster, slower, equal or undecided; see `latency.measure.Comparison`.
+        repeats_needed: rounds that would decide; more than ``rounds`` where it is undecided.
     """
 
     method: str
@@ -57,6 +58,7 @@ class SavedLatency:
     low: float
     high: float
     verdict: str
+    repeats_needed: int
 
     def to_dict(self) -> dict[str, Any]:
         """The reading as plain values."""
@@ -68,7 +70,8 @@ class SavedLatency:
         if self.method == DENSE:
             return [self.method, str(self.threads), times, "", self.runtime]
         share = f"{self.ratio:.1%} ({self.low:.1%} to {self.high:.1%})"
-        return [self.method, str(self.threads), times, share, self.verdict]
+        needed = f", about {self.repeats_needed} rounds would tell" if self.verdict == "undecided" else ""
+        return [self.method, str(self.threads), times, share, f"{self.verdict}{needed}"]
 
 
 def measure_run(
@@ -164,6 +167,7 @@ def _timed(device: Device, folder: RunFolder, artifacts: Mapping[str, Artifact],
                 low=against.low,
                 high=against.high,
                 verdict=against.verdict,
+                repeats_needed=against.repeats_needed,
             )
         )
     return readings

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +75,7 @@ class Comparison:
         n_runs: rounds.
         resolution: smallest difference that is worth telling, as a share of the baseline's time.
         repeats_needed: rounds after which the interval would end on this side of 1, or, where the ratio is nearer to
-            1 than ``resolution``, would leave no larger difference.
+            1 than ``resolution``, would leave no larger difference; more than ``n_runs`` while it is undecided.
     """
 
     ratio: float
@@ -255,11 +255,18 @@ def compare(times: ArrayLike, baseline: ArrayLike, *, confidence: float = 0.95, 
         msg = f"{n} rounds hold no interval of confidence {confidence:g}; measure at least {least}"
         raise ValueError(msg)
     ratio, low, high = float(np.median(ratios)), float(ratios[rank - 1]), float(ratios[n - rank])
-    # The side of the interval that has to end before 1, on the scale on which a ratio and its inverse are alike.
-    half_width = math.log(high / ratio) if ratio < 1 else math.log(ratio / low)
-    distance = max(abs(math.log(ratio)), resolution)
+    # On the scale on which a ratio and its inverse are alike.
+    below, above, distance = math.log(ratio / low), math.log(high / ratio), abs(math.log(ratio))
+    if distance < resolution:
+        # Both sides have to end within the resolution.
+        half_width, distance = max(below, above), resolution
+    else:
+        # The side towards 1 has to end before it.
+        half_width = above if ratio < 1 else below
     needed = max(math.ceil(1 - math.log2(1 - confidence)), math.ceil(n * (half_width / distance) ** 2))
-    return Comparison(ratio, low, high, n, resolution, needed)
+    found = Comparison(ratio, low, high, n, resolution, needed)
+    # A ratio that is itself near the edge of the resolution is undecided with an interval that is narrow enough.
+    return replace(found, repeats_needed=max(needed, n + 1)) if found.verdict == "undecided" else found
 
 
 def _lower_rank(n: int, confidence: float) -> int:

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from experiments.config import RunConfig
 from experiments.interrupt import StopFlag
+from experiments.measure_run import SavedLatency
 from experiments.outcome import DENSE
 from experiments.progress import RunDisplay
 from experiments.search import start_run
@@ -32,9 +34,18 @@ def test_saved_networks_are_timed_beside_the_dense_one_with_each_number_of_threa
         assert 0 < reading["lower_quartile_ms"] <= reading["median_ms"] <= reading["upper_quartile_ms"]
         assert reading["low"] <= reading["ratio"] <= reading["high"]
         assert reading["rounds"] == 20
+        assert reading["verdict"] != "undecided" or reading["repeats_needed"] > 20
     assert {reading["ratio"] for reading in readings if reading["method"] == DENSE} == {1.0}
     lines = command("latency", "measure", run, "--rounds", "20").out.splitlines()
     assert [line.split()[0] for line in lines] == ["method", DENSE, "uniform"]
+
+
+def test_an_undecided_network_is_printed_with_the_rounds_that_would_tell() -> None:
+    decided = SavedLatency("ppo", "onnxruntime 1.0", 1, 2.0, 1.9, 2.1, 60, 0.9, 0.8, 0.95, "faster", 25)
+    undecided = replace(decided, ratio=0.98, high=1.02, verdict="undecided", repeats_needed=240)
+    assert decided.cells()[-1] == "faster"
+    assert undecided.cells()[-1] == "undecided, about 240 rounds would tell"
+    assert undecided.to_dict()["repeats_needed"] == 240
 
 
 def test_a_runtime_of_modules_times_the_networks_that_were_saved(run: Path, command: Command) -> None:

@@ -1,3 +1,4 @@
+import math
 import re
 import time
 
@@ -163,6 +164,21 @@ def test_candidates_that_noise_hides_are_undecided_and_need_more_rounds() -> Non
     many = compare(*rounds(2000))
     assert many.verdict == "faster"
     assert 100 < many.repeats_needed < 900
+
+
+@pytest.mark.parametrize("ratio", [0.985, 0.991, 0.995, 1.0, 1.008, 1.02])
+def test_what_is_undecided_needs_more_rounds_than_were_run(ratio: float) -> None:
+    generator = np.random.default_rng(0)
+    found = [compare(ratio * generator.lognormal(0, 0.05, 60), generator.lognormal(0, 0.05, 60)) for _ in range(100)]
+    undecided = [one.repeats_needed for one in found if one.verdict == "undecided"]
+    assert undecided and min(undecided) > 60
+
+
+def test_both_sides_of_the_interval_count_where_the_ratio_is_near_1() -> None:
+    # Median 0.999, second smallest 0.97, second largest 1.001: the lower side is the wide one.
+    found = compare([0.9, 0.97, 0.98, 0.99, 0.999, 0.999, 1.0, 1.0, 1.001, 1.1], [1.0] * 10)
+    assert (found.verdict, found.ratio) == ("undecided", 0.999)
+    assert found.repeats_needed == math.ceil(10 * (math.log(0.999 / 0.97) / 0.01) ** 2)
 
 
 @pytest.mark.parametrize("seed", range(3))
