@@ -23,6 +23,7 @@ from torch import Tensor
 from .measure import LatencyReport, summarise
 from .runtimes import ONNXRUNTIME, Artifact, LatencyError, find_runtime
 from .table import Fingerprint
+from .worker import Processor
 
 _CUT = 75
 _BOOTSTRAP = f"""
@@ -91,7 +92,7 @@ class RemoteDevice:
     def fingerprint(self) -> Fingerprint:
         """Processor, runtime, version and threads; asks the machine once."""
         answer = self._run([], 0, 0)
-        return Fingerprint(answer["cpu"], ONNXRUNTIME, answer["version"], self.threads)
+        return Fingerprint(Processor.of_json(answer["processor"]), ONNXRUNTIME, answer["version"], self.threads)
 
     def times_ns(
         self, networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], n_runs: int, n_warmup: int
@@ -122,7 +123,9 @@ class RemoteDevice:
             for name, elapsed, waited in zip(networks, answer["elapsed_ns"], answer["waited_ns"], strict=True)
         )
         cpus, versions = tuple(answer["cpus"]), {ONNXRUNTIME: str(answer["version"])}
-        return LatencyReport(entries, len(values[0]), self.threads, answer["cpu"], cpus, versions)
+        return LatencyReport(
+            entries, len(values[0]), self.threads, Processor.of_json(answer["processor"]).name, cpus, versions
+        )
 
     def _run(
         self, networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], n_runs: int, n_warmup: int

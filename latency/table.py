@@ -27,13 +27,14 @@ from graph_encoder.network import LinearDim, NetworkGraph
 from pruning.files import write_atomic
 
 from .layers import Layer, LayerKind, empty_artifact, layer_artifact, layer_input, layers_of
-from .measure import cpu_name, torch_threads
+from .measure import torch_threads
 from .runtimes import Artifact, LatencyError, Runtime
-from .worker import Stopwatch, interleave
+from .worker import Processor, Stopwatch, interleave
 
-FORMAT_VERSION = 2
-_READABLE = (1, 2)
-"""Version 1 knew no networks of integers and floats together: its calibrations hold for floats."""
+FORMAT_VERSION = 3
+_READABLE = (1, 2, 3)
+"""Version 1 knew no networks of integers and floats together: its calibrations hold for floats. Versions 1 and 2 gave
+the name of the processor alone: their times are read, and hold for no device that could be checked."""
 DIVISORS = (16, 8, 4, 1)
 """Counts are of the class of the first of these that divides them: whole vectors of 64, 32 and 16 bytes, or none."""
 STAIR = 16
@@ -55,19 +56,34 @@ class Fingerprint:
     """What a table holds for.
 
     Attributes:
-        cpu: name of the processor.
+        processor: what computes.
         runtime: name of the runtime.
         version: its version.
         threads: its threads.
     """
 
-    cpu: str
+    processor: Processor
     runtime: str
     version: str
     threads: int
 
     def __str__(self) -> str:
-        return f"{self.runtime} {self.version}, {self.threads} thread(s), on {self.cpu}"
+        return f"{self.runtime} {self.version}, {self.threads} thread(s), on {self.processor.name}"
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """What sets ``other`` apart, each with both values; empty for the same device."""
+        mine, theirs = (
+            {f"processor {name}": value for name, value in asdict(one.processor).items()}
+            | {name: getattr(one, name) for name in ("runtime", "version", "threads")}
+            for one in (self, other)
+        )
+        return [
+            f"{name} {_told(mine[name])}, here {_told(theirs[name])}" for name in mine if mine[name] != theirs[name]
+        ]
+
+
+def _told(value: Any) -> str:
+    return f"'{' '.join(value) if isinstance(value, tuple) else value}'"
 
 
 class Device(Protocol):
@@ -105,7 +121,7 @@ class LocalDevice:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Processor, runtime, version and threads."""
-        return Fingerprint(cpu_name(), self.runtime.name, self.runtime.version(), self.threads)
+        return Fingerprint(Processor.here(), self.runtime.name, self.runtime.version(), self.threads)
 
     def times_ns(self, networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], n_runs: int, n_warmup: int) -> Floats:
         """Time the networks in turn, less what a call of one thread waited for a processor."""
@@ -330,11 +346,19 @@ class LatencyTable:
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
 
     def check_device(self, fingerprint: Fingerprint) -> None:
-        """Raise `TableError` if the table is of another device than ``fingerprint``."""
-        if fingerprint != self.fingerprint:
+        """Raise `TableError` if the table is of another device than ``fingerprint``, or does not say of which."""
+        if not self.fingerprint.processor.architecture:
             msg = (
-                f"the table was measured with {self.fingerprint}; here is {fingerprint}. Times of one do not hold for "
-                f"the other: build a table here, or go to the device of the table"
+                f"the table was measured with {self.fingerprint}, and holds no more of the processor than that name, "
+                f"as tables of format versions 1 and 2 did; several processors share it, so build the table again, in "
+                f"a new file (version {FORMAT_VERSION})"
+            )
+            raise TableError(msg)
+        if differences := self.fingerprint.differences(fingerprint):
+            msg = (
+                f"the table was measured with {self.fingerprint}; here is {fingerprint}. They differ in "
+                f"{'; '.join(differences)}. Times of one do not hold for the other: build a table here, or go to the "
+                f"device of the table"
             )
             raise TableError(msg)
 
@@ -390,12 +414,12 @@ class LatencyTable:
         try:
             content = json.loads(path.read_text())
             if (version := content["format_version"]) not in _READABLE:
-                readable = " and ".join(map(str, _READABLE))
+                readable = f"{', '.join(map(str, _READABLE[:-1]))} and {_READABLE[-1]}"
                 msg = f"the latency table '{path}' has format version {version}, this release reads {readable}"
                 raise TableError(msg)
             kinds = [_read_kind(dict(entry)) for entry in content["kinds"]]
             return cls(
-                Fingerprint(**content["fingerprint"]),
+                _read_fingerprint(dict(content["fingerprint"])),
                 float(content["reference_ns"]),
                 float(content["empty"]),
                 {times.kind: times for times in kinds},
@@ -407,6 +431,12 @@ class LatencyTable:
         except (ValueError, KeyError, TypeError) as error:
             msg = f"cannot read the latency table '{path}': {type(error).__name__}: {error}; build it again"
             raise TableError(msg) from error
+
+
+def _read_fingerprint(entry: dict[str, Any]) -> Fingerprint:
+    if (name := entry.pop("cpu", None)) is not None:  # format versions 1 and 2
+        return Fingerprint(Processor(name), **entry)
+    return Fingerprint(Processor.of_json(entry.pop("processor")), **entry)
 
 
 def _read_kind(entry: dict[str, Any]) -> KindTimes:

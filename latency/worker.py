@@ -6,9 +6,11 @@ Run as a script in a folder with a ``job.json`` (`run_job` says what it holds), 
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +99,93 @@ def onnx_call(model: bytes | str, inputs: Sequence[Any], threads: int) -> Callab
     return lambda: session.run(None, feed)
 
 
+_ON_X86 = {"sse4_2", "avx", "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512dq", "avx512bw", "avx512vl"}
+_ON_X86 |= {"avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"}
+_ON_ARM = {"neon", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "svei8mm", "svebf16", "sme", "sme2"}
+VECTOR_FEATURES = frozenset(_ON_X86 | _ON_ARM)
+"""Instruction sets that runtimes choose their kernels by, as Linux calls them on x86 and ARM."""
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What tells one processor from another, as far as the system says it.
+
+    Virtual machines often give a family's name alone (``AMD EPYC``), and Linux on ARM gives none.
+
+    Attributes:
+        name: as the system gives it; the architecture where it gives none.
+        architecture: ``x86_64``, ``aarch64``, ``arm64``, ...; empty in tables from before it was kept.
+        model: vendor, family, model and stepping (x86), or implementer, variant and part of each kind of core (ARM);
+            empty where the system does not say.
+        features: those of `VECTOR_FEATURES` that it has, sorted; empty where the system does not say.
+        cores: processors that the system has, whether this process may use them or not.
+    """
+
+    name: str
+    architecture: str = ""
+    model: str = ""
+    features: tuple[str, ...] = ()
+    cores: int = 0
+
+    @classmethod
+    def here(cls) -> "Processor":
+        """The processor of this machine."""
+        info = Path("/proc/cpuinfo")
+        architecture, cores = platform.machine(), os.cpu_count() or 0
+        if info.exists():
+            return cls.of_cpuinfo(info.read_text(), architecture, cores)
+        # On Windows this holds vendor, family, model and stepping; on macOS the name does.
+        model = platform.processor()
+        return cls(_name_on_macos() or model or architecture, architecture, model, (), cores)
+
+    @classmethod
+    def of_json(cls, values: dict[str, Any]) -> "Processor":
+        """The processor whose fields were written as JSON."""
+        return cls(**{**values, "features": tuple(values["features"])})
+
+    @classmethod
+    def of_cpuinfo(cls, text: str, architecture: str, cores: int) -> "Processor":
+        """The processor that Linux describes in ``/proc/cpuinfo``, a paragraph for each of its cores."""
+        paragraphs = [_fields(paragraph) for paragraph in text.split("\n\n")]
+        names = [fields["model name"] for fields in paragraphs if "model name" in fields]
+        found = {
+            word for fields in paragraphs for word in f"{fields.get('flags', '')} {fields.get('Features', '')}".split()
+        }
+        models = {_model(fields): None for fields in paragraphs}
+        model = ", ".join(one for one in models if one)
+        features = tuple(sorted(found & VECTOR_FEATURES))
+        return cls(names[0] if names else architecture, architecture, model, features, cores)
+
+
+def _fields(paragraph: str) -> dict[str, str]:
+    lines = (line.partition(":") for line in paragraph.splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
+
+
+def _model(fields: dict[str, str]) -> str:
+    """What kind of core a paragraph of ``/proc/cpuinfo`` is of; empty if it does not say."""
+    if "CPU part" in fields:
+        names = {"implementer": "CPU implementer", "variant": "CPU variant", "part": "CPU part"}
+    elif "vendor_id" in fields:
+        names = {"": "vendor_id", "family": "cpu family", "model": "model", "stepping": "stepping"}
+    else:
+        return ""
+    return " ".join(f"{word} {fields.get(name, 'unknown')}".strip() for word, name in names.items())
+
+
+def _name_on_macos() -> str:
+    try:
+        found = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()
+
+
 def cpu_name() -> str:
     """Name of the processor as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return Processor.here().name
 
 
 def allowed_cpus() -> list[int]:
@@ -132,7 +213,7 @@ def run_job(folder: Path) -> dict[str, Any]:
     return {
         "elapsed_ns": elapsed,
         "waited_ns": waited,
-        "cpu": cpu_name(),
+        "processor": asdict(Processor.here()),
         "cpus": allowed_cpus(),
         "version": onnxruntime.__version__,
     }

@@ -40,6 +40,7 @@ def test_a_table_is_built_checked_and_refused_elsewhere(command: Command, tmp_pa
     assert other.code == 1
     assert other.err.startswith(f"error: the table was measured with {fingerprint}; here is pytorch-eager ")
     assert ", 2 thread(s), on " in other.err
+    assert "They differ in threads '1', here '2'. " in other.err
 
 
 def test_a_network_that_the_table_was_not_built_for_is_refused(command: Command, tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from latency.runtimes import Artifact
 from latency.table import Fingerprint
+from latency.worker import Processor
 
 EMPTY_NS = 5_000
+SLIDE_RULE = Processor("slide rule", "wood")
 
 
 def formula_ns(inputs: int, outputs: int, positions: int) -> float:
@@ -26,7 +28,7 @@ class FormulaDevice:
     takes = "module"
 
     def __init__(self, threads: int = 1, stop_after: int | None = None) -> None:
-        self.fingerprint = Fingerprint("slide rule", "formula", "1.0", threads)
+        self.fingerprint = Fingerprint(SLIDE_RULE, "formula", "1.0", threads)
         self.calls = 0
         self.layers = 0
         self.stop_after = stop_after

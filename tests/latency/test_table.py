@@ -1,4 +1,6 @@
 import json
+import os
+import platform
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +31,7 @@ from latency.table import (
     reachable_counts,
     start_table,
 )
+from latency.worker import Processor
 
 from .synthetic import EMPTY_NS, FormulaDevice, IntegerFormulaDevice, formula_ns
 
@@ -157,10 +160,102 @@ def test_a_table_survives_its_file(graph: NetworkGraph, tmp_path: Path) -> None:
 def test_a_table_of_another_device_is_refused_by_name(graph: NetworkGraph) -> None:
     message = (
         "the table was measured with formula 1.0, 1 thread(s), on slide rule; here is formula 1.0, 2 thread(s), on "
-        "slide rule. Times of one do not hold for the other: build a table here, or go to the device of the table"
+        "slide rule. They differ in threads '1', here '2'. Times of one do not hold for the other: build a table here, "
+        "or go to the device of the table"
     )
     with pytest.raises(TableError, match=f"^{re.escape(message)}$"):
         build_table(start_table(FormulaDevice()), FormulaDevice(threads=2), {})
+
+
+VIRTUAL = """
+processor\t: {core}
+vendor_id\t: AuthenticAMD
+cpu family\t: {family}
+model\t\t: 1
+model name\t: AMD EPYC
+stepping\t: 1
+flags\t\t: fpu sse4_2 avx2 {flags}
+"""
+BOARD = """
+processor\t: {core}
+BogoMIPS\t: 108.00
+Features\t: fp asimd crc32 asimddp
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x1
+CPU part\t: {part}
+"""
+
+
+def on_x86(family: int, flags: str) -> Processor:
+    cores = [VIRTUAL.format(core=core, family=family, flags=flags) for core in range(2)]
+    return Processor.of_cpuinfo("\n".join(cores), "x86_64", 2)
+
+
+MILAN, TURIN = on_x86(25, ""), on_x86(26, "avx512f avx512_vnni")
+ROCKCHIP = Processor.of_cpuinfo(BOARD.format(core=0, part="0xd05") + BOARD.format(core=1, part="0xd0b"), "aarch64", 2)
+
+
+def test_processors_are_told_apart_by_what_linux_says_beside_the_name() -> None:
+    assert Processor("AMD EPYC", "x86_64", "AuthenticAMD family 25 model 1 stepping 1", ("avx2", "sse4_2"), 2) == MILAN
+    assert TURIN.features == ("avx2", "avx512_vnni", "avx512f", "sse4_2")
+    big_little = "implementer 0x41 variant 0x1 part 0xd05, implementer 0x41 variant 0x1 part 0xd0b"
+    assert Processor("aarch64", "aarch64", big_little, ("asimd", "asimddp"), 2) == ROCKCHIP
+    assert Processor.of_cpuinfo("", "riscv64", 4) == Processor("riscv64", "riscv64", "", (), 4)
+
+
+def test_this_processor_says_what_it_is() -> None:
+    here = Processor.here()
+    assert here.name and here.architecture == platform.machine() and here.cores == os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "difference"),
+    [
+        (
+            MILAN,
+            TURIN,
+            "processor model 'AuthenticAMD family 25 model 1 stepping 1', here 'AuthenticAMD family 26 model 1 "
+            "stepping 1'; processor features 'avx2 sse4_2', here 'avx2 avx512_vnni avx512f sse4_2'",
+        ),
+        (MILAN, replace(MILAN, cores=8), "processor cores '2', here '8'"),
+        (ROCKCHIP, replace(ROCKCHIP, features=("asimd",)), "processor features 'asimd asimddp', here 'asimd'"),
+    ],
+)
+def test_processors_of_one_name_refuse_the_tables_of_each_other(
+    mine: Processor, theirs: Processor, difference: str
+) -> None:
+    table = LatencyTable(Fingerprint(mine, "formula", "1.0", 1), 1.0, 0.0)
+    table.check_device(Fingerprint(mine, "formula", "1.0", 1))
+    name = f"formula 1.0, 1 thread(s), on {mine.name}"
+    message = (
+        f"the table was measured with {name}; here is {name}. They differ in {difference}. Times of one do not hold "
+        "for the other: build a table here, or go to the device of the table"
+    )
+    with pytest.raises(TableError, match=f"^{re.escape(message)}$"):
+        table.check_device(Fingerprint(theirs, "formula", "1.0", 1))
+
+
+def test_a_table_that_knows_the_processor_by_name_alone_is_read_and_holds_for_no_device(
+    graph: NetworkGraph, tmp_path: Path
+) -> None:
+    table = built(graph, FormulaDevice())
+    content = json.loads(table.to_json())
+    content["format_version"] = 2
+    content["fingerprint"] = {"cpu": "slide rule", "runtime": "formula", "version": "1.0", "threads": 1}
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    old = LatencyTable.load(tmp_path / "old.json")
+    assert LatencyModel(graph, old).dense == pytest.approx(LatencyModel(graph, table).dense, rel=1e-5)
+
+    old.save(tmp_path / "copy.json")
+    message = (
+        "the table was measured with formula 1.0, 1 thread(s), on slide rule, and holds no more of the processor than "
+        "that name, as tables of format versions 1 and 2 did; several processors share it, so build the table again, "
+        "in a new file (version 3)"
+    )
+    for found in (old, LatencyTable.load(tmp_path / "copy.json")):
+        with pytest.raises(TableError, match=f"^{re.escape(message)}$"):
+            found.check_device(FormulaDevice().fingerprint)
 
 
 def test_a_table_without_a_layer_of_the_network_says_which(graph: NetworkGraph) -> None:
@@ -175,7 +270,7 @@ def test_a_table_without_a_layer_of_the_network_says_which(graph: NetworkGraph) 
     ("content", "message"),
     [
         ('{"format_version": 1}', "cannot read the latency table '{}': KeyError: 'kinds'; build it again"),
-        ('{"format_version": 9}', "the latency table '{}' has format version 9, this release reads 1 and 2"),
+        ('{"format_version": 9}', "the latency table '{}' has format version 9, this release reads 1, 2 and 3"),
         (None, "cannot read the latency table '{}': No such file or directory"),
     ],
 )
@@ -263,4 +358,4 @@ def test_the_table_of_a_real_runtime_orders_layers_by_their_work(tmp_path: Path)
     assert table.times(kind)(128, 128) > 3 * table.times(kind)(16, 128)
     table.save(tmp_path / "table.json")
     assert json.loads((tmp_path / "table.json").read_text())["fingerprint"]["runtime"] == ONNXRUNTIME
-    assert LatencyTable.load(tmp_path / "table.json").fingerprint == device.fingerprint != Fingerprint("", "", "", 1)
+    assert LatencyTable.load(tmp_path / "table.json").fingerprint == device.fingerprint

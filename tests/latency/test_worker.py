@@ -1,0 +1,31 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from latency import worker
+from latency.worker import Processor
+
+from .test_measure import relu_onnx
+
+
+def answer_to(folder: Path, **job: object) -> subprocess.CompletedProcess:
+    """What the worker says of a job in a process of its own, which sees nothing of this package."""
+    (folder / "worker.py").write_bytes(Path(worker.__file__).read_bytes())
+    (folder / "relu.onnx").write_bytes(relu_onnx())
+    np.save(folder / "x.npy", np.zeros((1, 3, 4, 4), dtype=np.float32))
+    network = {"model": "relu.onnx", "inputs": ["x.npy"]}
+    settings = {"networks": [network], "threads": 1, "cpus": [], "n_runs": 3, "n_warmup": 0}
+    (folder / "job.json").write_text(json.dumps(settings | job))
+    return subprocess.run(
+        [sys.executable, "-I", folder / "worker.py", folder], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_worker_alone_times_networks_and_tells_its_processor(tmp_path: Path) -> None:
+    assert answer_to(tmp_path).returncode == 0
+    answer = json.loads((tmp_path / "result.json").read_text())
+    assert np.shape(answer["elapsed_ns"]) == np.shape(answer["waited_ns"]) == (1, 3)
+    assert Processor.of_json(answer["processor"]) == Processor.here()
