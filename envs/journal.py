@@ -1,4 +1,4 @@
-"""Every evaluation of a search, one JSON line each, on disk before its result is used."""
+"""Every evaluation of a search and every reading of a clock, one JSON line each, on disk before it is used."""
 
 from __future__ import annotations
 
@@ -62,8 +62,31 @@ class JournalEntry:
         return 0.0 if self.purpose == "dense" else self.fidelity
 
 
+@dataclass(frozen=True)
+class ClockReading:
+    """A plan's time on a clock, over that of the dense network in the same rounds. A continued search reads it again.
+
+    Attributes:
+        searcher: name of the search whose plan it was.
+        digest: digest of the policy.
+        predicted: latency by the table, over that of the dense network.
+        measured: median over the rounds.
+        low: lower end of the interval that holds the true median at 95 %.
+        high: its upper end.
+        rounds: rounds in which both networks took turns.
+    """
+
+    searcher: str
+    digest: str
+    predicted: float
+    measured: float
+    low: float
+    high: float
+    rounds: int
+
+
 class Journal:
-    """An append-only list of `JournalEntry`, in a file or in memory.
+    """An append-only list of `JournalEntry` and `ClockReading`, in a file or in memory.
 
     Reading changes nothing on disk. The first entry appended claims the file for this process until `close`, so that
     two processes cannot mix their entries: the second one is refused and does not disturb the first. The workers of a
@@ -96,6 +119,7 @@ class Journal:
         self.search = dict(search or {})
         self.recovered = ""
         self._entries: list[JournalEntry] = []
+        self._readings: list[ClockReading] = []
         self._claim: _Claim | None = None
         self._length = self._cut = 0
         if self.path is not None:
@@ -124,7 +148,11 @@ class Journal:
             if (searcher is None or entry.searcher == searcher) and (seed is None or entry.seed == seed)
         ]
 
-    def append(self, entry: JournalEntry) -> None:
+    def reading(self, digest: str, rounds: int) -> ClockReading | None:
+        """What a clock said of the plan with that digest in so many rounds, None if it was not asked."""
+        return next((each for each in self._readings if (each.digest, each.rounds) == (digest, rounds)), None)
+
+    def append(self, entry: JournalEntry | ClockReading) -> None:
         """Write ``entry`` and wait until it is on disk.
 
         Raises:
@@ -136,16 +164,23 @@ class Journal:
                 self._secure(self.path)
                 self._write(self.path, entry)
             except OSError as error:
+                what = f"evaluation {entry.index}" if isinstance(entry, JournalEntry) else "a reading of the clock"
                 msg = (
-                    f"evaluation {entry.index} could not be written to '{self.path}': {error.strerror}. "
+                    f"{what} could not be written to '{self.path}': {error.strerror}. "
                     "Everything before it is safe: make room and resume the run"
                 )
                 raise JournalError(msg) from error
-        self._entries.append(entry)
+        self._keep(entry)
 
     def close(self) -> None:
         """Let other processes write the file; the next entry appended claims it anew."""
         self._claim = None
+
+    def _keep(self, entry: JournalEntry | ClockReading) -> None:
+        if isinstance(entry, JournalEntry):
+            self._entries.append(entry)
+        else:
+            self._readings.append(entry)
 
     def _secure(self, path: Path) -> None:
         """Make sure that nobody else writes the file, and that it holds what was read and written here."""
@@ -163,7 +198,7 @@ class Journal:
             os.truncate(path, self._length)
             self._cut = 0
 
-    def _write(self, path: Path, entry: JournalEntry) -> None:
+    def _write(self, path: Path, entry: JournalEntry | ClockReading) -> None:
         lines = [asdict(entry)]
         if self.search and self._length == 0:
             lines.insert(0, {"journal": JOURNAL_VERSION, "search": self.search})
@@ -186,7 +221,8 @@ class Journal:
         values = [_parse(line, path, number) for number, line in enumerate(whole.split(b"\n"), start=1) if newline]
         tied_to = _search(values[0]) if values else None
         first = 0 if tied_to is None else 1
-        self._entries = [_entry(each, path, number) for number, each in enumerate(values[first:], start=first + 1)]
+        for number, each in enumerate(values[first:], start=first + 1):
+            self._keep(_entry(each, path, number))
         if rest:
             self.recovered = (
                 f"the last line of '{path}' was cut short ({len(rest)} bytes) and was dropped: at most one evaluation "
@@ -249,7 +285,9 @@ def _search(first: Any) -> dict[str, str] | None:
     return dict(first["search"]) if tied else None
 
 
-def _entry(values: Any, path: Path, number: int) -> JournalEntry:
+def _entry(values: Any, path: Path, number: int) -> JournalEntry | ClockReading:
+    if isinstance(values, dict) and set(values) == {one.name for one in fields(ClockReading)}:
+        return ClockReading(**values)
     names = {one.name for one in fields(JournalEntry)}
     # Journals from before choices inside layers have no such field.
     if not isinstance(values, dict) or not names - {"layers"} <= set(values) <= names:

@@ -51,7 +51,7 @@ class Clock:
             export_onnx(network, images[:2], path, images=images)
             return path.read_bytes()
 
-    def time(self, networks: Mapping[str, Artifact], images: Tensor) -> LatencyReport:
+    def time(self, networks: Mapping[str, Artifact], images: Tensor, rounds: int = ROUNDS) -> LatencyReport:
         """Times of the networks, in turn, for one image."""
         variants = [Variant(name, self.runtime.name, artifact) for name, artifact in networks.items()]
-        return measure(variants, images[:1].cpu(), n_runs=ROUNDS, threads=self.threads)
+        return measure(variants, images[:1].cpu(), n_runs=rounds, threads=self.threads)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save
 from torch import nn
 
-from envs.journal import Journal
+from envs.journal import ClockReading, Journal
 from latency.cost import count_macs, count_params, predict_cost, size_bytes
 from latency.measure import measure
 from pruning.export import save_compressed
@@ -47,6 +47,7 @@ class Finalist:
         network: as scored: built, repaired, not fine-tuned.
         tuned: fine-tuned, None without fine-tuning.
         search: how it was found, None for the dense network.
+        readings: what the clock said of the plan that was found, and of each that followed under a latency budget.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Finalist:
     network: nn.Module
     tuned: nn.Module | None
     search: MethodSearch | None
+    readings: tuple[ClockReading, ...] = ()
 
     @property
     def product(self) -> nn.Module:
@@ -122,18 +124,22 @@ def _finalists(
     found.append(Finalist(DENSE, CompressionPolicy({}), subject.model, tuned, None))
     for search in searches:
         policy = problem.policy(search)
+        readings: tuple[ClockReading, ...] = ()
         if problem.space.timed is not None:
-            policy = kept_by_the_clock(policy, folder.method(search.method), subject, problem.space, builder, display)
+            measured = kept_by_the_clock(
+                policy, search.method, subject, problem.space, builder, problem.journal, display
+            )
+            policy, readings = measured.policy, measured.readings
             # What is handed on to others is the plan of the network that is handed on.
             policy.save(folder.method(search.method).policy_file)
         same = next((other for other in found[1:] if other.policy.digest == policy.digest), None)
         if same:
             display.say(f"{search.method}: the same plan as {same.name}, so the same fine-tuned network")
-            found.append(Finalist(search.method, policy, same.network, same.tuned, search))
+            found.append(replace(same, name=search.method, search=search, readings=readings))
             continue
         network = builder.build(policy)
         tuned = _tuned(folder.method(search.method), subject, search.method, network, policy, display, stop)
-        found.append(Finalist(search.method, policy, network, tuned, search))
+        found.append(Finalist(search.method, policy, network, tuned, search, readings))
     return found
 
 
@@ -216,6 +222,7 @@ def _row(subject: Subject, problem: SearchProblem, finalist: Finalist) -> Method
             "search_accuracy": search.search_accuracy,
             "keep_ratios": space.keep_ratios(policy),
             "cost": space.cost_of(policy),
+            "clock_readings": finalist.readings,
             "further_costs": {bound.cost.kind: space.cost_of(policy, bound.cost) for bound in space.bounds[1:]},
         }
     )

@@ -3,144 +3,169 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from envs.action import project
 from envs.evaluator import CandidateEvaluator
+from envs.journal import ClockReading, Journal
 from envs.space import SearchSpace
-from latency.runtimes import LatencyError
+from latency.measure import Comparison
+from latency.runtimes import Artifact, LatencyError
 from latency.table import LatencyTable
-from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
 
-from .clock import Clock
+from .clock import ROUNDS, Clock
 from .outcome import DENSE
 from .progress import RunDisplay
-from .run import MethodFolder
 from .subject import Subject
 
 MOST_PROJECTIONS = 3
 """Times that a plan which comes out slower than the table said is made smaller."""
+ROUNDS_OF_READINGS = (ROUNDS, 4 * ROUNDS)
+"""Rounds of a plan's first reading, and of the one that follows where the limit lies within the first one's interval:
+four times as many halve the interval."""
 
-TimeShare = Callable[[CompressionPolicy], float]
-"""Measured latency of a plan's network over that of the dense one, from turns in one run."""
-
-
-class Reading(BaseModel):
-    """One plan on the clock."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    predicted: float
-    """Latency by the table, over that of the dense network."""
-    measured: float
-    """Latency on the clock, over that of the dense network in the same run."""
+TimeShare = Callable[[CompressionPolicy, int], Comparison]
+"""Times a plan's network against the dense one, in turns, so many rounds; `LatencyError` if it cannot."""
 
 
-class MeasuredPlan(BaseModel):
-    """A plan after it was measured."""
+@dataclass(frozen=True)
+class MeasuredPlan:
+    """A plan after it was measured.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    Attributes:
+        policy: the plan that was found, or the last of those that followed.
+        readings: what the clock said of the plan that was found, and of each that followed, in this order.
+        allowed: the budget, over the latency of the dense network.
+        unmeasured: why the clock does not say all that was asked of `policy`; empty if it does.
+    """
 
-    policy: dict[str, Any]
-    """The plan, as a policy file has it."""
-    readings: tuple[Reading, ...]
-    """The plan that was found, and each that followed; the last is `policy`."""
+    policy: CompressionPolicy
+    readings: tuple[ClockReading, ...]
     allowed: float
-    """The budget, over the latency of the dense network."""
+    unmeasured: str = ""
 
     @property
     def is_within(self) -> bool:
         """Whether the clock agrees that the budget is kept."""
-        return self.readings[-1].measured <= self.allowed
+        return not self.unmeasured and self.readings[-1].measured <= self.allowed
 
 
 def kept_by_the_clock(
     policy: CompressionPolicy,
-    own: MethodFolder,
+    name: str,
     subject: Subject,
     space: SearchSpace,
     builder: CandidateEvaluator,
+    journal: Journal,
     display: RunDisplay,
-) -> CompressionPolicy:
+) -> MeasuredPlan:
     """The plan that keeps the budget on the clock of the table's device, if that is this one.
 
     Args:
         policy: plan within the budget by the table.
-        own: folder of the method that found it.
+        name: of the method that found it.
         subject: the dense network and its images.
         space: the decisions.
         builder: builds the network of a plan.
+        journal: holds what was read before, and gets what is read now.
         display: told what was read.
     """
-    assert subject.config.latency.table is not None
-    name = own.root.name
-    try:
-        clock = Clock.of_table(LatencyTable.load(subject.config.latency.table))
-    except LatencyError as error:
-        display.say(f"warning: {name} is not measured: {error}")
-        return policy
-    images = subject.calibration()[0]
-    dense = clock.artifact(subject.model, images)
-
-    def time_share(plan: CompressionPolicy) -> float:
-        networks = {DENSE: dense, name: clock.artifact(builder.build(plan), images)}
-        return clock.time(networks, images).compare(name, DENSE, clock.runtime.name).ratio
-
-    policy, measured = within_measured_budget(policy, space, time_share, own.measured_file)
-    last, n_more = measured.readings[-1], len(measured.readings) - 1
+    plan = within_measured_budget(policy, space, _PlanClock(subject, builder), journal, name)
+    if plan.unmeasured:
+        display.say(f"warning: {name} is not measured: {plan.unmeasured}")
+        return plan
+    last, n_more = plan.readings[-1], len({reading.digest for reading in plan.readings}) - 1
     smaller = f", after {n_more} smaller {'plan' if n_more == 1 else 'plans'}" if n_more else ""
     display.say(
-        f"{name}: {last.predicted:.1%} of the dense latency by the table, {last.measured:.1%} on the clock{smaller}"
+        f"{name}: {last.predicted:.1%} of the dense latency by the table, {last.measured:.1%} ({last.low:.1%} to "
+        f"{last.high:.1%}) on the clock{smaller}"
     )
-    if not measured.is_within:
+    if not plan.is_within:
         display.say(
-            f"warning: {name} is over the budget of {measured.allowed:.1%} on the clock; build the table again on a "
+            f"warning: {name} is over the budget of {plan.allowed:.1%} on the clock; build the table again on a "
             "quiet machine, or pass a smaller budget"
         )
-    return policy
+    return plan
 
 
 def within_measured_budget(
-    policy: CompressionPolicy, space: SearchSpace, time_share: TimeShare, file: Path
-) -> tuple[CompressionPolicy, MeasuredPlan]:
+    policy: CompressionPolicy, space: SearchSpace, time_share: TimeShare, journal: Journal, name: str
+) -> MeasuredPlan:
     """The plan, or one of the same shape that is small enough for the clock too.
 
     Where the clock says more than the budget, the plan is projected again to the budget scaled by predicted over
     measured, up to `MOST_PROJECTIONS` times. Budgets of other kinds stay as they are, and are kept by every plan.
 
+    A reading decides if the interval that holds its true median at 95 % lies on one side of the limit. One that does
+    not is taken again with more rounds, anew and not on top, for readings that end where they happen to look good are
+    not those of the network. The median of the last one decides: half of all plans at the limit are over it, and no
+    number of rounds would tell.
+
     Args:
         policy: plan within the budget by the table.
         space: its decisions, with a budget of latency, alone or among others.
-        time_share: measures a plan.
-        file: where readings are kept: a continued run reads them there and looks at no clock again.
+        time_share: measures a plan; not called for readings that the journal holds.
+        journal: each reading is in it before it is used, so that a continued run comes to the same plan.
+        name: of the search that found the plan.
     """
-    if file.exists():
-        known = MeasuredPlan.model_validate_json(file.read_text())
-        return CompressionPolicy.from_plain(known.policy, f"the plan in '{file}'"), known
     assert space.timed is not None
     limit, cost = space.timed.limit, space.timed.cost
     allowed = limit / cost.dense
     found = space.keep_ratios(policy)
     base = np.array([found[name] for name in space.names])
-    readings = [_reading(policy, space, time_share)]
-    while readings[-1].measured > allowed and len(readings) <= MOST_PROJECTIONS:
-        smaller = math.floor(limit * readings[-1].predicted / readings[-1].measured)
-        if smaller < space.lowest_of(cost):
-            break
-        policy = space.policy(project(base, space.with_limit("latency", smaller)))
-        readings.append(_reading(policy, space, time_share))
-    plan = MeasuredPlan(policy=policy.to_plain(), readings=tuple(readings), allowed=allowed)
-    write_atomic(file, plan.model_dump_json(indent=2).encode())
-    return policy, plan
+    readings: list[ClockReading] = []
+    try:
+        for n_smaller in range(MOST_PROJECTIONS + 1):
+            for reading in _readings(policy, space, time_share, journal, name):
+                readings.append(reading)
+                if reading.high <= allowed or reading.low > allowed:
+                    break
+            smaller = math.floor(limit * readings[-1].predicted / readings[-1].measured)
+            if readings[-1].measured <= allowed or n_smaller == MOST_PROJECTIONS or smaller < space.lowest_of(cost):
+                break
+            policy = space.policy(project(base, space.with_limit("latency", smaller)))
+    except LatencyError as error:
+        return MeasuredPlan(policy, tuple(readings), allowed, unmeasured=str(error))
+    return MeasuredPlan(policy, tuple(readings), allowed)
 
 
-def _reading(policy: CompressionPolicy, space: SearchSpace, time_share: TimeShare) -> Reading:
+def _readings(
+    policy: CompressionPolicy, space: SearchSpace, time_share: TimeShare, journal: Journal, name: str
+) -> Iterator[ClockReading]:
+    """What the clock says of one plan, from the journal where that holds it, with more rounds each time."""
     assert space.timed is not None
     cost = space.timed.cost
-    return Reading(predicted=space.cost_of(policy, cost) / cost.dense, measured=time_share(policy))
+    for rounds in ROUNDS_OF_READINGS:
+        reading = journal.reading(policy.digest, rounds)
+        if reading is None:
+            predicted, found = space.cost_of(policy, cost) / cost.dense, time_share(policy, rounds)
+            reading = ClockReading(name, policy.digest, predicted, found.ratio, found.low, found.high, rounds)
+            journal.append(reading)
+        yield reading
+
+
+@dataclass(frozen=True)
+class _PlanClock:
+    """Times plans against the dense network; before the first, no clock is asked for and nothing is exported."""
+
+    subject: Subject
+    builder: CandidateEvaluator
+
+    @cached_property
+    def _clock(self) -> Clock:
+        assert self.subject.config.latency.table is not None
+        return Clock.of_table(LatencyTable.load(self.subject.config.latency.table))
+
+    @cached_property
+    def _dense(self) -> Artifact:
+        return self._clock.artifact(self.subject.model, self.subject.calibration()[0])
+
+    def __call__(self, policy: CompressionPolicy, rounds: int) -> Comparison:
+        images = self.subject.calibration()[0]
+        networks = {DENSE: self._dense, "plan": self._clock.artifact(self.builder.build(policy), images)}
+        return self._clock.time(networks, images, rounds).compare("plan", DENSE, self._clock.runtime.name)

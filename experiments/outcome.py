@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
+from envs.journal import ClockReading
 from latency.budget import Budget, in_words
 from latency.cost import CostKind
 from latency.measure import LatencyEntry
@@ -161,6 +162,8 @@ class MethodOutcome(_Record):
     """What it costs in the kinds of the other budgets; none for the dense network."""
     keep_ratios: dict[str, float] = {}
     """What each decision left, in the network's order: share of channels by group, of weights and bits by layer."""
+    clock_readings: tuple[ClockReading, ...] = ()
+    """Under a latency budget: predicted and measured time of the plan found and of each smaller one that followed."""
     latencies: tuple[Latency, ...] = ()
     """Measured times, one a runtime; through `sparsify` too where a method decided densities."""
     layer_forms: tuple[LayerForm, ...] = ()
@@ -269,12 +272,14 @@ def _most_words(budget: Budget) -> str:
 
 _OWN_COLUMN = {"bops": "bit operations", "latency": "latency by the table"}
 """Kinds of budget that get a column; the other kinds have one anyway."""
+_ON_THE_CLOCK = "latency on the clock"
 
 
 def headings(outcome: RunOutcome) -> list[str]:
     """Headings of the table's columns."""
     accuracies = [f"{outcome.split} accuracy", f"{outcome.split}, fine-tuned"]
     budgets = [_OWN_COLUMN[budget.kind] for budget in outcome.budgets if budget.kind in _OWN_COLUMN]
+    budgets += [_ON_THE_CLOCK] if _is_on_the_clock(outcome) else []
     return ["method", *accuracies, *budgets, "MACs", "params", "bytes", *_times(outcome), "evaluations", "seconds"]
 
 
@@ -287,6 +292,7 @@ def table_cells(outcome: RunOutcome) -> list[list[str]]:
             percent(row.test_accuracy if outcome.n_test else row.validation_accuracy),
             percent(row.tuned_test_accuracy if outcome.n_test else row.tuned_validation_accuracy),
             *(_cost(row, outcome, budget) for budget in outcome.budgets if budget.kind in _OWN_COLUMN),
+            *([_clock_cell(row, outcome)] if _is_on_the_clock(outcome) else []),
             _with_share(row.macs, dense.macs),
             _with_share(row.params, dense.params),
             _bytes(row, outcome),
@@ -419,6 +425,25 @@ def _cost(row: MethodOutcome, outcome: RunOutcome, budget: Allowance) -> str:
     )
     words = in_words(cost, "latency") if budget.kind == "latency" else amount(cost)
     return words if cost == budget.dense_cost else f"{words} ({cost / budget.dense_cost:.1%})"
+
+
+def _is_on_the_clock(outcome: RunOutcome) -> bool:
+    return any(row.clock_readings for row in outcome.rows)
+
+
+def _clock_cell(row: MethodOutcome, outcome: RunOutcome) -> str:
+    """The last reading of a row: share of the dense latency, with its interval at 95 %."""
+    if not row.clock_readings:
+        return "" if row.method == DENSE else "-"
+    last = row.clock_readings[-1]
+    over = " over" if is_over_on_the_clock(row, outcome) else ""
+    return f"{last.measured:.1%} ({last.low:.1%} to {last.high:.1%}){over}"
+
+
+def is_over_on_the_clock(row: MethodOutcome, outcome: RunOutcome) -> bool:
+    """Whether the last reading of a row is over the latency budget."""
+    limits = [budget.limit / budget.dense_cost for budget in outcome.budgets if budget.kind == "latency"]
+    return bool(limits and row.clock_readings) and row.clock_readings[-1].measured > limits[0]
 
 
 def _bytes(row: MethodOutcome, outcome: RunOutcome) -> str:

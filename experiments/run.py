@@ -219,11 +219,6 @@ class MethodFolder:
         return self.root / "tuned.safetensors"
 
     @property
-    def measured_file(self) -> Path:
-        """The plan as the clock left it, with every reading, where latency is the budget."""
-        return self.root / "measured.json"
-
-    @property
     def judged_file(self) -> Path:
         """A digit for each test image, in their order: 1 where the network to take away classifies it rightly."""
         return self.root / "test_judged.txt"

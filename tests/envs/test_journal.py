@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
-from envs.journal import Journal, JournalEntry, JournalError
+from envs.journal import ClockReading, Journal, JournalEntry, JournalError
 from envs.network_env import NetworkEnv
 from latency.budget import Budget
 
@@ -50,6 +50,18 @@ def test_entries_come_back_bit_equal(tmp_path: Path) -> None:
     assert Journal(path).entries() == written
     assert Journal(path).entries("ppo", 3) == written[:2]
     assert Journal(path).entries("ppo", 4) == []
+
+
+def test_readings_of_a_clock_lie_among_the_entries_and_are_found_by_plan_and_rounds(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    reading = ClockReading("ppo", "digest 0", predicted=0.4, measured=0.41, low=0.4, high=0.1 + 1 / 3, rounds=60)
+    with Journal(path) as journal:
+        for each in (entry(0), reading, entry(1)):
+            journal.append(each)
+    again = Journal(path)
+    assert again.entries() == [entry(0), entry(1)] and len(again) == 2
+    assert again.reading("digest 0", 60) == reading
+    assert again.reading("digest 0", 240) is again.reading("digest 1", 60) is None
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60])
@@ -181,7 +193,7 @@ def test_a_first_line_cut_short_leaves_a_new_journal(tmp_path: Path) -> None:
 
 APPENDING = """
 import json, os, sys, time
-from envs.journal import Journal, JournalEntry, JournalError
+from envs.journal import ClockReading, Journal, JournalEntry, JournalError
 
 def append(journal, index):
     try:

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +8,19 @@ import torch
 from torch import nn
 
 from envs.action import start_plan
+from envs.journal import Journal
 from envs.space import SearchSpace
-from experiments.measured_budget import MOST_PROJECTIONS, within_measured_budget
+from experiments.measured_budget import (
+    MOST_PROJECTIONS,
+    ROUNDS_OF_READINGS,
+    MeasuredPlan,
+    TimeShare,
+    within_measured_budget,
+)
 from graph_encoder.capture import capture
 from latency.budget import Budget
+from latency.measure import Comparison
+from latency.runtimes import LatencyError
 from latency.table import build_table, needed_kinds, start_table
 from pruning.policy import CompressionPolicy
 from tests.latency.synthetic import FormulaDevice
@@ -37,66 +47,126 @@ def beside_bytes(space: SearchSpace) -> SearchSpace:
     return replace(space, bounds=(*space.bounds, *counted.bounds))
 
 
+FIRST, SECOND = ROUNDS_OF_READINGS
+
+
 def by_the_table(space: SearchSpace, policy: CompressionPolicy) -> float:
     return space.cost_of(policy) / space.cost.dense
 
 
-def test_a_plan_within_the_budget_on_the_clock_is_left_as_it_is(space: SearchSpace, tmp_path: Path) -> None:
+def found(share: float, rounds: int, half_width: float = 1e-6) -> Comparison:
+    return Comparison(share, share - half_width, share + half_width, rounds, 0.01, 0)
+
+
+def exactly(share: Callable[[CompressionPolicy], float]) -> TimeShare:
+    """A clock without noise."""
+    return lambda policy, rounds: found(share(policy), rounds)
+
+
+def kept(
+    policy: CompressionPolicy, space: SearchSpace, clock: TimeShare, journal: Journal | None = None
+) -> MeasuredPlan:
+    return within_measured_budget(policy, space, clock, Journal() if journal is None else journal, "uniform")
+
+
+def test_a_plan_within_the_budget_on_the_clock_is_left_as_it_is(space: SearchSpace) -> None:
     policy = space.policy(start_plan(space))
 
-    kept, measured = within_measured_budget(policy, space, lambda p: by_the_table(space, p), tmp_path / "m.json")
+    measured = kept(policy, space, exactly(lambda p: 0.99 * by_the_table(space, p)))
 
-    assert kept == policy
+    assert measured.policy == policy
     assert len(measured.readings) == 1 and measured.is_within
     assert measured.readings[0].predicted <= measured.allowed == space.limit / space.cost.dense  # type: ignore[operator]
 
 
-def test_a_plan_that_the_clock_finds_slower_is_made_smaller_until_it_keeps_the_budget(
-    space: SearchSpace, tmp_path: Path
-) -> None:
+def test_a_plan_that_the_clock_finds_slower_is_made_smaller_until_it_keeps_the_budget(space: SearchSpace) -> None:
     policy = space.policy(start_plan(space))
 
     # Half as slow again as the table says, whatever the plan: one projection to a smaller budget mends it.
-    kept, measured = within_measured_budget(policy, space, lambda p: 1.5 * by_the_table(space, p), tmp_path / "m.json")
+    measured = kept(policy, space, exactly(lambda p: 1.5 * by_the_table(space, p)))
 
     assert measured.is_within
-    assert [reading.measured for reading in measured.readings] == [
-        pytest.approx(1.5 * by_the_table(space, each)) for each in (policy, kept)
+    assert [reading.measured for reading in measured.readings if reading.rounds == FIRST] == [
+        pytest.approx(1.5 * by_the_table(space, each)) for each in (policy, measured.policy)
     ]
-    assert len(kept.kept) > 0 and by_the_table(space, kept) <= measured.allowed / 1.5
+    assert len(measured.policy.kept) > 0 and by_the_table(space, measured.policy) <= measured.allowed / 1.5
 
 
-def test_a_smaller_plan_keeps_the_other_budgets_and_only_the_time_is_cut(
-    beside_bytes: SearchSpace, tmp_path: Path
-) -> None:
+def test_a_smaller_plan_keeps_the_other_budgets_and_only_the_time_is_cut(beside_bytes: SearchSpace) -> None:
     policy = beside_bytes.policy(start_plan(beside_bytes))
     share = beside_bytes.cost_of(policy) / beside_bytes.cost.dense
 
     # So slow that the plan, which bytes made small, is over the time by a tenth.
-    kept, measured = within_measured_budget(
-        policy, beside_bytes, lambda p: 0.66 / share * by_the_table(beside_bytes, p), tmp_path / "m.json"
-    )
+    measured = kept(policy, beside_bytes, exactly(lambda p: 0.66 / share * by_the_table(beside_bytes, p)))
 
     bound = beside_bytes.bounds[1]
     assert measured.is_within and len(measured.readings) > 1
-    assert beside_bytes.cost_of(kept, bound.cost) <= bound.limit
+    assert beside_bytes.cost_of(measured.policy, bound.cost) <= bound.limit
 
 
-def test_it_ends_where_the_clock_never_agrees(space: SearchSpace, tmp_path: Path) -> None:
-    _, measured = within_measured_budget(space.policy(start_plan(space)), space, lambda _: 0.65, tmp_path / "m.json")
+def test_it_ends_where_the_clock_never_agrees(space: SearchSpace) -> None:
+    measured = kept(space.policy(start_plan(space)), space, exactly(lambda _: 0.65))
 
     assert not measured.is_within
     assert len(measured.readings) == 1 + MOST_PROJECTIONS
 
 
-def test_a_continued_run_reads_what_was_measured_and_no_clock(space: SearchSpace, tmp_path: Path) -> None:
-    readings = iter([0.7, 0.5])
-    first = within_measured_budget(
-        space.policy(start_plan(space)), space, lambda _: next(readings), tmp_path / "m.json"
+@pytest.mark.parametrize(("median", "n_plans"), [(0.61, 2), (0.59, 1)])
+def test_a_reading_that_noise_leaves_open_is_taken_again_and_the_second_decides(
+    space: SearchSpace, median: float, n_plans: int
+) -> None:
+    asked: list[int] = []
+
+    # The first reading errs to the other side of the limit of 60 %; the second is right, and ends on neither side.
+    def clock(policy: CompressionPolicy, rounds: int) -> Comparison:
+        asked.append(rounds)
+        if len(asked) > 2:
+            return found(0.5, rounds)
+        return found(1.2 - median, rounds, 0.04) if rounds == FIRST else found(median, rounds, 0.02)
+
+    measured = kept(space.policy(start_plan(space)), space, clock)
+
+    assert asked == [FIRST, SECOND, FIRST][: n_plans + 1]
+    assert len({reading.digest for reading in measured.readings}) == n_plans
+    assert measured.is_within
+
+
+def test_a_run_killed_between_readings_comes_to_the_plan_of_one_that_was_not(
+    space: SearchSpace, tmp_path: Path
+) -> None:
+    policy, truth = space.policy(start_plan(space)), [0.7, 0.5]
+    shares = iter(truth)
+    whole = kept(policy, space, exactly(lambda _: next(shares)))
+
+    def killed(_: CompressionPolicy, rounds: int) -> Comparison:
+        nonlocal n_read
+        n_read += 1
+        if n_read == 2:
+            raise KeyboardInterrupt
+        return found(truth[0], rounds)
+
+    n_read = 0
+    with Journal(tmp_path / "journal.jsonl") as journal, pytest.raises(KeyboardInterrupt):
+        kept(policy, space, killed, journal)
+    # The first plan would come out otherwise now.
+    again = kept(
+        policy, space, exactly(lambda p: truth[1] if p != policy else 0.9), Journal(tmp_path / "journal.jsonl")
     )
 
-    again = within_measured_budget(
-        space.policy(start_plan(space)), space, lambda _: pytest.fail("a clock"), tmp_path / "m.json"
-    )
+    assert len(whole.readings) == 2 and again == whole
 
-    assert again == first
+
+def test_a_continued_run_reads_what_was_measured_and_needs_no_clock(space: SearchSpace, tmp_path: Path) -> None:
+    policy, shares = space.policy(start_plan(space)), iter([0.7, 0.5])
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        first = kept(policy, space, exactly(lambda _: next(shares)), journal)
+
+    def refused(_: CompressionPolicy, rounds: int) -> Comparison:
+        msg = "the table is of another device"
+        raise LatencyError(msg)
+
+    assert first.policy != policy
+    assert kept(policy, space, refused, Journal(tmp_path / "journal.jsonl")) == first
+    without = kept(policy, space, refused)
+    assert (without.policy, without.readings, without.unmeasured) == (policy, (), "the table is of another device")
+    assert not without.is_within

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from envs.journal import ClockReading
 from experiments.figures import Plan, keep_ratio_figure, pareto_front
 from experiments.outcome import (
     Latency,
@@ -46,6 +47,26 @@ class Assets(HTMLParser):
 
 def two_methods(**others: object) -> RunOutcome:
     return outcome(row("uniform", 0.7, 0.85), row("ppo", 0.8, 0.88), **others)
+
+
+def test_what_the_clock_said_of_a_latency_budget_has_a_column_and_says_what_is_over() -> None:
+    def read(measured: float) -> ClockReading:
+        return ClockReading("ppo", "a plan", 0.49, measured, measured - 0.01, measured + 0.01, 60)
+
+    timed = outcome(
+        row("uniform", 0.7, 0.85, clock_readings=(read(0.6), read(0.48))),
+        row("ppo", 0.8, 0.88, clock_readings=(read(0.52),)),
+        row("cem", 0.8, 0.88),
+        budget_kind="latency",
+        dense_cost=1000,
+    )
+    column = headings(timed).index("latency on the clock")
+    cells = ["", "48.0% (47.0% to 49.0%)", "52.0% (51.0% to 53.0%) over", "-"]
+    assert [line[column] for line in table_cells(timed)] == cells
+    assert RunOutcome.model_validate_json(timed.model_dump_json()) == timed
+    page = render_report(timed, plans(), "")
+    assert all(f"<td>{cell}</td>" in page for cell in cells)
+    assert "latency on the clock" not in headings(two_methods())
 
 
 def test_report_fetches_nothing_and_is_well_formed() -> None:
