@@ -297,6 +297,7 @@ Classes = Annotated[int, typer.Option(help="Outputs of the network.")]
 Host = Annotated[
     str | None, typer.Option(help="Measure on another machine, as ssh calls it; it needs Python and onnxruntime.")
 ]
+Cpus = Annotated[str | None, typer.Option(help="Processors to stay on, by number: 0,1; all by default.")]
 HostPython = Annotated[str, typer.Option(help="Python on the other machine.")]
 
 
@@ -308,6 +309,7 @@ def latency_build(
         str, typer.Option(help="onnxruntime, openvino, pytorch-eager, pytorch-compile, ...")
     ] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="Threads of the runtime.", min=1)] = 1,
+    cpus: Cpus = None,
     shape: Shape = None,
     classes: Classes = 10,
     rounding: Rounding = None,
@@ -319,7 +321,7 @@ def latency_build(
 ) -> None:
     """Measure the layers of networks on this device; a build that was stopped goes on."""
     from .table_building import build_named
-    from .timing_device import Remote
+    from .timing_device import Remote, read_cpus
 
     built = [
         build_named(
@@ -329,6 +331,7 @@ def latency_build(
             n_classes=classes,
             runtime=runtime,
             threads=threads,
+            cpus=read_cpus(cpus),
             rounding=rounding,
             bits=(8, 32) if integers else (32,),
             n_networks=networks,
@@ -355,7 +358,7 @@ def latency_check(
     page: Annotated[Path | None, typer.Option(help="Page of Markdown to add the result to.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a table with whole networks of random policies: error and rank correlation."""
+    """Compare a table with whole networks of random policies, timed as it was: error and rank correlation."""
     from .table_checking import check_named
     from .table_page import write_page
     from .timing_device import Remote
@@ -387,6 +390,7 @@ def latency_measure(
     threads: Annotated[
         list[int] | None, typer.Option(help="Threads of the runtime, by default 1; may be given several times.", min=1)
     ] = None,
+    cpus: Cpus = None,
     rounds: Annotated[int, typer.Option(help="Timed calls of each network.", min=6)] = 100,
     host: Host = None,
     host_python: HostPython = "python3",
@@ -395,10 +399,17 @@ def latency_measure(
     """Time what a run saved beside its dense network, again and in turns."""
     from .measure_run import HEADINGS, measure_run
     from .outcome import plain_lines
-    from .timing_device import Remote
+    from .timing_device import Remote, read_cpus
 
-    remote = Remote(host, host_python) if host else None
-    readings = measure_run(run, runtime=runtime, threads=threads or (1,), rounds=rounds, remote=remote, say=_to_stderr)
+    readings = measure_run(
+        run,
+        runtime=runtime,
+        threads=threads or (1,),
+        cpus=read_cpus(cpus),
+        rounds=rounds,
+        remote=Remote(host, host_python) if host else None,
+        say=_to_stderr,
+    )
     if as_json:
         _print_facts([reading.to_dict() for reading in readings], as_json)
     else:

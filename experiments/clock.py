@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from latency.measure import LatencyReport, Variant, measure
-from latency.runtimes import Artifact, Runtime, find_runtime
+from latency.measure import LatencyReport
+from latency.runtimes import Artifact, find_runtime
 from latency.table import LatencyTable, LocalDevice
 from pruning.export import export_onnx
 
@@ -23,12 +23,10 @@ class Clock:
     """Times networks as the device of a table does; build it with `Clock.of_table`.
 
     Attributes:
-        runtime: what runs the networks.
-        threads: its threads.
+        device: this machine with the runtime of the table, its threads, and the processors that they stay on.
     """
 
-    runtime: Runtime
-    threads: int
+    device: LocalDevice
 
     @classmethod
     def of_table(cls, table: LatencyTable) -> Clock:
@@ -36,15 +34,16 @@ class Clock:
 
         Raises:
             TableError: if that is not this machine, with both named.
-            LatencyError: if its runtime is not installed.
+            LatencyError: if its runtime is not installed, or its processors are not this process's to use.
         """
-        runtime = find_runtime(table.fingerprint.runtime)
-        table.check_device(LocalDevice(runtime, table.fingerprint.threads).fingerprint)
-        return cls(runtime, table.fingerprint.threads)
+        asked = table.fingerprint
+        device = LocalDevice(find_runtime(asked.runtime), asked.threads, asked.cpus)
+        table.check_device(device.fingerprint)
+        return cls(device)
 
     def artifact(self, network: nn.Module, images: Tensor) -> Artifact:
         """The network as the runtime takes it; ``images`` are a few inputs, on which an ONNX file is checked."""
-        if self.runtime.takes == "module":
+        if self.device.takes == "module":
             return network
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "model.onnx"
@@ -53,5 +52,4 @@ class Clock:
 
     def time(self, networks: Mapping[str, Artifact], images: Tensor, rounds: int = ROUNDS) -> LatencyReport:
         """Times of the networks, in turn, for one image."""
-        variants = [Variant(name, self.runtime.name, artifact) for name, artifact in networks.items()]
-        return measure(variants, images[:1].cpu(), n_runs=rounds, threads=self.threads)
+        return self.device.measure(networks, images[:1].cpu(), n_runs=rounds)

@@ -189,4 +189,4 @@ def _measured(
     for place, space in enumerate(spaces):
         networks[f"floor {place}"] = clock.artifact(builder.build(space.policy(space.fastest)), images)
     report = clock.time(networks, images)
-    return (report.compare(f"floor {place}", DENSE, clock.runtime.name) for place in range(len(spaces)))
+    return (report.compare(f"floor {place}", DENSE, clock.device.runtime.name) for place in range(len(spaces)))

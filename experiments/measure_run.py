@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
-from latency.measure import compare
+from latency.remote import RemoteDevice
 from latency.runtimes import Artifact
-from latency.table import Device
+from latency.table import LocalDevice
+from latency.worker import Processor
 from pruning.export import load_compressed, read_manifest
 from pruning.policy import CompressionPolicy
 
@@ -24,7 +24,7 @@ from .run import RunError, RunFolder
 from .timing_device import Remote, device_for
 
 WARMUP = 10
-HEADINGS = ["method", "threads", "ms (quartiles)", "of dense (95 %)", ""]
+HEADINGS = ["method", "threads", "ms (quartiles)", "disturbed", "of dense (95 %)", ""]
 """Of `SavedLatency.cells`."""
 
 
@@ -36,9 +36,12 @@ class SavedLatency:
         method: that found its plan, or ``dense``.
         runtime: name and version.
         threads: of the runtime.
+        processor: what computed.
+        cpus: numbers of the processors that it could use; empty where the system does not say.
         median_ms: median time of a call with one image.
         lower_quartile_ms: a quarter of the calls were faster.
         upper_quartile_ms: a quarter of the calls were slower.
+        disturbed: share of the calls that had to wait for a processor.
         rounds: calls; in each round every network of the run was called once.
         ratio: median over the rounds of its time over the dense network's.
         low: lower end of the interval that holds the true median ratio at 95 %.
@@ -50,9 +53,12 @@ class SavedLatency:
     method: str
     runtime: str
     threads: int
+    processor: Processor
+    cpus: tuple[int, ...]
     median_ms: float
     lower_quartile_ms: float
     upper_quartile_ms: float
+    disturbed: float
     rounds: int
     ratio: float
     low: float
@@ -67,11 +73,12 @@ class SavedLatency:
     def cells(self) -> list[str]:
         """The reading as a row of text, a cell for each of `HEADINGS`."""
         times = f"{self.median_ms:.3g} ({self.lower_quartile_ms:.3g} to {self.upper_quartile_ms:.3g})"
+        own = [self.method, str(self.threads), times, f"{self.disturbed:.0%}"]
         if self.method == DENSE:
-            return [self.method, str(self.threads), times, "", self.runtime]
+            return [*own, "", self.runtime]
         share = f"{self.ratio:.1%} ({self.low:.1%} to {self.high:.1%})"
         needed = f", about {self.repeats_needed} rounds would tell" if self.verdict == "undecided" else ""
-        return [self.method, str(self.threads), times, share, f"{self.verdict}{needed}"]
+        return [*own, share, f"{self.verdict}{needed}"]
 
 
 def measure_run(
@@ -79,6 +86,7 @@ def measure_run(
     *,
     runtime: str = "onnxruntime",
     threads: Sequence[int] = (1,),
+    cpus: Sequence[int] = (),
     rounds: int = 100,
     remote: Remote | None = None,
     say: Say = lambda text: None,
@@ -92,6 +100,7 @@ def measure_run(
         root: folder of the run.
         runtime: name of a runtime.
         threads: numbers of threads to time with, one after the other.
+        cpus: numbers of the processors to stay on; all if empty.
         rounds: timed calls of each network.
         remote: the machine to measure on; this one if not given.
         say: told of progress.
@@ -105,7 +114,7 @@ def measure_run(
     """
     folder = RunFolder.open(root)
     methods = [row.method for row in folder.outcome().rows]
-    devices = [device_for(runtime, n, remote) for n in threads]
+    devices = [device_for(runtime, n, remote, cpus) for n in threads]
     artifacts, left_out = _artifacts(folder, methods, devices[0].takes)
     if DENSE not in artifacts or len(artifacts) == 1:
         msg = f"run {root} holds too little to time with '{runtime}': {'; '.join(left_out)}"
@@ -145,23 +154,26 @@ def _network(folder: RunFolder, saved: Path) -> nn.Module:
     return load_compressed(saved, lambda: build_model(name, n_classes, n_channels))
 
 
-def _timed(device: Device, folder: RunFolder, artifacts: Mapping[str, Artifact], rounds: int) -> list[SavedLatency]:
+def _timed(
+    device: LocalDevice | RemoteDevice, folder: RunFolder, artifacts: Mapping[str, Artifact], rounds: int
+) -> list[SavedLatency]:
     example = tuple(x[:1] for x in read_manifest(folder.method(DENSE).model).examples())
-    networks = [(artifact, example) for artifact in artifacts.values()]
-    times = dict(zip(artifacts, device.times_ns(networks, rounds, WARMUP), strict=True))
-    fingerprint = device.fingerprint
+    report = device.measure(artifacts, example, n_runs=rounds, n_warmup=WARMUP)
+    where = device.fingerprint
     readings = []
-    for name, own in times.items():
-        lower, median, upper = (float(q) / 1e6 for q in np.percentile(own, [25, 50, 75]))
-        against = compare(own, times[DENSE])
+    for entry in report.entries:
+        against = report.compare(entry.model, DENSE, where.runtime)
         readings.append(
             SavedLatency(
-                method=name,
-                runtime=f"{fingerprint.runtime} {fingerprint.version}",
-                threads=fingerprint.threads,
-                median_ms=median,
-                lower_quartile_ms=lower,
-                upper_quartile_ms=upper,
+                method=entry.model,
+                runtime=f"{where.runtime} {where.version}",
+                threads=where.threads,
+                processor=where.processor,
+                cpus=report.cpus,
+                median_ms=entry.median_ms,
+                lower_quartile_ms=entry.lower_quartile_ms,
+                upper_quartile_ms=entry.upper_quartile_ms,
+                disturbed=entry.disturbed,
                 rounds=rounds,
                 ratio=against.ratio,
                 low=against.low,

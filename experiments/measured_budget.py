@@ -168,4 +168,4 @@ class _PlanClock:
     def __call__(self, policy: CompressionPolicy, rounds: int) -> Comparison:
         images = self.subject.calibration()[0]
         networks = {DENSE: self._dense, "plan": self._clock.artifact(self.builder.build(policy), images)}
-        return self._clock.time(networks, images, rounds).compare("plan", DENSE, self._clock.runtime.name)
+        return self._clock.time(networks, images, rounds).compare("plan", DENSE, self._clock.device.runtime.name)

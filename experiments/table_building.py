@@ -28,6 +28,7 @@ def build_named(
     n_classes: int = 10,
     runtime: str = "onnxruntime",
     threads: int = 1,
+    cpus: Sequence[int] = (),
     remote: Remote | None = None,
     rounding: int | None = None,
     bits: Sequence[int] = (FULL_BITS,),
@@ -45,6 +46,7 @@ def build_named(
         n_classes: outputs of the network.
         runtime: name of the runtime.
         threads: its threads.
+        cpus: numbers of the processors that it stays on; all if empty.
         remote: the machine to measure on; this one if not given.
         rounding: units that groups keep a multiple of, as in a search.
         bits: each layer is timed with each of these; 8 only on runtimes that take ONNX.
@@ -59,7 +61,7 @@ def build_named(
         TableError: if ``out`` is the table of another device, or not a table.
         LatencyError: if the runtime cannot be used here.
     """
-    device = device_for(runtime, threads, remote)
+    device = device_for(runtime, threads, remote, cpus)
     if out.exists():
         table = LatencyTable.load(out)
         table.check_device(device.fingerprint)

@@ -86,7 +86,8 @@ def check_named(
         TableError: if the table cannot be read, is of another device, or lacks layers of the network.
     """
     table = LatencyTable.load(path)
-    device = device_for(table.fingerprint.runtime, table.fingerprint.threads, remote)
+    asked = table.fingerprint
+    device = device_for(asked.runtime, asked.threads, remote, asked.cpus)
     table.check_device(device.fingerprint)
     network = TimedNetwork.build(model, shape, n_classes, rounding)
     predicts = network.cost(table, integers=integers)

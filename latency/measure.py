@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from .runtimes import ONNXRUNTIME, PYTORCH, Artifact, LatencyError, Runtime, find_runtime
-from .worker import Stopwatch, Timer, allowed_cpus, interleave
+from .worker import Stopwatch, Timer, allowed_cpus, interleave, refusal_of_cpus
 from .worker import cpu_name as cpu_name  # read from here by the other rooms
 
 DISTURBED = 0.02
@@ -200,7 +200,7 @@ def measure(
     stopwatch = stopwatch or Stopwatch()
     threads = threads or torch.get_num_threads()
     runtimes = {name: find_runtime(name) for name in dict.fromkeys(variant.runtime for variant in variants)}
-    with _affinity(cpus), torch_threads(threads), torch.inference_mode():
+    with affinity(cpus), torch_threads(threads), torch.inference_mode():
         timed: dict[int, LatencyEntry] = {}
         for name, runtime in runtimes.items():
             # One runtime at a time: the idle threads of another one would spin on the processors that this one needs.
@@ -291,20 +291,28 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def _affinity(cpus: Sequence[int] | None) -> Iterator[None]:
+def affinity(cpus: Sequence[int] | None) -> Iterator[None]:
+    """Keep this thread, and those that it starts, on some processors for a while; nothing is kept where not given.
+
+    Raises:
+        LatencyError: if this process may not run on one of them, or the system does not let it choose.
+    """
     if cpus is None:
         yield
         return
+    check_cpus(cpus)
     before = allowed_cpus()
-    unknown = sorted(set(cpus) - set(before))
-    if unknown or not cpus:
-        msg = f"cpus {list(cpus)} cannot be used: this process may run on {before or 'processors that cannot be told'}"
-        raise LatencyError(msg)
     os.sched_setaffinity(0, cpus)
     try:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def check_cpus(cpus: Sequence[int]) -> None:
+    """Raise `LatencyError` if this process may not run on one of the processors, or cannot choose."""
+    if refusal := refusal_of_cpus(cpus):
+        raise LatencyError(refusal)
 
 
 def _timer(

@@ -90,9 +90,11 @@ class RemoteDevice:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Processor, runtime, version and threads; asks the machine once."""
+        """Processor, runtime, version, threads and where they stay; asks the machine once."""
         answer = self._run([], 0, 0)
-        return Fingerprint(Processor.of_json(answer["processor"]), ONNXRUNTIME, answer["version"], self.threads)
+        return Fingerprint(
+            Processor.of_json(answer["processor"]), ONNXRUNTIME, answer["version"], self.threads, self.cpus
+        )
 
     def times_ns(
         self, networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], n_runs: int, n_warmup: int
@@ -104,7 +106,7 @@ class RemoteDevice:
 
     def measure(
         self,
-        networks: Mapping[str, bytes | Path],
+        networks: Mapping[str, Artifact],
         inputs: Tensor | tuple[Tensor, ...],
         *,
         n_runs: int = 50,

@@ -27,7 +27,7 @@ from graph_encoder.network import LinearDim, NetworkGraph
 from pruning.files import write_atomic
 
 from .layers import Layer, LayerKind, empty_artifact, layer_artifact, layer_input, layers_of
-from .measure import torch_threads
+from .measure import LatencyReport, Variant, affinity, check_cpus, measure, torch_threads
 from .runtimes import Artifact, LatencyError, Runtime
 from .worker import Processor, Stopwatch, interleave
 
@@ -60,21 +60,24 @@ class Fingerprint:
         runtime: name of the runtime.
         version: its version.
         threads: its threads.
+        cpus: numbers of the processors that they stay on; empty if they may run on all.
     """
 
     processor: Processor
     runtime: str
     version: str
     threads: int
+    cpus: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.runtime} {self.version}, {self.threads} thread(s), on {self.processor.name}"
+        pinned = f", cpus {', '.join(map(str, self.cpus))}" if self.cpus else ""
+        return f"{self.runtime} {self.version}, {self.threads} thread(s), on {self.processor.name}{pinned}"
 
     def differences(self, other: Fingerprint) -> list[str]:
         """What sets ``other`` apart, each with both values; empty for the same device."""
         mine, theirs = (
             {f"processor {name}": value for name, value in asdict(one.processor).items()}
-            | {name: getattr(one, name) for name in ("runtime", "version", "threads")}
+            | {name: getattr(one, name) for name in ("runtime", "version", "threads", "cpus")}
             for one in (self, other)
         )
         return [
@@ -83,7 +86,7 @@ class Fingerprint:
 
 
 def _told(value: Any) -> str:
-    return f"'{' '.join(value) if isinstance(value, tuple) else value}'"
+    return f"'{' '.join(map(str, value)) if isinstance(value, tuple) else value}'"
 
 
 class Device(Protocol):
@@ -108,10 +111,16 @@ class LocalDevice:
     Attributes:
         runtime: what runs the networks.
         threads: its threads.
+        cpus: numbers of the processors to stay on; all that are allowed if empty. `LatencyError` if one is not.
     """
 
     runtime: Runtime
     threads: int = 1
+    cpus: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.cpus:
+            check_cpus(self.cpus)
 
     @property
     def takes(self) -> str:
@@ -120,18 +129,30 @@ class LocalDevice:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Processor, runtime, version and threads."""
-        return Fingerprint(Processor.here(), self.runtime.name, self.runtime.version(), self.threads)
+        """Processor, runtime, version, threads and where they stay."""
+        return Fingerprint(Processor.here(), self.runtime.name, self.runtime.version(), self.threads, self.cpus)
 
     def times_ns(self, networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], n_runs: int, n_warmup: int) -> Floats:
         """Time the networks in turn, less what a call of one thread waited for a processor."""
         stopwatch = Stopwatch()
-        with torch_threads(self.threads), torch.inference_mode():
+        with affinity(self.cpus or None), torch_threads(self.threads), torch.inference_mode():
             calls = [self.runtime.load(artifact, inputs, self.threads) for artifact, inputs in networks]
             timers = [self.runtime.timer(call, stopwatch) for call in calls]
             elapsed, waited = interleave(timers, n_runs, n_warmup)
         times = np.array(elapsed, dtype=float)
         return times - np.array(waited, dtype=float) if self.threads == 1 else times
+
+    def measure(
+        self,
+        networks: Mapping[str, Artifact],
+        inputs: Tensor | tuple[Tensor, ...],
+        *,
+        n_runs: int = 50,
+        n_warmup: int = 10,
+    ) -> LatencyReport:
+        """Time networks that take the same inputs, one call of each in turn; see `latency.measure.measure`."""
+        variants = [Variant(name, self.runtime.name, artifact) for name, artifact in networks.items()]
+        return measure(variants, inputs, n_runs=n_runs, n_warmup=n_warmup, threads=self.threads, cpus=self.cpus or None)
 
 
 def class_of(count: int) -> int:
@@ -436,7 +457,7 @@ class LatencyTable:
 def _read_fingerprint(entry: dict[str, Any]) -> Fingerprint:
     if (name := entry.pop("cpu", None)) is not None:  # format versions 1 and 2
         return Fingerprint(Processor(name), **entry)
-    return Fingerprint(Processor.of_json(entry.pop("processor")), **entry)
+    return Fingerprint(Processor.of_json(entry.pop("processor")), cpus=tuple(entry.pop("cpus")), **entry)
 
 
 def _read_kind(entry: dict[str, Any]) -> KindTimes:

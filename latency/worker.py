@@ -193,6 +193,15 @@ def allowed_cpus() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
+def refusal_of_cpus(cpus: Sequence[int]) -> str:
+    """Why this process cannot stay on the processors with these numbers; empty if it can."""
+    allowed = allowed_cpus()
+    if cpus and set(cpus) <= set(allowed):
+        return ""
+    reason = f"this process may run on {allowed}" if allowed else "this system does not let a process choose any"
+    return f"cpus {list(cpus)} cannot be used: {reason}"
+
+
 def run_job(folder: Path) -> dict[str, Any]:
     """Time the networks that ``job.json`` in a folder lists.
 
@@ -204,6 +213,8 @@ def run_job(folder: Path) -> dict[str, Any]:
 
     job = json.loads((folder / "job.json").read_text())
     if job["cpus"]:
+        if refusal := refusal_of_cpus(job["cpus"]):
+            raise ValueError(refusal)
         os.sched_setaffinity(0, job["cpus"])
     stopwatch, timers = Stopwatch(), []
     for network in job["networks"]:

@@ -12,6 +12,7 @@ from experiments.measure_run import SavedLatency
 from experiments.outcome import DENSE
 from experiments.progress import RunDisplay
 from experiments.search import start_run
+from latency.worker import Processor, allowed_cpus
 
 Command = Callable[..., Any]
 
@@ -40,10 +41,42 @@ def test_saved_networks_are_timed_beside_the_dense_one_with_each_number_of_threa
     assert [line.split()[0] for line in lines] == ["method", DENSE, "uniform"]
 
 
+@pytest.mark.skipif(not allowed_cpus(), reason="the system does not let a process choose its processors")
+def test_readings_say_on_which_processors_they_were_taken_and_how_disturbed(run: Path, command: Command) -> None:
+    last = allowed_cpus()[-1]
+    done = command("latency", "measure", run, "--cpus", last, "--rounds", "6", "--json")
+    for reading in json.loads(done.out):
+        assert reading["cpus"] == [last]
+        assert Processor.of_json(reading["processor"]) == Processor.here()
+        assert 0 <= reading["disturbed"] <= 1
+
+    refused = command("latency", "measure", run, "--cpus", f"{last},4096")
+    assert refused.code == 1
+    assert refused.err == (f"error: cpus [{last}, 4096] cannot be used: this process may run on {allowed_cpus()}\n")
+    unread = command("latency", "measure", run, "--cpus", "0-1")
+    assert unread.err == ("error: cpus '0-1' are no numbers of processors; give them with commas between, as in 0,1\n")
+
+
 def test_an_undecided_network_is_printed_with_the_rounds_that_would_tell() -> None:
-    decided = SavedLatency("ppo", "onnxruntime 1.0", 1, 2.0, 1.9, 2.1, 60, 0.9, 0.8, 0.95, "faster", 25)
+    decided = SavedLatency(
+        method="ppo",
+        runtime="onnxruntime 1.0",
+        threads=1,
+        processor=Processor("a processor"),
+        cpus=(0,),
+        median_ms=2.0,
+        lower_quartile_ms=1.9,
+        upper_quartile_ms=2.1,
+        disturbed=0.25,
+        rounds=60,
+        ratio=0.9,
+        low=0.8,
+        high=0.95,
+        verdict="faster",
+        repeats_needed=25,
+    )
     undecided = replace(decided, ratio=0.98, high=1.02, verdict="undecided", repeats_needed=240)
-    assert decided.cells()[-1] == "faster"
+    assert decided.cells() == ["ppo", "1", "2 (1.9 to 2.1)", "25%", "90.0% (80.0% to 95.0%)", "faster"]
     assert undecided.cells()[-1] == "undecided, about 240 rounds would tell"
     assert undecided.to_dict()["repeats_needed"] == 240
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from latency.table import LatencyTable
+from latency.worker import allowed_cpus
 
 Command = Callable[..., Any]
 TINY = ("--model", "tests.experiments.tiny:network", "--shape", "1,8,8", "--classes", "3")
@@ -41,6 +42,16 @@ def test_a_table_is_built_checked_and_refused_elsewhere(command: Command, tmp_pa
     assert other.err.startswith(f"error: the table was measured with {fingerprint}; here is pytorch-eager ")
     assert ", 2 thread(s), on " in other.err
     assert "They differ in threads '1', here '2'. " in other.err
+
+
+@pytest.mark.skipif(not allowed_cpus(), reason="the system does not let a process choose its processors")
+def test_a_table_built_on_chosen_processors_is_checked_there(command: Command, tmp_path: Path) -> None:
+    table, last = tmp_path / "table.json", allowed_cpus()[-1]
+    options = ("--runtime", "pytorch-eager", "--rounding", "4", "--networks", "2", "--out", table)
+    assert command("latency", "build", *TINY, *options, "--cpus", last).code == 0
+    assert LatencyTable.load(table).fingerprint.cpus == (last,)
+    (found,) = json.loads(command("latency", "check", table, *TINY, "--rounding", "4", "--policies", "4", "--json").out)
+    assert found["device"].endswith(f", cpus {last}")
 
 
 def test_a_network_that_the_table_was_not_built_for_is_refused(command: Command, tmp_path: Path) -> None:

@@ -2,20 +2,21 @@ import json
 import os
 import platform
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graph_encoder.capture import capture
 from graph_encoder.network import LinearDim, NetworkGraph
 from latency.decision import layer_decisions
 from latency.layers import LayerKind
 from latency.predict import LatencyModel, calibrated
-from latency.runtimes import ONNXRUNTIME, find_runtime
+from latency.runtimes import ONNXRUNTIME, Artifact, LatencyError, PyTorchEager, find_runtime
 from latency.table import (
     Calibration,
     Fingerprint,
@@ -31,7 +32,7 @@ from latency.table import (
     reachable_counts,
     start_table,
 )
-from latency.worker import Processor
+from latency.worker import Processor, allowed_cpus
 
 from .synthetic import EMPTY_NS, FormulaDevice, IntegerFormulaDevice, formula_ns
 
@@ -348,6 +349,33 @@ def test_a_calibration_needs_three_networks(graph: NetworkGraph) -> None:
     table = built(graph, FormulaDevice())
     with pytest.raises(TableError, match=f"^{message}$"):
         calibrated(table, LatencyModel(graph, table), [[40, 24], [20, 24]], [1.0, 2.0])
+
+
+class Pinned(PyTorchEager):
+    """Remembers the processors that it was allowed in each call."""
+
+    def __init__(self) -> None:
+        self.allowed: set[tuple[int, ...]] = set()
+
+    def load(self, artifact: Artifact, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:
+        return lambda: self.allowed.add(tuple(allowed_cpus()))
+
+
+@pytest.mark.skipif(len(allowed_cpus()) < 2, reason="there is one processor, or the system does not let one choose")
+def test_a_device_stays_on_its_processors_and_is_another_one_without_them() -> None:
+    before, runtime = allowed_cpus(), Pinned()
+    last = (before[-1],)
+    device = LocalDevice(runtime, cpus=last)
+
+    table = start_table(device, n_runs=2)
+
+    assert runtime.allowed == {last} and allowed_cpus() == before
+    table.check_device(LocalDevice(runtime, cpus=last).fingerprint)
+    with pytest.raises(TableError, match=rf", cpus {last[0]}; here is .* They differ in cpus '{last[0]}', here ''\. "):
+        table.check_device(LocalDevice(runtime).fingerprint)
+    message = f"cpus [4096] cannot be used: this process may run on {before}"
+    with pytest.raises(LatencyError, match=f"^{re.escape(message)}$"):
+        LocalDevice(runtime, cpus=(4096,))
 
 
 def test_the_table_of_a_real_runtime_orders_layers_by_their_work(tmp_path: Path) -> None:

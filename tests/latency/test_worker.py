@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from latency import worker
-from latency.worker import Processor
+from latency.worker import Processor, allowed_cpus, refusal_of_cpus
 
 from .test_measure import relu_onnx
 
@@ -29,3 +30,20 @@ def test_the_worker_alone_times_networks_and_tells_its_processor(tmp_path: Path)
     answer = json.loads((tmp_path / "result.json").read_text())
     assert np.shape(answer["elapsed_ns"]) == np.shape(answer["waited_ns"]) == (1, 3)
     assert Processor.of_json(answer["processor"]) == Processor.here()
+
+
+@pytest.mark.skipif(not allowed_cpus(), reason="the system does not let a process choose its processors")
+def test_the_worker_stays_on_the_processors_of_the_job_or_says_why_not(tmp_path: Path) -> None:
+    last = allowed_cpus()[-1]
+    assert answer_to(tmp_path, cpus=[last]).returncode == 0
+    assert json.loads((tmp_path / "result.json").read_text())["cpus"] == [last]
+
+    refused = answer_to(tmp_path, cpus=[last, 4096])
+    assert refused.returncode == 1
+    reason = f"cpus [{last}, 4096] cannot be used: this process may run on {allowed_cpus()}"
+    assert refused.stderr.splitlines()[-1] == f"ValueError: {reason}"
+
+
+def test_processors_cannot_be_chosen_where_the_system_does_not_let_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(worker.os, "sched_getaffinity", raising=False)
+    assert refusal_of_cpus([0]) == "cpus [0] cannot be used: this system does not let a process choose any"
