@@ -15,16 +15,18 @@ from envs.evaluator import CandidateEvaluator
 from envs.journal import Journal
 from latency.cost import count_macs, count_params, predict_cost
 from latency.measure import measure
+from latency.runtimes import SPARSE
 from pruning.export import export_onnx, save_compressed
 from pruning.policy import CompressionPolicy
 
 from .agents import plan_by_agent, search_by_agent
+from .clock import TableDevice
 from .config import ConfigError, RunConfig
 from .interrupt import StopFlag
 from .machine import set_up_device
 from .methods import ranked_plans
 from .onnx_file import ONNX_NAME, write_onnx
-from .outcome import DENSE, Latency, speeds_that_count, unsure_speedups
+from .outcome import ANOTHER_DEVICE, DENSE, Latency, speeds_that_count, unsure_speedups
 from .problem import least_squares
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
@@ -151,10 +153,14 @@ def _saved(
     save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
     images, onnx = subject.range_images()[0], out / ONNX_NAME
     is_written = write_onnx(network, COMPRESSED, example, onnx, images, display)
-    own, dense = _times(subject, network, policy, onnx if is_written else None, display)
-    counting = speeds_that_count(COMPRESSED, own, dense, has_zeros=bool(policy.sparse_layers))
+    device = TableDevice.of(subject.config.latency.table)
+    own, dense = _times(subject, network, policy, onnx if is_written else None, device, display)
+    has_zeros = bool(policy.sparse_layers)
+    counting = speeds_that_count(COMPRESSED, own, dense, has_zeros=has_zeros, device=device.fingerprint)
     speeds = [*speeds_that_count(COMPRESSED, own, dense, has_zeros=False), *counting]
-    missing = unsure_speedups(COMPRESSED, counting)
+    missing = unsure_speedups(COMPRESSED, counting, device.fingerprint)
+    if device.elsewhere:
+        missing = [f"timed on {ANOTHER_DEVICE}: {device.elsewhere}"]
     return {
         "network": str(out),
         "dense_accuracy": evaluate(subject.model),
@@ -174,7 +180,12 @@ def _saved(
 
 
 def _times(
-    subject: Subject, network: nn.Module, policy: CompressionPolicy, onnx: Path | None, display: RunDisplay
+    subject: Subject,
+    network: nn.Module,
+    policy: CompressionPolicy,
+    onnx: Path | None,
+    device: TableDevice,
+    display: RunDisplay,
 ) -> tuple[list[Latency], list[Latency]]:
     """The compressed network and the dense one, in turns on each runtime that says something of them, if one does."""
     settings = subject.config.measure
@@ -183,13 +194,14 @@ def _times(
     is_simulated = any(layer.is_quantized for layer in policy.layers.values())
     modules = {} if is_simulated else {DENSE: subject.model, COMPRESSED: network}
     modules = {name: copy.deepcopy(module).cpu() for name, module in modules.items()}
-    prepared = prepared_networks(modules, x, display) if policy.sparse_layers else {}
-    with tempfile.TemporaryDirectory() as scratch:
+    is_sparse = bool(policy.sparse_layers) or (device.runtime is not None and device.runtime.name == SPARSE)
+    with tempfile.TemporaryDirectory() as scratch, device.in_force():
+        prepared = prepared_networks(modules, x, display) if is_sparse else {}
         files = {}
         if onnx:
             files = {DENSE: Path(scratch) / ONNX_NAME, COMPRESSED: onnx}
             export_onnx(subject.model, subject.example(2), files[DENSE])
-        timed = variants_of(modules, files, prepared)
+        timed = variants_of(modules, files, prepared, device.runtime)
         if not timed:
             return [], []
         report = measure(timed, x, n_runs=settings.n_runs)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from latency.measure import LatencyReport
-from latency.runtimes import Artifact, find_runtime
-from latency.table import LatencyTable, LocalDevice
+from latency.runtimes import Artifact, LatencyError, Runtime, find_runtime
+from latency.table import Fingerprint, LatencyTable, LocalDevice
 from pruning.export import export_onnx
 
 ROUNDS = 60
@@ -53,3 +54,38 @@ class Clock:
     def time(self, networks: Mapping[str, Artifact], images: Tensor, rounds: int = ROUNDS) -> LatencyReport:
         """Times of the networks, in turn, for one image."""
         return self.device.measure(networks, images[:1].cpu(), n_runs=rounds)
+
+
+@dataclass(frozen=True)
+class TableDevice:
+    """The device that plans were searched for, and whether it is this machine; `TableDevice.of` finds out.
+
+    Attributes:
+        fingerprint: of the latency table, None without one.
+        clock: the device, None without a table or where it is not this machine.
+        elsewhere: why times read here are another device's; empty if they are not.
+    """
+
+    fingerprint: Fingerprint | None = None
+    clock: Clock | None = None
+    elsewhere: str = ""
+
+    @classmethod
+    def of(cls, table: Path | None) -> TableDevice:
+        """The device of the table in a file; `TableError` if that cannot be read."""
+        if table is None:
+            return cls()
+        loaded = LatencyTable.load(table)
+        try:
+            return cls(loaded.fingerprint, Clock.of_table(loaded))
+        except LatencyError as error:
+            return cls(loaded.fingerprint, elsewhere=str(error))
+
+    @property
+    def runtime(self) -> Runtime | None:
+        """Its runtime, where it is this machine."""
+        return self.clock.device.runtime if self.clock else None
+
+    def in_force(self) -> AbstractContextManager[None]:
+        """Its threads and processors for a while, where it is this machine; else those of this process stay."""
+        return self.clock.device.in_force() if self.clock else nullcontext()

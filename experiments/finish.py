@@ -14,11 +14,13 @@ from torch import nn
 from envs.journal import ClockReading, Journal
 from latency.cost import count_macs, count_params, predict_cost, size_bytes
 from latency.measure import measure
+from latency.runtimes import SPARSE
 from pruning.export import save_compressed
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
 from pruning.sparse_training import hold_zeros
 
+from .clock import TableDevice
 from .config import AGENTS, RunConfig
 from .data import DataError
 from .figures import Plan
@@ -76,9 +78,10 @@ def finish_run(
         finalists = _finalists(folder, subject, problem, searches, display, stop)
         _save_products(folder, subject, finalists, display, stop)
         rows = [_row(subject, problem, finalist) for finalist in finalists]
-        rows = _with_latencies(folder, rows, finalists, subject, display)
+        device = TableDevice.of(subject.config.latency.table)
+        rows = _with_latencies(folder, rows, finalists, subject, device, display)
         rows, n_test = _with_test_accuracy(folder, rows, finalists, subject, display)
-        outcome = _outcome(folder, subject, problem, rows, n_test)
+        outcome = _outcome(folder, subject, problem, rows, device, n_test)
         _log_metrics(folder, subject.config, outcome)
         write_atomic(folder.results_file, outcome.model_dump_json(indent=2).encode())
     return rebuild_report(folder, display)
@@ -233,19 +236,22 @@ def _with_latencies(
     rows: Sequence[MethodOutcome],
     finalists: Sequence[Finalist],
     subject: Subject,
+    device: TableDevice,
     display: RunDisplay,
 ) -> list[MethodOutcome]:
-    """Time all networks in one interleaved run on the CPU."""
+    """Time all networks in one interleaved run on the CPU, as the device does that they were searched for."""
     settings = subject.config.measure
     x = subject.example(settings.batch_size).cpu()
     # PyTorch only simulates integers, and takes longer for it: that time says nothing.
     simulated = {f.name for f in finalists if any(layer.is_quantized for layer in f.policy.layers.values())}
     networks = {f.name: copy.deepcopy(f.product).cpu() for f in finalists if f.name not in simulated}
     onnx = {f.name: path for f in finalists if (path := folder.method(f.name).model / ONNX_NAME).exists()}
-    has_zeros = any(f.policy.sparse_layers for f in finalists if f.name in networks)
-    prepared = prepared_networks(networks, x, display) if has_zeros else {}
-    started = time.perf_counter()
-    report = measure(variants_of(networks, onnx, prepared), x, n_runs=settings.n_runs)
+    is_sparse = any(f.policy.sparse_layers for f in finalists if f.name in networks)
+    is_sparse |= device.runtime is not None and device.runtime.name == SPARSE
+    with device.in_force():
+        prepared = prepared_networks(networks, x, display) if is_sparse else {}
+        started = time.perf_counter()
+        report = measure(variants_of(networks, onnx, prepared, device.runtime), x, n_runs=settings.n_runs)
     display.say(f"timed {len(finalists)} networks in turn, {time.perf_counter() - started:.1f} s")
     dense = {entry.runtime: entry for entry in report.entries if entry.model == DENSE}
     timed = []
@@ -284,7 +290,12 @@ def _with_test_accuracy(
 
 
 def _outcome(
-    folder: RunFolder, subject: Subject, problem: SearchProblem, rows: Sequence[MethodOutcome], n_test: int
+    folder: RunFolder,
+    subject: Subject,
+    problem: SearchProblem,
+    rows: Sequence[MethodOutcome],
+    device: TableDevice,
+    n_test: int,
 ) -> RunOutcome:
     config, space = subject.config, problem.space
     return RunOutcome(
@@ -301,6 +312,8 @@ def _outcome(
         seed=config.search.seed,
         command=folder.command,
         machine=folder.machine,
+        device=device.fingerprint,
+        elsewhere=device.elsewhere,
         probe_evaluations=problem.probe_evaluations,
         probe_seconds=problem.probe_seconds,
         granted_evaluations=config.search.evaluations,

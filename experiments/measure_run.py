@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,14 @@ from torch import nn
 
 from latency.remote import RemoteDevice
 from latency.runtimes import Artifact
-from latency.table import LocalDevice
+from latency.table import Device, LatencyTable, LocalDevice, TableError
 from latency.worker import Processor
 from pruning.export import load_compressed, read_manifest
 from pruning.policy import CompressionPolicy
 
 from .data import ImageData
 from .models import build_model
-from .outcome import DENSE
+from .outcome import ANOTHER_DEVICE, DENSE
 from .progress import Say, count
 from .run import RunError, RunFolder
 from .timing_device import Remote, device_for
@@ -48,6 +48,8 @@ class SavedLatency:
         high: its upper end.
         verdict: faster, slower, equal or undecided; see `latency.measure.Comparison`.
         repeats_needed: rounds that would decide; more than ``rounds`` where it is undecided.
+        another_device: why this is another device than the latency table's that the run searched with; empty if it is
+            the same, or there was no table.
     """
 
     method: str
@@ -65,6 +67,7 @@ class SavedLatency:
     high: float
     verdict: str
     repeats_needed: int
+    another_device: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The reading as plain values."""
@@ -74,11 +77,12 @@ class SavedLatency:
         """The reading as a row of text, a cell for each of `HEADINGS`."""
         times = f"{self.median_ms:.3g} ({self.lower_quartile_ms:.3g} to {self.upper_quartile_ms:.3g})"
         own = [self.method, str(self.threads), times, f"{self.disturbed:.0%}"]
+        where = f", {ANOTHER_DEVICE}" if self.another_device else ""
         if self.method == DENSE:
-            return [*own, "", self.runtime]
+            return [*own, "", f"{self.runtime}{where}"]
         share = f"{self.ratio:.1%} ({self.low:.1%} to {self.high:.1%})"
         needed = f", about {self.repeats_needed} rounds would tell" if self.verdict == "undecided" else ""
-        return [*own, share, f"{self.verdict}{needed}"]
+        return [*own, share, f"{self.verdict}{needed}{where}"]
 
 
 def measure_run(
@@ -122,10 +126,24 @@ def measure_run(
     for reason in left_out:
         say(f"left out: {reason}")
     readings: list[SavedLatency] = []
+    table = LatencyTable.load(folder.table_file) if folder.table_file.exists() else None
     for device, n in zip(devices, threads, strict=True):
+        another = _another_device(table, device)
+        if another:
+            say(f"warning: {ANOTHER_DEVICE}: {another}")
         say(f"{root}: {len(artifacts)} networks with {count(n, 'thread')}, {rounds} rounds")
-        readings += _timed(device, folder, artifacts, rounds)
+        readings += [replace(reading, another_device=another) for reading in _timed(device, folder, artifacts, rounds)]
     return readings
+
+
+def _another_device(table: LatencyTable | None, device: Device) -> str:
+    """Why a device is not that of a table; empty if it is, or there is no table."""
+    try:
+        if table is not None:
+            table.check_device(device.fingerprint)
+    except TableError as error:
+        return str(error)
+    return ""
 
 
 def _artifacts(folder: RunFolder, methods: Sequence[str], takes: str) -> tuple[dict[str, Artifact], list[str]]:

@@ -16,12 +16,14 @@ from envs.journal import ClockReading
 from latency.budget import Budget, in_words
 from latency.cost import CostKind
 from latency.measure import LatencyEntry
-from latency.runtimes import ONNXRUNTIME, SPARSE
+from latency.runtimes import ONNXRUNTIME, PYTORCH, SPARSE
+from latency.table import Fingerprint
 
 from .machine import Machine
 
 DENSE = "dense"
 NO_BUDGET = "no budget"
+ANOTHER_DEVICE = "another device than the latency table's"
 
 
 class _Record(BaseModel):
@@ -210,6 +212,10 @@ class RunOutcome(_Record):
     seed: int
     command: str
     machine: Machine
+    device: Fingerprint | None = None
+    """What the latency table was measured on, that plans were searched for; None without a table."""
+    elsewhere: str = ""
+    """Why the times of the networks are another device's; empty if they were read on `device`, or there is none."""
     probe_evaluations: float = 0.0
     """Evaluations that the sensitivity probes count as; made once, counted for each method that uses them."""
     probe_seconds: float = 0.0
@@ -236,6 +242,11 @@ class RunOutcome(_Record):
             Allowance(kind=self.budget_kind, limit=self.cost_limit, dense_cost=self.dense_cost),
             *self.further_budgets,
         )
+
+    @property
+    def timed_threads(self) -> int:
+        """Threads that networks were timed with."""
+        return self.machine.threads if self.device is None or self.elsewhere else self.device.threads
 
     @property
     def has_budget(self) -> bool:
@@ -326,8 +337,12 @@ def speeds(outcome: RunOutcome) -> list[Speed]:
 
 
 def speed_notes(outcome: RunOutcome) -> list[str]:
-    """Networks that are slower than the dense one, or cannot be told from it, a sentence a runtime."""
+    """Sentences on the times: that they are another device's, and on each runtime what is slower than the dense network
+    or cannot be told from it.
+    """  # noqa: D205 - one sentence
     notes, found = [], speeds(outcome)
+    if outcome.elsewhere:
+        notes.append(f"Times are of {ANOTHER_DEVICE}: {outcome.elsewhere}.")
     for runtime in dict.fromkeys(speed.runtime for speed in found):
         slower = [s for s in found if s.runtime == runtime and s.verdict == "slower"]
         alike = [s.method for s in found if s.runtime == runtime and s.verdict == "unclear"]
@@ -343,29 +358,50 @@ def speed_notes(outcome: RunOutcome) -> list[str]:
 
 
 def missing_speedups(outcome: RunOutcome) -> list[str]:
-    """Every network and runtime without a speed-up that is sure, in words; a network that nothing timed is one, too."""
+    """Every network and runtime without a speed-up that is sure, in words; a network that nothing timed is one, too.
+
+    Times of another device than the one that plans were searched for tell of no network.
+    """
+    if outcome.elsewhere:
+        return [f"timed on {ANOTHER_DEVICE}: {outcome.elsewhere}"]
     dense = outcome.row(DENSE).latencies
     missing = []
     for row in outcome.rows:
         if row.method != DENSE:
-            found = speeds_that_count(row.method, row.latencies, dense, has_zeros=row.has_zeros)
-            missing += unsure_speedups(row.method, found)
+            found = speeds_that_count(row.method, row.latencies, dense, has_zeros=row.has_zeros, device=outcome.device)
+            missing += unsure_speedups(row.method, found, outcome.device)
     return missing
 
 
-def unsure_speedups(method: str, counting: Sequence[Speed]) -> list[str]:
-    """The speeds among those that count that are no sure speed-up, in words; a network without any is one, too."""
+def unsure_speedups(method: str, counting: Sequence[Speed], device: Fingerprint | None) -> list[str]:
+    """The speeds among those that count that are no sure speed-up, in words; a network without any is one, too.
+
+    Args:
+        method: that found the network.
+        counting: from `speeds_that_count`.
+        device: that the network was searched for, if for one.
+    """
     if not counting:
-        return [f"{method}: not timed on any runtime"]
+        return [f"{method}: not timed on {device or 'any runtime'}"]
     return [str(speed) for speed in counting if speed.verdict != "faster"]
 
 
-def speeds_that_count(method: str, own: Sequence[Latency], dense: Sequence[Latency], *, has_zeros: bool) -> list[Speed]:
+def speeds_that_count(
+    method: str,
+    own: Sequence[Latency],
+    dense: Sequence[Latency],
+    *,
+    has_zeros: bool,
+    device: Fingerprint | None = None,
+) -> list[Speed]:
     """The speeds by which a network is faster than the dense one or not.
 
-    Each runtime counts that both were timed on. The others compute zeros as any other weight, so that a network with
-    zeros is judged by its time through `sparsify` alone, where there is one.
+    Each runtime counts that both were timed on, or the one of the device that the network was searched for alone.
+    Without such a device, a network with zeros is judged by its time through `sparsify` alone, where there is one, for
+    the others compute zeros as any other weight.
     """
+    if device is not None:
+        own, has_zeros = [latency for latency in own if latency.runtime == device.runtime], False
     sparse = next((latency for latency in own if latency.runtime == SPARSE), None)
     if has_zeros and sparse is not None:
         return [sparse_speed(method, sparse, dense)]
@@ -464,5 +500,9 @@ def _time(row: MethodOutcome, dense: MethodOutcome, runtime: str) -> str:
 
 def _times(outcome: RunOutcome) -> dict[str, str]:
     """How the runtimes of the table begin, by the heading of their column."""
-    is_sparse = any(latency.runtime == SPARSE for row in outcome.rows for latency in row.latencies)
-    return {"eager ms": "pytorch", "onnx ms": ONNXRUNTIME} | ({"sparse ms": SPARSE} if is_sparse else {})
+    timed = {latency.runtime for row in outcome.rows for latency in row.latencies}
+    columns = {"eager ms": "pytorch", "onnx ms": ONNXRUNTIME} | ({"sparse ms": SPARSE} if SPARSE in timed else {})
+    if outcome.device and outcome.device.runtime in timed - {PYTORCH, *columns.values()}:
+        columns[f"{outcome.device.runtime} ms"] = outcome.device.runtime
+    where = ", another device" if outcome.elsewhere else ""
+    return {f"{heading}{where}": runtime for heading, runtime in columns.items()}

@@ -13,6 +13,7 @@ from latency.runtimes import SPARSE
 from .config import METHODS, ONE_SHOT
 from .figures import COLOURS, Plan, keep_ratio_figure, latency_figure, near_limit, pareto_figure, reward_figure
 from .outcome import (
+    ANOTHER_DEVICE,
     DENSE,
     MethodOutcome,
     RunOutcome,
@@ -110,6 +111,7 @@ def _cards(outcome: RunOutcome) -> str:
             speed = after.speed(best.method, before)
         label = f"measured speed, {speed.runtime}"
         label += f" against the dense network on {speed.dense_runtime}" if speed.dense_runtime else ""
+        label += f", {ANOTHER_DEVICE}" if outcome.elsewhere else ""
         if speed.verdict == "unclear":
             cards.append(("unclear", f"{label}: the times overlap with the dense network's"))
         else:
@@ -180,7 +182,7 @@ def _figure_sections(outcome: RunOutcome, plans: Sequence[Plan]) -> list[str]:
                 "Measured time",
                 " ".join(
                     [
-                        f"CPU, {count(outcome.machine.threads, 'thread')}, all networks interleaved in one run. "
+                        f"CPU, {count(outcome.timed_threads, 'thread')}, all networks interleaved in one run. "
                         "Multiply-adds are not time: small layers, memory traffic and the runtime decide how much of "
                         "the saving arrives.",
                         *speed_notes(outcome),
@@ -264,6 +266,7 @@ def _provenance(outcome: RunOutcome) -> str:
         "system": f"{machine.system}, Python {machine.python}",
         "packages": ", ".join(f"{name} {version}" for name, version in machine.packages.items()),
         "limit": f"{', '.join(in_words(b.limit, b.kind) for b in outcome.budgets)} ({outcome.budget})",
+        **({"latency table": str(outcome.device)} if outcome.device else {}),
         "images": f"{outcome.n_validation:,} validation, {outcome.n_test:,} test",
     }
     return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from latency.measure import Variant
-from latency.runtimes import ONNXRUNTIME, PYTORCH, SPARSE, LatencyError, find_runtime, prepare_sparse
+from latency.runtimes import ONNXRUNTIME, PYTORCH, SPARSE, Artifact, LatencyError, Runtime, find_runtime, prepare_sparse
 from pruning.kernels.plan import DENSE_FORMS
 from pruning.sparse_network import SparseNetwork
 
@@ -42,14 +42,19 @@ def prepared_networks(networks: Mapping[str, nn.Module], x: Tensor, display: Run
 
 
 def variants_of(
-    networks: Mapping[str, nn.Module], onnx: Mapping[str, Path], prepared: Mapping[str, SparseNetwork]
+    networks: Mapping[str, nn.Module],
+    onnx: Mapping[str, Path],
+    prepared: Mapping[str, SparseNetwork],
+    searched_for: Runtime | None = None,
 ) -> list[Variant]:
-    """All that is timed in one run: by name, modules, ONNX files, and what `prepared_networks` made."""
-    return [
-        Variant(name, runtime, artifact)
-        for runtime, artifacts in ((PYTORCH, networks), (ONNXRUNTIME, onnx), (SPARSE, prepared))
-        for name, artifact in artifacts.items()
-    ]
+    """All that is timed in one run: by name, modules, ONNX files, and what `prepared_networks` made.
+
+    The runtime that plans were searched for is timed too, if it is none of these three.
+    """
+    artifacts: dict[str, Mapping[str, Artifact]] = {PYTORCH: networks, ONNXRUNTIME: onnx, SPARSE: prepared}
+    if searched_for is not None:
+        artifacts.setdefault(searched_for.name, onnx if searched_for.takes == "onnx" else networks)
+    return [Variant(name, runtime, artifact) for runtime, own in artifacts.items() for name, artifact in own.items()]
 
 
 def layer_forms(network: SparseNetwork) -> tuple[LayerForm, ...]:

@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -135,12 +136,18 @@ class LocalDevice:
     def times_ns(self, networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], n_runs: int, n_warmup: int) -> Floats:
         """Time the networks in turn, less what a call of one thread waited for a processor."""
         stopwatch = Stopwatch()
-        with affinity(self.cpus or None), torch_threads(self.threads), torch.inference_mode():
+        with self.in_force(), torch.inference_mode():
             calls = [self.runtime.load(artifact, inputs, self.threads) for artifact, inputs in networks]
             timers = [self.runtime.timer(call, stopwatch) for call in calls]
             elapsed, waited = interleave(timers, n_runs, n_warmup)
         times = np.array(elapsed, dtype=float)
         return times - np.array(waited, dtype=float) if self.threads == 1 else times
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """PyTorch's number of threads, and the processors that this one may run on, as the device has them."""
+        with affinity(self.cpus or None), torch_threads(self.threads):
+            yield
 
     def measure(
         self,
