@@ -129,12 +129,11 @@ def _finalists(
         policy = problem.policy(search)
         readings: tuple[ClockReading, ...] = ()
         if problem.space.timed is not None:
-            measured = kept_by_the_clock(
-                policy, search.method, subject, problem.space, builder, problem.journal, display
-            )
+            own = folder.method(search.method)
+            measured = kept_by_the_clock(policy, own, subject, problem.space, builder, problem.journal, display)
             policy, readings = measured.policy, measured.readings
             # What is handed on to others is the plan of the network that is handed on.
-            policy.save(folder.method(search.method).policy_file)
+            policy.save(own.policy_file)
         same = next((other for other in found[1:] if other.policy.digest == policy.digest), None)
         if same:
             display.say(f"{search.method}: the same plan as {same.name}, so the same fine-tuned network")

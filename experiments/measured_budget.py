@@ -21,6 +21,7 @@ from pruning.policy import CompressionPolicy
 from .clock import ROUNDS, Clock
 from .outcome import DENSE
 from .progress import RunDisplay
+from .run import MethodFolder
 from .subject import Subject
 
 MOST_PROJECTIONS = 3
@@ -57,7 +58,7 @@ class MeasuredPlan:
 
 def kept_by_the_clock(
     policy: CompressionPolicy,
-    name: str,
+    own: MethodFolder,
     subject: Subject,
     space: SearchSpace,
     builder: CandidateEvaluator,
@@ -66,16 +67,19 @@ def kept_by_the_clock(
 ) -> MeasuredPlan:
     """The plan that keeps the budget on the clock of the table's device, if that is this one.
 
+    A plan whose network is being fine-tuned already stays as it is, also where a clock can be asked only now.
+
     Args:
         policy: plan within the budget by the table.
-        name: of the method that found it.
+        own: folder of the method that found it.
         subject: the dense network and its images.
         space: the decisions.
         builder: builds the network of a plan.
         journal: holds what was read before, and gets what is read now.
         display: told what was read.
     """
-    plan = within_measured_budget(policy, space, _PlanClock(subject, builder), journal, name)
+    name, is_settled = own.root.name, own.tuned_file.exists() or own.finetuning.exists()
+    plan = within_measured_budget(policy, space, _PlanClock(subject, builder, is_settled), journal, name)
     if plan.unmeasured:
         display.say(f"warning: {name} is not measured: {plan.unmeasured}")
         return plan
@@ -155,9 +159,13 @@ class _PlanClock:
 
     subject: Subject
     builder: CandidateEvaluator
+    is_settled: bool
 
     @cached_property
     def _clock(self) -> Clock:
+        if self.is_settled:
+            msg = "its network is fine-tuned already, which a smaller plan would undo"
+            raise LatencyError(msg)
         assert self.subject.config.latency.table is not None
         return Clock.of_table(LatencyTable.load(self.subject.config.latency.table))
 
@@ -166,6 +174,7 @@ class _PlanClock:
         return self._clock.artifact(self.subject.model, self.subject.calibration()[0])
 
     def __call__(self, policy: CompressionPolicy, rounds: int) -> Comparison:
+        clock = self._clock
         images = self.subject.calibration()[0]
-        networks = {DENSE: self._dense, "plan": self._clock.artifact(self.builder.build(policy), images)}
-        return self._clock.time(networks, images, rounds).compare("plan", DENSE, self._clock.device.runtime.name)
+        networks = {DENSE: self._dense, "plan": clock.artifact(self.builder.build(policy), images)}
+        return clock.time(networks, images, rounds).compare("plan", DENSE, clock.device.runtime.name)

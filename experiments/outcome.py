@@ -472,11 +472,11 @@ def _clock_cell(row: MethodOutcome, outcome: RunOutcome) -> str:
     if not row.clock_readings:
         return "" if row.method == DENSE else "-"
     last = row.clock_readings[-1]
-    over = " over" if is_over_on_the_clock(row, outcome) else ""
+    over = " over" if _is_over_on_the_clock(row, outcome) else ""
     return f"{last.measured:.1%} ({last.low:.1%} to {last.high:.1%}){over}"
 
 
-def is_over_on_the_clock(row: MethodOutcome, outcome: RunOutcome) -> bool:
+def _is_over_on_the_clock(row: MethodOutcome, outcome: RunOutcome) -> bool:
     """Whether the last reading of a row is over the latency budget."""
     limits = [budget.limit / budget.dense_cost for budget in outcome.budgets if budget.kind == "latency"]
     return bool(limits and row.clock_readings) and row.clock_readings[-1].measured > limits[0]

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from experiments.measured_budget import (
     ROUNDS_OF_READINGS,
     MeasuredPlan,
     TimeShare,
+    kept_by_the_clock,
     within_measured_budget,
 )
+from experiments.progress import RunDisplay
+from experiments.run import MethodFolder
 from graph_encoder.capture import capture
 from latency.budget import Budget
 from latency.measure import Comparison
@@ -170,3 +174,18 @@ def test_a_continued_run_reads_what_was_measured_and_needs_no_clock(space: Searc
     without = kept(policy, space, refused)
     assert (without.policy, without.readings, without.unmeasured) == (policy, (), "the table is of another device")
     assert not without.is_within
+
+
+def test_a_plan_that_was_fine_tuned_without_a_clock_is_not_made_smaller_by_one_found_later(
+    space: SearchSpace, tmp_path: Path
+) -> None:
+    own = MethodFolder(tmp_path / "uniform")
+    own.root.mkdir()
+    own.tuned_file.touch()
+    policy, never = space.policy(start_plan(space)), cast("Any", None)
+
+    with RunDisplay(quiet=True) as display:
+        plan = kept_by_the_clock(policy, own, never, space, never, Journal(), display)
+
+    assert plan.policy == policy
+    assert plan.unmeasured == "its network is fine-tuned already, which a smaller plan would undo"
