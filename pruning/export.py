@@ -311,8 +311,11 @@ def _refused_operator(error: Exception, frozen: nn.Module, inputs: tuple[Tensor,
     if not match:
         return ""
     operator = match[1].rpartition(".")[2]
-    program = torch.export.export(frozen, inputs, dynamic_shapes=_free_batch(inputs))
-    for node in program.graph.nodes:
+    try:
+        nodes = list(torch.export.export(frozen, inputs, dynamic_shapes=_free_batch(inputs)).graph.nodes)
+    except Exception:  # ONNX's exporter has ways of its own for what cannot be exported in this one
+        nodes = []
+    for node in nodes:
         name = str(node.target).removesuffix(".default").rpartition(".")[2]
         if node.op == "call_function" and (name == operator or name.endswith(f"_{operator}")):
             stack = list((node.meta.get("nn_module_stack") or {}).values())

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -231,6 +232,16 @@ def test_network_with_a_fixed_batch_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="Fixed cannot be exported: "):
         export_program(Fixed(), EXAMPLE, tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_network_that_onnx_and_pytorch_both_cannot_export_is_refused(tmp_path: Path) -> None:
+    class Sorts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.from_numpy(np.sort(x.detach().numpy()))
+
+    with pytest.raises(ExportError, match=r"^Sorts cannot be exported to ONNX: the network calls '\w+', which has no "):
+        export_onnx(Sorts(), EXAMPLE, tmp_path / "model.onnx")
 
 
 def test_full_disk_leaves_no_half_written_network(
