@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, fx, nn
 
 from .groups import assemble
 from .modes import evaluation_mode
-from .network import NetworkGraph, Operator, TraceError
-from .resize import holds_smaller_widths
+from .network import ForwardError, NetworkGraph, Operator, TraceError
+from .opaque import Opaque
+from .real_run import record_calls
+from .resize import DenseRun, holds_smaller_widths
 from .symbolic import SymbolicRun, symbolic_trace
-from .trace import LabelPass, Record, batch_of_two
+from .trace import LabelPass, batch_of_two
 
 
 def capture(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> NetworkGraph:
@@ -22,16 +23,22 @@ def capture(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Netw
     The module runs once on meta tensors: nothing is computed, and the module is left as it was. A group is offered
     for pruning only if the forward pass holds at smaller widths, which is tried out, on shapes, before it is said.
 
+    A sub-module that cannot run without values stays as it is, and so do the channels that it reads and writes: the
+    innermost that fails, or the one around it where that does not help. What it returns and costs is taken from two
+    runs of a copy of the network on random inputs; `NetworkGraph.opaque` names it and `NetworkGraph.skipped` says why.
+
     Args:
         model: the network; any `nn.Module`.
-        example_inputs: the positional inputs of ``forward``, batch first. Only shapes and dtypes are read; a batch of
-            one is taken as two, because a dimension of size one hides what is broadcast.
+        example_inputs: the positional inputs of ``forward``, batch first. Only shapes and dtypes are read, and values
+            of integers where a sub-module needs values; a batch of one is taken as two, because a dimension of size
+            one hides what is broadcast.
 
     Returns:
         The graph; `NetworkGraph.groups` holds every channel group, offered or not, each with its reason.
 
     Raises:
-        TraceError: if the forward pass cannot run without values, naming the module and what stopped it.
+        TraceError: if the network's own forward pass cannot run without values, or not at all, naming the module that
+            failed first and what stopped it.
     """
     inputs = _as_tuple(example_inputs)
     with evaluation_mode(model):
@@ -54,50 +61,74 @@ def _as_tuple(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> NetworkGraph:
-    metas = [batch_of_two(x) for x in inputs]
-    record = _run(model, model, metas)
-    graph = assemble(record, model)
-    outputs = record.output_shapes
-    if holds_smaller_widths(model, graph, metas, outputs) is None:
+    run, dense = _run(model, inputs, with_labels=True)
+    graph = assemble(run.record, model, dense.opaque)
+    if holds_smaller_widths(model, graph, dense) is None:
         return graph
-    traced = symbolic_trace(model)
+    traced = symbolic_trace(model, graph.opaque)
     if traced is not None:
-        rewritten = _with_rewrites(traced, metas, model, outputs)
+        rewritten = _with_rewrites(traced, model, dense)
         if rewritten is not None:
             return rewritten
-    return _freeze_what_does_not_hold(model, graph, metas, outputs)
+    return _freeze_what_does_not_hold(model, graph, dense)
 
 
-def _run(model: nn.Module, forward: Callable[..., Any], metas: Sequence[Tensor]) -> Record:
-    run = LabelPass(model)
-    run.run(forward, metas)
-    return run.record
+def _run(model: nn.Module, inputs: tuple[Tensor, ...], *, with_labels: bool) -> tuple[LabelPass, DenseRun]:
+    """Run ``model`` on shapes, with those of its modules left out that cannot run on shapes."""
+    metas = tuple(batch_of_two(x) for x in inputs)
+    run = LabelPass(model, with_labels=with_labels)
+    try:
+        run.run(model, metas)
+        opaque = Opaque()
+    except ForwardError as error:
+        run, opaque = _run_around(model, inputs, metas, error, with_labels=with_labels)
+    return run, DenseRun(metas, opaque, run.record.output_shapes)
 
 
-def _with_rewrites(
-    traced: fx.GraphModule, metas: list[Tensor], model: nn.Module, outputs: list[tuple[int, ...]]
-) -> NetworkGraph | None:
+def _run_around(
+    model: nn.Module, inputs: tuple[Tensor, ...], metas: tuple[Tensor, ...], first: ForwardError, *, with_labels: bool
+) -> tuple[LabelPass, Opaque]:
+    """Make one module after the other opaque until ``model`` runs on shapes; raises ``first`` where it never does."""
+    try:
+        opaque = Opaque(calls=record_calls(model, inputs))
+    except Exception:  # a network that does not run on values either has another fault, which its first failure tells
+        raise first from None
+    failure = first
+    while True:
+        module = next((name for name in reversed(failure.modules) if name not in opaque.causes), None)
+        if module is None:
+            raise first
+        is_inside = failure.modules[-1] != module
+        opaque = opaque.around(module, f"'{failure.modules[-1]}': {failure.cause}" if is_inside else failure.cause)
+        run = LabelPass(model, opaque, with_labels=with_labels)
+        try:
+            run.run(model, metas)
+        except ForwardError as error:
+            failure = error
+        else:
+            return run, opaque
+
+
+def _with_rewrites(traced: fx.GraphModule, model: nn.Module, dense: DenseRun) -> NetworkGraph | None:
     """The graph of the symbolic trace, whose held numbers can be rewritten; None if it does not run as the model."""
     # The trace holds the model's own tensors in another order; names come from the model, or tied ones get two.
-    run = LabelPass(model)
+    run = LabelPass(model, dense.opaque)
     nodes = SymbolicRun(traced, run)
     try:
-        run.run(nodes.run, metas)
+        run.run(nodes.run, dense.inputs)
     except TraceError:
         return None
-    if run.record.output_shapes != outputs:
+    if run.record.output_shapes != dense.outputs:
         return None
     run.record.held = nodes.held_numbers()
-    graph = assemble(run.record, model)
-    return _freeze_what_does_not_hold(model, graph, metas, outputs)
+    graph = assemble(run.record, model, dense.opaque)
+    return _freeze_what_does_not_hold(model, graph, dense)
 
 
-def _freeze_what_does_not_hold(
-    model: nn.Module, graph: NetworkGraph, metas: list[Tensor], outputs: list[tuple[int, ...]]
-) -> NetworkGraph:
+def _freeze_what_does_not_hold(model: nn.Module, graph: NetworkGraph, dense: DenseRun) -> NetworkGraph:
     """Keep dense, by name, the groups without which the rest of the network holds at smaller widths."""
-    while (failure := holds_smaller_widths(model, graph, metas, outputs)) is not None:
-        module, culprits = _culprits(model, graph, metas, outputs, failure.module)
+    while (failure := holds_smaller_widths(model, graph, dense)) is not None:
+        module, culprits = _culprits(model, graph, dense, failure.module)
         culprits |= _alike(model, graph, module, culprits)
         if not culprits:
             msg = (
@@ -111,9 +142,7 @@ def _freeze_what_does_not_hold(
     return graph
 
 
-def _culprits(
-    model: nn.Module, graph: NetworkGraph, metas: list[Tensor], outputs: list[tuple[int, ...]], module: str
-) -> tuple[str, set[int]]:
+def _culprits(model: nn.Module, graph: NetworkGraph, dense: DenseRun, module: str) -> tuple[str, set[int]]:
     """Groups to blame for a failure inside ``module``, and the module around it that binds them.
 
     They are the groups bound there that fail alone; where there are none, the first that fails.
@@ -121,13 +150,13 @@ def _culprits(
     offered = [index for index, group in enumerate(graph.groups) if group.is_prunable]
     while module:
         near = [i for i in offered if any(m.tensor.startswith(f"{module}.") for m in graph.groups[i].members)]
-        guilty = {i for i in near if holds_smaller_widths(model, graph, metas, outputs, frozenset({i})) is not None}
+        guilty = {i for i in near if holds_smaller_widths(model, graph, dense, frozenset({i})) is not None}
         if guilty:
             return module, guilty
         module = module.rpartition(".")[0]
     while len(offered) > 1:
         half = offered[: len(offered) // 2]
-        fails = holds_smaller_widths(model, graph, metas, outputs, frozenset(half)) is not None
+        fails = holds_smaller_widths(model, graph, dense, frozenset(half)) is not None
         offered = half if fails else offered[len(offered) // 2 :]
     return "", set(offered)
 
@@ -162,7 +191,6 @@ def trace_operators(model: nn.Module, example_inputs: Tensor | Sequence[Tensor])
     Raises:
         TraceError: if the forward pass cannot run without values.
     """
-    run = LabelPass(model, with_labels=False)
     with evaluation_mode(model):
-        run.run(model, [batch_of_two(x) for x in _as_tuple(example_inputs)])
+        run, _ = _run(model, _as_tuple(example_inputs), with_labels=False)
     return run.record.operators

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from .labels import IntArray, LabelClasses
 from .network import ChannelGroup, HeldNumber, LinearDim, Member, NetworkGraph, Term
+from .opaque import Opaque
 from .trace import Axis, Held, Record
 
 
-def assemble(record: Record, model: nn.Module) -> NetworkGraph:
-    """Turn the labels of one run of ``model`` into groups, members and cost terms."""
+def assemble(record: Record, model: nn.Module, opaque: Opaque) -> NetworkGraph:
+    """Turn the labels of one run of ``model`` into groups, members and cost terms; ``opaque`` modules are named."""
     for grid in record.grids:
         record.classes.make_rectangular(grid)
     _bind_loose_parameters(record)
@@ -29,8 +30,9 @@ def assemble(record: Record, model: nn.Module) -> NetworkGraph:
         groups=tuple(groups),
         mac_terms=tuple(Term(m.operator, m.factor, tuple(map(places.linear_dim, m.dims))) for m in record.multiplies),
         param_terms=tuple(_param_term(record, places, name, p) for name, p in model.named_parameters()),
-        skipped={name: group.reason for group in groups if group.reason for name in group.producers},
+        skipped={**opaque.reasons, **{n: group.reason for group in groups if group.reason for n in group.producers}},
         rewrites=tuple(held for number in record.held if (held := places.held(number)) is not None),
+        opaque=tuple(opaque.causes),
     )
 
 

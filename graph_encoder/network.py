@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -33,6 +33,27 @@ channel group, one for each choice inside a layer."""
 
 class TraceError(RuntimeError):
     """The network cannot be captured; the message names the module and the operator."""
+
+
+class ForwardError(TraceError):
+    """The forward pass stopped on its way.
+
+    Attributes:
+        modules: qualified names of the modules that were running, each inside the one before it; empty if it was the
+            network itself.
+        cause: what stopped it.
+    """
+
+    def __init__(self, modules: Sequence[str], cause: str, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Make the message, for inputs of ``shapes``."""
+        self.modules = tuple(modules)
+        self.cause = cause
+        where = self.modules[-1] if self.modules else "the network itself"
+        super().__init__(
+            f"'{where}' cannot be captured: {cause}. The forward pass may not read the values of its "
+            f"activations (`.item()`, `if x.sum() > 0`) and must accept inputs of the shapes "
+            f"{list(shapes)}; move what depends on values out of the network"
+        )
 
 
 @dataclass(frozen=True)
@@ -181,8 +202,9 @@ class NetworkGraph:
         groups: all channel groups, in the order in which they are produced.
         mac_terms: one term an operator that multiplies; their sum is the network's MACs for a batch of one.
         param_terms: one term a parameter tensor.
-        skipped: layer name to the reason why (part of) its output is left dense.
+        skipped: layer name to the reason why (part of) its output is left dense; so are the opaque modules.
         rewrites: channel counts held by ``forward``; empty where slicing the module's tensors is enough.
+        opaque: qualified names of the modules that could not be captured and stay as they are.
     """
 
     operators: tuple[Operator, ...]
@@ -192,6 +214,7 @@ class NetworkGraph:
     param_terms: tuple[Term, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
     rewrites: tuple[HeldNumber, ...] = ()
+    opaque: tuple[str, ...] = ()
 
     @cached_property
     def group_index(self) -> Mapping[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .network import NetworkGraph, TraceError
+from .network import ForwardError, NetworkGraph, TraceError
+from .opaque import Opaque
 from .symbolic import rewrite
 from .trace import LabelPass
 
@@ -88,20 +89,30 @@ def resize_attributes(module: nn.Module, old: Mapping[str, torch.Size]) -> dict[
     return {}
 
 
+@dataclass(frozen=True)
+class DenseRun:
+    """The run on shapes that smaller widths are compared with.
+
+    Attributes:
+        inputs: meta tensors, batch first.
+        opaque: the modules that stay as they are.
+        outputs: shapes of what the network returned.
+    """
+
+    inputs: tuple[Tensor, ...]
+    opaque: Opaque
+    outputs: list[tuple[int, ...]]
+
+
 def holds_smaller_widths(
-    model: nn.Module,
-    graph: NetworkGraph,
-    metas: Sequence[Tensor],
-    expected: Sequence[tuple[int, ...]],
-    only: frozenset[int] | None = None,
+    model: nn.Module, graph: NetworkGraph, dense: DenseRun, only: frozenset[int] | None = None
 ) -> Failure | None:
     """Try the forward pass, on shapes, with a third of every offered group's units gone.
 
     Args:
         model: the captured module.
         graph: its graph.
-        metas: meta inputs, batch first.
-        expected: shapes of the dense network's outputs.
+        dense: the run of the network as it stands.
         only: indices of the groups to shrink; all offered ones by default.
 
     Returns:
@@ -116,13 +127,15 @@ def holds_smaller_widths(
         forward = rewrite(model, graph, kept) if graph.rewritten_groups & kept.keys() else model
         with _resized(forward, removed):
             # Names come from the model, whose modules a rewritten copy shares.
-            run = LabelPass(model, with_labels=False)
-            run.run(forward, metas)
+            run = LabelPass(model, dense.opaque, with_labels=False)
+            run.run(forward, dense.inputs)
+    except ForwardError as error:
+        return Failure(error.modules[-1] if error.modules else "", error.cause)
     except TraceError as error:
-        return _failure(str(error))
+        return Failure("", str(error))
     found = run.record.output_shapes
-    if found != list(expected):
-        return Failure("", f"with fewer channels its outputs have shapes {found} instead of {list(expected)}")
+    if found != dense.outputs:
+        return Failure("", f"with fewer channels its outputs have shapes {found} instead of {dense.outputs}")
     counts = {g: int((~is_kept).sum()) for g, is_kept in kept.items()}
     macs = {operator.name: operator.macs for operator in run.record.operators}
     for term in graph.mac_terms:
@@ -130,14 +143,6 @@ def holds_smaller_widths(
             message = f"with fewer channels it costs {macs.get(term.owner)} MACs instead of {term.value(counts)}"
             return Failure(term.owner.partition("#")[0], message)
     return None
-
-
-def _failure(error: str) -> Failure:
-    place, is_placed, rest = error.partition(" cannot be captured: ")
-    if not is_placed:
-        return Failure("", error)
-    where = place.strip("'")
-    return Failure("" if where == "the network itself" else where, rest.partition(". The forward pass")[0])
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -25,27 +25,43 @@ _FORWARD_HOOKS = (
 )
 
 
-def symbolic_trace(model: nn.Module) -> fx.GraphModule | None:
+class _Tracer(fx.Tracer):
+    """A tracer that has more leaves than the layers of torch.nn."""
+
+    def __init__(self, leaves: Collection[str] = ()) -> None:
+        super().__init__()
+        self._leaf_names = leaves
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether the trace holds a call of the module, and not what it does."""
+        return module_qualified_name in self._leaf_names or super().is_leaf_module(m, module_qualified_name)
+
+
+def symbolic_trace(model: nn.Module, leaves: Collection[str] = ()) -> fx.GraphModule | None:
     """The symbolic trace of ``model`` with torch.nn layers as leaves, sharing its tensors.
+
+    Args:
+        model: the network.
+        leaves: qualified names of more modules to be leaves.
 
     Returns:
         None if the forward pass cannot be traced, or does different things in training and in evaluation: a trace
         freezes one of them.
     """
-    traced, training = _trace(model, training=False), _trace(model, training=True)
+    traced, training = _trace(model, leaves, training=False), _trace(model, leaves, training=True)
     if traced is None or training is None:
         return None
     return traced if str(training.graph) == str(traced.graph) else None
 
 
-def _trace(model: nn.Module, *, training: bool) -> fx.GraphModule | None:
+def _trace(model: nn.Module, leaves: Collection[str], *, training: bool) -> fx.GraphModule | None:
     own = set(model.__dict__)
     try:
         with evaluation_mode(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if training:
                 model.train()
-            traced = fx.symbolic_trace(model)
+            traced = fx.GraphModule(model, _Tracer(leaves).trace(model), type(model).__name__)
     except Exception:  # a Python forward can fail on proxies in any way; the caller falls back
         return None
     finally:
@@ -126,7 +142,7 @@ def rewrite(model: nn.Module, graph: NetworkGraph, kept: Mapping[int, Tensor]) -
         TraceError: if the module can no longer be traced as it was when it was captured.
     """
     # That it is the same in training and in evaluation was seen at capture.
-    traced = _trace(model, training=False)
+    traced = _trace(model, graph.opaque, training=False)
     if traced is None:
         msg = "the network could be traced when it was captured and cannot be traced now; pass the network as captured"
         raise TraceError(msg)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .labels import CONSTANT, LabelClasses, compact, varying_dims
-from .network import Operator, TraceError
+from .network import ForwardError, Operator, TraceError
+from .opaque import ModuleCall, Opaque, forwards_replaced, summary_of, tensors_within_reach
 from .rules import RULES, Call, Result
 from .shapes import is_pointwise, quick_result, tensors_in
 
@@ -80,6 +82,11 @@ class Record:
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
 
 
+def at_least_two(example: Tensor) -> Tensor:
+    """``example``, with a second entry in its batch dimension where there is only one."""
+    return torch.cat([example, example]) if example.dim() and example.shape[0] < 2 else example
+
+
 def batch_of_two(example: Tensor) -> Tensor:
     """A meta tensor like ``example`` with at least two entries in its batch dimension."""
     batch = max(2, example.shape[0]) if example.dim() else 0
@@ -90,7 +97,7 @@ def batch_of_two(example: Tensor) -> Tensor:
 class LabelPass(TorchDispatchMode):
     """The dispatch mode; `record` holds the result after the module has run under it."""
 
-    def __init__(self, model: nn.Module, *, with_labels: bool = True) -> None:
+    def __init__(self, model: nn.Module, opaque: Opaque | None = None, *, with_labels: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.record = Record()
         self.with_labels = with_labels
@@ -103,14 +110,23 @@ class LabelPass(TorchDispatchMode):
         for name, module in self._modules.items():
             self._module_names[id(module)] = name
             if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
-                bound[name] = type(module).__name__
-            holder = next((kind for at, kind in bound.items() if name == at or name.startswith(f"{at}.")), "")
+                bound[name] = f"is bound to one width by nn.{type(module).__name__}"
+            holder = next((why for at, why in bound.items() if name == at or name.startswith(f"{at}.")), "")
             for own, tensor in (*module._parameters.items(), *module._buffers.items()):
                 full_name = f"{name}.{own}" if name else own
                 self._names.setdefault(id(tensor), full_name)
                 self._holders[id(tensor)] = self._holders.get(id(tensor), 0) + 1
                 if holder:
                     self._fixed[full_name] = holder
+        self._opaque = opaque or Opaque()
+        for name in self._opaque.causes:
+            why = f"is within reach of '{name}', which cannot be captured,"
+            for tensor in tensors_within_reach(self._modules[name]):
+                if (held := self.name_of(tensor)) is not None:
+                    self._fixed[held] = why
+            for call in self._opaque.calls.get(name, ()):
+                self._fixed.update(dict.fromkeys(call.tensors, why))
+        self._replayed: dict[str, int] = {}
         self._stack: list[str] = []
         self._shadows: dict[int, Shadow] = {}
         self._meta: dict[int, Tensor] = {}
@@ -123,7 +139,8 @@ class LabelPass(TorchDispatchMode):
         """Run ``forward`` on ``inputs`` (meta tensors, batch first) and keep the record.
 
         Raises:
-            TraceError: naming the module, where an operator cannot run without values.
+            ForwardError: naming the module, where an operator cannot run without values.
+            TraceError: if it returns what cannot be seen.
         """
         self.batch = int(inputs[0].shape[0]) if inputs and inputs[0].dim() else 1
         for tensor in inputs:
@@ -135,16 +152,11 @@ class LabelPass(TorchDispatchMode):
         fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with torch.inference_mode(), self._module_stack(), self:
+            with torch.inference_mode(), self._module_stack(), self._replays(), self:
                 output = forward(*inputs)
         except Exception as error:  # a Python forward can fail in any way: an assert on a width, a missing key
-            where = next((name for name in reversed(self._stack) if name), "the network itself")
-            msg = (
-                f"'{where}' cannot be captured: {_first_line(error)}. The forward pass may not read the values of its "
-                f"activations (`.item()`, `if x.sum() > 0`) and must accept inputs of the shapes "
-                f"{[tuple(t.shape) for t in inputs]}; move what depends on values out of the network"
-            )
-            raise TraceError(msg) from error
+            modules = [name for name in dict.fromkeys(self._stack) if name]
+            raise ForwardError(modules, _first_line(error), [tuple(t.shape) for t in inputs]) from error
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
         self._finish(output)
@@ -152,21 +164,74 @@ class LabelPass(TorchDispatchMode):
 
     @contextmanager
     def _module_stack(self) -> Iterator[None]:
-        def enter(module: nn.Module, _: Any) -> None:
-            parent = self._stack[-1] if self._stack else ""
-            self._stack.append(self._module_names.get(id(module), parent))
-
-        def leave(module: nn.Module, _: Any, __: Any) -> None:
-            self._stack.pop()
-
-        before = nn.modules.module.register_module_forward_pre_hook(enter)
-        after = nn.modules.module.register_module_forward_hook(leave)
+        before = nn.modules.module.register_module_forward_pre_hook(self._enter)
+        after = nn.modules.module.register_module_forward_hook(self._leave, with_kwargs=True)
         try:
             yield
             self._stack.clear()
         finally:
             before.remove()
             after.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        parent = self._stack[-1] if self._stack else ""
+        self._stack.append(self._module_names.get(id(module), parent))
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._stack.pop()
+
+    def _replays(self) -> AbstractContextManager[None]:
+        return forwards_replaced({self._modules[name]: partial(self._replay, name) for name in self._opaque.causes})
+
+    def _replay(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """The results of an opaque module's next call, on shapes; the channels that it reads and writes stay dense."""
+        call = self._next_call(name, args, kwargs)
+        read = [*tree_flatten((args, kwargs))[0], *tensors_within_reach(self._modules[name])]
+        shadows = [shadow for leaf in read if (shadow := self._shadows.get(id(leaf))) is not None]
+        sources = self._add_as_counted(call.operators, frozenset[int]().union(*(s.sources for s in shadows)))
+        why = f"by a module that cannot be captured ({self._opaque.causes[name]}),"
+        for shadow in shadows:
+            if shadow.labels is not None:
+                self.freeze(shadow.labels, f"is read {why}")
+        outputs = [None if output is None else output.on_meta() for output in call.outputs]
+        for tensor in outputs:
+            if tensor is not None:
+                self._remember(tensor, self._frozen(tuple(tensor.shape), f"is written {why}"), sources)
+        return tree_unflatten(outputs, call.spec)
+
+    def _next_call(self, name: str, args: Any, kwargs: Any) -> ModuleCall:
+        """What the run on values knows of this call; `RuntimeError` if that does not hold for it."""
+        position = self._replayed[name] = self._replayed.get(name, -1) + 1
+        calls = self._opaque.calls.get(name, ())
+        if position >= len(calls):
+            msg = f"it is called {position + 1} times on shapes and {len(calls)} times on values"
+            raise RuntimeError(msg)
+        call = calls[position]
+        if call.refusal:
+            raise RuntimeError(call.refusal)
+        if (found := summary_of(args, kwargs)) != call.arguments:
+            msg = f"it is given {list(found)} instead of {list(call.arguments)}"
+            raise RuntimeError(msg)
+        return call
+
+    def _add_as_counted(self, operators: Sequence[Operator], sources: frozenset[int]) -> frozenset[int]:
+        """Add operators with fixed costs and no weights, one behind the other: how data flows there is not known."""
+        for operator in operators:
+            values = {**operator.__dict__, "weight": "", "norm": "", "layer_type": ""}
+            name, kind = values.pop("name").partition("#")[0], values.pop("kind")
+            index = self._add_operator(name, kind, sources, **values)
+            self.record.multiplies.append(Multiply(self.record.operators[index].name, operator.macs, ()))
+            sources = frozenset({index})
+        return sources
+
+    def _frozen(self, shape: tuple[int, ...], reason: str) -> Tensor | None:
+        """Labels of channels that have to stay for ``reason``."""
+        if not self.with_labels:
+            return None
+        labels = self.record.classes.fresh(_channels(shape))
+        self.freeze(labels, reason)
+        dim = len(shape) - 1 if len(shape) == 3 else 1
+        return labels.reshape([len(labels) if d == dim else 1 for d in range(len(shape))]).expand(shape)
 
     def _finish(self, output: Any) -> None:
         leaves = tree_flatten(output)[0]
@@ -267,6 +332,8 @@ class LabelPass(TorchDispatchMode):
             return self.constant(tensor)
         if name not in self.record.loose:
             self.record.loose[name] = self.record.classes.fresh(tensor.numel()).reshape(tensor.shape)
+            if name in self._fixed:
+                self.freeze(self.record.loose[name], self._fixed[name])
         return self.record.loose[name]
 
     def name_of(self, tensor: Tensor | None) -> str | None:
@@ -289,7 +356,7 @@ class LabelPass(TorchDispatchMode):
     def axis(self, tensor: str, dim: int, role: str, labels: Tensor) -> Tensor:
         """Bind ``labels`` to a dimension of a parameter; a second use of the parameter merges both."""
         if tensor in self._fixed:
-            self.freeze(labels, f"is bound to one width by nn.{self._fixed[tensor]}")
+            self.freeze(labels, self._fixed[tensor])
         axis = self.record.axes.get((tensor, dim))
         if axis is None:
             self.record.axes[tensor, dim] = Axis(tensor, dim, role, labels)

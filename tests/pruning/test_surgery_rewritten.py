@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from graph_encoder import symbolic
 from graph_encoder.capture import capture, trace_operators
 from graph_encoder.network import NetworkGraph
 from pruning.policy import CompressionPolicy
@@ -144,13 +143,13 @@ def test_a_candidate_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("OptionA")
     graph = capture(model, EXAMPLE)
     traced = []
-    trace = fx.symbolic_trace
+    trace = fx.Tracer.trace
 
-    def counted(root: nn.Module) -> Any:
+    def counted(tracer: fx.Tracer, root: nn.Module) -> Any:
         traced.append(root)
-        return trace(root)
+        return trace(tracer, root)
 
-    monkeypatch.setattr(symbolic.fx, "symbolic_trace", counted)
+    monkeypatch.setattr(fx.Tracer, "trace", counted)
 
     apply_policy(model, graph, CompressionPolicy({"conv2": (0, 5, 6)}, {"conv2": 8}))
 
