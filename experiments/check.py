@@ -18,7 +18,7 @@ from graph_encoder.network import ChannelGroup, NetworkGraph
 from latency.budget import Budget, BudgetError, in_words
 from latency.cost import CostKind, CostModel
 from latency.predict import LatencyModel
-from pruning.proof import Proof, prove
+from pruning.proof import Proof, leave_refuted_dense, prove
 
 from .config import RunConfig
 from .floor import LatencyFloors, find_floors
@@ -190,7 +190,7 @@ def check_network(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...],
     Raises:
         TraceError: if the network cannot be captured.
     """
-    graph = capture(model, example_inputs)
+    graph = leave_refuted_dense(model, capture(model, example_inputs), example_inputs)
     proof = prove(model, graph, example_inputs, generator=torch.Generator().manual_seed(seed))
     spaces = {kind: _default_space(graph, kind) for kind in COST_KINDS}
     decided = frozenset(name for space in spaces.values() if space for name in space.names)

@@ -22,6 +22,7 @@ from latency.table import LatencyTable
 from pruning.calibration import RangeMethod
 from pruning.importance import Criterion, rank_units
 from pruning.policy import CompressionPolicy
+from pruning.proof import leave_refuted_dense
 
 from .config import (
     METHODS,
@@ -190,7 +191,7 @@ def compress(
     if criterion == "taylor" and importance is None:
         msg = "the criterion 'taylor' needs labelled batches; pass what pruning.importance.rank_units makes of them"
         raise ConfigError(msg)
-    graph = capture(model, example_inputs)
+    graph = leave_refuted_dense(model, capture(model, example_inputs), example_inputs)
     space = space_by(settings, graph, importance or rank_units(model, graph, criterion), budgets, table)
     scoring = Scoring(
         evaluate=evaluate,

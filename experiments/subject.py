@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from envs.evaluator import RANGE_IMAGES, check_validation_is_unseen
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
+from pruning.proof import leave_refuted_dense
 
 from .config import RunConfig
 from .data import ImageData, TrainBatches, calibration_batches, labelled_batches, make_evaluate, make_judge, normalise
@@ -146,7 +147,7 @@ def prepare_subject(
         load_weights(model, weights)
     # The names and sizes of the groups are the same for any weights: no reason to train before they are known.
     example = normalise(sample.images.expand(2, -1, -1, -1).to(device), config.data)
-    graph = capture(model, example)
+    graph = leave_refuted_dense(model, capture(model, example), example)
     check_outputs(model, example, sample.classes)
     check(graph)
     if not weights:

@@ -82,7 +82,7 @@ def _run(model: nn.Module, inputs: tuple[Tensor, ...], *, with_labels: bool) -> 
         opaque = Opaque()
     except ForwardError as error:
         run, opaque = _run_around(model, inputs, metas, error, with_labels=with_labels)
-    return run, DenseRun(metas, opaque, run.record.output_shapes)
+    return run, DenseRun(metas, opaque, run.record)
 
 
 def _run_around(
@@ -118,11 +118,11 @@ def _with_rewrites(traced: fx.GraphModule, model: nn.Module, dense: DenseRun) ->
         run.run(nodes.run, dense.inputs)
     except TraceError:
         return None
-    if run.record.output_shapes != dense.outputs:
+    if run.record.output_shapes != dense.record.output_shapes:
         return None
     run.record.held = nodes.held_numbers()
     graph = assemble(run.record, model, dense.opaque)
-    return _freeze_what_does_not_hold(model, graph, dense)
+    return _freeze_what_does_not_hold(model, graph, replace(dense, record=run.record))
 
 
 def _freeze_what_does_not_hold(model: nn.Module, graph: NetworkGraph, dense: DenseRun) -> NetworkGraph:

@@ -18,8 +18,8 @@ from .trace import Axis, Held, Record
 
 def assemble(record: Record, model: nn.Module, opaque: Opaque) -> NetworkGraph:
     """Turn the labels of one run of ``model`` into groups, members and cost terms; ``opaque`` modules are named."""
-    for grid in record.grids:
-        record.classes.make_rectangular(grid)
+    for fold in record.folds:
+        record.classes.make_rectangular(fold.labels)
     _bind_loose_parameters(record)
     roots = _Roots(record.classes)
     places = _Places(roots, _units_by_signature(record, roots), record.classes.size)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -15,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .network import ForwardError, NetworkGraph, TraceError
 from .opaque import Opaque
 from .symbolic import rewrite
-from .trace import LabelPass
+from .trace import LabelPass, Record
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,12 @@ class DenseRun:
     Attributes:
         inputs: meta tensors, batch first.
         opaque: the modules that stay as they are.
-        outputs: shapes of what the network returned.
+        record: what it left behind, with labels if it was made with them.
     """
 
     inputs: tuple[Tensor, ...]
     opaque: Opaque
-    outputs: list[tuple[int, ...]]
+    record: Record
 
 
 def holds_smaller_widths(
@@ -116,7 +117,8 @@ def holds_smaller_widths(
         only: indices of the groups to shrink; all offered ones by default.
 
     Returns:
-        None if the outputs keep their shapes and every operator costs what the graph predicts, else the failure.
+        None if the outputs keep their shapes, every operator costs what the graph predicts, and channels are folded
+        into several dimensions as they were; else the failure.
     """
     kept: dict[int, Tensor] = {}
     for index, group in enumerate(graph.groups):
@@ -134,14 +136,41 @@ def holds_smaller_widths(
     except TraceError as error:
         return Failure("", str(error))
     found = run.record.output_shapes
-    if found != dense.outputs:
-        return Failure("", f"with fewer channels its outputs have shapes {found} instead of {dense.outputs}")
+    if found != dense.record.output_shapes:
+        message = f"with fewer channels its outputs have shapes {found} instead of {dense.record.output_shapes}"
+        return Failure("", message)
     counts = {g: int((~is_kept).sum()) for g, is_kept in kept.items()}
     macs = {operator.name: operator.macs for operator in run.record.operators}
     for term in graph.mac_terms:
         if macs.get(term.owner) != term.value(counts):
             message = f"with fewer channels it costs {macs.get(term.owner)} MACs instead of {term.value(counts)}"
             return Failure(term.owner.partition("#")[0], message)
+    return _folded_otherwise(dense.record, run.record, removed)
+
+
+def _folded_otherwise(dense: Record, small: Record, removed: Mapping[str, Mapping[int, Tensor]]) -> Failure | None:
+    """The first view that folds channels into several dimensions of other sizes than those of what is left.
+
+    The network runs and costs the same all the same: ``x.view(n, 4, -1, h, w)`` holds at any width, and gives fewer
+    channels to each of four heads where two of the heads are gone.
+    """
+    gone = np.concatenate(
+        [np.zeros(0, dtype=np.int64)]
+        + [
+            dense.classes.find(dense.axes[tensor, dim].labels.reshape(-1)[positions].numpy())
+            for tensor, dims in removed.items()
+            for dim, positions in dims.items()
+        ]
+    )
+    for fold in dense.folds:
+        labels = fold.labels.numpy()
+        is_left = ~np.isin(dense.classes.find(labels.reshape(-1)), gone).reshape(labels.shape)
+        dims = [dim for dim, size in enumerate(labels.shape) if size > 1]
+        left = [int(is_left.any(axis=tuple(d for d in range(is_left.ndim) if d != dim)).sum()) for dim in dims]
+        found = small.views[fold.view] if fold.view < len(small.views) else ()
+        if len(found) != labels.ndim or [found[dim] for dim in dims] != left:
+            message = f"with fewer channels it views them as {found}, where {left} are left of {list(labels.shape)}"
+            return Failure(fold.module, message)
     return None
 
 

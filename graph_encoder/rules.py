@@ -452,11 +452,12 @@ def _identity(run: LabelPass, call: Call) -> Result:
 
 @_rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias", "view_as", "reshape_as")
 def _view(run: LabelPass, call: Call) -> Result:
+    run.record.views.append(tuple(call.outputs[0].shape))
     if not run.with_labels:
         return [None], call.sources
     labels = tighten(run.labels_or_constant(call.args[0]).reshape(call.outputs[0].shape))
     if len(varying_dims(labels)) > 1:
-        run.record.grids.append(compact(labels))
+        run.fold(labels)
     return [labels], call.sources
 
 

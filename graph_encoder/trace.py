@@ -66,6 +66,21 @@ class Shadow:
     sources: frozenset[int]
 
 
+@dataclass(frozen=True)
+class Fold:
+    """A view of channels as several dimensions.
+
+    Attributes:
+        view: which of the run's views it is.
+        module: qualified name of the module that made it.
+        labels: of its result, with one entry along dimensions in which they do not vary.
+    """
+
+    view: int
+    module: str
+    labels: Tensor
+
+
 @dataclass
 class Record:
     """Everything that one run leaves behind."""
@@ -75,7 +90,8 @@ class Record:
     edges: list[tuple[int, int]] = field(default_factory=list)
     axes: dict[tuple[str, int], Axis] = field(default_factory=dict)
     loose: dict[str, Tensor] = field(default_factory=dict)
-    grids: list[Tensor] = field(default_factory=list)
+    views: list[tuple[int, ...]] = field(default_factory=list)
+    folds: list[Fold] = field(default_factory=list)
     multiplies: list[Multiply] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
     readers: dict[tuple[str, int], list[str]] = field(default_factory=dict)
@@ -352,6 +368,10 @@ class LabelPass(TorchDispatchMode):
         """Keep ``labels`` dense and say where."""
         where = self.here() or "the network"
         self.record.classes.freeze(labels, f"{reason} in '{where}'")
+
+    def fold(self, labels: Tensor) -> None:
+        """Note that the last view has made several dimensions of channels."""
+        self.record.folds.append(Fold(len(self.record.views) - 1, self.here(), compact(labels)))
 
     def axis(self, tensor: str, dim: int, role: str, labels: Tensor) -> Tensor:
         """Bind ``labels`` to a dimension of a parameter; a second use of the parameter merges both."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from graph_encoder.network import NetworkGraph
+from graph_encoder.network import NetworkGraph, TraceError
 
 from .batch_norm import reestimate_batch_norm
 from .policy import CompressionPolicy
@@ -29,7 +30,8 @@ class Proof:
     Attributes:
         subject: group name, or ``"all groups"``.
         removed: units removed.
-        error: largest difference between removed and masked, divided by the largest masked output.
+        error: largest difference between removed and masked, divided by the largest masked output; infinite if the
+            smaller network does not run or has other outputs, NaN if there was nothing to compare.
         message: why no comparison was possible, empty otherwise.
     """
 
@@ -42,6 +44,11 @@ class Proof:
     def holds(self) -> bool:
         """Whether removing equals masking within `TOLERANCE`."""
         return not self.message and self.error <= TOLERANCE
+
+    @property
+    def is_refuted(self) -> bool:
+        """Whether removing was seen to be something else than masking."""
+        return self.error > TOLERANCE
 
 
 def random_policy(
@@ -90,6 +97,64 @@ def prove(
     return [_prove(model, graph, inputs, s, random_policy(graph, generator, names)) for s, names in subjects]
 
 
+def leave_refuted_dense(
+    model: nn.Module, graph: NetworkGraph, example_inputs: Tensor | Sequence[Tensor], *, seed: int = 0
+) -> NetworkGraph:
+    """The graph without the groups whose proof fails: what capture could not see, numbers may.
+
+    ``forward`` may compute with a width (a scale of ``x.shape[1] ** -0.5``), which leaves every shape as it should be.
+
+    Args:
+        model: the captured network; untouched.
+        graph: its graph.
+        example_inputs: inputs of the network, batch first. The first two of the batch are used, moved to the model's
+            device, with noise on those of floats.
+        seed: of noise and units.
+
+    Returns:
+        The graph; groups that were offered and fail have a reason now.
+
+    Raises:
+        TraceError: if removing from several groups at once fails where no group fails alone.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    given = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    inputs = tuple(_with_noise(x[:2], generator).to(device) for x in given)
+    while graph.prunable:
+        together = prove(model, graph, inputs, generator=generator, each_group=False)[0]
+        if not together.is_refuted:
+            break
+        alone = prove(model, graph, inputs, generator=generator)[1:]
+        refuted = {proof.subject: proof for proof in alone if proof.is_refuted}
+        if not refuted:
+            msg = (
+                f"removing channels of several groups at once is not what silencing them is ({_why(together)}), though "
+                "it is for each group alone: forward computes with a number that follows from more than one width, and "
+                "the network cannot be pruned safely until that is mended"
+            )
+            raise TraceError(msg)
+        groups = [
+            replace(group, reason=f"removing is not what silencing is: {_why(refuted[group.name])}")
+            if group.name in refuted
+            else group
+            for group in graph.groups
+        ]
+        skipped = {name: group.reason for group in groups if group.name in refuted for name in group.producers}
+        graph = replace(graph, groups=tuple(groups), skipped={**graph.skipped, **skipped})
+    return graph
+
+
+def _with_noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    return x + torch.randn(x.shape, generator=generator).to(x)
+
+
+def _why(proof: Proof) -> str:
+    return proof.message or f"outputs differ by {proof.error:.1e} of their scale"
+
+
 def _prove(
     model: nn.Module, graph: NetworkGraph, inputs: tuple[Tensor, ...], subject: str, policy: CompressionPolicy
 ) -> Proof:
@@ -98,15 +163,15 @@ def _prove(
         try:
             small = _outputs(apply_policy(model, graph, policy).eval(), inputs)
         except (RuntimeError, ValueError, IndexError) as error:
-            return Proof(subject, n_removed, float("inf"), str(error).splitlines()[0])
+            return Proof(subject, n_removed, math.inf, str(error).splitlines()[0])
         wide = _outputs(mask_policy(model, graph, policy).eval(), inputs)
     if [t.shape for t in small] != [t.shape for t in wide]:
-        return Proof(subject, n_removed, float("inf"), "the outputs changed their shapes")
+        return Proof(subject, n_removed, math.inf, "the outputs changed their shapes")
     if not all(t.isfinite().all() for t in [*small, *wide]):
-        return Proof(subject, n_removed, float("inf"), "the outputs hold NaN or infinity")
+        return Proof(subject, n_removed, math.nan, "the outputs hold NaN or infinity")
     scale = max(float(t.abs().max()) for t in wide)
     if max(_response(t) for t in wide) < RESPONSE * scale:
-        return Proof(subject, n_removed, float("inf"), "the outputs hardly depend on the inputs: nothing to compare")
+        return Proof(subject, n_removed, math.nan, "the outputs hardly depend on the inputs: nothing to compare")
     worst = max(float((a - b).abs().max()) for a, b in zip(small, wide, strict=True))
     return Proof(subject, n_removed, worst / max(scale, 1e-30))
 

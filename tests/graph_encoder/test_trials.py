@@ -220,3 +220,78 @@ def test_symbolic_trace_leaves_nothing_on_the_model_and_refuses_tensors_made_in_
 
     assert symbolic_trace(model) is None
     assert set(model.__dict__) == before
+
+
+class HandShuffled(nn.Module):
+    """A channel shuffle after a convolution of four groups, whose number is written down."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.conv = nn.Conv2d(3, 16, 1)
+        self.grouped = nn.Conv2d(16, 32, 1, groups=4)
+        self.mix = nn.Conv2d(32, 12, 1)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.grouped(self.conv(x).relu())
+        n, channels, height, width = y.shape
+        if self.spelling == "computed":
+            y = y.view(n, 4, channels // 4, height, width)
+        elif self.spelling == "inferred":
+            y = y.view(n, 4, -1, height, width)
+        else:
+            y = y.view(n, self.grouped.groups, -1, height, width)
+        out: Tensor = self.head(self.mix(y.transpose(1, 2).flatten(1, 2)).relu().mean((2, 3)))
+        return out
+
+
+class HandAttention(nn.Module):
+    """Attention of four heads, whose number is written down."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.q, self.k, self.v, self.o = (nn.Linear(24, 24) for _ in range(4))
+
+    def heads(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        if self.spelling == "computed":
+            return x.view(n, tokens, 4, width // 4)
+        return x.view(n, tokens, 4, -1) if self.spelling == "inferred" else x.unflatten(-1, (4, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self.heads(layer(x)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        out: Tensor = self.o(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize("spelling", ["computed", "inferred", "read"])
+def test_a_shuffle_by_a_number_written_down_is_right_or_kept_dense(spelling: str) -> None:
+    torch.manual_seed(0)
+    model = HandShuffled(spelling).eval()
+
+    graph = capture(model, EXAMPLE)
+
+    assert graph.group("mix").is_prunable
+    reason = graph.group("conv").reason
+    # 4 in the view is rewritten with the width where it alone names the groups; with a quotient beside it, it is not.
+    assert reason.startswith("forward of 'the network' holds a channel count") == (spelling == "computed")
+    generator = torch.Generator().manual_seed(0)
+    assert all(proof.holds for _ in range(3) for proof in prove(model, graph, EXAMPLE, generator=generator))
+
+
+@pytest.mark.parametrize("spelling", ["computed", "inferred", "unflattened"])
+def test_heads_by_a_number_written_down_are_right_or_kept_dense(spelling: str) -> None:
+    torch.manual_seed(0)
+    model, tokens = HandAttention(spelling).eval(), torch.randn(2, 9, 24)
+
+    graph = capture(model, tokens)
+
+    assert graph.group("q").is_prunable == (spelling == "inferred")
+    if spelling == "inferred":
+        with torch.no_grad():
+            # Sharp attention, so that other heads give other outputs.
+            model.q.weight *= 20
+        generator = torch.Generator().manual_seed(0)
+        assert all(proof.holds for _ in range(3) for proof in prove(model, graph, tokens, generator=generator))

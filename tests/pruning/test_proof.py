@@ -6,8 +6,8 @@ import torchvision
 from torch import Tensor, nn
 
 from graph_encoder.capture import capture
-from graph_encoder.network import NetworkGraph
-from pruning.proof import prove
+from graph_encoder.network import NetworkGraph, TraceError
+from pruning.proof import leave_refuted_dense, prove
 
 
 def with_wrong_consumer(graph: NetworkGraph, index: int) -> NetworkGraph:
@@ -60,3 +60,61 @@ def test_outputs_that_are_not_numbers_prove_nothing() -> None:
     proof = prove(model, capture(model, x), x, generator=torch.Generator().manual_seed(0))[0]
 
     assert proof.message == "the outputs hold NaN or infinity"
+
+
+class ScaledByWidth(nn.Module):
+    """What it computes depends on a width that no shape depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 6, 1, bias=False)
+        self.last = nn.Linear(6, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        out: Tensor = self.last((self.second(y) / y.shape[1]).relu().mean((2, 3)))
+        return out
+
+
+def test_a_group_that_the_proof_refutes_stays_dense_and_says_so() -> None:
+    torch.manual_seed(0)
+    model, x = ScaledByWidth(), torch.zeros(1, 3, 8, 8)
+    graph = capture(model, x)
+    assert [group.name for group in graph.prunable] == ["first", "second"]
+
+    safe = leave_refuted_dense(model, graph, x)
+
+    assert [group.name for group in safe.prunable] == ["second"]
+    reason = safe.group("first").reason
+    assert reason.startswith("removing is not what silencing is: outputs differ by ")
+    assert safe.skipped["first"] == reason
+
+
+def test_a_sound_graph_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    model, x = torchvision.models.resnet18(num_classes=10).eval(), torch.zeros(1, 3, 64, 64)
+    graph = capture(model, x)
+
+    assert leave_refuted_dense(model, graph, x) is graph
+
+
+class ScaledByEither(nn.Module):
+    """Right as long as one of two widths is whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        z = self.second(y).relu()
+        out: Tensor = self.last(z.mean((2, 3)) * max(y.shape[1], z.shape[1]))
+        return out
+
+
+def test_groups_that_are_refuted_together_alone_are_an_error() -> None:
+    torch.manual_seed(0)
+    model, x = ScaledByEither(), torch.zeros(1, 3, 8, 8)
+
+    with pytest.raises(TraceError, match=r"^removing channels of several groups at once is not what silencing them is"):
+        leave_refuted_dense(model, capture(model, x), x)
