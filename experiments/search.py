@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from envs.reward import RewardFunction, resolve_reward
 from envs.space import SearchSpace
 from graph_encoder.network import NetworkGraph
 from latency.table import LatencyTable
-from pruning.files import FileWriteError, write_atomic
+from pruning.files import FileWriteError, is_disk_full, write_atomic
 from pruning.importance import rank_units
 
 from .config import ONE_SHOT, PROBING, Method, RunConfig, SearchSettings
@@ -91,7 +93,7 @@ def _execute(
 ) -> RunOutcome:
     todo = f"continue with 'secateur resume {folder.root}'"
     try:
-        with folder.locked():
+        with _full_disk_named(folder.root), folder.locked():
             return _carry_out(folder, config, device, display, stop)
     except Interrupted as stopped:
         msg = f"stopped by {stopped}; everything so far is saved: {todo}"
@@ -102,6 +104,28 @@ def _execute(
     except (FileWriteError, JournalError) as error:
         error.add_note(f"everything before is saved: {todo}")
         raise
+
+
+@contextmanager
+def _full_disk_named(root: Path) -> Iterator[None]:
+    """Say where the disk is full: TensorBoard's writers, which are not ours, pass on the system's bare error."""
+    tell = threading.excepthook
+
+    def tell_others(failed: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread, and raises what ended it in the thread that works for us too.
+        if failed.exc_value is None or not is_disk_full(failed.exc_value):
+            tell(failed)
+
+    threading.excepthook = tell_others
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileWriteError) or not is_disk_full(error):
+            raise
+        msg = f"cannot write '{error.filename or root}': no space left on the disk; free some"
+        raise FileWriteError(error.errno, msg) from error
+    finally:
+        threading.excepthook = tell
 
 
 def _carry_out(

@@ -20,6 +20,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint or an agent's file that cannot be read, or cannot be used here; the message says which and why."""
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the system refused a write because the disk, or the user's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Replace ``path`` by a file that holds ``content``, in one step.
 
@@ -57,7 +62,7 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> N
         if not isinstance(refusal, OSError):
             raise
         reason = refusal.strerror or str(refusal)
-        if refusal.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(refusal):
             size = f" for {len(content):,} bytes" if isinstance(content, bytes) else ""
             reason = f"no space left on the disk{size}; free some and run the same command again"
         msg = f"cannot write '{path}': {reason} (an older file of that name is untouched)"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 
 import secateur
@@ -387,6 +388,34 @@ def test_full_disk_ends_a_run_that_can_be_continued(
     assert done.err.splitlines()[-2:] == [
         f"error: evaluation 0 could not be written to '{run / 'journal.jsonl'}': No space left on device. Everything before "
         "it is safe: make room and resume the run",
+        f"everything before is saved: continue with 'secateur resume {run}'",
+    ]
+    assert continued.code == 0
+    assert (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("writer", ["tensorboard/random", "tensorboard/ppo/agent"])
+def test_full_disk_met_by_tensorboard_ends_a_run_that_can_be_continued(
+    command: Command, tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    run = tmp_path / "run"
+    options = ("--set", f"search.methods=[{writer.split('/')[1]}]", "--evaluations", 8)
+    really = RecordWriter.write
+
+    def full(self: RecordWriter, event: bytes) -> None:
+        if Path(os.fsdecode(self._writer.filename)).parent == run / writer:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        really(self, event)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RecordWriter, "write", full)
+        done = command("search", tiny_yaml, *options, "--out", run)
+    continued = command("resume", run)
+
+    assert done.code == 1
+    assert "Traceback" not in done.err
+    assert done.err.splitlines()[-2:] == [
+        f"error: [Errno {errno.ENOSPC}] cannot write '{run}': no space left on the disk; free some",
         f"everything before is saved: continue with 'secateur resume {run}'",
     ]
     assert continued.code == 0
