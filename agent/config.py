@@ -21,7 +21,8 @@ class AgentConfig(BaseModel):
     n_layers: Annotated[int, Field(ge=0)] = 2
     """Rounds of message passing."""
     n_frequencies: Annotated[int, Field(ge=0)] = 6
-    """Sines of a layer's place that the encoder reads; 0 for an agent that is meant for other networks."""
+    """Sines of a layer's place that the encoder reads; 0 for an agent that is meant for other networks, as with
+    `search.for_transfer`."""
     std: Positive = 0.3
     """Spread of the plans around the agent's own at the start of a run, on the scale of actions (0 to 2 wide)."""
     std_end: Positive = 0.05

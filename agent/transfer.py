@@ -83,8 +83,14 @@ class Training:
             f"decide with --set 'search.decide=[{', '.join(self.task.decide)}]'"
         )
 
-    def differences(self, here: Task, *, shows_measured: bool) -> list[str]:
-        """What it was not trained for where it is to plan, one sentence each with what to do; empty if nothing."""
+    def differences(self, here: Task, *, shows_measured: bool, knows_places: bool) -> list[str]:
+        """What it was not trained for where it is to plan, one sentence each with what to do; empty if nothing.
+
+        Args:
+            here: what it is to plan.
+            shows_measured: whether it is shown measured features.
+            knows_places: whether it reads the places of the layers in the network.
+        """
         found, there = [], self.task
         if there.environment != here.environment:
             found.append(
@@ -101,6 +107,11 @@ class Training:
             found.append(
                 "it saw measured sensitivities in every episode of its training and sees none here; train it with "
                 "search.measured_dropout above 0"
+            )
+        if knows_places:
+            found.append(
+                "it tells layers apart by their places in the network that it was trained on, where other networks "
+                "have other layers; to plan those, train it with n_frequencies 0, as search.for_transfer does"
             )
         return found
 

@@ -115,7 +115,9 @@ def plan_by_agent(
         if refusal := agent.training.refusal(here):
             msg = f"the agent in '{path}' cannot plan here: {refusal}"
             raise CheckpointError(msg)
-        for difference in agent.training.differences(here, shows_measured=problem.starts_from_probes):
+        for difference in agent.training.differences(
+            here, shows_measured=problem.starts_from_probes, knows_places=agent.config.n_frequencies > 0
+        ):
             notify(f"the agent in '{path}' is not used as it was trained: {difference}")
     observation, _ = env.reset(seed=problem.seed)
     return agent.config, decode(act(agent.policy, observation), problem.space)

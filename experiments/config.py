@@ -35,6 +35,14 @@ ONE_SHOT: tuple[Method, ...] = ("uniform", "magnitude", "sensitivity", "greedy",
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
+_FOR_TRANSFER: dict[str, dict[str, Any]] = {
+    # An agent that is applied, frozen, corrects the uniform plan, and sees nothing that would cost evaluations.
+    "search": {"start": "uniform", "measured_dropout": 0.5},
+    "ppo": {"n_frequencies": 0},
+    "ddpg": {"n_frequencies": 0},
+}
+"""What `SearchSettings.for_transfer` sets where nobody did, by section."""
+
 
 class ConfigError(ValueError):
     """A configuration key, option or value that cannot be used; the message names what is allowed."""
@@ -98,6 +106,9 @@ class SearchSettings(_Section):
     """What missing that target by its own size is worth, in accuracy: at -1 one percent weighs one point."""
     measured_dropout: float = Field(default=0.0, ge=0, le=1)
     """Share of an agent's episodes that do not show the probes' result, so that it learns to do without."""
+    for_transfer: bool = False
+    """Train agents to plan other networks: the start is uniform, measured_dropout 0.5 and the agents' n_frequencies 0,
+    each unless it is set."""
     reconstruct: bool = False
     """Fit the pruned layers' outputs to the dense network's by least squares (AMC) before scoring."""
     search_images: int = Field(default=5000, ge=1)
@@ -283,6 +294,17 @@ class RunConfig(_Section):
         """Hyper-parameters of a method, None if it is no agent."""
         return {"ppo": self.ppo, "ddpg": self.ddpg}.get(method)
 
+    def settled(self) -> Self:
+        """The same, with what `SearchSettings.for_transfer` asks for where nothing was chosen."""
+        if not self.search.for_transfer:
+            return self
+        sections = {name: getattr(self, name) for name in _FOR_TRANSFER}
+        left = {
+            name: {key: value for key, value in _FOR_TRANSFER[name].items() if key not in section.model_fields_set}
+            for name, section in sections.items()
+        }
+        return self.model_copy(update={name: sections[name].model_copy(update=left[name]) for name in sections})
+
     def to_yaml(self) -> str:
         """The configuration as YAML that `load_config` reads back to an equal value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -290,7 +312,7 @@ class RunConfig(_Section):
 
 def load_config(path: Path | None = None, options: Mapping[str, Any] | None = None) -> RunConfig:
     """Read the configuration of a run; see `load_as`."""
-    return load_as(RunConfig, path, options)
+    return load_as(RunConfig, path, options).settled()
 
 
 def load_as(kind: type[ConfigT], path: Path | None, options: Mapping[str, Any] | None = None) -> ConfigT:

@@ -62,11 +62,8 @@ def matrix(agent: Method) -> Iterator[Cell]:
     """
     yield from _searches("resnet56", seed=0)
     yield _tuned("resnet20", agent, epochs=15, seed=0)
-    # As it will be applied: from the uniform plan, without measured features, and knowing no decision by its place.
-    teacher = Cell(
-        "transfer-resnet20",
-        {"model.name": "resnet20", "search.methods": [agent], "search.start": "uniform", f"{agent}.n_frequencies": 0},
-    )
+    teaching = {"model.name": "resnet20", "search.methods": [agent], "search.for_transfer": True}
+    teacher = Cell("transfer-resnet20", teaching)
     yield teacher
     yield Cell("transfer-resnet56", {"model.name": "resnet56"}, agent=teacher.name)
     yield from _searches("resnet56", seed=1)

@@ -101,21 +101,23 @@ def test_an_agent_of_a_version_that_recorded_no_training_is_read(tmp_path: Path)
 def test_an_agent_that_is_used_as_it_was_trained_has_nothing_to_say() -> None:
     uniform = replace(CHANNELS, start="uniform")
 
-    assert TRAINING.differences(CHANNELS, shows_measured=True) == []
-    assert TRAINING.differences(CHANNELS, shows_measured=False) == []
-    assert Training(uniform, measured_dropout=1.0).differences(uniform, shows_measured=False) == []
+    assert TRAINING.differences(CHANNELS, shows_measured=True, knows_places=False) == []
+    assert TRAINING.differences(CHANNELS, shows_measured=False, knows_places=False) == []
+    assert Training(uniform, measured_dropout=1.0).differences(uniform, shows_measured=False, knows_places=False) == []
     assert TRAINING.refusal(CHANNELS) is None
 
 
 def test_an_agent_tells_everything_that_it_was_not_trained_for() -> None:
     training = Training(replace(CHANNELS, environment="layerwise"), measured_dropout=0.0)
 
-    assert training.differences(replace(CHANNELS, start="uniform"), shows_measured=False) == [
+    assert training.differences(replace(CHANNELS, start="uniform"), shows_measured=False, knows_places=True) == [
         "it was trained in the layerwise environment and plans in the network one here; train it with "
         "search.environment network",
         "it learned to correct a sensitivity plan and corrects a uniform one here; train it with search.start uniform",
         "it saw measured sensitivities in every episode of its training and sees none here; train it with "
         "search.measured_dropout above 0",
+        "it tells layers apart by their places in the network that it was trained on, where other networks have other "
+        "layers; to plan those, train it with n_frequencies 0, as search.for_transfer does",
     ]
 
 
@@ -143,7 +145,7 @@ def test_other_budgets_levels_and_patterns_are_told_with_both_named() -> None:
     training = Training(JOINT, 1.0)
     here = replace(JOINT, budgets=("macs", "latency"), sparsity="2:4", densities=(50, 100), bits=(4, 8, 32))
 
-    assert training.differences(here, shows_measured=True) == [
+    assert training.differences(here, shows_measured=True, knows_places=False) == [
         "it was trained under a budget of bytes and plans under one of macs and latency here; train it with the same "
         "kind of budget",
         "it was trained with search.sparsity block16 and plans with 2:4 here; train it with search.sparsity 2:4",
@@ -151,7 +153,7 @@ def test_other_budgets_levels_and_patterns_are_told_with_both_named() -> None:
         "[50, 100]",
         "it was trained with search.bits [8, 32] and plans with [4, 8, 32] here; train it with search.bits [4, 8, 32]",
     ]
-    assert training.differences(replace(CHANNELS, budgets=("bytes",)), shows_measured=True) == [
+    assert training.differences(replace(CHANNELS, budgets=("bytes",)), shows_measured=True, knows_places=False) == [
         "it learned to decide channels, density and bits together and decides channels here; train it with "
         "search.decide [channels]"
     ]
@@ -176,7 +178,7 @@ def test_an_agent_of_a_version_that_recorded_less_says_so(tmp_path: Path) -> Non
     old = load_agent(tmp_path / "old.pt", env.observation_space, env.action_space).training  # type: ignore[arg-type]
 
     assert old is not None and old.refusal(JOINT) is None
-    assert old.differences(JOINT, shows_measured=True) == [
+    assert old.differences(JOINT, shows_measured=True, knows_places=False) == [
         "its file is of an older version, which does not say what it decided and under what budget"
     ]
 

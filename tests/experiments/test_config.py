@@ -48,6 +48,25 @@ def test_budget_is_read_as_a_person_writes_it(text: object, budget: tuple[Budget
     assert config.budget == budget
 
 
+def test_agents_for_other_networks_learn_what_they_will_have_there() -> None:
+    config = load_config(None, {"search.for_transfer": True})
+
+    assert (config.search.start, config.search.measured_dropout) == ("uniform", 0.5)
+    assert (config.ppo.n_frequencies, config.ddpg.n_frequencies) == (0, 0)
+    left = config.model_copy(update={name: getattr(RunConfig(), name) for name in ("search", "ppo", "ddpg")})
+    assert left == RunConfig()
+
+
+def test_what_is_set_beside_for_transfer_stays_and_outlives_the_file(tmp_path: Path) -> None:
+    text = "search: {for_transfer: true, start: sensitivity}\nppo: {n_frequencies: 6, hidden: 8}\n"
+
+    config = load_config(written(tmp_path, text))
+
+    assert (config.search.start, config.search.measured_dropout, config.ppo.n_frequencies) == ("sensitivity", 0.5, 6)
+    assert (config.ppo.hidden, config.ddpg.n_frequencies) == (8, 0)
+    assert load_config(written(tmp_path, config.to_yaml())) == config
+
+
 def test_unknown_key_names_the_nearest_one(tmp_path: Path) -> None:
     path = written(tmp_path, "finetune:\n  epoch: 3\n")
 
