@@ -45,7 +45,13 @@ from latency.cost import count_macs, count_params, size_bytes  # noqa: E402
 from latency.measure import measure_latency  # noqa: E402
 from latency.table import LatencyTable  # noqa: E402
 from pruning.batch_norm import reestimate_batch_norm  # noqa: E402
-from pruning.export import export_onnx, load_compressed, save_compressed  # noqa: E402
+from pruning.export import (  # noqa: E402
+    export_onnx,
+    export_program,
+    load_compressed,
+    load_program,
+    save_compressed,
+)
 from pruning.finetune import finetune  # noqa: E402
 from pruning.policy import CompressionPolicy, LayerPolicy, PolicyError  # noqa: E402
 from pruning.quantize import quantize_layers  # noqa: E402
@@ -69,9 +75,11 @@ __all__ = [
     "count_macs",
     "count_params",
     "export_onnx",
+    "export_program",
     "finetune",
     "hold_zeros",
     "load_compressed",
+    "load_program",
     "measure_latency",
     "quantize_layers",
     "reestimate_batch_norm",

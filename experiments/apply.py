@@ -28,6 +28,7 @@ from .methods import ranked_plans
 from .onnx_file import ONNX_NAME, write_onnx
 from .outcome import ANOTHER_DEVICE, DENSE, Latency, speeds_that_count, unsure_speedups
 from .problem import least_squares
+from .program import write_program
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
 from .search import Watch, build_problem, importance_of, space_of_graph, tell_precision
@@ -152,7 +153,9 @@ def _saved(
     network = builder.build(policy)
     save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
     images, onnx = subject.range_images()[0], out / ONNX_NAME
-    is_written = write_onnx(network, COMPRESSED, example, onnx, images, display)
+    measured = subject.config.measure
+    is_written = measured.onnx and write_onnx(network, COMPRESSED, example, onnx, images, display)
+    write_program(network, example, out, measured, COMPRESSED, display)
     device = TableDevice.of(subject.config.latency.table)
     own, dense = _times(subject, network, policy, onnx if is_written else None, device, display)
     has_zeros = bool(policy.sparse_layers)

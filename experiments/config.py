@@ -225,6 +225,8 @@ class MeasureConfig(_Section):
     """Images a call."""
     onnx: bool = True
     """Write each network as ONNX too, and time it on ONNX Runtime."""
+    program: bool = False
+    """Write each network as an exported program of PyTorch too, model.pt2; it takes seconds a network."""
 
 
 class RunConfig(_Section):

@@ -30,6 +30,7 @@ from .methods import MethodSearch, is_finalists
 from .onnx_file import ONNX_NAME, write_onnx
 from .outcome import DENSE, Allowance, Latency, MethodOutcome, RunOutcome, budget_words
 from .problem import SearchProblem
+from .program import write_program
 from .progress import RunDisplay
 from .report import render_report
 from .run import MethodFolder, RunFolder
@@ -190,6 +191,7 @@ def _save_products(
             if not (target / "manifest.json").exists():
                 if subject.config.measure.onnx:
                     write_onnx(finalist.product, finalist.name, example, target / ONNX_NAME, images, display)
+                write_program(finalist.product, example, target, subject.config.measure, finalist.name, display)
                 save_compressed(
                     finalist.product, finalist.policy, target, constructor=constructor, example_inputs=example
                 )

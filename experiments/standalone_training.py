@@ -18,6 +18,7 @@ from .interrupt import StopFlag
 from .machine import set_up_device
 from .models import build_model, check_outputs
 from .onnx_file import ONNX_NAME, write_onnx
+from .program import write_program
 from .progress import RunDisplay
 from .run import refuse_existing
 from .training import train_from_scratch, tune
@@ -95,6 +96,8 @@ def finetune_saved(
         tune(model, batches, recipe, seed, f"fine-tuning {name}", display, stop, scratch=out.with_suffix(".training"))
     example = manifest.examples()
     save_compressed(model, policy, out, constructor=manifest.constructor, example_inputs=example)
-    images = labelled_batches(data.train, config.data, n_images=config.search.batch_size, seed=seed)[0][0]
-    write_onnx(model, "the fine-tuned network", example, out / ONNX_NAME, images, display)
+    if config.measure.onnx:
+        images = labelled_batches(data.train, config.data, n_images=config.search.batch_size, seed=seed)[0][0]
+        write_onnx(model, "the fine-tuned network", example, out / ONNX_NAME, images, display)
+    write_program(model, example, out, config.measure, "the fine-tuned network", display)
     return {"network": str(out), "validation_accuracy_before": before, "validation_accuracy": evaluate(model)}

@@ -16,7 +16,11 @@ from experiments.interrupt import StopFlag
 from experiments.outcome import RunOutcome
 from experiments.progress import RunDisplay
 from experiments.search import start_run
+from pruning.export import load_compressed, load_program
 from pruning.policy import CompressionPolicy
+
+from .tiny import CLASSES, SIDE
+from .tiny import network as tiny_network
 
 Command = Callable[..., Any]
 
@@ -25,8 +29,17 @@ Command = Callable[..., Any]
 def finished_run(tiny_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("finished") / "run"
     with RunDisplay(quiet=True) as display:
-        start_run(tiny_config(finetune__epochs=1, measure__onnx=True), root, ["secateur"], display, StopFlag())
+        config = tiny_config(finetune__epochs=1, measure__onnx=True, measure__program=True)
+        start_run(config, root, ["secateur"], display, StopFlag())
     return root
+
+
+def test_saved_network_and_its_program_compute_the_same(finished_run: Path) -> None:
+    saved, images = finished_run / "methods" / "random" / "model", torch.randn(3, 1, SIDE, SIDE)
+
+    network = load_compressed(saved, lambda: tiny_network(CLASSES, 1))
+
+    torch.testing.assert_close(load_program(saved / "model.pt2").module()(images), network(images))
 
 
 def test_search_ends_with_a_table_of_all_methods(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
@@ -169,6 +182,7 @@ def test_policy_of_a_run_is_applied_to_the_same_network(command: Command, finish
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "manifest.json",
         "model.onnx",
+        "model.pt2",
         "model.safetensors",
         "policy.json",
     ]
@@ -277,6 +291,7 @@ def test_compressed_network_is_fine_tuned(command: Command, finished_run: Path, 
         name: tensor.shape for name, tensor in after.items()
     }
     assert not torch.equal(before["3.weight"], after["3.weight"])
+    assert {"model.onnx", "model.pt2"} < {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_folder_does_not_choose_what_code_runs(command: Command, finished_run: Path, tmp_path: Path) -> None:
