@@ -135,7 +135,8 @@ def compress(
         min_keep_ratio: least share of a group that stays; at least one unit always does.
         protect_first: leave the groups dense that the first layer writes.
         protected: further groups to leave dense.
-        reconstruct: fit the pruned layers' outputs to the dense network's by least squares; needs ``calibration``.
+        reconstruct: fit the pruned layers' outputs to the dense network's by least squares; needs ``calibration``, and
+            takes no more of it than fits into memory at once (`pruning.reconstruction.most_images`).
         reward: ``"accuracy"``, ``"accuracy_guaranteed"`` or a function (accuracy, cost, limit) -> float; or
             ``"galen"``, without a budget: ``accuracy + beta * abs(cost / target - 1)``.
         target: cost that the reward galen aims at, as a budget is written: ``"20% latency"``.

@@ -114,7 +114,8 @@ class SearchSettings(_Section):
     search_images: int = Field(default=5000, ge=1)
     """Validation images a candidate is scored on; all if there are fewer. A search overfits to few of them."""
     calibration_images: int = Field(default=1000, ge=1)
-    """Training images for re-estimating batch-norm statistics (and for reconstruction)."""
+    """Training images for re-estimating batch-norm statistics, and for reconstruction as many of them as fit into
+    memory at once."""
     calibration_method: RangeMethod = "mse"
     """How ranges of activations are chosen where layers have bits: minmax, percentile, entropy, mse, or lsq before
     training; of candidates and of the networks that are saved."""

@@ -242,7 +242,7 @@ def least_squares(seed: int) -> ReconstructFunction:
     ) -> None:
         # Drawn anew for each candidate, so that equal plans give equal weights in any order.
         generator = torch.Generator().manual_seed(seed)
-        reconstruct(dense, candidate, graph, policy, torch.cat(list(batches)), generator=generator)
+        reconstruct(dense, candidate, graph, policy, batches, generator=generator)
 
     return repair
 

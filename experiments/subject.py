@@ -13,6 +13,7 @@ from envs.evaluator import RANGE_IMAGES, check_validation_is_unseen
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 from pruning.proof import leave_refuted_dense
+from pruning.reconstruction import MOST_BYTES, most_images
 
 from .config import RunConfig
 from .data import ImageData, TrainBatches, calibration_batches, labelled_batches, make_evaluate, make_judge, normalise
@@ -150,11 +151,22 @@ def prepare_subject(
     graph = leave_refuted_dense(model, capture(model, example), example)
     check_outputs(model, example, sample.classes)
     check(graph)
+    _tell_images_left_out(config, graph, display)
     if not weights:
         _ = data.validation  # missing validation images end a run too, and before the training rather than after it
         load_weights(model, trained_weights(config, data, model, device, display, stop))
         model.eval()
     return Subject(config, data, model, graph, device)
+
+
+def _tell_images_left_out(config: RunConfig, graph: NetworkGraph, display: RunDisplay) -> None:
+    """Say where least squares will not take all calibration images, as a forward pass of all takes too much memory."""
+    fitting, asked = most_images(graph), config.search.calibration_images
+    if config.search.reconstruct and fitting < asked:
+        display.say(
+            f"reconstruction takes {fitting:,} of the {asked:,} calibration images (search.calibration_images), so "
+            f"that no output of a layer is larger than {MOST_BYTES / 1e9:g} GB, and more positions of each"
+        )
 
 
 def report_dense(subject: Subject, display: RunDisplay) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from graph_encoder.network import NetworkGraph
 from graph_encoder.resize import removed_positions
 
 from .policy import CompressionPolicy
+
+MOST_BYTES = 1_000_000_000
+"""Most that one output of a network may take on all images that it is refitted on; two or three are held at a time."""
 
 _SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _LEAST_GAIN = 0.05
@@ -103,12 +108,18 @@ def _are_alike(one: object, other: object) -> bool:
     return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape
 
 
+def most_images(graph: NetworkGraph) -> int:
+    """Images that a network is refitted on at most: so many that its largest output takes `MOST_BYTES` in float32."""
+    largest = max(operator.out_channels * math.prod(operator.out_size) for operator in graph.operators)
+    return max(1, MOST_BYTES // (4 * largest))
+
+
 def reconstruct(
     dense: nn.Module,
     candidate: nn.Module,
     graph: NetworkGraph,
     policy: CompressionPolicy,
-    images: Tensor,
+    batches: Sequence[Tensor],
     *,
     generator: torch.Generator,
     n_positions: int = 8,
@@ -120,16 +131,17 @@ def reconstruct(
     batch norms using the statistics of the batch. The target is the dense layer's output on the same images; where it
     is added to another branch, directly or after its batch norm, the target is the dense sum less what the other
     branch has become, so that errors do not pile up along a residual stream. Estimate the batch norms again
-    afterwards. Ordinary `nn.Conv2d` and `nn.Linear` layers that run once are refitted, others are not.
+    afterwards. All images go through the networks at once, and so no more than `most_images` are taken; positions make
+    up for those that are not. Ordinary `nn.Conv2d` and `nn.Linear` layers that run once are refitted, others are not.
 
     Args:
         dense: the captured network; not changed.
         candidate: the network that `apply_policy` made of it.
         graph: the graph of ``dense``.
         policy: the policy that was applied.
-        images: training images of shape ``(batch, channels, height, width)``; a few hundred do.
+        batches: training images of shape ``(batch, channels, height, width)``; a few hundred in all do.
         generator: draws the sampled positions.
-        n_positions: output positions sampled an image and layer.
+        n_positions: output positions sampled an image and layer, where all images are taken.
         ridge: weight of the pull towards the weights before, as a share of the inputs' mean variance.
 
     Source: Channel pruning (He, Zhang and Sun 2017, section 3.1, and 3.2 for the sums) as used by AMC (He et al.
@@ -144,9 +156,17 @@ def reconstruct(
         if operator.kind in ("conv", "linear") and 1 in removed.get(operator.weight, {}) and uses[operator.weight] == 1
     }
     layers = {name: norm for name, norm in layers.items() if _is_refittable(dense.get_submodule(name))}
+    images = _first(batches, most_images(graph))
+    n_positions = math.ceil(n_positions * sum(map(len, batches)) / len(images))
     targets = _sample_outputs(dense, layers, images, n_positions, generator)
     targets = {name: target.without(removed.get(f"{name}.weight", {}).get(0)) for name, target in targets.items()}
     _Refit(candidate, layers, targets, ridge).run(images)
+
+
+def _first(batches: Sequence[Tensor], n: int) -> Tensor:
+    """The first ``n`` images of ``batches`` as one batch; all where there are fewer."""
+    starts = accumulate((len(batch) for batch in batches), initial=0)
+    return torch.cat([batch[: n - start] for start, batch in zip(starts, batches, strict=False) if start < n])
 
 
 class _Refit:

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from graph_encoder.capture import capture
+from pruning import reconstruction
 from pruning.batch_norm import reestimate_batch_norm
 from pruning.policy import CompressionPolicy
 from pruning.reconstruction import reconstruct
@@ -33,7 +34,7 @@ def test_a_channel_that_others_can_express_is_replaced_exactly() -> None:
     # The border sees zeros in place of the bias; a bias of zero makes the replacement exact there too.
     before = (small(images) - model(images)).abs().max()
 
-    reconstruct(model, small, graph, policy, images, generator=torch.Generator().manual_seed(0), ridge=1e-9)
+    reconstruct(model, small, graph, policy, [images], generator=torch.Generator().manual_seed(0), ridge=1e-9)
 
     after = (small(images) - model(images)).abs().max()
     assert after < 1e-3 < before
@@ -50,7 +51,7 @@ def test_error_on_unseen_images_falls_and_modes_stay() -> None:
     plain, fitted = apply_policy(model, graph, policy), apply_policy(model, graph, policy)
     dense = model[1].weight.clone()
 
-    reconstruct(model, fitted, graph, policy, images, generator=torch.Generator().manual_seed(0))
+    reconstruct(model, fitted, graph, policy, [images], generator=torch.Generator().manual_seed(0))
 
     unseen = torch.randn(64, 3, 8, 8)
     with torch.no_grad():
@@ -75,7 +76,7 @@ def test_a_layer_without_bias_or_batch_norm_is_fitted_to_the_means_too() -> None
     policy = CompressionPolicy({"0": tuple(range(6))}, {"0": 16})
     plain, fitted = apply_policy(model, graph, policy), apply_policy(model, graph, policy)
 
-    reconstruct(model, fitted, graph, policy, images, generator=torch.Generator().manual_seed(0))
+    reconstruct(model, fitted, graph, policy, [images], generator=torch.Generator().manual_seed(0))
 
     unseen = torch.randn(256, 12)
     assert relative_error(fitted, model, unseen) < 0.2 * relative_error(plain, model, unseen)
@@ -100,7 +101,7 @@ def test_a_layer_that_runs_twice_is_left_as_it_is() -> None:
     policy = CompressionPolicy({"first": (0, 1, 2, 3)}, {"first": 8})
     plain, fitted = apply_policy(model, graph, policy), apply_policy(model, graph, policy)
 
-    reconstruct(model, fitted, graph, policy, images, generator=torch.Generator().manual_seed(0))
+    reconstruct(model, fitted, graph, policy, [images], generator=torch.Generator().manual_seed(0))
 
     assert torch.equal(fitted.get_parameter("shared.weight"), plain.get_parameter("shared.weight"))
 
@@ -136,7 +137,7 @@ def rebuilt(model: nn.Module) -> float:
     graph = capture(model.eval(), images[:2])
     policy = CompressionPolicy({"narrow": (0, 1), "wide": tuple(range(12))}, {"narrow": 6, "wide": 14})
     small = apply_policy(model, graph, policy)
-    reconstruct(model, small, graph, policy, images, generator=torch.Generator().manual_seed(0), ridge=1e-9)
+    reconstruct(model, small, graph, policy, [images], generator=torch.Generator().manual_seed(0), ridge=1e-9)
     reestimate_batch_norm(small, [images])
     return relative_error(small, model, torch.randn(256, 6))
 
@@ -168,7 +169,41 @@ def test_statistics_of_batch_norms_are_put_back_where_the_candidate_fails() -> N
 
     small.register_forward_hook(fail)
     with pytest.raises(MemoryError):
-        reconstruct(model, small, graph, policy, images, generator=torch.Generator().manual_seed(0))
+        reconstruct(model, small, graph, policy, [images], generator=torch.Generator().manual_seed(0))
 
     assert not any(module.training for module in small.modules())
     assert all(torch.equal(buffer, before[name]) for name, buffer in small.named_buffers())
+
+
+def images_at_once(n_batches: int) -> set[int]:
+    """How many images the forward passes of a reconstruction on batches of 16 take."""
+    model, batches = net(), [torch.randn(16, 3, 8, 8) for _ in range(n_batches)]
+    graph = capture(model, batches[0])
+    policy = CompressionPolicy({"0": (0, 2, 4)}, {"0": 6})
+    small, seen = apply_policy(model, graph, policy), set()
+    for network in (model, small):
+        network.register_forward_pre_hook(lambda _, inputs: seen.add(len(inputs[0])))
+    reconstruct(model, small, graph, policy, batches, generator=torch.Generator().manual_seed(0))
+    return seen
+
+
+def test_no_forward_pass_takes_more_images_than_its_largest_output_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first layer puts out 6 maps of 8x8 values of 4 bytes.
+    monkeypatch.setattr(reconstruction, "MOST_BYTES", 40 * 4 * 6 * 8 * 8)
+
+    assert images_at_once(n_batches=2) == {32}
+    assert images_at_once(n_batches=3) == {40}
+    assert images_at_once(n_batches=20) == {40}
+
+
+def test_positions_make_up_for_images_that_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruction, "MOST_BYTES", 16 * 4 * 6 * 8 * 8)
+    model, batches = net(), list(torch.randn(64, 3, 8, 8).split(16))
+    graph = capture(model, batches[0])
+    policy = CompressionPolicy({"0": (0, 2, 4)}, {"0": 6})
+    once, again = apply_policy(model, graph, policy), apply_policy(model, graph, policy)
+
+    reconstruct(model, once, graph, policy, batches, generator=torch.Generator().manual_seed(0), n_positions=2)
+    reconstruct(model, again, graph, policy, batches[:1], generator=torch.Generator().manual_seed(0), n_positions=8)
+
+    assert all(torch.equal(one, other) for one, other in zip(once.parameters(), again.parameters(), strict=True))

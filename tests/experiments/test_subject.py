@@ -1,0 +1,34 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from experiments import subject
+from experiments.config import RunConfig
+from experiments.interrupt import StopFlag
+from experiments.progress import RunDisplay
+from pruning import reconstruction
+
+Configured = Callable[..., RunConfig]
+
+
+def told_when_prepared(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    capsys.readouterr()
+    with RunDisplay() as display:
+        subject.prepare_subject(config, torch.device("cpu"), display, StopFlag(), check=lambda _: None)
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("reconstruction")]
+
+
+def test_images_that_reconstruction_leaves_out_are_told(
+    tiny_config: Configured, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (reconstruction, subject):
+        # The first layer puts out 6 maps of 8x8 values of 4 bytes.
+        monkeypatch.setattr(module, "MOST_BYTES", 30 * 4 * 6 * 8 * 8)
+
+    assert told_when_prepared(tiny_config(search__reconstruct=True), capsys) == [
+        "reconstruction takes 30 of the 60 calibration images (search.calibration_images), so that no output of a "
+        "layer is larger than 4.608e-05 GB, and more positions of each"
+    ]
+    assert told_when_prepared(tiny_config(), capsys) == []
+    assert told_when_prepared(tiny_config(search__reconstruct=True, search__calibration_images=30), capsys) == []
