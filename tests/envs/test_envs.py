@@ -242,6 +242,17 @@ def test_the_evaluators_limit_stops_the_environment(model: SmallNetwork, space: 
         env.step(np.array([1, -1, 0], dtype=np.float32))
 
 
+def test_a_refinement_step_over_the_evaluations_granted_raises_within_the_episode(model: SmallNetwork) -> None:
+    space = make_space(model)
+    env = NetworkEnv(space, make_evaluator(model, space, max_evaluations=1), refinement_steps=2)
+    env.reset(seed=0)
+    *_, ended, _, info = env.step(np.zeros(3, dtype=np.float32))
+
+    assert info["budget_spent"] and not ended
+    with pytest.raises(EvaluationBudgetSpent):
+        env.step(np.array([1, -1, 0], dtype=np.float32))
+
+
 def test_an_action_of_the_wrong_shape_is_refused(model: SmallNetwork, space: SearchSpace) -> None:
     env = NetworkEnv(space, make_evaluator(model, space))
     env.reset(seed=0)
