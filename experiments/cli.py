@@ -280,12 +280,13 @@ def split(
     source: Annotated[Path, typer.Argument(help="Image folder, or an archive of one.")],
     folder: Annotated[str, typer.Option(help="Folder of the split to divide.")] = "test",
     out: Annotated[Path, typer.Option(help="Where the lists are written.")] = Path(),
+    as_json: AsJson = False,
 ) -> None:
     """Write lists of the even-numbered and the odd-numbered images of a folder."""
     from .image_folder import write_split_lists
 
-    for path in write_split_lists(source, folder, out):
-        print(path)
+    lists = [str(path) for path in write_split_lists(source, folder, out)]
+    print(json.dumps(lists, indent=2) if as_json else "\n".join(lists))
 
 
 latency = typer.Typer(help="Measured latency: of layers, as tables, and of what a run saved.", no_args_is_help=True)
@@ -386,7 +387,9 @@ def latency_check(
 @latency.command("measure")
 def latency_measure(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    runtime: Annotated[str, typer.Option(help="onnxruntime or openvino.")] = "onnxruntime",
+    runtime: Annotated[
+        str, typer.Option(help="onnxruntime, openvino, pytorch-eager, pytorch-compile or sparse.")
+    ] = "onnxruntime",
     threads: Annotated[
         list[int] | None, typer.Option(help="Threads of the runtime, by default 1; may be given several times.", min=1)
     ] = None,

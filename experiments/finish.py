@@ -137,7 +137,7 @@ def _finalists(
             policy.save(own.policy_file)
         same = next((other for other in found[1:] if other.policy.digest == policy.digest), None)
         if same:
-            display.say(f"{search.method}: the same plan as {same.name}, so the same fine-tuned network")
+            display.say(f"{search.method}: the same plan as {same.name}, so the same network")
             found.append(replace(same, name=search.method, search=search, readings=readings))
             continue
         network = builder.build(policy)

@@ -179,7 +179,7 @@ def read_manifest(folder: Path | str) -> Manifest:
 
 
 def export_onnx(
-    model: nn.Module, example_inputs: Inputs, path: Path, *, images: Inputs | None = None
+    model: nn.Module, example_inputs: Inputs, path: Path | str, *, images: Inputs | None = None
 ) -> IntegerReport | None:
     """Write the network as ONNX with a free batch dimension, once its outputs agree with PyTorch's.
 
@@ -199,7 +199,7 @@ def export_onnx(
             by more than `TOLERANCE` (for integers `INTEGER_TOLERANCE`, or what rounding changes if that is more).
         FileWriteError: if the file cannot be written.
     """
-    layers = quantized_layers(model)
+    path, layers = Path(path), quantized_layers(model)
     for name, layer in layers.items():
         _check_deployable(name, layer.policy)
     frozen, inputs = _frozen(model), _batch(example_inputs, 2)
@@ -335,7 +335,7 @@ def _session(content: bytes) -> Callable[..., tuple[Tensor, ...]]:
     return run
 
 
-def export_program(model: nn.Module, example_inputs: Inputs, path: Path) -> None:
+def export_program(model: nn.Module, example_inputs: Inputs, path: Path | str) -> None:
     """Write the network as a PyTorch exported program with a free batch dimension, once its outputs agree.
 
     Args:
@@ -359,10 +359,10 @@ def export_program(model: nn.Module, example_inputs: Inputs, path: Path) -> None
     content = vetted_copy(buffer.getvalue(), str(path))
     loaded = torch.export.load(io.BytesIO(content)).module()
     _check_outputs(loaded, frozen, example_inputs, "exported program")
-    write_atomic(path, content)
+    write_atomic(Path(path), content)
 
 
-def load_program(path: Path) -> ExportedProgram:
+def load_program(path: Path | str) -> ExportedProgram:
     """Open an exported program; one that could run code while it is loaded is refused.
 
     ``torch.export.load`` alone falls back to unlimited unpickling (`pruning.program_archive` lists what else).
@@ -371,7 +371,7 @@ def load_program(path: Path) -> ExportedProgram:
         ExportError: if there is no such file, or PyTorch cannot make a program of it.
         ArchiveError: if the file is damaged or holds anything else than tensors and a plain graph.
     """
-    content = vetted_copy(_read(path), str(path))
+    content = vetted_copy(_read(Path(path)), str(path))
     try:
         return torch.export.load(io.BytesIO(content))
     except Exception as error:  # a graph that is plain but wrong fails wherever the deserializer trips over it

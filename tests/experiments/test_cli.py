@@ -371,6 +371,8 @@ def test_split_divides_by_the_numbers_in_the_names(command: Command, tmp_path: P
         Image.new("L", (4, 4)).save(folder / f"{number:02d}.png")
 
     done = command("split", tmp_path / "images", "--out", tmp_path)
+    for_scripts = command("split", tmp_path / "images", "--out", tmp_path, "--json")
 
     assert done.out.splitlines() == [str(tmp_path / "test-even.txt"), str(tmp_path / "test-odd.txt")]
+    assert json.loads(for_scripts.out) == done.out.splitlines()
     assert (tmp_path / "test-even.txt").read_text().split() == ["cat/00.png", "cat/02.png"]

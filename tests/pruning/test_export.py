@@ -210,6 +210,14 @@ def test_onnx_file_does_not_depend_on_the_layout_of_the_weights(tmp_path: Path) 
     assert operators[torch.channels_last] == operators[torch.contiguous_format]
 
 
+def test_paths_may_be_text(tmp_path: Path) -> None:
+    export_onnx(nn.Linear(3, 2), torch.zeros(1, 3), str(tmp_path / "model.onnx"))
+    export_program(nn.Linear(3, 2), torch.zeros(1, 3), str(tmp_path / "model.pt2"))
+
+    load_program(str(tmp_path / "model.pt2"))
+    assert (tmp_path / "model.onnx").exists()
+
+
 def test_program_agrees_with_pytorch_at_any_batch_size(program_file: Path) -> None:
     torch.manual_seed(0)
     model = Residual().eval()
