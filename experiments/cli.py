@@ -23,7 +23,7 @@ NO_SPEEDUP = 3
 """Exit code of a command whose networks are not faster than the dense one, where that is asked for."""
 
 app = typer.Typer(
-    help="Prune PyTorch networks under a budget, by an agent that reads them as graphs.",
+    help="Compress PyTorch networks under a budget, by an agent that reads them as graphs.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -100,7 +100,7 @@ def search(
     require_speedup: RequireSpeedup = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search how to prune a network under a budget, fine-tune what was found, and report."""
+    """Search how to compress a network under a budget, fine-tune what was found, and report."""
     from .outcome import missing_speedups
     from .run import numbered_folder
     from .search import start_run

@@ -171,8 +171,8 @@ def _refusal(limit: int, floors: Sequence[Floor]) -> str:
     todo = f"Pass at least {least}, or lower" if best.least_ns < best.dense_ns else "Lower"
     return (
         f"a budget of {in_words(limit, 'latency')} ({limit / best.dense_ns:.1%} of the dense "
-        f"{in_words(best.dense_ns, 'latency')}) is below the floor, {best}. {todo} min_keep_ratio, the rounding or the "
-        "protection"
+        f"{in_words(best.dense_ns, 'latency')}) is below the floor with {best}. {todo} min_keep_ratio, the rounding or "
+        "the protection"
     )
 
 

@@ -87,8 +87,9 @@ def test_a_budget_below_the_floor_is_refused_with_the_least_that_can_be_met(comm
     assert done.code == 1
     assert done.out.splitlines()[-1] == (
         f"budget refused  a budget of {dense // 100 / 1e6:.4g} ms (1.0% of the dense {dense / 1e6:.4g} ms) is below "
-        f"the floor, channels, bits: {lowest / 1e6:.4g} ms ({lowest / dense:.1%}) by the table, not measured. Pass at "
-        f"least {lowest / 1e6:.4g} ms ({lowest / dense:.1%}), or lower min_keep_ratio, the rounding or the protection"
+        f"the floor with channels, bits: {lowest / 1e6:.4g} ms ({lowest / dense:.1%}) by the table, not measured. Pass "
+        f"at least {lowest / 1e6:.4g} ms ({lowest / dense:.1%}), or lower min_keep_ratio, the rounding or the "
+        "protection"
     )
 
 
