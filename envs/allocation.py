@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from latency.cost import CostModel
-from latency.predict import LatencyModel
+from latency.cost import CostMeter, CostModel
+from latency.predict import LatencyMeter, LatencyModel
 
 from .action import nearest
 from .evaluator import Sensitivity
 from .space import Bound, Counts, Ratios, SearchSpace
-
-_NOTHING = 1e-15
-"""Least share of what is lacking that a step counts as saving: below one unit of any cost."""
-KNAPSACK_LEVELS = 12
-"""Counts a decision that the integer program chooses among; finer steps are left to `envs.action.fill`."""
 
 
 def losses(space: SearchSpace, sensitivity: Sensitivity, floor: float) -> list[NDArray[np.float64]]:
@@ -60,7 +56,9 @@ def losses(space: SearchSpace, sensitivity: Sensitivity, floor: float) -> list[N
 def greedy(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
     """Take the step that loses least for what it saves, again and again, until every budget is met.
 
-    With several, a step saves the sum of the shares that it takes off what each budget that is not met yet still lacks.
+    A step lowers one decision to any rung below: by a table the next one may take longer, and one farther down less
+    time. It saves no more than is lacking. With several budgets that is the sum of the shares that it takes off what
+    each budget that is not met yet still lacks.
 
     Args:
         space: the decisions, with a budget.
@@ -77,32 +75,36 @@ def greedy(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
     meters = [(bound.cost.meter(space.sizes), bound.limit) for bound in space.bounds]
     prices = [_added_up(bound).meter(space.sizes) for bound in space.bounds]
     taken: list[Counts] = []
-    # By a table the least counts need not be the fastest: then the steps end before the budget is met.
-    while any(rungs):
+    while True:
         over = [
             (price, meter.cost - limit)
             for price, (meter, limit) in zip(prices, meters, strict=True)
             if meter.cost > limit
         ]
-        if not over:
+        steps = [
+            ((lost[index][below] - lost[index][rung]) / saved, index, below)
+            for index, (ladder, rung) in enumerate(zip(space.ladders, rungs, strict=True))
+            for below in reversed(range(rung))
+            if (saved := _saved(over, index, int(ladder[below] - ladder[rung]))) > 0
+        ]
+        # By a table the least counts need not be the fastest: then no step saves although the budget is not met.
+        if not steps:
             break
-        best, step = np.inf, (-1, 0)
-        for index, ladder in enumerate(space.ladders):
-            if not (rung := rungs[index]):
-                continue
-            units = int(ladder[rung - 1] - ladder[rung])
-            saved = sum((price.cost - price.with_more(index, units)) / lacking for price, lacking in over)
-            asked = (lost[index][rung - 1] - lost[index][rung]) / max(saved, _NOTHING)
-            if asked < best:
-                best, step = asked, (index, units)
+        _, index, below = min(steps, key=lambda step: step[0])
+        units = int(space.ladders[index][below] - space.ladders[index][rungs[index]])
         for each in (*prices, *(meter for meter, _ in meters)):
-            each.keep_more(*step)
-        rungs[step[0]] -= 1
+            each.keep_more(index, units)
+        rungs[index] = below
         taken.append(np.array([ladder[rung] for ladder, rung in zip(space.ladders, rungs, strict=True)]))
     # The first of them that a table has room for once no larger count is faster; by counted costs, the last.
     first = bisect.bisect_left(taken, True, key=lambda counts: space.fits(space.widened(counts)))
     counts = taken[min(first, len(taken) - 1)] if taken else space.sizes
     return np.asarray(counts / space.sizes, dtype=np.float64)
+
+
+def _saved(over: Sequence[tuple[CostMeter | LatencyMeter, int]], index: int, units: int) -> float:
+    """Shares of what budgets lack that a step of one decision takes off, added up; a step too far takes off all."""
+    return sum(min((price.cost - price.with_more(index, units)) / lacking, 1.0) for price, lacking in over)
 
 
 def knapsack(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
@@ -122,19 +124,17 @@ def knapsack(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
         ValueError: if the space has no budget.
     """
     _check_bounds(space, "the knapsack")
-    ladders = [_thinned(ladder) for ladder in space.ladders]
-    price = [np.interp(ladder, space.ladders[index], lost[index]) for index, ladder in enumerate(ladders)]
     # With nothing taken away; in bytes that is more than the dense network, which needs no places and scales.
     full = [bound.cost(space.sizes) for bound in space.bounds]
-    saved = [_saved_alone(bound, ladders, space) for bound in space.bounds]
+    saved = [_saved_alone(bound, space) for bound in space.bounds]
     low = np.array([f - bound.limit for f, bound in zip(full, space.bounds, strict=True)], dtype=np.float64)
     high = np.array([sum(choices.max() for choices in each) for each in saved], dtype=np.float64)
     tolerance = np.array([0.01 * bound.cost.dense for bound in space.bounds])
-    counts = np.array([ladder[0] for ladder in ladders], dtype=np.int64)
+    counts = space.minimum
     # The truth lies between the savings added up and all of them: halve the intervals until they are no wider than 1 %.
     asked = low.copy()
     while True:
-        tried = _choose(ladders, saved, price, np.minimum(asked, high))
+        tried = _choose(space.ladders, saved, lost, np.minimum(asked, high))
         kept = space.widened(tried)
         is_over = np.array([bound.cost(kept) > bound.limit for bound in space.bounds])
         if is_over.any():
@@ -148,13 +148,13 @@ def knapsack(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
         asked = np.where(is_over if is_over.any() else is_open, (low + high) / 2, asked)
 
 
-def _saved_alone(bound: Bound, ladders: list[Counts], space: SearchSpace) -> list[NDArray[np.int64]]:
+def _saved_alone(bound: Bound, space: SearchSpace) -> list[NDArray[np.int64]]:
     """What each choice of each decision alone saves of one budget."""
     meter = _added_up(bound).meter(space.sizes)
     full = meter.cost
     return [
         np.array([full - meter.with_more(index, int(count - ladder[-1])) for count in ladder])
-        for index, ladder in enumerate(ladders)
+        for index, ladder in enumerate(space.ladders)
     ]
 
 
@@ -168,9 +168,9 @@ def _added_up(bound: Bound) -> CostModel | LatencyModel:
 
 
 def _choose(
-    ladders: list[Counts],
+    ladders: Sequence[Counts],
     saved: list[list[NDArray[np.int64]]],
-    price: list[NDArray[np.float64]],
+    lost: list[NDArray[np.float64]],
     at_least: NDArray[np.float64],
 ) -> Counts:
     """One count of each ladder: the cheapest that save ``at_least`` of each budget in all."""
@@ -182,7 +182,7 @@ def _choose(
     scale = np.maximum(at_least, 1.0)
     savings = np.stack([np.concatenate(each) for each in saved])
     solution = milp(
-        np.concatenate(price),
+        np.concatenate(lost),
         integrality=np.ones(starts[-1]),
         bounds=Bounds(0, 1),
         constraints=[
@@ -195,13 +195,6 @@ def _choose(
     assert solution.x is not None, solution.message
     picks = [int(np.argmax(solution.x[start : start + size])) for start, size in zip(starts, sizes, strict=False)]
     return np.array([ladder[pick] for ladder, pick in zip(ladders, picks, strict=True)], dtype=np.int64)
-
-
-def _thinned(ladder: Counts) -> Counts:
-    if len(ladder) <= KNAPSACK_LEVELS:
-        return ladder
-    picked = np.unique(np.linspace(0, len(ladder) - 1, KNAPSACK_LEVELS).round().astype(np.int64))
-    return np.asarray(ladder[picked], dtype=np.int64)
 
 
 def _check_bounds(space: SearchSpace, what: str) -> None:

@@ -1,12 +1,16 @@
 import itertools
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from envs.action import project
 from envs.allocation import greedy, knapsack, losses
 from envs.evaluator import Sensitivity
-from envs.space import SearchSpace
+from envs.plans import uniform
+from envs.space import Bound, SearchSpace
 from graph_encoder.network import ChannelGroup, LinearDim, NetworkGraph, Term
 from latency.budget import Budget
 
@@ -17,6 +21,53 @@ def chain(sizes: tuple[int, ...], costs: tuple[int, ...]) -> NetworkGraph:
     pairs = enumerate(zip(sizes, costs, strict=True))
     terms = tuple(Term(f"layer{i}", cost, (LinearDim(size, ((i, 1),)),)) for i, (size, cost) in pairs)
     return NetworkGraph((), (), groups, terms, terms)
+
+
+Allocate = Callable[[SearchSpace, list[np.ndarray]], np.ndarray]
+
+
+class Vectors:
+    """A cost by whole vectors of 8 channels, and half a vector more where they do not divide: 16 are less than 15."""
+
+    kind = "macs"
+
+    def __init__(self, groups: Sequence[str], sizes: np.ndarray, times: Sequence[int]) -> None:
+        self.groups, self.sizes, self.times = tuple(groups), sizes, np.array(times)
+        self.dense = self(sizes)
+
+    def __call__(self, kept: np.ndarray) -> int:
+        return int((self.times * (2 * -(-kept // 8) + (kept % 8 != 0))).sum())
+
+    def meter(self, kept: np.ndarray) -> "VectorsMeter":
+        return VectorsMeter(self, kept)
+
+
+class VectorsMeter:
+    def __init__(self, cost: Vectors, kept: np.ndarray) -> None:
+        self._full, self._kept = cost, kept.copy()
+
+    @property
+    def cost(self) -> int:
+        return self._full(self._kept)
+
+    def with_more(self, decision: int, units: int) -> int:
+        kept = self._kept.copy()
+        kept[decision] += units
+        return self._full(kept)
+
+    def keep_more(self, decision: int, units: int) -> None:
+        self._kept[decision] += units
+
+
+def space_of_vectors(times: Sequence[int], share: float, size: int = 24) -> SearchSpace:
+    space = space_of(chain((size,) * len(times), (1,) * len(times)), 1.0)
+    cost = Vectors(space.names, space.sizes, times)
+    return replace(space, cost=cost, bounds=(Bound(cost, int(share * cost.dense)),))  # type: ignore[arg-type]
+
+
+def loss_of(plan: Sequence[int], lost: list[np.ndarray]) -> float:
+    """Of a plan on ladders that hold every count from 1 on."""
+    return sum(float(of[count - 1]) for of, count in zip(lost, plan, strict=True))
 
 
 def space_of(graph: NetworkGraph, share: float | None) -> SearchSpace:
@@ -69,13 +120,40 @@ def test_knapsack_finds_the_least_loss_of_all_plans(seed: int) -> None:
 
     counts = counts_of(knapsack(space, lost), space)
 
-    def loss(plan: tuple[int, ...]) -> float:
-        return sum(float(of[count - 1]) for of, count in zip(lost, plan, strict=True))
-
     plans = itertools.product(*(range(1, size + 1) for size in sizes))
-    best = min(loss(plan) for plan in plans if space.cost(np.array(plan)) <= (space.limit or 0))
+    best = min(loss_of(plan, lost) for plan in plans if space.cost(np.array(plan)) <= (space.limit or 0))
     assert space.cost(counts) <= (space.limit or 0)
-    assert loss(tuple(counts.tolist())) == pytest.approx(best)
+    assert loss_of(counts.tolist(), lost) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_knapsack_finds_the_least_loss_where_a_count_below_may_cost_more(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    space = space_of_vectors(rng.integers(1, 9, 3).tolist(), 0.6)
+    lost = [np.append(np.sort(rng.random(23))[::-1], 0.0) for _ in range(3)]
+
+    counts = counts_of(knapsack(space, lost), space)
+
+    plans = itertools.product(range(1, 25), repeat=3)
+    best = min(loss_of(plan, lost) for plan in plans if space.cost(np.array(plan)) <= (space.limit or 0))
+    assert space.cost(counts) <= (space.limit or 0)
+    assert loss_of(counts.tolist(), lost) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("allocate", [greedy, knapsack])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_count_that_costs_more_bars_the_way_to_one_that_costs_less(allocate: Allocate, seed: int) -> None:
+    """Losses by measured sensitivities that differ a lot: a plan that knows them loses less than one that does not."""
+    rng = np.random.default_rng(seed)
+    space = space_of_vectors(rng.integers(1, 9, 6).tolist(), 0.5)
+    lost = [10 ** rng.uniform(-3, -1) * np.linspace(1, 0, 24) for _ in range(6)]
+
+    counts = counts_of(allocate(space, lost), space)
+
+    assert space.cost(counts) <= (space.limit or 0)
+    assert loss_of(counts.tolist(), lost) <= loss_of(project(uniform(space), space).tolist(), lost)
+    # Every count is whole vectors: others keep less for more.
+    assert (counts % 8 == 0).all()
 
 
 def test_knapsack_meets_the_budget_where_savings_do_not_add_up() -> None:
@@ -91,8 +169,8 @@ def test_knapsack_meets_the_budget_where_savings_do_not_add_up() -> None:
 
 
 @pytest.mark.parametrize(("allocate", "name"), [(greedy, "greedy allocation"), (knapsack, "the knapsack")])
-def test_allocation_without_a_budget_is_refused(allocate: object, name: str) -> None:
+def test_allocation_without_a_budget_is_refused(allocate: Allocate, name: str) -> None:
     space = space_of(chain((4,), (1,)), None)
     message = f"{name} needs a budget to stop at; build the search space with one"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        allocate(space, [np.zeros(4)])  # type: ignore[operator]
+        allocate(space, [np.zeros(4)])
