@@ -106,7 +106,8 @@ class Observer:
             LayerNode(decision.layer, decision.choice, ratio)
             for decision, ratio in zip(space.layers, least[len(groups) :], strict=True)
         ]
-        self._static = static_node_features(graph, model, groups, space.importance, least[: len(groups)], layers)
+        times = None if space.latency is None else space.latency.by_owner(space.sizes)
+        self._static = static_node_features(graph, model, groups, space.importance, least[: len(groups)], layers, times)
         self._kinds = kinds(graph, groups, layers)
         self._edges, self._edge_types = edges(graph, groups, layers)
         needed = Sizes(len(self._kinds), len(self._edge_types), space.n)

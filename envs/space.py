@@ -249,7 +249,7 @@ class SearchSpace:
         from the untouched network. Some changes pay only together: a layer in integers among floats is converted to
         and from, and so is one in floats among integers.
         """
-        latency = self._latency
+        latency = self.latency
         if latency is None:
             return self.minimum.copy()
         layers_whole = np.append(self.minimum[: len(self.groups)], self.sizes[len(self.groups) :])
@@ -263,10 +263,10 @@ class SearchSpace:
         Kernels want whole vectors of channels: a layer of 24 may take longer than one of 32, and is then no choice.
         Other budgets are kept if ``counts`` keep them. Without a table, ``counts`` themselves.
         """
-        return counts if self._latency is None else self._faster(self._latency, counts, counts)
+        return counts if self.latency is None else self._faster(self.latency, counts, counts)
 
     @property
-    def _latency(self) -> LatencyModel | None:
+    def latency(self) -> LatencyModel | None:
         """What tells latencies, if there is a budget of latency or the reward weighs it."""
         costs = [bound.cost for bound in self.bounds] or [self.cost]
         return next((cost for cost in costs if isinstance(cost, LatencyModel)), None)

@@ -35,7 +35,8 @@ _SHAPE = (
 _COST = (
     "log_macs",  # log10 of multiply-adds, over 6; for a group, of all operators it takes part in
     "log_params",  # log10 of parameters, over 4; likewise
-    "relative_macs",  # log2 of the share of the network's MACs, times the number of weighted operators, over 4
+    "relative_macs",  # log2 of the share of the network's MACs, times the number of weighted operators, over 4; of its
+    # time in place of MACs where a table of latency tells times
     "relative_params",  # likewise for parameters
 )
 _WEIGHTS = (
@@ -125,6 +126,7 @@ def static_node_features(
     importance: Mapping[str, NDArray[np.floating]],
     min_keep_ratio: Sequence[float],
     layers: Sequence[LayerNode] = (),
+    times: Mapping[str, float] | None = None,
 ) -> NDArray[np.float32]:
     """Features that do not change during an episode, shape ``(operators + decisions, len(NODE_FEATURES))``.
 
@@ -138,12 +140,14 @@ def static_node_features(
         importance: scores of shape ``(size,)`` by group name, higher is more important.
         min_keep_ratio: least keep ratio of each of these groups.
         layers: choices inside layers.
+        times: what each operator takes of the network's time, by name and in any unit, where time is what counts;
+            operators that are not named take none.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     position = {operator.name: index for index, operator in enumerate(graph.operators)}
-    rows = [_operator_row(graph, operator, index, tensors) for index, operator in enumerate(graph.operators)]
+    rows = [_operator_row(graph, operator, index, tensors, times) for index, operator in enumerate(graph.operators)]
     for group, least in zip(decisions, min_keep_ratio, strict=True):
-        rows.append(_group_row(graph, group, position, importance[group.name], least))
+        rows.append(_group_row(graph, group, position, importance[group.name], least, times))
     for node in layers:
         rows.append({**rows[_operators_of(graph, node.layer)[0]], "min_keep_ratio": node.least})
     table = np.zeros((len(rows), len(NODE_FEATURES)), dtype=np.float32)
@@ -195,7 +199,11 @@ def _operators_of(graph: NetworkGraph, layer: str) -> list[int]:
 
 
 def _operator_row(
-    graph: NetworkGraph, operator: Operator, index: int, tensors: Mapping[str, Tensor]
+    graph: NetworkGraph,
+    operator: Operator,
+    index: int,
+    tensors: Mapping[str, Tensor],
+    times: Mapping[str, float] | None,
 ) -> dict[str, float]:
     row = {
         "log_in_channels": math.log2(max(operator.in_channels, 1)) / 8,
@@ -205,7 +213,7 @@ def _operator_row(
         "log_groups": math.log2(max(operator.groups, 1)) / 8,
         "log_out_positions": math.log2(max(operator.out_size[0] * operator.out_size[1], 1)) / 8,
         "depth": index / max(len(graph.operators) - 1, 1),
-        **_cost_features(graph, operator.macs, operator.params),
+        **_cost_features(graph, [operator], times),
     }
     if operator.weight:
         row |= _weight_features(tensors[operator.weight])
@@ -220,6 +228,7 @@ def _group_row(
     position: Mapping[str, int],
     importance: NDArray[np.floating],
     least: float,
+    times: Mapping[str, float] | None,
 ) -> dict[str, float]:
     members = [graph.operators[position[name]] for name in dict.fromkeys(group.producers + group.consumers)]
     first = position[group.producers[0]] if group.producers else 0
@@ -228,7 +237,7 @@ def _group_row(
     return {
         "log_out_channels": math.log2(group.size) / 8,
         "depth": first / max(len(graph.operators) - 1, 1),
-        **_cost_features(graph, sum(m.macs for m in members), sum(m.params for m in members)),
+        **_cost_features(graph, members, times),
         **quantiles,
         "n_producers": math.log2(1 + len(group.producers)) / 4,
         "n_consumers": math.log2(1 + len(group.consumers)) / 4,
@@ -236,11 +245,17 @@ def _group_row(
     }
 
 
-def _cost_features(graph: NetworkGraph, macs: int, params: int) -> dict[str, float]:
+def _cost_features(
+    graph: NetworkGraph, operators: Sequence[Operator], times: Mapping[str, float] | None
+) -> dict[str, float]:
     weighted = sum(1 for operator in graph.operators if operator.weight)
+    macs, params = sum(o.macs for o in operators), sum(o.params for o in operators)
     row = {"log_macs": math.log10(1 + macs) / 6, "log_params": math.log10(1 + params) / 4}
+    work: tuple[float, float] = macs, graph.macs
+    if times is not None:
+        work = sum(times.get(o.name, 0.0) for o in operators), sum(times.values())
     # The share of one layer shrinks with depth; against an even split it does not.
-    for name, part, whole in (("relative_macs", macs, graph.macs), ("relative_params", params, graph.params)):
+    for name, (part, whole) in {"relative_macs": work, "relative_params": (params, graph.params)}.items():
         if part and whole:
             row[name] = math.log2(part / whole * weighted) / 4
     return row

@@ -10,12 +10,14 @@ from gymnasium.utils.env_checker import check_env
 from envs.action import project, rounded_down
 from envs.allocation import greedy, knapsack
 from envs.layerwise_env import LayerwiseEnv
+from envs.network_env import NetworkEnv
 from envs.plans import global_magnitude, uniform
 from envs.space import SearchSpace
 from graph_encoder.capture import capture
-from graph_encoder.features import GLOBAL_FEATURES
+from graph_encoder.features import GLOBAL_FEATURES, NODE_FEATURES
 from latency.budget import Budget
 from latency.decision import layer_decisions
+from latency.layers import layers_of
 from latency.table import Calibration, LatencyTable, build_table, needed_kinds, network_key, start_table
 from tests.latency.synthetic import IntegerFormulaDevice
 
@@ -98,6 +100,24 @@ def test_layerwise_environment_passes_the_checks_under_a_latency_budget(table: L
     seen = dict(zip(GLOBAL_FEATURES, obs["globals"].tolist(), strict=True))
     assert (seen["has_budget"], seen["budget_is_latency"], seen["budget_is_bytes"]) == (1, 1, 0)
     assert seen["budget_share"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_an_agent_sees_which_layers_take_time(table: LatencyTable) -> None:
+    space = space_of(table, 0.5, rounding=4, bits=False)
+    kind = next(layer.kind for layer in layers_of(GRAPH) if layer.name == "down")
+    times = table.kinds[kind]
+    slow = replace(table, kinds=table.kinds | {kind: replace(times, ratios=5 * times.ratios)})
+    column = NODE_FEATURES.index("relative_macs")
+
+    seen = [
+        NetworkEnv(s, make_evaluator(MODEL, s, evaluate=lambda _: 0.5)).reset(seed=0)[0]["nodes"][:, column]
+        for s in (space, space_of(slow, 0.5, rounding=4, bits=False))
+    ]
+
+    row = [operator.name for operator in GRAPH.operators].index("down")
+    others = [i for i, operator in enumerate(GRAPH.operators) if operator.weight and i != row]
+    assert seen[1][row] > seen[0][row]
+    assert (seen[1][others] < seen[0][others]).all()
 
 
 @pytest.mark.parametrize("rounding", [4, 16])

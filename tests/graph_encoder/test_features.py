@@ -11,6 +11,7 @@ from graph_encoder.features import (
     EDGE_TYPE_INDEX,
     KIND_INDEX,
     NODE_FEATURES,
+    LayerNode,
     column,
     edges,
     kinds,
@@ -162,3 +163,21 @@ def test_kinds_of_nodes() -> None:
 
 def test_sensitivity_is_zero_at_the_noise_and_one_when_everything_is_lost() -> None:
     np.testing.assert_allclose(sensitivity_features(np.array([-0.1, 0.01, 0.1, 1.0]), 0.01), [0, 0, 0.5, 1], atol=1e-6)
+
+
+def test_shares_of_work_are_those_of_time_where_times_are_known() -> None:
+    model, graph = network(16)
+    importance = {group.name: np.ones(group.size) for group in graph.prunable}
+    times = {"stem": 1.0, "inner": 4.0, "outer": 2.0, "down": 1.0}
+
+    values = static_node_features(
+        graph, model, graph.prunable, importance, [0.1] * len(graph.prunable), [LayerNode("outer", "bits", 0.25)], times
+    )
+
+    share = dict(zip([o.name for o in graph.operators], values[:, column("relative_macs")], strict=False))
+    # Five weighted operators; the last takes no time that is known.
+    expected = {name: math.log2(time / 8 * 5) / 4 for name, time in times.items()} | {"classify": 0.0}
+    assert {name: share[name] for name in expected} == pytest.approx(expected)
+    inner = len(graph.operators) + [group.name for group in graph.prunable].index("inner")
+    assert values[inner, column("relative_macs")] == pytest.approx(math.log2(6 / 8 * 5) / 4)
+    assert values[-1, column("relative_macs")] == share["outer"]
