@@ -29,14 +29,14 @@ def start_plan(space: SearchSpace) -> Counts:
 def counts_of(action: ArrayLike, space: SearchSpace, base: Ratios | None = None) -> Counts:
     """Count of each decision, shape ``(n,)``.
 
-    With budgets, the keep ratios are ``clip(base + span * action + shift, least, 1)``, where one ``shift`` for all
-    groups is found so that each is met (`project`). Without any, an action of -1 keeps the least, 1 keeps
-    everything, and ``base`` is added.
+    With budgets, decisions stand at the places ``base + span * action + shift`` (see `SearchSpace.places`), no farther
+    than their ladders go, where one ``shift`` for all is found so that each budget is met (`project`). Without any, an
+    action of -1 keeps the least, 1 keeps everything, and ``base`` is added.
 
     Args:
         action: shape ``(n,)``; clipped to ``[-1, 1]``.
         space: what may be chosen.
-        base: keep-ratio offsets of shape ``(n,)`` that the action moves; the space's prior if not given.
+        base: offsets of places, shape ``(n,)``, that the action moves; the space's prior if not given.
 
     Raises:
         ValueError: if the action has another shape or holds NaN or infinity.
@@ -45,12 +45,11 @@ def counts_of(action: ArrayLike, space: SearchSpace, base: Ratios | None = None)
     base = space.prior if base is None else base
     if space.bounds:
         return project(base + space.span * scores, space)
-    ratios = base + (1 + space.min_keep_ratio) / 2 + scores * (1 - space.min_keep_ratio) / 2
-    return nearest(ratios, space)
+    return nearest(base + space.middle + scores * space.reach, space)
 
 
 def project(base: Ratios, space: SearchSpace) -> Counts:
-    """The plan closest in shape to the ratios ``base + shift`` that spends the budgets to the last rounding step.
+    """The plan closest in shape to the places ``base + shift`` that spends the budgets to the last rounding step.
 
     Where costs are counted, ``shift`` is the largest at which the unrounded plan meets every budget. A table knows no
     unrounded plans, and its costs need not fall with the shift: there it is one found by halving, at which the rounded
@@ -69,7 +68,7 @@ def project(base: Ratios, space: SearchSpace) -> Counts:
 
 def _at(shift: float, base: Ratios, space: SearchSpace) -> Ratios:
     """What each decision keeps without rounding."""
-    return np.asarray(np.clip(base + shift, space.min_keep_ratio, 1) * space.sizes)
+    return np.asarray(space.kept_at(base + shift) * space.sizes)
 
 
 def rounded_down(wanted: Ratios, space: SearchSpace) -> Counts:
@@ -80,9 +79,9 @@ def rounded_down(wanted: Ratios, space: SearchSpace) -> Counts:
     return np.array(floored, dtype=np.int64)
 
 
-def nearest(ratios: Ratios, space: SearchSpace) -> Counts:
-    """The allowed counts nearest to the keep ratios, shape ``(n,)``; the budget is not looked at."""
-    wanted = np.clip(ratios, space.min_keep_ratio, 1) * space.sizes
+def nearest(places: Ratios, space: SearchSpace) -> Counts:
+    """The allowed counts nearest to the places, shape ``(n,)``; the budget is not looked at."""
+    wanted = space.kept_at(places) * space.sizes
     pairs = zip(space.ladders, wanted, strict=True)
     return np.array([ladder[np.argmin(np.abs(ladder - w))] for ladder, w in pairs], dtype=np.int64)
 
@@ -128,8 +127,9 @@ def fill(counts: Counts, wanted: Ratios, space: SearchSpace) -> Counts:
 
 
 def _shifts(base: Ratios, space: SearchSpace) -> tuple[float, float]:
-    """The shifts at which every ratio has reached its least, and 1."""
-    return float(np.min(space.min_keep_ratio - base)), float(np.max(1 - base))
+    """The shifts at which every decision has reached its lowest place, and its highest."""
+    lowest, highest = space.ends
+    return float(np.min(lowest - base)), float(np.max(highest - base))
 
 
 def _largest_shift(base: Ratios, space: SearchSpace) -> float:
@@ -138,7 +138,7 @@ def _largest_shift(base: Ratios, space: SearchSpace) -> float:
     costs = [(bound.cost, bound.limit) for bound in space.bounds if isinstance(bound.cost, CostModel)]
     for _ in range(5):
         shifts = np.linspace(low, high, 65)
-        ratios = np.clip(base + shifts[:, None], space.min_keep_ratio, 1)
+        ratios = space.kept_at(base + shifts[:, None])
         fits = np.flatnonzero(np.all([cost.of_ratios(ratios) <= limit for cost, limit in costs], axis=0))
         # The lowest shift keeps the least of every group, which was checked to fit; float error may deny it.
         best = int(fits[-1]) if len(fits) else 0

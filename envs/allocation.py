@@ -65,15 +65,15 @@ def greedy(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
         lost: as `losses` gives them.
 
     Returns:
-        Keep ratios of shape ``(n,)``.
+        Places of shape ``(n,)``, see `SearchSpace.places`.
 
     Raises:
         ValueError: if the space has no budget.
     """
     _check_bounds(space, "greedy allocation")
     rungs = [len(ladder) - 1 for ladder in space.ladders]
-    meters = [(bound.cost.meter(space.sizes), bound.limit) for bound in space.bounds]
-    prices = [_added_up(bound).meter(space.sizes) for bound in space.bounds]
+    meters = [(bound.cost.meter(space.maximum), bound.limit) for bound in space.bounds]
+    prices = [_added_up(bound).meter(space.maximum) for bound in space.bounds]
     taken: list[Counts] = []
     while True:
         over = [
@@ -98,8 +98,8 @@ def greedy(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
         taken.append(np.array([ladder[rung] for ladder, rung in zip(space.ladders, rungs, strict=True)]))
     # The first of them that a table has room for once no larger count is faster; by counted costs, the last.
     first = bisect.bisect_left(taken, True, key=lambda counts: space.fits(space.widened(counts)))
-    counts = taken[min(first, len(taken) - 1)] if taken else space.sizes
-    return np.asarray(counts / space.sizes, dtype=np.float64)
+    counts = taken[min(first, len(taken) - 1)] if taken else space.maximum
+    return space.places(counts)
 
 
 def _saved(over: Sequence[tuple[CostMeter | LatencyMeter, int]], index: int, units: int) -> float:
@@ -118,14 +118,14 @@ def knapsack(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
         lost: as `losses` gives them.
 
     Returns:
-        Keep ratios of shape ``(n,)``.
+        Places of shape ``(n,)``, see `SearchSpace.places`.
 
     Raises:
         ValueError: if the space has no budget.
     """
     _check_bounds(space, "the knapsack")
     # With nothing taken away; in bytes that is more than the dense network, which needs no places and scales.
-    full = [bound.cost(space.sizes) for bound in space.bounds]
+    full = [bound.cost(space.maximum) for bound in space.bounds]
     saved = [_saved_alone(bound, space) for bound in space.bounds]
     low = np.array([f - bound.limit for f, bound in zip(full, space.bounds, strict=True)], dtype=np.float64)
     high = np.array([sum(choices.max() for choices in each) for each in saved], dtype=np.float64)
@@ -143,14 +143,14 @@ def knapsack(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
             counts, high = tried, asked
         is_open = high - low > tolerance
         if not (is_open & is_over).any() and (is_over.any() or not is_open.any()):
-            return np.asarray(counts / space.sizes, dtype=np.float64)
+            return space.places(counts)
         # What is kept already is asked for again as it was, until all are kept.
         asked = np.where(is_over if is_over.any() else is_open, (low + high) / 2, asked)
 
 
 def _saved_alone(bound: Bound, space: SearchSpace) -> list[NDArray[np.int64]]:
     """What each choice of each decision alone saves of one budget."""
-    meter = _added_up(bound).meter(space.sizes)
+    meter = _added_up(bound).meter(space.maximum)
     full = meter.cost
     return [
         np.array([full - meter.with_more(index, int(count - ladder[-1])) for count in ladder])

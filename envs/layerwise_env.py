@@ -16,9 +16,10 @@ from .space import Counts
 class LayerwiseEnv(CompressionEnv):
     """Choose how many units each channel group keeps, one group after the other (He et al. 2018, AMC).
 
-    **Action**: ``Box(-1, 1, (1,), float32)``, a score for the present group: its keep ratio is that of the start plan
-    plus ``span`` times the score (without a budget: -1 keeps the least, 1 everything, plus the prior), rounded to the
-    nearest allowed count inside the wall. Scores outside the box are clipped. An episode of zeros is the start plan.
+    **Action**: ``Box(-1, 1, (1,), float32)``, a score for the present group: its keep ratio (for bits, the share of
+    their ladder, `SearchSpace.places`) is that of the start plan plus ``span`` times the score (without a budget: -1
+    keeps the least, 1 everything, plus the prior), rounded to the nearest allowed count inside the wall. Scores outside
+    the box are clipped. An episode of zeros is the start plan.
 
     **The wall** has two sides. From above: the later groups at their least (by a table of latency, at their fastest)
     must still fit all budgets. From below: the later groups at their most must not leave room for another step of this
@@ -60,20 +61,18 @@ class LayerwiseEnv(CompressionEnv):
     def wall(self, index: int) -> tuple[int, int]:
         """Fewest and most units that group ``index`` may keep, given the groups before it."""
         space = self.space
-        least, most = int(space.minimum[index]), int(space.sizes[index])
+        least, most = int(space.minimum[index]), int(space.maximum[index])
         if not space.bounds:
             return least, most
         later = np.arange(space.n) > index
         most = self._largest_that_fits(index, np.where(later, space.minimum, self._counts))
-        return self._largest_that_fits(index, np.where(later, space.sizes, self._counts)), most
+        return self._largest_that_fits(index, np.where(later, space.maximum, self._counts)), most
 
     def _decide(self, index: int, score: float) -> int:
         space = self.space
-        least_ratio = float(space.min_keep_ratio[index])
-        if space.bounds:
-            ratio = self._start[index] / space.sizes[index] + space.span * score
-        else:
-            ratio = space.prior[index] + (1 + least_ratio) / 2 + score * (1 - least_ratio) / 2
+        places = space.places(self._start) if space.bounds else space.prior + space.middle
+        places[index] += score * (space.span if space.bounds else space.reach[index])
+        wanted = space.kept_at(places)[index] * space.sizes[index]
         rungs = space.ladders[index]
         low, high = self.wall(index)
         if space.timed is None:
@@ -81,7 +80,7 @@ class LayerwiseEnv(CompressionEnv):
         else:
             fitting = self._that_fit(index)
             inside = fitting[fitting >= low] if (fitting >= low).any() else fitting
-        return int(inside[np.argmin(np.abs(inside - ratio * space.sizes[index]))])
+        return int(inside[np.argmin(np.abs(inside - wanted))])
 
     def _that_fit(self, index: int) -> Counts:
         """Counts beside which the later decisions at their fastest fit, never none: by a table, more may take less."""

@@ -22,11 +22,12 @@ class NetworkEnv(CompressionEnv):
 
     | budget | what a score does |
     |---|---|
-    | yes | moves the group's keep ratio by up to ``span``; a common shift meets all budgets (`envs.action.project`) |
+    | yes | moves the decision's place by up to ``span``; a common shift meets all budgets (`envs.action.project`) |
     | no | -1 keeps the least allowed, 1 keeps everything, plus the offset of the base plan |
 
-    The base plan is the search space's prior in the first step of an episode, and the plan as it stands in any
-    refinement step. An action of zeros is the base plan.
+    A place is a keep ratio, and for bits the share of their ladder (`SearchSpace.places`). The base plan is the search
+    space's prior in the first step of an episode, and the plan as it stands in any refinement step. An action of zeros
+    is the base plan.
 
     **Observation**: a flat ``Dict`` of float32 boxes. ``N`` nodes: the operators, then one node a decision.
 
@@ -93,9 +94,9 @@ class NetworkEnv(CompressionEnv):
     def _base(self) -> NDArray[np.float64]:
         if self._step == 0:
             return self.space.prior
-        ratios = self._counts / self.space.sizes
+        places = self.space.places(self._counts)
         # Without a budget an action of 0 means the middle of the range, so the base is the distance from it.
-        return ratios if self.space.bounds else ratios - (1 + self.space.min_keep_ratio) / 2
+        return places if self.space.bounds else places - self.space.middle
 
     def _own(self, action: NDArray[np.float32]) -> NDArray[np.float64]:
         """The scores of the network's own decisions."""

@@ -1,4 +1,7 @@
-"""Plans that need no search, as keep-ratio offsets: pass them to `envs.action.project`, or start a search from them."""
+"""Plans that need no search, as offsets of places (see `SearchSpace.places`).
+
+Pass them to `envs.action.project`, or start a search from them.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,20 @@ def uniform(space: SearchSpace) -> Ratios:
     """The same keep ratio in every group and the fewest bits in every layer, shape ``(n,)``."""
     offsets = np.zeros(space.n)
     for index, decision in enumerate(space.layers, start=len(space.groups)):
-        # Below every ratio that a shift can make of it: bits rise only where no unit and no weight fits any more.
+        # Below every place that a shift can make of it: bits rise only where no unit and no weight fits any more.
         offsets[index] = 0.0 if decision.choice == "density" else -1.0
     return offsets
 
 
 def global_magnitude(space: SearchSpace) -> Ratios:
-    """Keep ratios left by one threshold on the importance of all units, each over the mean of its group.
+    """Places left by one threshold on the importance of all units, each over the mean of its group.
 
     The division makes layers comparable: raw norms grow with the fan-in and with whatever scale a batch norm takes
     back. The threshold is the lowest at which every budget is met, the groups' least being kept. Magnitude says nothing
-    of choices inside layers: they have the ratio that all weights have on average.
+    of choices inside layers: they stand at the ratio that all groups have on average.
 
     Returns:
-        Keep ratios of shape ``(n,)``.
+        Places of shape ``(n,)``.
 
     Raises:
         ValueError: if the space has no budget, or no channel group.
@@ -47,13 +50,13 @@ def global_magnitude(space: SearchSpace) -> Ratios:
     def ratios(threshold: float) -> Ratios:
         kept = np.array([len(s) - np.searchsorted(s, threshold) for s in scores])
         of_groups = np.maximum(kept, space.minimum[:n_groups]) / space.sizes[:n_groups]
-        of_layers = np.maximum(of_groups.mean(), space.min_keep_ratio[n_groups:])
+        of_layers = np.maximum(of_groups.mean(), space.ends[0][n_groups:])
         return np.asarray(np.append(of_groups, of_layers), dtype=np.float64)
 
     low, high = 0, len(thresholds)
     while low < high:
         middle = (low + high) // 2
-        if space.fits(space.widened(rounded_down(ratios(thresholds[middle]) * space.sizes, space))):
+        if space.fits(space.widened(rounded_down(space.kept_at(ratios(thresholds[middle])) * space.sizes, space))):
             high = middle
         else:
             low = middle + 1
@@ -66,11 +69,11 @@ def sensitivity(lost: NDArray[np.float64], floor: float, slope: float = 0.25) ->
     Args:
         lost: accuracy lost when each group alone keeps 30 % of its units, shape ``(n,)``, in ``[0, 1]``.
         floor: losses below this are taken as this, see `noise_floor`.
-        slope: keep ratio a factor e of lost accuracy. On ResNet-56 at half the MACs 0.25 left 81.1 to 81.7 % of
-            the validation images right, 0.125 79.0 to 80.7 %, the uniform plan 76.8 %.
+        slope: how far a factor e of lost accuracy moves a place. On ResNet-56 at half the MACs 0.25 left 81.1 to
+            81.7 % of the validation images right, 0.125 79.0 to 80.7 %, the uniform plan 76.8 %.
 
     Returns:
-        Keep-ratio offsets of shape ``(n,)``.
+        Offsets of places, shape ``(n,)``.
     """
     offsets = slope * np.log(np.clip(lost, floor, 1))
     return np.asarray(offsets - offsets.mean(), dtype=np.float64)

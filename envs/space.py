@@ -73,6 +73,7 @@ class SearchSpace:
 
     A plan is a vector of counts, one for each decision: the units that a channel group keeps, or the level of a
     choice inside a layer (percents of its weights, bits). A keep ratio is a count over that of the untouched network.
+    Actions and start plans move along a scale of places, see `places`.
 
     Attributes:
         graph: the captured network.
@@ -81,9 +82,10 @@ class SearchSpace:
         importance: scores of shape ``(size,)`` by group name, higher is kept longer.
         cost: cost of a plan, over ``groups`` and ``layers``: that of the first budget, which rewards and figures show.
         bounds: every budget, in the order asked for; a plan keeps them all. Empty without a budget.
-        ladders: counts that each decision may take, ascending; the last is the untouched network's.
-        prior: keep-ratio offsets of the start plan, shape ``(n,)``: the plan of an action of zeros.
-        span: how far an action of 1 moves a keep ratio.
+        ladders: counts that each decision may take, ascending; the last is the untouched network's, but for choices
+            inside layers that leave no layer untouched.
+        prior: offsets of the start plan's places, shape ``(n,)``: the plan of an action of zeros.
+        span: how far an action of 1 moves a place.
         sparsity: pattern of the zeros where a density is below one.
     """
 
@@ -127,7 +129,7 @@ class SearchSpace:
             budget: most that a plan may cost, or several such, each of another kind; None to let the reward weigh cost
                 against accuracy.
             kind: what is counted where there is no budget to say it.
-            prior: keep-ratio offsets of the start plan, shape ``(n,)``; uniform if not given.
+            prior: offsets of the start plan's places, shape ``(n,)``; uniform if not given.
             channels: decide the channel groups; else they stay dense.
             layers: choices inside layers to decide beside them.
             sparsity: pattern of the zeros where a density is below one. A block has to divide the channels that a
@@ -137,7 +139,7 @@ class SearchSpace:
             min_keep_ratio: least share of a group that stays; at least one unit always does.
             protect_first: leave the groups dense that the first weighted operator writes.
             protected: names of further groups to leave dense.
-            span: how far an action of 1 moves a keep ratio, above 0.
+            span: how far an action of 1 moves a place, above 0.
             table: times of the network's layers, for a budget of latency.
 
         Raises:
@@ -222,9 +224,65 @@ class SearchSpace:
         return np.array([ladder[0] for ladder in self.ladders], dtype=np.int64)
 
     @cached_property
+    def maximum(self) -> Counts:
+        """Largest count of each decision, shape ``(n,)``."""
+        return np.array([ladder[-1] for ladder in self.ladders], dtype=np.int64)
+
+    @cached_property
     def min_keep_ratio(self) -> Ratios:
         """Least keep ratio of each decision, shape ``(n,)``."""
         return self.minimum / self.sizes
+
+    def places(self, counts: Counts) -> Ratios:
+        """Where the counts of a plan stand on the scale that actions move along, shape ``(n,)``.
+
+        Units and densities stand at their keep ratio. Bits stand at their rung, the lowest of k at 1/k and the highest
+        at 1: what a bit costs and loses goes by its power of two, so that as keep ratios 2 to 8 bits of 32 would crowd
+        into a fifth of the scale.
+        """
+        places = counts / self.sizes
+        for index, rungs in self._rungs_of_bits.items():
+            places[index] = np.interp(counts[index], self.ladders[index], rungs)
+        return np.asarray(places, dtype=np.float64)
+
+    def kept_at(self, places: Ratios) -> Ratios:
+        """Keep ratios at places, both ``(..., n)``: not rounded, and none beyond the ends of its ladder."""
+        kept = np.clip(places, self.min_keep_ratio, self.maximum / self.sizes)
+        for index, rungs in self._rungs_of_bits.items():
+            kept[..., index] = np.interp(places[..., index], rungs, self.ladders[index]) / self.sizes[index]
+        return np.asarray(kept, dtype=np.float64)
+
+    @cached_property
+    def ends(self) -> tuple[Ratios, Ratios]:
+        """The lowest and the highest place of each decision, ``(n,)`` both."""
+        return self.places(self.minimum), self.places(self.maximum)
+
+    @cached_property
+    def middle(self) -> Ratios:
+        """The place that an action of 0 stands for where no budget is to be met, ``(n,)``."""
+        low, high = self.ends
+        return (high + low) / 2
+
+    @cached_property
+    def reach(self) -> Ratios:
+        """How far an action of 1 moves from `middle` where no budget is to be met, ``(n,)``.
+
+        To the ends; for bits half a rung beyond, so that every rung has an equal share of the actions.
+        """
+        low, high = self.ends
+        reach = (high - low) / 2
+        for index, rungs in self._rungs_of_bits.items():
+            reach[index] += rungs[0] / 2
+        return reach
+
+    @cached_property
+    def _rungs_of_bits(self) -> Mapping[int, Ratios]:
+        """Places of the rungs of every decision on bits, by its index."""
+        return {
+            index: np.arange(1, len(self.ladders[index]) + 1) / len(self.ladders[index])
+            for index, decision in enumerate(self.layers, start=len(self.groups))
+            if decision.choice != "density"
+        }
 
     @cached_property
     def ranking(self) -> Mapping[str, NDArray[np.int64]]:
@@ -245,16 +303,16 @@ class SearchSpace:
         """A plan that takes the least time known, shape ``(n,)``: the least counts, but where a table says otherwise.
 
         By a table, decisions are changed one at a time within the budgets of other kinds, from the least counts (with
-        every layer in integers, if bits are decided), from these with every layer's bits and weights as they are, and
-        from the untouched network. Some changes pay only together: a layer in integers among floats is converted to
+        every layer in integers, if bits are decided), from these with every layer's bits and weights at their most, and
+        from the largest counts. Some changes pay only together: a layer in integers among floats is converted to
         and from, and so is one in floats among integers.
         """
         latency = self.latency
         if latency is None:
             return self.minimum.copy()
-        layers_whole = np.append(self.minimum[: len(self.groups)], self.sizes[len(self.groups) :])
+        layers_whole = np.append(self.minimum[: len(self.groups)], self.maximum[len(self.groups) :])
         starts = [self.minimum]
-        starts += [each for each in (layers_whole, self.sizes) if self._fits_beside(latency, each)]
+        starts += [each for each in (layers_whole, self.maximum) if self._fits_beside(latency, each)]
         return min((self._faster(latency, start, self.minimum) for start in starts), key=latency)
 
     def widened(self, counts: Counts) -> Counts:

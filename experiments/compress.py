@@ -123,8 +123,8 @@ def compress(
         decide: what is decided: ``"channels"``, and inside each layer ``"density"`` of the weights and ``"bits"`` of
             weights and activations (or ``"weight_bits"`` and ``"act_bits"`` apart).
         sparsity: pattern of the zeros: ``"unstructured"``, ``"block4"``, ``"block8"``, ``"block16"``, ``"2:4"``.
-        densities: percents of a layer's weights that may stay, ascending, up to 100.
-        bits: bits that may be chosen, ascending, up to 32.
+        densities: percents of a layer's weights that may stay, ascending; 100 leaves a layer as it is.
+        bits: bits that may be chosen, ascending; 32 leaves a layer as it is.
         calibration_method: how ranges of activations are chosen, on the first of ``calibration``: ``"minmax"``,
             ``"percentile"``, ``"entropy"``, ``"mse"``, or ``"lsq"`` before training.
         table: times of the network's layers, for a budget of latency; see ``secateur latency build``.

@@ -78,9 +78,10 @@ class SearchSettings(_Section):
     sparsity: str = "unstructured"
     """Pattern of the zeros where density is decided: unstructured, block4, block8, block16, or N:M such as 2:4."""
     densities: tuple[int, ...] = DENSITIES
-    """Percents of a layer's weights that may stay, ascending, up to 100."""
+    """Percents of a layer's weights that may stay, ascending; 100 leaves a layer as it is."""
     bits: tuple[int, ...] = (8, FULL_BITS)
-    """Bits that may be chosen, ascending, up to 32; 8 and 32 are what runtimes compute with, below 8 is simulated."""
+    """Bits that may be chosen, ascending; 8 and 32 are what runtimes compute with, below 8 is simulated. 32 leaves a
+    layer as it is: without it, every layer is quantized."""
     start: Start = "sensitivity"
     """The plan that every searching method starts from; the probes it takes count as evaluations of each."""
     probe_share: float = Field(default=1.0, gt=0, le=1)
@@ -96,7 +97,7 @@ class SearchSettings(_Section):
     protected: tuple[str, ...] = ()
     """Further groups to leave dense."""
     span: float = Field(default=0.5, gt=0)
-    """How far an action of 1 moves a keep ratio from the start plan."""
+    """How far an action of 1 moves a keep ratio from the start plan; bits by that share of their ladder."""
     reward: str | None = None
     """accuracy, accuracy_guaranteed (AMC) or galen, these two without a budget, or package.module:function; unset goes
     by the budget."""

@@ -27,8 +27,8 @@ class LayerDecision:
     Attributes:
         layer: qualified name.
         choice: what the number is.
-        levels: what it may be, ascending: percents of the weights for a density, bits otherwise; the last is that of
-            the untouched layer, `FULL_DENSITY` or `FULL_BITS`.
+        levels: what it may be, ascending: percents of the weights for a density, bits otherwise. Where that of the
+            untouched layer, `FULL_DENSITY` or `FULL_BITS`, is not among them, no plan leaves the layer as it is.
     """
 
     layer: str
@@ -36,10 +36,9 @@ class LayerDecision:
     levels: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        full = FULL_DENSITY if self.choice == "density" else FULL_BITS
-        allowed = range(1, full + 1) if self.choice == "density" else BITS
-        if list(self.levels) != sorted(set(self.levels)) or not self.levels or self.levels[-1] != full:
-            msg = f"levels of {self.name} are {list(self.levels)}; they must ascend and end with {full}"
+        allowed = range(1, FULL_DENSITY + 1) if self.choice == "density" else BITS
+        if list(self.levels) != sorted(set(self.levels)) or not self.levels:
+            msg = f"levels of {self.name} are {list(self.levels)}; there must be some, and they must ascend"
             raise ValueError(msg)
         if wrong := [level for level in self.levels if level not in allowed]:
             msg = f"levels of {self.name} hold {wrong[0]}; allowed are {', '.join(map(str, allowed))}"
@@ -53,7 +52,7 @@ class LayerDecision:
     @property
     def size(self) -> int:
         """Level of the untouched layer."""
-        return self.levels[-1]
+        return FULL_DENSITY if self.choice == "density" else FULL_BITS
 
 
 def layer_of(weight: str) -> str:
@@ -79,19 +78,19 @@ def layer_decisions(
 
     Only layers of torch.nn whose weight is theirs alone offer any. The last one stays dense, as does the first unless
     asked for, and one whose channels the pattern does not divide. Neither the first nor the last layer is offered
-    fewer than 8 bits (Wang et al. 2019, HAQ, section 4).
+    fewer than 8 bits (Wang et al. 2019, HAQ, section 4): where all are fewer, they have 8.
 
     Args:
         graph: captured network.
         choices: which to offer.
         sparsity: pattern of the zeros, as in `pruning.layer_policy.LayerPolicy`.
-        densities: percents of the weights that may stay, ascending, up to `FULL_DENSITY`; N:M has its own instead.
-        bits: bit-widths, ascending, up to `FULL_BITS`.
+        densities: percents of the weights that may stay, ascending; N:M has its own instead.
+        bits: bit-widths, ascending; without `FULL_BITS` every layer is quantized.
         protect_first: leave the first layer dense.
 
     Raises:
         PolicyError: if there is no such pattern.
-        ValueError: if the levels do not ascend or do not end where they have to.
+        ValueError: if the levels do not ascend, or one is not allowed.
     """
     pattern = LayerPolicy(sparsity)
     if pattern.n_of_m:
@@ -103,13 +102,13 @@ def layer_decisions(
     for layer in layers:
         is_last, is_end = layer == layers[-1], layer in (layers[0], layers[-1])
         stays_dense = is_last or (protect_first and layer == layers[0]) or not _divides(pattern, operators[layer])
-        at_end = [level for level in bits if level >= EIGHT_BITS]
+        at_end = [level for level in bits if level >= EIGHT_BITS] or [EIGHT_BITS]
         for choice in choices:
             if choice != "density":
                 found.append(LayerDecision(layer, choice, tuple(at_end if is_end else bits)))
             elif not stays_dense:
                 found.append(LayerDecision(layer, choice, tuple(densities)))
-    return tuple(decision for decision in found if len(decision.levels) > 1)
+    return tuple(decision for decision in found if decision.levels != (decision.size,))
 
 
 def _divides(pattern: LayerPolicy, operator: Operator) -> bool:

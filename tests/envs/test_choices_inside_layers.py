@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.action import counts_of, project, start_plan
+from envs.allocation import greedy, knapsack
 from envs.layerwise_env import LayerwiseEnv
 from envs.network_env import NetworkEnv
 from envs.plans import global_magnitude, uniform
@@ -172,6 +173,75 @@ def test_candidate_computes_with_the_bits_of_the_plan() -> None:
     assert list(quantized) == ["inner"]
     weight = quantized["inner"].quantized_weight()
     assert max(len(row.unique()) for row in weight.flatten(1)) <= 4
+
+
+@pytest.mark.parametrize("environment", [NetworkEnv, LayerwiseEnv])
+def test_actions_reach_every_rung_of_the_bits_alike(
+    environment: type[NetworkEnv | LayerwiseEnv], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ladder, rng = (2, 3, 4, 5, 6, 7, 8, 32), np.random.default_rng(0)
+    layers = [LayerDecision(layer, "weight_bits", ladder) for layer in ("inner", "outer", "down")]
+    space = SearchSpace.build(GRAPH, IMPORTANCE, None, kind="bytes", channels=False, layers=layers)
+    evaluator = make_evaluator(MODEL, space, evaluate=lambda _: 0.5)
+    monkeypatch.setattr(evaluator, "build", lambda _: MODEL)
+    env = environment(space, evaluator, reward=lambda accuracy, *_: accuracy)
+
+    chosen: list[int] = []
+    for _ in range(250):
+        env.reset(seed=0)
+        actions = rng.uniform(-1, 1, space.n).astype(np.float32)
+        for action in actions[:, None] if environment is LayerwiseEnv else [actions]:
+            *_, info = env.step(action)
+        chosen += np.rint(info["kept_ratios"] * space.sizes).astype(int).tolist()
+
+    assert set(chosen) == set(ladder)
+    assert all(abs(chosen.count(bits) / len(chosen) - 1 / len(ladder)) < 0.04 for bits in ladder)
+
+
+def test_actions_under_a_budget_take_all_bits_that_it_has_room_for() -> None:
+    ladder, rng = (2, 3, 4, 5, 6, 7, 8, 32), np.random.default_rng(0)
+    layers = [LayerDecision(layer, "weight_bits", ladder) for layer in ("inner", "outer", "down", "last")]
+    budget = Budget(kind="bytes", share=0.2)
+    space = SearchSpace.build(GRAPH, IMPORTANCE, budget, channels=False, layers=layers)
+
+    chosen = np.concatenate([counts_of(rng.uniform(-1, 1, space.n), space) for _ in range(200)]).tolist()
+
+    assert all(0.1 < chosen.count(bits) / len(chosen) < 0.2 for bits in ladder[:-1])
+
+
+@pytest.mark.parametrize("environment", [NetworkEnv, LayerwiseEnv])
+def test_every_layer_is_quantized_where_no_bits_leave_it_as_it_is(
+    environment: type[NetworkEnv | LayerwiseEnv],
+) -> None:
+    layers = layer_decisions(GRAPH, ["weight_bits"], bits=range(2, 9))
+    budget = Budget(kind="bytes", share=0.18)
+    space = SearchSpace.build(GRAPH, IMPORTANCE, budget, channels=False, layers=layers)
+    evaluator = make_evaluator(MODEL, space, evaluate=lambda _: 0.5)
+    env = environment(space, evaluator)
+    check_env(env, skip_render_check=True)
+
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(5):
+        env.reset(seed=0)
+        actions = rng.uniform(-1, 1, space.n).astype(np.float32)
+        for action in actions[:, None] if environment is LayerwiseEnv else [actions]:
+            *_, info = env.step(action)
+        assert info["cost"] <= (space.limit or 0)
+        counts = np.rint(info["kept_ratios"] * space.sizes).astype(int)
+        bits = {
+            name: each.policy.weight_bits
+            for name, each in quantized_layers(evaluator.build(space.policy(counts))).items()
+        }
+        assert bits == {decision.layer: count for decision, count in zip(layers, counts.tolist(), strict=True)}
+        assert bits["conv1"] == bits["classify"] == 8 and set(bits.values()) <= set(range(2, 9))
+        seen.add(tuple(counts))
+    assert len(seen) > 3
+    for ratios in (
+        uniform(space),
+        *(of(space, [np.linspace(1, 0, len(each)) for each in space.ladders]) for of in (greedy, knapsack)),
+    ):
+        counts = project(ratios, space)
+        assert space.fits(counts) and (counts <= 8).all()
 
 
 @pytest.mark.parametrize("environment", [NetworkEnv, LayerwiseEnv])

@@ -49,6 +49,14 @@ def test_ends_keep_eight_bits_at_least_and_order_is_by_layer() -> None:
     assert {decision.levels for decision in found if decision.layer in "123"} == {(2, 4, 8, 32)}
 
 
+def test_without_the_bits_of_an_untouched_layer_every_layer_is_quantized() -> None:
+    found = layer_decisions(graph(), ["bits"], bits=(2, 3, 4))
+    assert [decision.levels for decision in found] == [(8,), (2, 3, 4), (2, 3, 4), (2, 3, 4), (8,)]
+    assert {decision.size for decision in found} == {32}
+    least = {decision.name: decision.levels[0] for decision in found}
+    assert layer_policies(found, least, "unstructured")["1"] == LayerPolicy("dense", 1.0, 2, 2)
+
+
 def test_levels_become_policies_and_untouched_layers_are_left_out() -> None:
     decisions = layer_decisions(graph(), ["density", "bits"], sparsity="block8")
     levels = {"1:density": 30, "1:bits": 8, "3:density": 100, "3:bits": 32, "5:bits": 8}
@@ -66,8 +74,8 @@ def test_a_third_is_a_density_too() -> None:
 @pytest.mark.parametrize(
     ("levels", "message"),
     [
-        ((50, 30, 100), "levels of a:density are [50, 30, 100]; they must ascend and end with 100"),
-        ((30, 50), "levels of a:density are [30, 50]; they must ascend and end with 100"),
+        ((50, 30, 100), "levels of a:density are [50, 30, 100]; there must be some, and they must ascend"),
+        ((), "levels of a:density are []; there must be some, and they must ascend"),
     ],
 )
 def test_levels_that_are_no_ladder_are_refused(levels: tuple[int, ...], message: str) -> None:
