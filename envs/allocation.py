@@ -20,8 +20,9 @@ from .space import Bound, Counts, Ratios, SearchSpace
 def losses(space: SearchSpace, sensitivity: Sensitivity, floor: float) -> list[NDArray[np.float64]]:
     """Accuracy that each decision is taken to lose at each rung of its ladder, alone.
 
-    Straight lines through the measured points and through no loss when everything is kept, made to fall nowhere as
-    more is taken. A measured loss below ``floor`` counts as that, so that noise sells nothing for free.
+    Of a channel group, straight lines through the measured points and through no loss when everything is kept, made to
+    fall nowhere as more is taken. A measured loss below ``floor`` counts as that, so that noise sells nothing for free.
+    Of a choice inside a layer, `Sensitivity.of_levels`.
 
     Args:
         space: the decisions.
@@ -33,7 +34,7 @@ def losses(space: SearchSpace, sensitivity: Sensitivity, floor: float) -> list[N
     """
     probed = [nearest(np.full(space.n, ratio), space) for ratio in sensitivity.keep_ratios]
     found = []
-    for index, ladder in enumerate(space.ladders):
+    for index, ladder in enumerate(space.ladders[: len(space.groups)]):
         points = {int(ladder[-1]): 0.0}
         for column, counts in enumerate(probed):
             if counts[index] < ladder[-1]:
@@ -42,14 +43,12 @@ def losses(space: SearchSpace, sensitivity: Sensitivity, floor: float) -> list[N
         lost_at = np.maximum.accumulate(np.array([points[count] for count in counts_at])[::-1])[::-1]
         below = ladder[ladder < counts_at[0]]
         lost = np.interp(ladder, counts_at, lost_at)
-        if index >= len(space.groups) and space.layers[index - len(space.groups)].choice != "density":
-            # A bit less is a grid twice as coarse, and an error of four times the power.
-            lost[: len(below)] = np.minimum(lost_at[0] * 4.0 ** (counts_at[0] - below), 1.0)
-        else:
-            # Below the lowest probe the line through it and the origin of no loss goes on.
-            slope = lost_at[0] / max(float(ladder[-1] - counts_at[0]), 1.0)
-            lost[: len(below)] += slope * (counts_at[0] - below)
+        # Below the lowest probe the line through it and the origin of no loss goes on.
+        slope = lost_at[0] / max(float(ladder[-1] - counts_at[0]), 1.0)
+        lost[: len(below)] += slope * (counts_at[0] - below)
         found.append(lost)
+    for decision, ladder in zip(space.layers, space.ladders[len(space.groups) :], strict=True):
+        found.append(sensitivity.of_levels(decision.name, ladder, decision.size))
     return found
 
 

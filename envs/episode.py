@@ -46,7 +46,7 @@ class CompressionEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             reward: a name in `envs.reward.REWARDS` or a function; accuracy under a budget, else accuracy-guaranteed.
             sensitivity: measured features to show, at any of the keep ratios `SENSITIVITY_KEEP_RATIOS`: each has
                 columns of its own, which with their presence flags stay 0 where it was not measured.
-            noise_floor: smallest loss of accuracy that counts, in ``(0, 1)``.
+            noise_floor: smallest loss of accuracy that counts, in ``(0, 1)``, of decisions that were scored.
             measured_dropout: probability that an episode does not show the measured features.
             fidelity: share of the search images that plans are scored on.
             sizes: room to leave in observation and action; what the network needs if not given.

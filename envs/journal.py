@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 logger = logging.getLogger(__name__)
 
-Purpose = Literal["candidate", "probe", "finalist", "dense"]
+Purpose = Literal["candidate", "probe", "comparison", "finalist", "dense"]
 
 JOURNAL_VERSION = 1
 """Version that the first line of a journal tied to one search gives."""
@@ -32,15 +32,17 @@ class JournalEntry:
         index: place among the evaluations of this searcher and seed, from 0.
         searcher: name of the search that asked.
         seed: its seed.
-        purpose: a candidate plan, a sensitivity probe, a finalist, or the dense network (which is free).
+        purpose: a candidate plan, a sensitivity probe, a comparison of outputs, a finalist, or the dense network (which
+            is free).
         digest: digest of the policy.
         kept: units left by group name; groups not named are dense.
         fidelity: share of the search images it was scored on, in ``(0, 1]``.
-        accuracy: in ``[0, 1]``.
+        accuracy: in ``[0, 1]``; 0 for a comparison, which scores nothing.
         cost: of the plan, in the budget's unit.
         seconds: wall time of building and scoring.
         evaluations_used: evaluations counted so far, this one included.
         layers: sparsity and bits by layer name, as in a policy file; layers not named are untouched.
+        divergence: of a comparison, from the dense network's outputs (`envs.evaluator.CandidateEvaluator.compare`).
     """
 
     index: int
@@ -55,6 +57,7 @@ class JournalEntry:
     seconds: float
     evaluations_used: float
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    divergence: float | None = None
 
     @property
     def charge(self) -> float:
@@ -199,7 +202,7 @@ class Journal:
             self._cut = 0
 
     def _write(self, path: Path, entry: JournalEntry | ClockReading) -> None:
-        lines = [asdict(entry)]
+        lines = [{name: value for name, value in asdict(entry).items() if value is not None}]
         if self.search and self._length == 0:
             lines.insert(0, {"journal": JOURNAL_VERSION, "search": self.search})
         content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
@@ -289,8 +292,8 @@ def _entry(values: Any, path: Path, number: int) -> JournalEntry | ClockReading:
     if isinstance(values, dict) and set(values) == {one.name for one in fields(ClockReading)}:
         return ClockReading(**values)
     names = {one.name for one in fields(JournalEntry)}
-    # Journals from before choices inside layers have no such field.
-    if not isinstance(values, dict) or not names - {"layers"} <= set(values) <= names:
+    # Journals from before choices inside layers have no such field, and only comparisons have a divergence.
+    if not isinstance(values, dict) or not names - {"layers", "divergence"} <= set(values) <= names:
         found = sorted(values) if isinstance(values, dict) else type(values).__name__
         msg = f"line {number} of the journal '{path}' holds {found}, but an evaluation has the fields {sorted(names)}"
         raise JournalError(msg)

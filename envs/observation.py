@@ -222,7 +222,7 @@ def _measured_columns(
     for ratio in SENSITIVITY_KEEP_RATIOS:
         if ratio in sensitivity.keep_ratios:
             table[n_operators:, column(f"sensitivity_{ratio:.0%}")] = sensitivity_features(
-                sensitivity.at(ratio), noise_floor
+                sensitivity.at(ratio), sensitivity.floors(noise_floor)
             )
             table[n_operators:, column(f"has_sensitivity_{ratio:.0%}")] = 1
     return table

@@ -63,12 +63,13 @@ def global_magnitude(space: SearchSpace) -> Ratios:
     return ratios(thresholds[low] if low < len(thresholds) else math.inf)
 
 
-def sensitivity(lost: NDArray[np.float64], floor: float, slope: float = 0.25) -> Ratios:
+def sensitivity(lost: NDArray[np.float64], floor: NDArray[np.float64] | float, slope: float = 0.25) -> Ratios:
     """Keep more of the groups whose loss hurts: ``slope * log(accuracy lost)``, less its mean.
 
     Args:
-        lost: accuracy lost when each group alone keeps 30 % of its units, shape ``(n,)``, in ``[0, 1]``.
-        floor: losses below this are taken as this, see `noise_floor`.
+        lost: accuracy lost when each decision alone stands at a place of 0.3 (a group: keeps 30 % of its units), shape
+            ``(n,)``, in ``[0, 1]``.
+        floor: losses below this are taken as this, one for all or each its own, see `noise_floor`.
         slope: how far a factor e of lost accuracy moves a place. On ResNet-56 at half the MACs 0.25 left 81.1 to
             81.7 % of the validation images right, 0.125 79.0 to 80.7 %, the uniform plan 76.8 %.
 

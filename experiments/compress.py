@@ -113,10 +113,12 @@ def compress(
             ``"40% latency"``, a `Budget`, or several, each of another kind (``"50% macs, 20% bytes"``); None weighs
             cost against accuracy in the reward.
         calibration: batches of training inputs for batch-norm statistics, prepared and augmented as in training;
-            without them, a network with batch norms scores far below what it is worth.
+            without them, a network with batch norms scores far below what it is worth. Bits, and sensitivities inside
+            layers, need some.
         method: ``ppo``, ``ddpg``, ``cem``, ``random``, ``knapsack``, ``greedy``, ``sensitivity``, ``magnitude`` or
             ``uniform``.
-        evaluations: candidates that may be scored, sensitivity probes (one a group) included.
+        evaluations: candidates that may be scored, sensitivity probes (one a group, a share of one for each level of
+            a layer that is tried) included.
         seed: of the search.
         environment: a plan for the whole network at once, or layer by layer (agents only).
         start: plan that the search starts from; ``"uniform"`` saves the probes.
@@ -152,6 +154,7 @@ def compress(
         TraceError: if the network cannot be captured.
         BudgetError: if the budget cannot be met, with the lowest reachable cost.
         EvaluateError: if ``evaluate`` returns something that is no accuracy.
+        CalibrationError: if bits, or sensitivities inside layers, have no calibration images.
         ConfigError: if an argument is none of those allowed, the probes leave no evaluation to search with, or
             ``reconstruct`` has nothing to fit on.
         JournalError: if the journal is of another search, or another process writes it.

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from envs.allocation import losses
 from envs.evaluator import (
+    COMPARED_IMAGES,
     CandidateEvaluator,
     EvaluateFunction,
     Evaluation,
     ReconstructFunction,
     Sensitivity,
     check_calibration_is_like_training,
+    probed_levels,
 )
 from envs.journal import Journal
 from envs.plans import noise_floor, sensitivity
@@ -44,7 +46,7 @@ OnEvaluation = Callable[[Evaluation], None]
 
 
 class WatchedEvaluator(CandidateEvaluator):
-    """A `CandidateEvaluator` that tells each score, replayed ones too, once it is safe in the journal."""
+    """A `CandidateEvaluator` that tells each evaluation, replayed ones too, once it is safe in the journal."""
 
     def __init__(self, *arguments: Any, on_evaluation: OnEvaluation, **options: Any) -> None:
         """Take the arguments of `CandidateEvaluator` and the function to call with each score."""
@@ -54,6 +56,12 @@ class WatchedEvaluator(CandidateEvaluator):
     def score(self, policy: CompressionPolicy, **options: Any) -> Evaluation:
         """As `CandidateEvaluator.score`, then tell."""
         evaluation = super().score(policy, **options)
+        self._on_evaluation(evaluation)
+        return evaluation
+
+    def compare(self, policy: CompressionPolicy, *, n_images: int) -> Evaluation:
+        """As `CandidateEvaluator.compare`, then tell."""
+        evaluation = super().compare(policy, n_images=n_images)
         self._on_evaluation(evaluation)
         return evaluation
 
@@ -184,7 +192,8 @@ class SearchProblem:
     def sensitivity_offsets(self) -> Ratios:
         """Keep-ratio offsets that follow from the probes, shape ``(n,)``."""
         assert self.sensitivity is not None
-        return sensitivity(self.sensitivity.at(PROBED_KEEP_RATIO), self.noise_floor())
+        floors = self.sensitivity.floors(self.noise_floor())
+        return sensitivity(self.sensitivity.at(PROBED_KEEP_RATIO), floors)
 
 
 def space_by(
@@ -247,6 +256,15 @@ def least_squares(seed: int) -> ReconstructFunction:
     return repair
 
 
+def evaluations_to_probe(problem: SearchProblem) -> float:
+    """Evaluations that `probe` takes at most: one a group and one more, and what comparisons of outputs count as."""
+    space, n_images = problem.space, problem.scoring.n_images
+    ladders = zip(space.layers, space.ladders[len(space.groups) :], strict=True)
+    compared = sum(len(probed_levels(ladder, decision.size)) for decision, ladder in ladders)
+    compared += len(space.groups) if space.layers else 0
+    return len(space.groups) + 1 + compared * min(COMPARED_IMAGES, n_images) / n_images
+
+
 def probe(
     problem: SearchProblem,
     share: float,
@@ -255,7 +273,7 @@ def probe(
     as_start: bool,
     notify: Callable[[str], None],
 ) -> SearchProblem:
-    """Measure each group's sensitivity.
+    """Measure each decision's sensitivity.
 
     Args:
         problem: with a uniform start.
@@ -265,7 +283,9 @@ def probe(
         notify: told if the calibration images do not fit the network.
     """
     evaluator = problem.evaluator(PROBES, on_evaluation)
-    measured = evaluator.probe_sensitivity(problem.space, (PROBED_KEEP_RATIO,), fidelity=share)
+    measured = evaluator.probe_sensitivity(
+        problem.space, (PROBED_KEEP_RATIO,), fidelity=share, n_images=problem.scoring.n_images
+    )
     n_images = round(problem.scoring.n_images * share)
     warning = check_calibration_is_like_training(evaluator.dense_accuracy(share), measured.dense_accuracy, n_images)
     if warning:

@@ -28,7 +28,7 @@ from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
 from .methods import MethodSearch, search_with
 from .outcome import RunOutcome, percent
-from .problem import Scoring, SearchProblem, least_squares, probe, space_by
+from .problem import Scoring, SearchProblem, evaluations_to_probe, least_squares, probe, space_by
 from .progress import RunDisplay, Stage, count
 from .run import RunFolder
 from .scalars import EvaluationScalars
@@ -147,7 +147,9 @@ def _planned_work(config: RunConfig, problem: SearchProblem) -> dict[str, float]
     """Units of each kind of work in a whole run; repeated plans and shared probes make it an upper bound."""
     searching = [method for method in config.search.methods if method not in ONE_SHOT]
     n_tuned = len(config.search.methods) + config.finetune.dense_control
-    evaluations = len(searching) * config.search.evaluations + len(config.search.methods) + problem.space.n + 1
+    evaluations = (
+        len(searching) * config.search.evaluations + len(config.search.methods) + evaluations_to_probe(problem)
+    )
     networks = len(config.search.methods) + 1
     return {"evaluation": evaluations, "epoch": n_tuned * config.finetune.epochs, "network": networks}
 
@@ -230,7 +232,7 @@ def _probed(problem: SearchProblem, subject: Subject, display: RunDisplay, stop:
     settings = subject.config.search
     if settings.start != "sensitivity" and not set(PROBING) & set(settings.methods):
         return problem
-    with display.stage("sensitivity of each group", problem.space.n + 1, "evaluation") as stage:
+    with display.stage("sensitivity of each decision", evaluations_to_probe(problem), "evaluation") as stage:
         watch = Watch(stage, problem, stop)
         return probe(
             problem,

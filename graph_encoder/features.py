@@ -157,12 +157,15 @@ def static_node_features(
     return np.clip(table, -BOUND, BOUND)
 
 
-def sensitivity_features(lost: NDArray[np.float64], floor: float) -> NDArray[np.float32]:
-    """Accuracies lost, in ``[0, 1]``, to the scale that the agent sees: logarithmic, 0 at or below ``floor``.
+def sensitivity_features(lost: NDArray[np.float64], floor: NDArray[np.float64] | float) -> NDArray[np.float32]:
+    """Accuracies lost, in ``[0, 1]``, to the scale that the agent sees: logarithmic, 0 at or below their ``floor``.
 
     The logarithm is what a plan responds to: groups differ in sensitivity by orders of magnitude.
     """
-    return (1 - np.log(np.clip(lost, floor, 1)) / math.log(floor)).astype(np.float32)
+    # The floor's logarithm is Python's: numpy's may differ in the last digit from one processor to another.
+    logs: NDArray[np.float64] = np.vectorize(math.log)(floor)
+    shown: NDArray[np.float32] = (1 - np.log(np.clip(lost, floor, 1)) / logs).astype(np.float32)
+    return shown
 
 
 def edges(

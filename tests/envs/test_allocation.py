@@ -11,8 +11,9 @@ from envs.allocation import greedy, knapsack, losses
 from envs.evaluator import Sensitivity
 from envs.plans import uniform
 from envs.space import Bound, SearchSpace
-from graph_encoder.network import ChannelGroup, LinearDim, NetworkGraph, Term
+from graph_encoder.network import ChannelGroup, LinearDim, NetworkGraph, Operator, Term
 from latency.budget import Budget
+from latency.decision import LayerDecision
 
 
 def chain(sizes: tuple[int, ...], costs: tuple[int, ...]) -> NetworkGraph:
@@ -166,6 +167,29 @@ def test_knapsack_meets_the_budget_where_savings_do_not_add_up() -> None:
     counts = counts_of(knapsack(space, lost), space)
 
     assert 0.2 * space.cost.dense <= space.cost(counts) <= 0.25 * space.cost.dense
+
+
+@pytest.mark.parametrize("allocate", [greedy, knapsack])
+def test_allocation_gives_bits_to_the_layers_that_lose_without(allocate: Allocate) -> None:
+    """Two equal layers, one a thousand times as sensitive: losses far below any noise decide."""
+    graph = NetworkGraph(
+        tuple(Operator(f"layer{i}", "linear", 64, 64, weight=f"layer{i}.weight") for i in range(2)),
+        (),
+        (),
+        (),
+        tuple(Term(f"layer{i}.weight", 1, (LinearDim(64), LinearDim(64))) for i in range(2)),
+    )
+    layers = [LayerDecision(f"layer{i}", "weight_bits", (2, 4, 6, 8)) for i in range(2)]
+    space = SearchSpace.build(graph, {}, Budget(kind="bytes", share=0.18), layers=layers)
+    by_level = {
+        "layer0:weight_bits": {2: 1e-2, 4: 6e-4, 8: 2e-6},
+        "layer1:weight_bits": {2: 1e-5, 4: 5e-6, 8: 2e-6},
+    }
+    measured = Sensitivity(space.names, (0.3,), 0.9, np.zeros((2, 1)), 1.0, by_level)
+
+    counts = project(allocate(space, losses(space, measured, floor=0.005)), space)
+
+    assert counts.tolist() == [8, 2]
 
 
 @pytest.mark.parametrize(("allocate", "name"), [(greedy, "greedy allocation"), (knapsack, "the knapsack")])

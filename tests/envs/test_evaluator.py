@@ -10,6 +10,7 @@ from torch import nn
 
 from envs.action import decode, start_plan
 from envs.evaluator import (
+    CandidateEvaluator,
     EvaluateError,
     EvaluationBudgetSpent,
     ReplayError,
@@ -19,11 +20,14 @@ from envs.evaluator import (
 )
 from envs.journal import Journal
 from envs.space import SearchSpace
+from latency.budget import Budget
+from latency.decision import LayerDecision
+from pruning.calibration import CalibrationError
 from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
 from pruning.quantize import ActQuantizer
 
-from .conftest import SmallNetwork, images, make_evaluator, remaining_share
+from .conftest import SmallNetwork, images, make_evaluator, make_space, remaining_share
 
 
 def plans(space: SearchSpace, n: int, seed: int = 0) -> list[CompressionPolicy]:
@@ -175,6 +179,127 @@ def test_sensitivity_is_what_one_group_alone_costs_and_counts(model: SmallNetwor
     assert found.lost[1, 0] == pytest.approx(1 - alone)
     assert (found.at(0.3) > found.at(0.6)).all()
     assert {entry.purpose for entry in evaluator.history} == {"probe"}
+
+
+def space_of_bits(model: SmallNetwork, *, channels: bool, bits: tuple[int, ...] = (2, 4, 8, 32)) -> SearchSpace:
+    layers = [LayerDecision(name, "weight_bits", bits) for name in ("inner", "down")]
+    return make_space(model, Budget(kind="bytes", share=0.5), channels=channels, layers=layers)
+
+
+def alone(space: SearchSpace, name: str, count: int) -> CompressionPolicy:
+    counts = space.sizes.copy()
+    counts[space.names.index(name)] = count
+    return space.policy(counts)
+
+
+def outputs_on_calibration(evaluator: CandidateEvaluator, policy: CompressionPolicy, n: int = 8) -> torch.Tensor:
+    with torch.no_grad():
+        return evaluator.build(policy)(images(8)[:n])
+
+
+def test_a_comparison_is_the_squared_difference_of_outputs_over_their_spread(model: SmallNetwork) -> None:
+    space = space_of_bits(model, channels=False)
+    evaluator = make_evaluator(model, space)
+    policy = alone(space, "inner:weight_bits", 2)
+
+    found = evaluator.compare(policy, n_images=5)
+
+    dense = outputs_on_calibration(evaluator, CompressionPolicy({}), 5)
+    expected = ((outputs_on_calibration(evaluator, policy, 5) - dense) ** 2).sum() / (
+        (dense - dense.mean(0)) ** 2
+    ).sum()
+    assert found.divergence == pytest.approx(float(expected), rel=1e-4)
+    assert evaluator.compare(CompressionPolicy({}), n_images=5).divergence == 0
+
+
+def test_outputs_of_any_shape_are_compared() -> None:
+    class TwoOutputs(SmallNetwork):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # type: ignore[override]
+            logits = super().forward(x)
+            return logits, {"wide": logits[:, :, None] * torch.ones(3)}
+
+    model = TwoOutputs().eval()
+    space = space_of_bits(SmallNetwork().eval(), channels=False)
+    policy = alone(space, "inner:weight_bits", 2)
+
+    # Repeating each output as often as the others changes no ratio of sums.
+    found = CandidateEvaluator(model, space.graph, lambda _: 0.5, [images(8)]).compare(policy, n_images=8).divergence
+
+    plain = make_evaluator(SmallNetwork().eval(), space).compare(policy, n_images=8).divergence
+    assert found == pytest.approx(plain)
+
+
+def test_comparisons_count_by_their_images_and_are_replayed(model: SmallNetwork, tmp_path: Path) -> None:
+    space = space_of_bits(model, channels=False)
+    policy = alone(space, "down:weight_bits", 4)
+    first = make_evaluator(model, space, journal=Journal(tmp_path / "journal.jsonl"), evaluate=lambda _: 0.5)
+    # There are 8 calibration images: as many search images as that make a comparison a whole evaluation.
+    assert [first.compare(policy, n_images=n).evaluations_used for n in (32, 32, 8)] == [0.25, 0.25, 1.25]
+    assert first.cache_hits == 1
+    assert first.score(policy).accuracy == 0.5
+    first.journal.close()
+
+    second = make_evaluator(model, space, journal=Journal(tmp_path / "journal.jsonl"), evaluate=lambda _: 0.0)
+    assert second.compare(policy, n_images=32) == first.compare(policy, n_images=32)
+    assert second.evaluations_used == 0.25
+    assert len(second.journal) == 3
+    assert {entry.purpose for entry in first.history} == {"comparison", "candidate"}
+    with pytest.raises(EvaluationBudgetSpent):
+        make_evaluator(model, space, max_evaluations=0.2).compare(policy, n_images=32)
+
+
+def test_sensitivity_of_bits_follows_outputs_and_falls_with_the_bits(model: SmallNetwork) -> None:
+    space = space_of_bits(model, channels=False, bits=(2, 3, 4, 5, 8, 32))
+    evaluator = make_evaluator(model, space, evaluate=lambda _: 0.75)
+
+    found = evaluator.probe_sensitivity(space, n_images=32)
+
+    # The whole network, and for each layer the least, a middle and the largest level below the untouched.
+    assert evaluator.evaluations_used == 1 + 2 * 3 * 8 / 32
+    for name in space.names:
+        assert list(found.by_level[name]) == [2, 4, 8]
+        for level, lost in found.by_level[name].items():
+            divergence = evaluator.compare(alone(space, name, level), n_images=32).divergence
+            assert lost == min(divergence or 0.0, 1.0)
+        lost_by_bits = found.of_levels(name, space.ladders[0], 32)
+        assert (np.diff(lost_by_bits) < 0).all() and lost_by_bits[-1] == 0
+        # A bit more is a grid twice as fine: between the levels measured, logarithms run straight.
+        assert lost_by_bits[1] == pytest.approx(np.sqrt(lost_by_bits[0] * lost_by_bits[2]))
+    # No image of a thousand tells the layers apart at 8 bits; their outputs do.
+    at_eight = [found.by_level[name][8] for name in space.names]
+    assert 0 < min(at_eight) < 0.001 and len(set(at_eight)) == 2
+    # A place of 0.3 is the second of six.
+    np.testing.assert_allclose(found.at(0.3), [found.of_levels(name, np.array([3]), 32)[0] for name in space.names])
+    np.testing.assert_array_equal(found.floors(0.01), [1e-6, 1e-6])
+
+
+def test_losses_of_bits_are_on_the_scale_of_those_of_channels(model: SmallNetwork) -> None:
+    """Where what groups lose is half of their divergence, so is what bits are taken to lose."""
+    space = space_of_bits(model, channels=True)
+    probe = make_evaluator(model, space)
+    dense = outputs_on_calibration(probe, CompressionPolicy({}))
+
+    def evaluate(network: nn.Module) -> float:
+        with torch.no_grad():
+            difference = ((network(images(8)) - dense) ** 2).sum() / ((dense - dense.mean(0)) ** 2).sum()
+        return float(1 - difference.clamp_max(1) / 2)
+
+    found = make_evaluator(model, space, evaluate=evaluate).probe_sensitivity(space, n_images=1000)
+
+    for name in ("inner:weight_bits", "down:weight_bits"):
+        divergence = probe.compare(alone(space, name, 4), n_images=1000).divergence or 0.0
+        assert found.by_level[name][4] == pytest.approx(divergence / 2, rel=0.02)
+    np.testing.assert_array_equal(found.floors(0.01), [0.01] * len(space.groups) + [1e-6] * 2)
+
+
+def test_sensitivity_inside_layers_without_calibration_images_is_refused(model: SmallNetwork) -> None:
+    space = space_of_bits(model, channels=False)
+    message = (
+        "the sensitivity of choices inside layers is read off outputs on calibration images, and there are none; pass "
+        "some batches of training images as calibration, or start from the uniform plan"
+    )
+    with pytest.raises(CalibrationError, match=f"^{re.escape(message)}$"):
+        CandidateEvaluator(model, space.graph, lambda _: 0.5, []).probe_sensitivity(space)
 
 
 def test_the_dense_network_is_scored_once_for_free_and_keeps_its_mode(model: SmallNetwork, space: SearchSpace) -> None:

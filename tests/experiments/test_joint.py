@@ -23,7 +23,7 @@ JOINT = {
     "search__decide": ["channels", "density", "bits"],
     "search__sparsity": "block4",
     "search__methods": ["uniform", "knapsack", "ppo"],
-    "search__evaluations": 24,
+    "search__evaluations": 40,
     "ppo__rollout": 4,
     "budget": "20% bytes",
     "finetune__epochs": 2,
