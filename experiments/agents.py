@@ -28,8 +28,8 @@ SearchEnv = NetworkEnv | LayerwiseEnv
 
 
 def search_env(problem: SearchProblem, evaluator: CandidateEvaluator, settings: SearchSettings) -> SearchEnv:
-    """The environment that an agent acts in; it shows the sensitivity probes if every searcher pays for them."""
-    sensitivity = problem.sensitivity if problem.starts_from_probes else None
+    """The environment that an agent acts in; it shows the sensitivity probes if the agent pays for them."""
+    sensitivity = problem.sensitivity if problem.shows_probes else None
     environment = NetworkEnv if settings.environment == "network" else LayerwiseEnv
     return environment(
         problem.space,
@@ -78,7 +78,7 @@ def search_by_agent(
         notify=notify,
     )
     if files:
-        dropout = settings.measured_dropout if problem.starts_from_probes else 1.0
+        dropout = settings.measured_dropout if problem.shows_probes else 1.0
         training = Training(_task(problem, settings), dropout)
         save_agent(files.agent_file, result.config, result.policy, training)
 
@@ -116,7 +116,7 @@ def plan_by_agent(
             msg = f"the agent in '{path}' cannot plan here: {refusal}"
             raise CheckpointError(msg)
         for difference in agent.training.differences(
-            here, shows_measured=problem.starts_from_probes, knows_places=agent.config.n_frequencies > 0
+            here, shows_measured=problem.shows_probes, knows_places=agent.config.n_frequencies > 0
         ):
             notify(f"the agent in '{path}' is not used as it was trained: {difference}")
     observation, _ = env.reset(seed=problem.seed)

@@ -244,7 +244,7 @@ def _search(
 ) -> Compressed:
     if settings.start == "sensitivity" or method in PROBING:
         as_start = settings.start == "sensitivity"
-        problem = probe(problem, 1.0, on_evaluation, as_start=as_start, notify=_warn)
+        problem = probe(problem, 1.0, on_evaluation, as_start=as_start, shown=as_start, notify=_warn)
     found = search_with(method, problem, settings, on_evaluation=on_evaluation)
     policy = problem.policy(found)
     builder = problem.evaluator("", _ignore)

@@ -84,6 +84,8 @@ class SearchSettings(_Section):
     layer as it is: without it, every layer is quantized."""
     start: Start = "sensitivity"
     """The plan that every searching method starts from; the probes it takes count as evaluations of each."""
+    show_sensitivity: bool = False
+    """Show agents what the probes found where the start is uniform too; the probes then count for each of them."""
     probe_share: float = Field(default=1.0, gt=0, le=1)
     """Share of the search images that the sensitivity probes use; they count as that share."""
     criterion: Criterion = "l1"
@@ -166,6 +168,11 @@ class SearchSettings(_Section):
     def scores_in_bfloat16(self) -> bool:
         """What `autocast` comes to: a layer left in single precision must be told from one of 8 bits."""
         return self.autocast and not self.decides_bits
+
+    @property
+    def agents_see_probes(self) -> bool:
+        """Whether agents are shown what the sensitivity probes found."""
+        return self.start == "sensitivity" or self.show_sensitivity
 
     @field_validator("methods")
     @classmethod

@@ -22,7 +22,7 @@ from envs.plans import global_magnitude, uniform
 from envs.space import Ratios
 
 from .agents import search_by_agent
-from .config import ONE_SHOT, PROBING, ConfigError, Method, SearchSettings
+from .config import AGENTS, ONE_SHOT, PROBING, ConfigError, Method, SearchSettings
 from .problem import OnEvaluation, SearchProblem, WatchedEvaluator
 from .run import MethodFolder
 
@@ -171,6 +171,7 @@ def is_finalists(searcher: str) -> bool:
 def _probe_charge(method: Method, problem: SearchProblem) -> float:
     """Evaluations that the probes count as for this method: those that use them pay for them."""
     uses = method in PROBING or (problem.starts_from_probes and method not in ONE_SHOT)
+    uses |= problem.shows_probes and method in AGENTS
     return problem.probe_evaluations if uses else 0.0
 
 

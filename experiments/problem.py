@@ -125,6 +125,7 @@ class SearchProblem:
         probe_evaluations: what the probes cost, in evaluations.
         probe_seconds: what they cost in time.
         starts_from_probes: whether the start plan follows from them.
+        shows_probes: whether agents see them.
     """
 
     model: nn.Module
@@ -137,6 +138,7 @@ class SearchProblem:
     probe_evaluations: float = 0.0
     probe_seconds: float = 0.0
     starts_from_probes: bool = False
+    shows_probes: bool = False
 
     def evaluator(
         self,
@@ -271,6 +273,7 @@ def probe(
     on_evaluation: OnEvaluation,
     *,
     as_start: bool,
+    shown: bool,
     notify: Callable[[str], None],
 ) -> SearchProblem:
     """Measure each decision's sensitivity.
@@ -280,6 +283,7 @@ def probe(
         share: of the search images that the probes use.
         on_evaluation: told of each probe.
         as_start: make the plan that follows the start of every method; the probes then count for each of them.
+        shown: show agents the result; the probes then count for each of these.
         notify: told if the calibration images do not fit the network.
     """
     evaluator = problem.evaluator(PROBES, on_evaluation)
@@ -296,5 +300,6 @@ def probe(
         probe_evaluations=evaluator.evaluations_used,
         probe_seconds=evaluator.seconds,
         starts_from_probes=as_start,
+        shows_probes=shown,
     )
     return replace(probed, space=problem.space.with_prior(probed.sensitivity_offsets())) if as_start else probed

@@ -22,7 +22,7 @@ from latency.table import LatencyTable
 from pruning.files import FileWriteError, is_disk_full, write_atomic
 from pruning.importance import rank_units
 
-from .config import ONE_SHOT, PROBING, Method, RunConfig, SearchSettings
+from .config import AGENTS, ONE_SHOT, PROBING, Method, RunConfig, SearchSettings
 from .finish import finish_run
 from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
@@ -230,7 +230,8 @@ def _saved_importance(folder: RunFolder, subject: Subject) -> dict[str, torch.Te
 
 def _probed(problem: SearchProblem, subject: Subject, display: RunDisplay, stop: StopFlag) -> SearchProblem:
     settings = subject.config.search
-    if settings.start != "sensitivity" and not set(PROBING) & set(settings.methods):
+    sees = settings.agents_see_probes and set(AGENTS) & set(settings.methods)
+    if not (settings.start == "sensitivity" or sees or set(PROBING) & set(settings.methods)):
         return problem
     with display.stage("sensitivity of each decision", evaluations_to_probe(problem), "evaluation") as stage:
         watch = Watch(stage, problem, stop)
@@ -239,6 +240,7 @@ def _probed(problem: SearchProblem, subject: Subject, display: RunDisplay, stop:
             settings.probe_share,
             watch,
             as_start=settings.start == "sensitivity",
+            shown=settings.agents_see_probes,
             notify=lambda message: display.say(f"warning: {message}"),
         )
 

@@ -284,7 +284,14 @@ def load_problem(folder: RunFolder, config: RunConfig, display: RunDisplay) -> S
         msg = f"run {folder.root} decides {', '.join(config.search.decide)}; a model is made of channels only"
         raise ConfigError(msg)
     is_start = config.search.start == "sensitivity"
-    return probe(problem, config.search.probe_share, lambda _: None, as_start=is_start, notify=display.say)
+    return probe(
+        problem,
+        config.search.probe_share,
+        lambda _: None,
+        as_start=is_start,
+        shown=config.search.agents_see_probes,
+        notify=display.say,
+    )
 
 
 def _check(model: PlanModel, plans: Plans, steps: int, display: RunDisplay) -> float:

@@ -21,7 +21,7 @@ from .test_floor import TINY, saved_table
 
 SMALLER = {key: value for key, value in OPTIONS.items() if key not in ("budget", "search.methods")} | {
     "model.name": TINY[0],
-    "search.evaluations": 8,
+    "search.evaluations": 18,
     "search.rounding": 4,
     "ddpg.learning_starts": 2,
     "finetune.epochs": 1,
@@ -57,6 +57,8 @@ def test_published_setting_runs_as_it_says(
     assert as_it_comes.budget == ((budget,) if budget else ())
     assert as_it_comes.search.target == target
     assert (as_it_comes.search.methods, as_it_comes.search.environment) == (("ddpg",), "layerwise")
+    # Galen's agent reads sensitivities, HAQ's none; neither starts from a plan that follows from them.
+    assert (as_it_comes.search.start, as_it_comes.search.show_sensitivity) == ("uniform", name.startswith("galen"))
 
     options = SMALLER | ({} if name == "haq_size" else {"latency.table": str(table)})
     with RunDisplay(quiet=True) as display:
@@ -65,6 +67,7 @@ def test_published_setting_runs_as_it_says(
         )
 
     row = outcome.row("ddpg")
+    assert (outcome.probe_evaluations > 0) == name.startswith("galen")
     assert outcome.budget_kind == kind
     assert outcome.has_budget == (budget is not None)
     assert row.cost <= outcome.cost_limit

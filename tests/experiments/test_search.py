@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from envs.network_env import NetworkEnv
 from experiments.config import RunConfig
 from experiments.interrupt import Interrupted, StopFlag
 from experiments.outcome import RunOutcome
@@ -72,6 +73,27 @@ def test_same_configuration_gives_the_same_run(tiny_config: Configured, tmp_path
     search(config, tmp_path / "two")
 
     assert timeless(tmp_path / "one") == timeless(tmp_path / "two")
+
+
+def test_agents_can_be_shown_sensitivities_without_starting_from_them(
+    tiny_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+    monkeypatch.setattr(
+        "experiments.agents.NetworkEnv", lambda *args, **options: shown.append(options) or NetworkEnv(*args, **options)
+    )
+    methods = ["random", "ddpg"]
+    outcome = search(
+        tiny_config(search__start="uniform", search__show_sensitivity=True, search__methods=methods), tmp_path / "run"
+    )
+
+    # Three groups and the whole network: the agent pays for what it sees, and nobody else does.
+    assert outcome.probe_evaluations == 4
+    assert [options["sensitivity"] is None for options in shown] == [False]
+    entries = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    candidates = {m: [e for e in entries if (e["searcher"], e["purpose"]) == (m, "candidate")] for m in methods}
+    assert len(candidates["ddpg"]) <= len(candidates["random"]) - 4
+    assert candidates["random"][0]["kept"] == candidates["ddpg"][0]["kept"]
 
 
 def test_other_seed_gives_another_search(tiny_config: Configured, tmp_path: Path) -> None:
