@@ -229,7 +229,7 @@ def test_greedy_near_the_floor_takes_away_no_more_than_a_widened_plan_needs(tabl
     assert space.cost(space.minimum) > limit
     space = space.with_limit("latency", limit)
     ratios = greedy(space, [np.linspace(0.1, 0, len(ladder)) for ladder in space.ladders])
-    counts = np.rint(ratios * space.sizes).astype(np.int64)
+    counts = np.rint(space.kept_at(ratios) * space.sizes).astype(np.int64)
     assert space.fits(space.widened(counts))
     assert (counts > space.minimum).any()
 
