@@ -241,14 +241,14 @@ class SearchSpace:
         into a fifth of the scale.
         """
         places = counts / self.sizes
-        for index, rungs in self._rungs_of_bits.items():
+        for index, rungs in self.rungs_of_bits.items():
             places[index] = np.interp(counts[index], self.ladders[index], rungs)
         return np.asarray(places, dtype=np.float64)
 
     def kept_at(self, places: Ratios) -> Ratios:
         """Keep ratios at places, both ``(..., n)``: not rounded, and none beyond the ends of its ladder."""
         kept = np.clip(places, self.min_keep_ratio, self.maximum / self.sizes)
-        for index, rungs in self._rungs_of_bits.items():
+        for index, rungs in self.rungs_of_bits.items():
             kept[..., index] = np.interp(places[..., index], rungs, self.ladders[index]) / self.sizes[index]
         return np.asarray(kept, dtype=np.float64)
 
@@ -271,12 +271,12 @@ class SearchSpace:
         """
         low, high = self.ends
         reach = (high - low) / 2
-        for index, rungs in self._rungs_of_bits.items():
+        for index, rungs in self.rungs_of_bits.items():
             reach[index] += rungs[0] / 2
         return reach
 
     @cached_property
-    def _rungs_of_bits(self) -> Mapping[int, Ratios]:
+    def rungs_of_bits(self) -> Mapping[int, Ratios]:
         """Places of the rungs of every decision on bits, by its index."""
         return {
             index: np.arange(1, len(self.ladders[index]) + 1) / len(self.ladders[index])

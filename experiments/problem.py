@@ -195,7 +195,7 @@ class SearchProblem:
         """Keep-ratio offsets that follow from the probes, shape ``(n,)``."""
         assert self.sensitivity is not None
         floors = self.sensitivity.floors(self.noise_floor())
-        return sensitivity(self.sensitivity.at(PROBED_KEEP_RATIO), floors)
+        return sensitivity(self.space, self.sensitivity.at(PROBED_KEEP_RATIO), floors)
 
 
 def space_by(

@@ -11,6 +11,7 @@ from envs.plans import global_magnitude, noise_floor, sensitivity, uniform
 from envs.space import SearchSpace
 from graph_encoder.network import ChannelGroup, LinearDim, NetworkGraph, Term
 from latency.budget import Budget, BudgetError
+from latency.decision import LayerDecision
 
 from .conftest import SmallNetwork, make_space, random_graph
 
@@ -185,11 +186,23 @@ def test_global_magnitude_cuts_all_groups_at_the_lowest_threshold_that_fits(spac
     assert (project(global_magnitude(space), space) >= counts).all()
 
 
-def test_sensitivity_shifts_by_the_logarithm_of_what_is_lost() -> None:
-    offsets = sensitivity(np.array([0.1, 0.1 * np.e, 0.0, -0.01]), floor=0.01)
+def test_sensitivity_shifts_by_the_logarithm_of_what_is_lost(space: SearchSpace) -> None:
+    offsets = sensitivity(space, np.array([0.1, 0.1 * np.e, -0.01]), floor=0.01)
     assert offsets[1] - offsets[0] == pytest.approx(0.25)
-    assert offsets[2] == offsets[3] == pytest.approx(offsets[0] + 0.25 * np.log(0.01 / 0.1))
+    assert offsets[2] == pytest.approx(offsets[0] + 0.25 * np.log(0.01 / 0.1))
     assert offsets.sum() == pytest.approx(0)
+
+
+def test_a_layer_that_loses_four_times_as_much_gets_a_bit_more(model: SmallNetwork) -> None:
+    layers = [LayerDecision(name, "bits", (2, 3, 4, 5, 6, 7, 8, 32)) for name in ("inner", "down")]
+    space = make_space(model, Budget(kind="bytes", share=0.5), layers=layers)
+
+    offsets = sensitivity(space, np.array([0.1, 0.1, 0.1, 1e-4, 4e-4]), floor=np.array([0.01] * 3 + [1e-6] * 2))
+
+    assert offsets[4] - offsets[3] == pytest.approx(1 / 8)
+    # On average bits stand where groups do, however little each layer loses.
+    assert offsets[:3] == pytest.approx([0, 0, 0])
+    assert offsets[3] + offsets[4] == pytest.approx(0)
 
 
 def test_noise_floor_is_half_the_standard_error_and_at_least_one_image() -> None:
@@ -198,7 +211,7 @@ def test_noise_floor_is_half_the_standard_error_and_at_least_one_image() -> None
 
 
 def test_prior_is_the_plan_of_an_action_of_zeros(space: SearchSpace) -> None:
-    prior = sensitivity(np.array([0.5, 0.05, 0.01]), floor=0.01)
+    prior = sensitivity(space, np.array([0.5, 0.05, 0.01]), floor=0.01)
     np.testing.assert_array_equal(counts_of(np.zeros(3), space.with_prior(prior)), project(prior, space))
     assert start_plan(space.with_prior(prior))[0] > start_plan(space)[0]
     np.testing.assert_array_equal(project(uniform(space), space), start_plan(space))

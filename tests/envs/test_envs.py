@@ -282,7 +282,7 @@ def test_an_episode_continues_from_its_saved_state(kind: type[Env], model: Small
 def wide_space(share: float, rounding: int | dict[str, int]) -> tuple[SmallNetwork, SearchSpace]:
     model = SmallNetwork(width=20).eval()
     space = make_space(model, Budget(share=share), rounding=rounding, protect_first=False)
-    return model, space.with_prior(sensitivity(np.linspace(0.4, 0.02, space.n), floor=0.01))
+    return model, space.with_prior(sensitivity(space, np.linspace(0.4, 0.02, space.n), floor=0.01))
 
 
 @pytest.mark.parametrize("rounding", [1, 8, {"inner": 8, "last": 20}])
