@@ -293,7 +293,8 @@ class CandidateEvaluator:
             EvaluationBudgetSpent: if it would go over ``max_evaluations``; nothing is run.
         """
         images = self._compared_images(min(COMPARED_IMAGES, n_images))
-        key = (policy.digest, sum(map(len, images)) / n_images, True)
+        n_compared = sum(map(len, images))
+        key = (policy.digest, n_compared / n_images, True)
         if key in self._known:
             self.cache_hits += 1
             return self._as_evaluation(self._known[key], cached=True)
@@ -301,7 +302,7 @@ class CandidateEvaluator:
         entry = self._replayed(key)
         if entry is None:
             start = time.perf_counter()
-            if self._dense_outputs is None:
+            if self._dense_outputs is None or len(self._dense_outputs) != n_compared:
                 self._dense_outputs = _outputs(self.build(CompressionPolicy({})), images)
             divergence = _divergence(self._dense_outputs, _outputs(self.build(policy), images))
             entry = self._record(policy, policy.digest, "comparison", key[1], 0.0, start, divergence)

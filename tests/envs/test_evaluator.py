@@ -210,6 +210,8 @@ def test_a_comparison_is_the_squared_difference_of_outputs_over_their_spread(mod
     ).sum()
     assert found.divergence == pytest.approx(float(expected), rel=1e-4)
     assert evaluator.compare(CompressionPolicy({}), n_images=5).divergence == 0
+    # With more search images all eight calibration images are compared.
+    assert evaluator.compare(policy, n_images=16).divergence != found.divergence
 
 
 def test_outputs_of_any_shape_are_compared() -> None:
