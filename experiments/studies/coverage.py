@@ -224,7 +224,12 @@ def render(cells: list[Cell], missing: list[str]) -> str:
         "slice ms",
     ]
     table = Table([*heads, "left", "peer"], [_row(cell) for cell in cells], words=("passes",)).markdown()
-    failures = "\n".join(f"- `{c.model}`: {c.failure or c.peer_failure}" for c in cells if c.failure or c.peer_failure)
+    failures = "\n".join(
+        f"- `{c.model}`{who}: {why}"
+        for c in cells
+        for who, why in (("", c.failure), (", Torch-Pruning", c.peer_failure))
+        if why
+    )
     return f"""# Coverage
 
 Every classification model of torchvision, random weights, random keep ratios (seeds {", ".join(map(str, SEEDS))}).
