@@ -180,14 +180,6 @@ class StandardisedRewards(VecEnvWrapper):
             self.centre = float(np.mean(self._ledger.rewards))
             self.scale = spread_or_one(self._ledger.rewards)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Centre and scale."""
-        return {"centre": self.centre, "scale": self.scale}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Return to `state_dict`."""
-        self.centre, self.scale = state["centre"], state["scale"]
-
 
 def tell_exhausted(evaluations: float, n_evaluations: int) -> None:
     """Log that a search ended before its evaluations were spent."""

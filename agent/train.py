@@ -278,7 +278,6 @@ class Search:
             "last_episode_starts": agent._last_episode_starts,
             "extra": agent.extra_state(),
             "ledger": self.ledger.state_dict(),
-            "rewards": self.rewards.state_dict(),
             "companions": {name: companion.state_dict() for name, companion in self.companions.items()},
             "random": random_states(),
         }
@@ -293,7 +292,6 @@ class Search:
         # The seeds that Stable-Baselines3 gave the environments wait for their next reset: let them have it now.
         self.ledger.reset()
         self.ledger.load_state_dict(state["ledger"])
-        self.rewards.load_state_dict(state["rewards"])
         for name, companion in self.companions.items():
             companion.load_state_dict(state["companions"][name])
         agent.policy.load_state_dict(state["policy"])
