@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -22,16 +22,6 @@ MOST_KNOWN = 100
 Where one plan in ten is still new, so long a row has a chance of 3 in 100,000: what ends is a search whose few plans
 are all scored, or one that has settled.
 """
-
-
-class Stateful(Protocol):
-    """Something that a checkpoint holds."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values, tensors and arrays, nested in dicts and lists."""
-
-    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Return to `state_dict`."""
 
 
 @dataclass(frozen=True)

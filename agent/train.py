@@ -33,7 +33,7 @@ from .policies import GraphActorCriticPolicy
 from .ppo import GraphPPO
 from .replay import affordable_size
 from .schedule import largest_divisor, rollout_size
-from .search_env import Episode, Ledger, StandardisedRewards, Stateful, tell_exhausted, vectorised
+from .search_env import Episode, Ledger, StandardisedRewards, tell_exhausted, vectorised
 from .tensorboard import tensorboard_logger
 from .transfer import load_weights, policy_options
 
@@ -71,7 +71,6 @@ def train_agent(
     episode_length: int = 1,
     logdir: Path | None = None,
     checkpoints: Path | None = None,
-    companions: Mapping[str, Stateful] | None = None,
     start_from: Path | None = None,
     notify: Notify = warn,
     device: str = "cpu",
@@ -79,9 +78,10 @@ def train_agent(
     """Train until the environment's evaluations are spent.
 
     The environment counts: ``info["evaluation"].evaluations_used`` and ``info["budget_spent"]`` at the end of every
-    episode. Plans that it knows already are free, but a search that proposes little else ends: after `MOST_KNOWN` of
-    them in a row, or four episodes for every evaluation granted. The first plan is that of an action of zeros, the last
-    one of the trained policy (unless ``start_from`` or free plans shift them).
+    episode. Plans that are known already are free, but a search that proposes little else ends: after `MOST_KNOWN` of
+    them in a row, or four episodes for every evaluation granted. Several environments are stepped together, each with
+    evaluations of its own: the first to spend them ends the search. The first plan is that of an action of zeros, the
+    last one of the trained policy (unless ``start_from`` or free plans shift them).
 
     If ``checkpoints`` holds any, the run continues from the newest: on a CPU with the same number of threads the
     result is that of a run never interrupted, bit by bit.
@@ -89,14 +89,14 @@ def train_agent(
     Args:
         algorithm: "ppo" or "ddpg".
         env: a Gymnasium environment over graphs (see `GraphEncoder`) with actions in ``[-1, 1]``, or several of one
-            size, vectorised; with ``state_dict`` and ``load_state_dict`` if ``checkpoints`` is given.
+            size, vectorised. If ``checkpoints`` is given, with ``state_dict`` and ``load_state_dict``, which hold all
+            that later steps depend on, what was scored so far included.
         n_evaluations: evaluations that the environments grant in all.
         seed: of weights, noise and batches.
         config: hyper-parameters; `default_config` if not given.
         episode_length: steps of an episode: 1 for a plan for the whole network, the number of decisions layer by layer.
         logdir: folder for TensorBoard.
         checkpoints: folder for checkpoints.
-        companions: what else a checkpoint must hold to go with it, by name, such as the evaluator.
         start_from: file of a trained agent (`save_agent`) of the same configuration to start from.
         notify: told of damaged checkpoints and adjusted settings.
         device: of the agent's networks.
@@ -111,7 +111,7 @@ def train_agent(
         msg = f"config is a {type(config).__name__}, but the algorithm is '{algorithm}'; pass its own configuration"
         raise ValueError(msg)
     plan = SearchPlan(config, n_evaluations, seed, episode_length, device)
-    search = Search(plan, env, companions or {})
+    search = Search(plan, env)
     if start_from is not None:
         load_weights(search.agent.policy, read_state(start_from)["policy"], start_from)
     is_resumed = checkpoints is not None and search.resume(checkpoints, notify)
@@ -228,9 +228,8 @@ class SearchPlan:
 class Search:
     """An agent, its environment, and the books between them."""
 
-    def __init__(self, plan: SearchPlan, env: gym.Env[Any, Any] | VecEnv, companions: Mapping[str, Stateful]) -> None:
+    def __init__(self, plan: SearchPlan, env: gym.Env[Any, Any] | VecEnv) -> None:
         self.plan = plan
-        self.companions = companions
         self.new_episodes: list[Episode] = []
         self.ledger = Ledger(vectorised(env), self.new_episodes.append)
         self.rewards = StandardisedRewards(self.ledger)
@@ -278,7 +277,6 @@ class Search:
             "last_episode_starts": agent._last_episode_starts,
             "extra": agent.extra_state(),
             "ledger": self.ledger.state_dict(),
-            "companions": {name: companion.state_dict() for name, companion in self.companions.items()},
             "random": random_states(),
         }
 
@@ -291,9 +289,7 @@ class Search:
         agent = self.agent
         # The seeds that Stable-Baselines3 gave the environments wait for their next reset: let them have it now.
         self.ledger.reset()
-        self.ledger.load_state_dict(state["ledger"])
-        for name, companion in self.companions.items():
-            companion.load_state_dict(state["companions"][name])
+        self.ledger.load_state_dict(_with_evaluator(state))
         agent.policy.load_state_dict(state["policy"])
         for optimizer, saved in zip(_optimizers(agent), state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -363,6 +359,14 @@ class SearchHooks(BaseCallback):
         self.logger.record("plan/keep_ratios", ratios)
         self.logger.record("plan/evaluations", self._search.ledger.evaluations)
         self.logger.dump(self.num_timesteps)
+
+
+def _with_evaluator(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The books of a checkpoint, whose environments hold their evaluators' states."""
+    # Checkpoints used to hold the evaluator's state, of one environment alone, beside the books.
+    beside = state.get("companions", {})
+    ledger = state["ledger"]
+    return {**ledger, "environments": [{**beside, **environment} for environment in ledger["environments"]]}
 
 
 def _optimizers(agent: Agent) -> list[torch.optim.Optimizer]:

@@ -82,8 +82,9 @@ class CompressionEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return self._observe(), {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The episode as it stands, in plain values; the evaluator has a state of its own."""
+        """The episode and the evaluator as they stand, in plain values."""
         return {
+            "evaluator": self.evaluator.state_dict(),
             "counts": self._counts.tolist(),
             "step": self._step,
             "last_accuracy": self._last_accuracy,
@@ -93,7 +94,12 @@ class CompressionEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue the episode that `state_dict` described."""
+        """Continue the episode that `state_dict` described, with an evaluator on the same journal.
+
+        Raises:
+            ReplayError: if the journal lacks evaluations that had been made by then.
+        """
+        self.evaluator.load_state_dict(state["evaluator"])
         self._counts = np.array(state["counts"], dtype=np.int64)
         self._step = int(state["step"])
         self._last_accuracy, self._last_worth = float(state["last_accuracy"]), float(state["last_worth"])

@@ -73,7 +73,6 @@ def search_by_agent(
         episode_length=1 if settings.environment == "network" else problem.space.n,
         logdir=tensorboard,
         checkpoints=files.checkpoints if files else None,
-        companions={"evaluator": evaluator} if files else None,
         start_from=start_from,
         notify=notify,
     )

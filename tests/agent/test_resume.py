@@ -198,32 +198,6 @@ def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(
     assert_same(tmp_path / "killed", result, whole("ppo"))
 
 
-def test_companions_are_saved_with_the_agent(tmp_path: Path) -> None:
-    class Counter:
-        count = 0
-
-        def state_dict(self) -> dict[str, int]:
-            return {"count": self.count}
-
-        def load_state_dict(self, state: Any) -> None:
-            self.count = state["count"]
-
-    before, after = Counter(), Counter()
-
-    class CountingEnv(MortalEnv):
-        def step(self, action: np.ndarray) -> Any:
-            stepped = super().step(action)
-            before.count += 1
-            return stepped
-
-    with pytest.raises(Killed):
-        train("ppo", CountingEnv(17), tmp_path, companions={"counter": before})
-    train("ppo", MortalEnv(), tmp_path, companions={"counter": after})
-
-    assert before.count == 17
-    assert after.count == 12  # two rollouts of six: where the checkpoint was taken
-
-
 def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
     train("ppo", MortalEnv(), tmp_path)
 

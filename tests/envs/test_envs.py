@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 import envs  # noqa: F401 - registers the environments
 from envs.action import counts_of, start_plan
 from envs.evaluator import CandidateEvaluator, EvaluationBudgetSpent, Sensitivity
+from envs.journal import Journal
 from envs.layerwise_env import LayerwiseEnv
 from envs.network_env import NetworkEnv
 from envs.observation import Sizes
@@ -264,19 +265,21 @@ def test_an_action_of_the_wrong_shape_is_refused(model: SmallNetwork, space: Sea
 @BOTH
 def test_an_episode_continues_from_its_saved_state(kind: type[Env], model: SmallNetwork, space: SearchSpace) -> None:
     options = {"refinement_steps": 3} if kind is NetworkEnv else {}
-    env = kind(space, make_evaluator(model, space), measured_dropout=0.5, **options)
+    journal = Journal()
+    env = kind(space, make_evaluator(model, space, journal=journal), measured_dropout=0.5, **options)
     actions = random_actions(env, 0)
     env.reset(seed=1)
     env.step(actions(0))
     state = env.state_dict()
     rest = [env.step(actions(1)), env.step(actions(2)), env.reset()]
 
-    other = kind(space, make_evaluator(model, space), measured_dropout=0.5, **options)
+    other = kind(space, make_evaluator(model, space, journal=journal), measured_dropout=0.5, **options)
     other.reset(seed=99)
     other.load_state_dict(state)
     assert_same(
         [list(x) for x in (other.step(actions(1)), other.step(actions(2)), other.reset())], [list(x) for x in rest]
     )
+    assert other.evaluator.evaluations_used == env.evaluator.evaluations_used > 0
 
 
 def wide_space(share: float, rounding: int | dict[str, int]) -> tuple[SmallNetwork, SearchSpace]:
