@@ -80,14 +80,17 @@ class PlanEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     """One action an episode for all decisions; a subclass says in :meth:`accuracy` what a plan is worth.
 
     The evaluation that uses up ``budget`` is flagged, and a step after it raises, as in the environments of a search.
+    With ``padding`` there is room for more decisions than there are.
     """
 
-    def __init__(self, features: np.ndarray, *, noise: float = 0.0, budget: int = 10**9, seed: int = 0) -> None:
+    def __init__(
+        self, features: np.ndarray, *, noise: float = 0.0, budget: int = 10**9, seed: int = 0, padding: int = 0
+    ) -> None:
         super().__init__()
         self.n_decisions = len(features)
-        self.observation = chain_observation(features)
-        self.observation_space = chain_space(self.n_decisions)
-        self.action_space = spaces.Box(-1, 1, (self.n_decisions,), np.float32)
+        self.observation = chain_observation(features, padding)
+        self.observation_space = chain_space(self.n_decisions, padding)
+        self.action_space = spaces.Box(-1, 1, (self.n_decisions + padding,), np.float32)
         self.noise = noise
         self.budget = budget
         self.evaluations = 0
@@ -112,7 +115,7 @@ class PlanEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             msg = "the evaluation budget is spent"
             raise RuntimeError(msg)
         self.evaluations += 1
-        value = self.accuracy(np.clip(action, -1, 1).astype(np.float64))
+        value = self.accuracy(np.clip(action[: self.n_decisions], -1, 1).astype(np.float64))
         self.values.append(value)
         self.proposed.append(np.array(action))
         reward = value + self.noise * float(self._noise_generator.standard_normal())

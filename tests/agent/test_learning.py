@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agent.config import AgentConfig, Algorithm, DDPGConfig, PPOConfig, default_config
 from agent.ddpg import GraphDDPG
+from agent.noise import geometric
+from agent.ppo import GraphPPO
 from agent.replay import StandardisedReplayBuffer, affordable_size
 from agent.search_env import vectorised
-from agent.train import SearchPlan, TrainResult, train_agent
+from agent.train import Search, SearchPlan, TrainResult, train_agent
 from agent.transfer import act
 from tests.agent.synthetic import FewPlansEnv, LayerwiseTargetEnv, TargetEnv, chain_observation, chain_space
+from tests.event_files import scalars
 
 SMALL: dict[str, Any] = {"hidden": 16, "n_layers": 1, "n_frequencies": 3}
 CONFIGS: dict[Algorithm, AgentConfig] = {
@@ -132,6 +136,13 @@ def test_the_buffer_is_cut_to_its_memory() -> None:
     assert affordable_size(300, space, 10, max_bytes=per_transition * 7 + 1) == 7
 
 
+@pytest.mark.parametrize(("buffer_bytes", "expected"), [(10_000, 15), (10**9, 4 * 40)])
+def test_the_buffer_holds_what_the_search_may_make_or_what_fits(buffer_bytes: int, expected: int) -> None:
+    agent = ddpg(TargetEnv(2), buffer_bytes=buffer_bytes)
+
+    assert agent.replay_buffer.buffer_size == expected
+
+
 def test_exploration_stays_near_the_start_plan_before_learning() -> None:
     env = TargetEnv(4, budget=15)
     search("ddpg", 40, env)
@@ -140,6 +151,50 @@ def test_exploration_stays_near_the_start_plan_before_learning() -> None:
 
     assert not env.proposed[0].any()
     assert 0.2 < plans.std() < 0.4
+
+
+def test_exploration_leaves_padded_decisions_alone() -> None:
+    env = TargetEnv(3, budget=12, padding=2)
+    search("ddpg", 12, env)
+    plans = np.array(env.proposed)
+
+    assert not plans[:, 3:].any()
+    assert plans[1, :3].all()
+
+
+@pytest.mark.parametrize(("algorithm", "rollout"), [("ppo", 20), ("ddpg", 10)])
+def test_the_spread_falls_with_the_evaluations_spent(algorithm: Algorithm, rollout: int, tmp_path: Path) -> None:
+    result = search(algorithm, 41, TargetEnv(3, budget=41), logdir=tmp_path)
+    spreads = scalars(tmp_path)["train/std"]
+
+    def at(evaluations: int) -> float:
+        return geometric(0.3, 0.05, 1 - evaluations / 41)
+
+    assert spreads == [(step, pytest.approx(at(step - rollout))) for step, _ in spreads]
+    assert [step for step, _ in spreads][-2:] == [40 - rollout, 40]
+    if algorithm == "ppo":
+        assert float(result.policy.std) == pytest.approx(at(40))
+
+
+def test_ppo_learns_from_standardised_rewards() -> None:
+    # The budget ends with the second rollout of 20, whose last step is not stored then.
+    plan = SearchPlan(CONFIGS["ppo"], n_evaluations=41, seed=0, episode_length=1, device="cpu")
+    search = Search(plan, TargetEnv(3, budget=40))
+
+    search.run(None)
+
+    assert isinstance(search.agent, GraphPPO)
+    returns = np.array(search.ledger.rewards)
+    expected = (returns[20:39] - returns[:20].mean()) / returns[:20].std()
+    assert search.agent.rollout_buffer.rewards[:19, 0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_ddpg_waits_for_twenty_episodes_layer_by_layer_too() -> None:
+    plan = SearchPlan(DDPGConfig(**SMALL), n_evaluations=40, seed=0, episode_length=3, device="cpu")
+    agent = plan.build(vectorised(LayerwiseTargetEnv(3)))
+
+    assert isinstance(agent, GraphDDPG)
+    assert agent.learning_starts == 20 * 3
 
 
 def test_ppo_updates_within_a_few_evaluations() -> None:

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agent.checkpoint import read_state, write_state
 from agent.config import AgentConfig, Algorithm, DDPGConfig, PPOConfig
 from agent.train import TrainResult, train_agent
 from pruning.files import CheckpointError
 from tests.agent.synthetic import FewPlansEnv, LayerwiseTargetEnv, TargetEnv
+from tests.event_files import scalars
 
 N_EVALUATIONS = 31
 SMALL: dict[str, Any] = {"hidden": 8, "n_layers": 1, "n_frequencies": 2, "checkpoint_every": 5}
@@ -77,12 +77,6 @@ def train(algorithm: Algorithm, env: Any, folder: Path, **options: Any) -> Train
     )
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 @dataclass(frozen=True)
 class Whole:
     folder: Path
@@ -96,7 +90,7 @@ def assert_same(folder: Path, result: TrainResult, whole: Whole) -> None:
     assert result.n_steps == expected.n_steps
     for name, weights in expected.policy.state_dict().items():
         assert torch.equal(result.policy.state_dict()[name], weights), name
-    assert scalars(folder) == scalars(whole.folder)
+    assert scalars(folder / "tensorboard") == scalars(whole.folder / "tensorboard")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -13,9 +14,14 @@ from torch import nn
 from agent.checkpoint import read_state, write_state
 from agent.config import AgentConfig, Algorithm, DDPGConfig, PPOConfig
 from agent.train import TrainResult, train_agent
+from envs.evaluator import Sensitivity
 from envs.journal import Journal
 from envs.network_env import NetworkEnv
 from envs.space import SearchSpace
+from experiments.agents import search_env
+from experiments.config import SearchSettings
+from experiments.problem import Scoring, SearchProblem
+from graph_encoder.features import column
 from latency.budget import Budget
 from tests.envs.conftest import SmallNetwork, make_evaluator, make_space, remaining_share
 
@@ -104,3 +110,22 @@ def test_a_checkpoint_of_a_version_that_kept_the_evaluator_beside_the_books_cont
 
     assert train("ppo", tmp_path / "killed", n_envs=1).rewards == whole.rewards
     assert scored(tmp_path / "killed") == scored(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("environment", ["network", "layerwise"])
+@pytest.mark.parametrize(("measured_dropout", "shown"), [(0.0, True), (1.0, False)])
+def test_measured_features_are_dropped_as_the_settings_say(
+    environment: str, measured_dropout: float, shown: bool
+) -> None:
+    model, space = network()
+    scoring = Scoring(remaining_share(model), [], n_images=100, reward=lambda accuracy, cost, limit: accuracy)
+    probes = Sensitivity(space.names, (0.3,), 0.9, np.full((space.n, 1), 0.1), 1.0)
+    problem = SearchProblem(
+        model, space.graph, space, scoring, Journal(), seed=0, sensitivity=probes, starts_from_probes=True
+    )
+    settings = SearchSettings(environment=environment, measured_dropout=measured_dropout)
+
+    env = search_env(problem, problem.evaluator("ppo", lambda _: None), settings)
+
+    observation, _ = env.reset(seed=0)
+    assert observation["nodes"][:, column("has_sensitivity_30%")].any() == shown

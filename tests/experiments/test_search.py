@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from envs.network_env import NetworkEnv
 from experiments.config import RunConfig
@@ -18,6 +17,7 @@ from experiments.outcome import RunOutcome
 from experiments.progress import RunDisplay
 from experiments.run import RunFolder
 from experiments.search import resume_run, start_run
+from tests.event_files import Series, scalars
 
 from .stopping import StopAfter
 
@@ -61,10 +61,9 @@ def timeless(root: Path) -> dict[str, Any]:
     }
 
 
-def scalars(root: Path, method: str, tag: str) -> list[tuple[int, float]]:
+def curve(root: Path, method: str, tag: str) -> Series:
     """Steps and values of one scalar of one method."""
-    events = EventAccumulator(str(root / "tensorboard" / method)).Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
+    return scalars(root / "tensorboard" / method)[tag]
 
 
 def test_same_configuration_gives_the_same_run(tiny_config: Configured, tmp_path: Path) -> None:
@@ -131,7 +130,7 @@ def test_tensorboard_shows_each_evaluation_once_after_a_stop(tiny_config: Config
     resume(tmp_path / "stopped")
 
     for tag in ("evaluation/accuracy", "evaluation/best_reward", "evaluation/cost"):
-        assert scalars(tmp_path / "stopped", "random", tag) == scalars(tmp_path / "whole", "random", tag)
+        assert curve(tmp_path / "stopped", "random", tag) == curve(tmp_path / "whole", "random", tag)
 
 
 def test_methods_are_compared_at_equal_numbers_from_the_same_start(tiny_config: Configured, tmp_path: Path) -> None:
@@ -174,14 +173,14 @@ def test_resume_warns_of_another_number_of_threads(
 def test_hyperparameters_are_shown_with_final_metrics(tiny_config: Configured, tmp_path: Path) -> None:
     outcome = search(tiny_config(), tmp_path / "run")
 
-    (_, value), *_ = scalars(tmp_path / "run", "random", "result/validation_accuracy")
+    (_, value), *_ = curve(tmp_path / "run", "random", "result/validation_accuracy")
     assert value == pytest.approx(outcome.row("random").validation_accuracy)
 
 
 def test_live_curves_are_the_first_cards_of_tensorboard(tiny_config: Configured, tmp_path: Path) -> None:
     search(tiny_config(search__methods=["uniform", "ppo"], search__evaluations=12), tmp_path / "run")
     folders = {path.parent for path in (tmp_path / "run").rglob("events.out.tfevents.*")}
-    tags = sorted({tag for folder in folders for tag in EventAccumulator(str(folder)).Reload().Tags()["scalars"]})
+    tags = sorted({tag for folder in folders for tag in scalars(folder)})
 
     assert tags[:4] == [f"evaluation/{name}" for name in ("accuracy", "best_reward", "cost", "reward")]
 

@@ -2,11 +2,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from experiments import subject
 from experiments.config import RunConfig
+from experiments.data import ImageData
 from experiments.interrupt import StopFlag
 from experiments.progress import RunDisplay
+from experiments.subject import Subject
+from graph_encoder.network import NetworkGraph
 from pruning import reconstruction
 
 Configured = Callable[..., RunConfig]
@@ -32,3 +36,28 @@ def test_images_that_reconstruction_leaves_out_are_told(
     ]
     assert told_when_prepared(tiny_config(), capsys) == []
     assert told_when_prepared(tiny_config(search__reconstruct=True, search__calibration_images=30), capsys) == []
+
+
+class Precision(nn.Module):
+    """Gives every image class 0, and notes whether it was run in mixed precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mixed.append(torch.is_autocast_enabled("cpu"))
+        return torch.eye(3)[torch.zeros(len(x), dtype=torch.long)]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_candidates_are_scored_in_the_precision_of_the_settings_and_finalists_in_full(
+    autocast: bool, tiny_config: Configured
+) -> None:
+    config, model = tiny_config(search__autocast=autocast), Precision()
+    subject = Subject(config, ImageData(config.data), model, NetworkGraph((), (), (), (), ()), torch.device("cpu"))
+
+    subject.evaluate_on_search_images()(model)
+    subject.evaluate_on_validation()(model)
+
+    assert model.mixed == [autocast, False, False]  # 45 search images and 90 of validation, 45 at a time
