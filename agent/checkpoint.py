@@ -24,13 +24,13 @@ _NAME = re.compile(r"step-(\d{9})\.pt")
 Notify = Callable[[str], None]
 
 
-class CheckpointWarning(UserWarning):
-    """A damaged checkpoint was passed over."""
+class SearchWarning(UserWarning):
+    """Something that does not stop a search, such as a damaged checkpoint that was passed over."""
 
 
 def warn(message: str) -> None:
-    """Say something that does not stop the run."""
-    warnings.warn(message, CheckpointWarning, stacklevel=2)
+    """Say something that does not stop the search."""
+    warnings.warn(message, SearchWarning, stacklevel=2)
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -64,7 +64,8 @@ class StandardisedReplayBuffer(DictReplayBuffer):
 
     def reward_statistics(self) -> tuple[float, float]:
         """Mean and standard deviation of the returns of the episodes stored; the deviation is 1 where there is none."""
-        # Oldest first; the oldest episode may have lost its first steps, which earn nothing.
+        # Oldest first; the oldest episode may have lost its first steps, and its return then lacks what they earned:
+        # nothing, unless plans are refined in several steps.
         order = np.roll(np.arange(self.size()), -self.pos if self.full else 0)
         returns: list[float] = []
         for rewards, dones in zip(self.rewards[order].T.astype(np.float64), self.dones[order].T, strict=True):

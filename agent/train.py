@@ -98,7 +98,7 @@ def train_agent(
         logdir: folder for TensorBoard.
         checkpoints: folder for checkpoints.
         start_from: file of a trained agent (`save_agent`) of the same configuration to start from.
-        notify: told of damaged checkpoints and adjusted settings.
+        notify: told of damaged checkpoints, and of a replay buffer that is too small for the whole search.
         device: of the agent's networks.
 
     Raises:
@@ -111,10 +111,10 @@ def train_agent(
         msg = f"config is a {type(config).__name__}, but the algorithm is '{algorithm}'; pass its own configuration"
         raise ValueError(msg)
     plan = SearchPlan(config, n_evaluations, seed, episode_length, device)
-    search = Search(plan, env)
+    search = Search(plan, env, notify)
     if start_from is not None:
         load_weights(search.agent.policy, read_state(start_from)["policy"], start_from)
-    is_resumed = checkpoints is not None and search.resume(checkpoints, notify)
+    is_resumed = checkpoints is not None and search.resume(checkpoints)
     n_steps = search.agent.num_timesteps
     logger = tensorboard_logger(logdir, n_steps + 1 if is_resumed else 0)
     search.agent.set_logger(logger)
@@ -161,11 +161,11 @@ class SearchPlan:
         """Steps after which a search that proposes known plans over and over is ended."""
         return 4 * self.n_evaluations * self.episode_length
 
-    def build(self, env: VecEnv) -> Agent:
-        """A new agent for the environment."""
+    def build(self, env: VecEnv, notify: Notify = warn) -> Agent:
+        """A new agent for the environment; ``notify`` is told if its memory does not hold the whole search."""
         config = self.config
         if isinstance(config, DDPGConfig):
-            return self._build_ddpg(config, env)
+            return self._build_ddpg(config, env, notify)
         assert isinstance(config, PPOConfig)
         return self._build_ppo(config, env)
 
@@ -195,13 +195,17 @@ class SearchPlan:
             device=self.device,
         )
 
-    def _build_ddpg(self, config: DDPGConfig, env: VecEnv) -> GraphDDPG:
+    def _build_ddpg(self, config: DDPGConfig, env: VecEnv, notify: Notify) -> GraphDDPG:
         assert isinstance(env.observation_space, spaces.Dict)
         n_steps = self._rollout_steps(config.rollout, env.num_envs)
         episodes = n_steps // self.episode_length * env.num_envs
-        buffer_size = affordable_size(
-            self.most_steps(), env.observation_space, get_action_dim(env.action_space), config.buffer_bytes
-        )
+        wanted, n_decisions = self.most_steps(), get_action_dim(env.action_space)
+        buffer_size = affordable_size(wanted, env.observation_space, n_decisions, config.buffer_bytes)
+        if buffer_size < wanted:
+            notify(
+                f"the replay buffer holds {buffer_size:,} of the {wanted:,} transitions that the search may make, "
+                f"since buffer_bytes is {config.buffer_bytes:,}; the oldest go first: raise it to keep them all"
+            )
         return GraphDDPG(
             GraphDDPGPolicy,
             env,
@@ -228,13 +232,14 @@ class SearchPlan:
 class Search:
     """An agent, its environment, and the books between them."""
 
-    def __init__(self, plan: SearchPlan, env: gym.Env[Any, Any] | VecEnv) -> None:
+    def __init__(self, plan: SearchPlan, env: gym.Env[Any, Any] | VecEnv, notify: Notify = warn) -> None:
         self.plan = plan
+        self._notify = notify
         self.new_episodes: list[Episode] = []
         self.ledger = Ledger(vectorised(env), self.new_episodes.append)
         self.rewards = StandardisedRewards(self.ledger)
         # DDPG's buffer standardises by itself, over all it holds.
-        self.agent = plan.build(self.rewards if plan.algorithm == "ppo" else self.ledger)
+        self.agent = plan.build(self.rewards if plan.algorithm == "ppo" else self.ledger, notify)
 
     def run(self, checkpoints: Path | None) -> None:
         """Train until the evaluations are spent, or no new plan comes."""
@@ -280,9 +285,9 @@ class Search:
             "random": random_states(),
         }
 
-    def resume(self, checkpoints: Path, notify: Notify) -> bool:
+    def resume(self, checkpoints: Path) -> bool:
         """Continue from the newest checkpoint, if there is one."""
-        state = load_checkpoint(checkpoints, notify)
+        state = load_checkpoint(checkpoints, self._notify)
         if state is None:
             return False
         self._check_same_search(state["search"], checkpoints)

@@ -61,7 +61,7 @@ def search_by_agent(
         files: where checkpoints and the trained agent go; none saves neither.
         tensorboard: where its training is logged.
         start_from: file of a trained agent to start from.
-        notify: told of damaged checkpoints.
+        notify: told of damaged checkpoints, and of a replay buffer that is too small for the whole search.
     """
     env = search_env(problem, evaluator, settings)
     result = train_agent(

@@ -85,7 +85,7 @@ def search_with(
         agent: hyper-parameters, for an agent; its own defaults if not given.
         files: where an agent saves itself, and continues from; none saves nothing.
         tensorboard: where an agent logs its training.
-        notify: told of damaged checkpoints.
+        notify: told of damaged checkpoints, and of a replay buffer that is too small for the whole search.
 
     Raises:
         ConfigError: if probes and finalists leave nothing to search with.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from agent.checkpoint import (
-    CheckpointWarning,
+    SearchWarning,
     load_checkpoint,
     random_states,
     read_state,
@@ -122,7 +122,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, damage: C
     newest.write_bytes(damage(newest.read_bytes()))
 
     with pytest.warns(
-        CheckpointWarning,
+        SearchWarning,
         match=r"^'.*step-000000002\.pt' cannot be read as an agent's state: .*; the checkpoint before it is used "
         r"instead$",
     ):

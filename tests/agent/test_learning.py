@@ -136,11 +136,30 @@ def test_the_buffer_is_cut_to_its_memory() -> None:
     assert affordable_size(300, space, 10, max_bytes=per_transition * 7 + 1) == 7
 
 
-@pytest.mark.parametrize(("buffer_bytes", "expected"), [(10_000, 15), (10**9, 4 * 40)])
-def test_the_buffer_holds_what_the_search_may_make_or_what_fits(buffer_bytes: int, expected: int) -> None:
-    agent = ddpg(TargetEnv(2), buffer_bytes=buffer_bytes)
+@pytest.mark.parametrize(
+    ("buffer_bytes", "size", "told"),
+    [
+        (10**9, 4 * 40, []),
+        (
+            10_000,
+            15,
+            [
+                "the replay buffer holds 15 of the 160 transitions that the search may make, since buffer_bytes is "
+                "10,000; the oldest go first: raise it to keep them all"
+            ],
+        ),
+    ],
+)
+def test_the_buffer_holds_the_whole_search_or_says_that_it_does_not(
+    buffer_bytes: int, size: int, told: list[str]
+) -> None:
+    heard: list[str] = []
+    plan = SearchPlan(DDPGConfig(**SMALL, buffer_bytes=buffer_bytes), 40, 0, 1, "cpu")
+    agent = Search(plan, TargetEnv(2), heard.append).agent
 
-    assert agent.replay_buffer.buffer_size == expected
+    assert isinstance(agent, GraphDDPG)
+    assert agent.replay_buffer.buffer_size == size
+    assert heard == told
 
 
 def test_exploration_stays_near_the_start_plan_before_learning() -> None:
