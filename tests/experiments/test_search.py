@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from agent.checkpoint import read_state
 from envs.network_env import NetworkEnv
 from experiments.config import RunConfig
 from experiments.interrupt import Interrupted, StopFlag
@@ -22,7 +23,17 @@ from tests.event_files import Series, scalars
 from .stopping import StopAfter
 
 Configured = Callable[..., RunConfig]
-AGENT_RUN = {"search__methods": ["random", "cem", "ppo", "ddpg"], "search__evaluations": 40, "finetune__epochs": 2}
+AGENT_RUN = {
+    "search__methods": ["random", "cem", "ppo", "ddpg"],
+    "search__evaluations": 40,
+    "search__measured_dropout": 0.5,
+    "finetune__epochs": 2,
+    # Wide noise, so that new plans go on coming, and checkpoints among them.
+    **{f"{agent}__std": 0.8 for agent in ("ppo", "ddpg")},
+    **{f"{agent}__std_end": 0.5 for agent in ("ppo", "ddpg")},
+    **{f"{agent}__rollout": 6 for agent in ("ppo", "ddpg")},
+    **{f"{agent}__checkpoint_every": 4 for agent in ("ppo", "ddpg")},
+}
 
 KILLED = """
 import os, signal, sys, threading
@@ -58,7 +69,22 @@ def timeless(root: Path) -> dict[str, Any]:
         "journal": [{k: v for k, v in entry.items() if k not in clocks} for entry in journal],
         "policies": {p.parent.name: p.read_text() for p in root.glob("methods/*/policy.json")},
         "weights": {p.parent.name: p.read_bytes() for p in root.glob("methods/*/tuned.safetensors")},
+        "agents": {p.parent.name: agent_weights(p) for p in root.glob("methods/*/agent.pt")},
+        "curves": curves(root / "tensorboard"),
     }
+
+
+def agent_weights(path: Path) -> dict[str, Any]:
+    """Weights of a trained agent."""
+    return {name: tensor.tolist() for name, tensor in read_state(path)["policy"].items()}
+
+
+def curves(root: Path) -> dict[str, list[str]]:
+    """Every curve in TensorBoard, by folder and tag; as text, so that NaN equals NaN."""
+    folders = {path.parent for path in root.rglob("events.out.tfevents.*")}
+    series = {f"{folder.relative_to(root)}: {tag}": s for folder in folders for tag, s in scalars(folder).items()}
+    # The final numbers are no curves: they are those of the rows.
+    return {name: [str(point) for point in s] for name, s in series.items() if ": result/" not in name}
 
 
 def curve(root: Path, method: str, tag: str) -> Series:
@@ -186,8 +212,11 @@ def test_live_curves_are_the_first_cards_of_tensorboard(tiny_config: Configured,
 
 
 @pytest.mark.slow
-def test_run_killed_at_random_moments_goes_on_to_the_same_end(tiny_config: Configured, tmp_path: Path) -> None:
-    config = tiny_config(**AGENT_RUN)
+@pytest.mark.parametrize("environment", ["network", "layerwise"])
+def test_run_killed_at_random_moments_goes_on_to_the_same_end(
+    environment: str, tiny_config: Configured, tmp_path: Path
+) -> None:
+    config = tiny_config(**AGENT_RUN, search__environment=environment)
     search(config, tmp_path / "whole")
     with pytest.raises(Interrupted):
         search(config, tmp_path / "killed", StopAfter(1))
@@ -205,4 +234,5 @@ def test_run_killed_at_random_moments_goes_on_to_the_same_end(tiny_config: Confi
         n_kills += 1
 
     assert n_kills >= 3
+    assert all(any((tmp_path / "killed/methods" / agent / "checkpoints").iterdir()) for agent in ("ppo", "ddpg"))
     assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
