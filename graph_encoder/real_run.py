@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,17 +105,25 @@ class RealRun(LabelPass):
             self._born.setdefault(id(tensor), self._clock)
         return out
 
+    @contextmanager
+    def _module_stack(self) -> Iterator[None]:
+        # Hooks of each module: PyTorch never quite forgets one of all modules that is given keywords.
+        with ExitStack() as hooks:
+            for module in self._modules.values():
+                hooks.enter_context(module.register_forward_pre_hook(self._enter, prepend=True))
+                hooks.enter_context(module.register_forward_hook(self._leave_with, prepend=True, with_kwargs=True))
+            yield
+            self._stack.clear()
+
     def _enter(self, module: nn.Module, args: Any) -> None:
         super()._enter(module, args)
         self._clock += 1
         self._frames.append(_Frame(self._clock, len(self.record.operators), len(self._read)))
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        frame = self._frames.pop()
-        if id(module) in self._module_names:
-            call = self._call(frame, args, kwargs, output)
-            self.calls.setdefault(self.here(), []).append(call)
-        super()._leave(module, args, kwargs, output)
+    def _leave_with(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = self._call(self._frames.pop(), args, kwargs, output)
+        self.calls.setdefault(self.here(), []).append(call)
+        super()._leave(module, args, output)
 
     def _call(self, frame: _Frame, args: Any, kwargs: Any, output: Any) -> ModuleCall:
         given = tree_flatten((args, kwargs))[0]

@@ -181,7 +181,7 @@ class LabelPass(TorchDispatchMode):
     @contextmanager
     def _module_stack(self) -> Iterator[None]:
         before = nn.modules.module.register_module_forward_pre_hook(self._enter)
-        after = nn.modules.module.register_module_forward_hook(self._leave, with_kwargs=True)
+        after = nn.modules.module.register_module_forward_hook(self._leave)
         try:
             yield
             self._stack.clear()
@@ -193,7 +193,7 @@ class LabelPass(TorchDispatchMode):
         parent = self._stack[-1] if self._stack else ""
         self._stack.append(self._module_names.get(id(module), parent))
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._stack.pop()
 
     def _replays(self) -> AbstractContextManager[None]:

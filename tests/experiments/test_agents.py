@@ -121,7 +121,7 @@ def test_measured_features_are_dropped_as_the_settings_say(
     scoring = Scoring(remaining_share(model), [], n_images=100, reward=lambda accuracy, cost, limit: accuracy)
     probes = Sensitivity(space.names, (0.3,), 0.9, np.full((space.n, 1), 0.1), 1.0)
     problem = SearchProblem(
-        model, space.graph, space, scoring, Journal(), seed=0, sensitivity=probes, starts_from_probes=True
+        model, space.graph, space, scoring, Journal(), seed=0, sensitivity=probes, shows_probes=True
     )
     settings = SearchSettings(environment=environment, measured_dropout=measured_dropout)
 

@@ -80,7 +80,7 @@ def assert_is_the_policy_in_integers(folder: Path, config: RunConfig) -> None:
 def product(
     tiny_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, RunConfig, list[str]]:
-    folder, config = tmp_path_factory.mktemp("product"), tiny_config()
+    folder, config = tmp_path_factory.mktemp("product"), tiny_config(measure__onnx=True)
     _, said = applied(POLICY, config, folder)
     return folder / "applied", config, said
 
@@ -98,7 +98,7 @@ def test_finetuning_a_saved_network_keeps_its_channels_zeros_and_bits(
     product: tuple[Path, RunConfig, list[str]], tiny_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     folder, config, _ = product
-    config, out = tiny_config(finetune__epochs=1), tmp_path / "tuned"
+    config, out = tiny_config(finetune__epochs=1, measure__onnx=True), tmp_path / "tuned"
     _, said = told(
         lambda display: finetune_saved(folder, "tests.experiments.tiny:network", config, out, display, StopFlag())
     )
@@ -116,7 +116,7 @@ def test_finetuning_a_saved_network_keeps_its_channels_zeros_and_bits(
 def test_simulated_bits_leave_only_the_onnx_file_and_the_times_out(
     tiny_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    facts, said = applied(SIMULATED, tiny_config(), tmp_path)
+    facts, said = applied(SIMULATED, tiny_config(measure__onnx=True), tmp_path)
 
     why = "layer '6' has 4-bit weights and 8-bit activations, which are simulated: no runtime has kernels for them; "
     warning = next(line for line in said if line.startswith("warning: the compressed network is not written as ONNX"))
@@ -131,7 +131,7 @@ def test_simulated_bits_leave_only_the_onnx_file_and_the_times_out(
         "policy.json",
     ]
 
-    config, out = tiny_config(finetune__epochs=1), tmp_path / "tuned"
+    config, out = tiny_config(finetune__epochs=1, measure__onnx=True), tmp_path / "tuned"
     name = "tests.experiments.tiny:network"
     facts, said = told(lambda display: finetune_saved(tmp_path / "applied", name, config, out, display, StopFlag()))
     assert f"warning: the fine-tuned network is not written as ONNX: {why}" in " ".join(said)

@@ -9,6 +9,7 @@ from graph_encoder.capture import capture, trace_operators
 from graph_encoder.network import NetworkGraph, TraceError
 
 from .networks import EXAMPLE, NETWORKS, build
+from .opaque_networks import Numpy
 
 
 def graph_of(name: str) -> NetworkGraph:
@@ -223,3 +224,10 @@ def test_operators_keep_the_data_flow_with_everything_else_contracted() -> None:
         ("add", "head"), ("head", "output"),
     }  # fmt: skip
     assert graph.operators[1].norm == "norm"
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 4), nn.Sequential(nn.Linear(3, 4), Numpy(4))])
+def test_no_hook_of_all_modules_is_left_behind(model: nn.Module) -> None:
+    capture(model, torch.zeros(2, 3))
+
+    assert not nn.modules.module._has_any_global_hook()
