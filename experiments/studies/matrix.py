@@ -142,7 +142,6 @@ def _timed(name: str, model: str, methods: Sequence[Method], options: dict[str, 
         "search.calibration_images": 500,
         "search.protected": [],
         "search.rounding": 8,
-        "finetune.autocast": True,
         "finetune.dense_control": False,
     }
     return Cell(name, own | options, is_timed=True)
