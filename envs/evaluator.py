@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from graph_encoder.batches import Batch, count_images, first_images, inputs_of
 from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import NetworkGraph
 from latency.cost import predict_cost
@@ -32,7 +33,7 @@ from .space import Counts, SearchSpace
 EvaluateFunction = Callable[[nn.Module], float]
 """Accuracy in ``[0, 1]`` of a network on a fixed set of images that it was not trained on."""
 
-ReconstructFunction = Callable[[nn.Module, nn.Module, NetworkGraph, CompressionPolicy, Sequence[Tensor]], None]
+ReconstructFunction = Callable[[nn.Module, nn.Module, NetworkGraph, CompressionPolicy, Sequence[Batch]], None]
 """``reconstruct(dense, candidate, graph, policy, batches)``, in place on the candidate."""
 
 CostFunction = Callable[[CompressionPolicy], int]
@@ -156,14 +157,14 @@ class CandidateEvaluator:
         model: nn.Module,
         graph: NetworkGraph,
         evaluate: EvaluateFunction,
-        calibration: Sequence[Tensor],
+        calibration: Sequence[Batch],
         *,
         cost: CostFunction | None = None,
         few_images: Mapping[float, EvaluateFunction] | None = None,
         journal: Journal | None = None,
         max_evaluations: float = math.inf,
         reconstruct: ReconstructFunction | None = None,
-        range_images: Sequence[Tensor] | None = None,
+        range_images: Sequence[Batch] | None = None,
         calibration_method: RangeMethod = "mse",
         channels_last: bool = False,
         autocast: bool = False,
@@ -177,7 +178,7 @@ class CandidateEvaluator:
             graph: its capture.
             evaluate: accuracy of a network on all search images.
             calibration: batches of training images for batch-norm statistics (and reconstruction), on the model's
-                device; empty to leave the statistics as they are.
+                device, tuples where forward takes several inputs; empty to leave the statistics as they are.
             cost: what a plan costs, as an integer; multiply-adds if not given.
             few_images: evaluate functions on a share of the search images, by that share.
             journal: where evaluations are recorded; in memory if not given.
@@ -201,7 +202,7 @@ class CandidateEvaluator:
         self.cache_hits = 0
         self.journal = Journal() if journal is None else journal
         self._calibration = list(calibration)
-        self._range_images = _first(RANGE_IMAGES, self._calibration if range_images is None else range_images)
+        self._range_images = first_images(self._calibration if range_images is None else range_images, RANGE_IMAGES)
         self._calibration_method: RangeMethod = calibration_method
         self._reconstruct = reconstruct
         self._channels_last = channels_last
@@ -293,7 +294,7 @@ class CandidateEvaluator:
             EvaluationBudgetSpent: if it would go over ``max_evaluations``; nothing is run.
         """
         images = self._compared_images(min(COMPARED_IMAGES, n_images))
-        n_compared = sum(map(len, images))
+        n_compared = count_images(images)
         key = (policy.digest, n_compared / n_images, True)
         if key in self._known:
             self.cache_hits += 1
@@ -331,7 +332,7 @@ class CandidateEvaluator:
             candidate = quantize_layers(candidate, policy.layers, self._range_images, method=self._calibration_method)
         return candidate.eval()
 
-    def _compared_images(self, n_images: int) -> list[Tensor]:
+    def _compared_images(self, n_images: int) -> list[Batch]:
         """The first ``n_images`` calibration images, fewer if there are no more, in batches."""
         if not self._calibration:
             msg = (
@@ -339,7 +340,7 @@ class CandidateEvaluator:
                 "none; pass some batches of training images as calibration, or start from the uniform plan"
             )
             raise CalibrationError(msg)
-        return _first(n_images, self._calibration)
+        return first_images(self._calibration, n_images)
 
     def probe_sensitivity(
         self, space: SearchSpace, keep_ratios: Sequence[float] = (0.3,), *, fidelity: float = 1.0, n_images: int = 1000
@@ -501,13 +502,6 @@ class CandidateEvaluator:
             raise EvaluationBudgetSpent(msg)
 
 
-def _first(n_images: int, batches: Sequence[Tensor]) -> list[Tensor]:
-    """The first ``n_images`` images, fewer if there are no more, in the batches that they are in."""
-    before = np.cumsum([0, *map(len, batches)])
-    pairs = zip(batches, before, strict=False)
-    return [batch[: n_images - int(n)] for batch, n in pairs if n < n_images]
-
-
 def probed_levels(ladder: Counts, untouched: int) -> list[int]:
     """Levels that a choice inside a layer is measured at: but for the untouched all, or `PROBED_LEVELS` of them."""
     levels = ladder[ladder != untouched]
@@ -526,10 +520,10 @@ def _key(entry: JournalEntry) -> Key:
     return entry.digest, entry.fidelity, entry.purpose == "comparison"
 
 
-def _outputs(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
+def _outputs(model: nn.Module, images: Sequence[Batch]) -> Tensor:
     """All that ``model`` returns for the images, in a row each."""
     with evaluation_mode(model), torch.inference_mode():
-        returned = [tree_leaves(model(batch)) for batch in images]
+        returned = [tree_leaves(model(*inputs_of(batch))) for batch in images]
     rows = [[leaf.reshape(len(leaf), -1).float() for leaf in leaves if isinstance(leaf, Tensor)] for leaves in returned]
     return torch.cat([torch.cat(each, dim=1) for each in rows])
 

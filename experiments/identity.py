@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from graph_encoder.batches import Batch, inputs_of
 from graph_encoder.network import NetworkGraph
 
 _DIGITS = 16
@@ -18,7 +19,7 @@ _DIGITS = 16
 def search_identity(
     model: nn.Module,
     graph: NetworkGraph,
-    calibration: Sequence[Tensor],
+    calibration: Sequence[Batch],
     importance: Mapping[str, Tensor] | str,
     **arguments: object,
 ) -> dict[str, str]:
@@ -38,7 +39,9 @@ def search_identity(
     return {
         "network": _short(hashlib.sha256(json.dumps([operators, graph.edges, groups]).encode())),
         "weights": tensors_digest([*model.named_parameters(), *model.named_buffers()]),
-        "calibration": tensors_digest((str(index), batch) for index, batch in enumerate(calibration)),
+        "calibration": tensors_digest(
+            (str(index), tensor) for index, batch in enumerate(calibration) for tensor in inputs_of(batch)
+        ),
         "importance": importance if isinstance(importance, str) else _ranking_digest(importance),
         **{name: str(value) for name, value in arguments.items()},
     }

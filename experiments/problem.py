@@ -27,6 +27,7 @@ from envs.journal import Journal
 from envs.plans import noise_floor, sensitivity
 from envs.reward import RewardFunction, compute_reward
 from envs.space import Ratios, SearchSpace
+from graph_encoder.batches import Batch
 from graph_encoder.network import NetworkGraph
 from latency.budget import Budget, BudgetError
 from latency.decision import layer_decisions
@@ -99,12 +100,12 @@ class Scoring:
     """
 
     evaluate: EvaluateFunction
-    calibration: Sequence[Tensor]
+    calibration: Sequence[Batch]
     n_images: int
     reward: RewardFunction
     few_images: Mapping[float, EvaluateFunction] | None = None
     reconstruct: ReconstructFunction | None = None
-    range_images: Sequence[Tensor] | None = None
+    range_images: Sequence[Batch] | None = None
     calibration_method: RangeMethod = "mse"
     channels_last: bool = False
     autocast: bool = False
@@ -249,7 +250,7 @@ def least_squares(seed: int) -> ReconstructFunction:
         candidate: nn.Module,
         graph: NetworkGraph,
         policy: CompressionPolicy,
-        batches: Sequence[Tensor],
+        batches: Sequence[Batch],
     ) -> None:
         # Drawn anew for each candidate, so that equal plans give equal weights in any order.
         generator = torch.Generator().manual_seed(seed)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, fx, nn
 
+from .batches import inputs_of
 from .groups import assemble
 from .modes import evaluation_mode
 from .network import ForwardError, NetworkGraph, Operator, TraceError
@@ -46,7 +47,7 @@ def capture(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Netw
 
 
 def _as_tuple(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    inputs = inputs_of(example_inputs)
     for position, value in enumerate(inputs):
         if not isinstance(value, Tensor):
             msg = (

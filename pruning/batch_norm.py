@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from graph_encoder.batches import Batch, inputs_of
 from graph_encoder.modes import evaluation_mode
 
 
-def reestimate_batch_norm(
-    model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]], *, autocast: bool = False
-) -> None:
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocast: bool = False) -> None:
     """Replace the running statistics of all batch norms by averages over ``batches``, in place.
 
     Only batch norms run in training mode, with a cumulative average, so that dropout stays off and every image counts
@@ -42,7 +41,7 @@ def reestimate_batch_norm(
                 norm.momentum = None
             with torch.inference_mode():
                 for batch in batches:
-                    inputs = batch if isinstance(batch, tuple) else (batch,)
+                    inputs = inputs_of(batch)
                     with torch.autocast(inputs[0].device.type, torch.bfloat16, autocast):
                         model(*inputs)
                     n_batches += 1

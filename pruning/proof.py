@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from graph_encoder.batches import inputs_of
 from graph_encoder.network import NetworkGraph, TraceError
 
 from .batch_norm import reestimate_batch_norm
@@ -87,8 +88,7 @@ def prove(
     Returns:
         One result for all groups, then one a group.
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    inputs = tuple(torch.cat([x, -x if x.is_floating_point() else x]) for x in inputs)
+    inputs = tuple(torch.cat([x, -x if x.is_floating_point() else x]) for x in inputs_of(example_inputs))
     model = copy.deepcopy(model)
     reestimate_batch_norm(model, [inputs])
     subjects: list[tuple[str, list[str] | None]] = [("all groups", None)]
@@ -119,8 +119,7 @@ def leave_refuted_dense(
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
-    given = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    inputs = tuple(_with_noise(x[:2], generator).to(device) for x in given)
+    inputs = tuple(_with_noise(x[:2], generator).to(device) for x in inputs_of(example_inputs))
     while graph.prunable:
         together = prove(model, graph, inputs, generator=generator, each_group=False)[0]
         if not together.is_refuted:

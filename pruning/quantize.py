@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from graph_encoder.batches import Batch, inputs_of
 from graph_encoder.modes import evaluation_mode
 from graph_encoder.symbolic import symbolic_trace
 
@@ -331,7 +332,7 @@ _QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
 def quantize_layers(
     model: nn.Module,
     layers: Mapping[str, LayerPolicy],
-    batches: Iterable[Tensor | tuple[Tensor, ...]],
+    batches: Iterable[Batch],
     *,
     method: RangeMethod = "mse",
     weight_method: RangeMethod = "mse",
@@ -360,7 +361,7 @@ def quantize_layers(
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Tensor | tuple[Tensor, ...]],
+    batches: Iterable[Batch],
     *,
     method: RangeMethod = "mse",
     weight_method: RangeMethod = "mse",
@@ -403,9 +404,9 @@ def calibrate(
             quantizer.observer = None
 
 
-def _run(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
+def _run(model: nn.Module, batches: Iterable[Batch]) -> None:
     for batch in batches:
-        model(*batch if isinstance(batch, tuple) else (batch,))
+        model(*inputs_of(batch))
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from graph_encoder.batches import Batch, count_images, first_images, inputs_of
 from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import NetworkGraph
 from graph_encoder.resize import removed_positions
@@ -119,7 +119,7 @@ def reconstruct(
     candidate: nn.Module,
     graph: NetworkGraph,
     policy: CompressionPolicy,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     *,
     generator: torch.Generator,
     n_positions: int = 8,
@@ -139,7 +139,8 @@ def reconstruct(
         candidate: the network that `apply_policy` made of it.
         graph: the graph of ``dense``.
         policy: the policy that was applied.
-        batches: training images of shape ``(batch, channels, height, width)``; a few hundred in all do.
+        batches: training images of shape ``(batch, channels, height, width)``, tuples where forward takes several
+            inputs; a few hundred in all do.
         generator: draws the sampled positions.
         n_positions: output positions sampled an image and layer, where all images are taken.
         ridge: weight of the pull towards the weights before, as a share of the inputs' mean variance.
@@ -156,17 +157,12 @@ def reconstruct(
         if operator.kind in ("conv", "linear") and 1 in removed.get(operator.weight, {}) and uses[operator.weight] == 1
     }
     layers = {name: norm for name, norm in layers.items() if _is_refittable(dense.get_submodule(name))}
-    images = _first(batches, most_images(graph))
-    n_positions = math.ceil(n_positions * sum(map(len, batches)) / len(images))
-    targets = _sample_outputs(dense, layers, images, n_positions, generator)
+    taken = first_images(batches, most_images(graph))
+    inputs = tuple(torch.cat(parts) for parts in zip(*map(inputs_of, taken), strict=True))
+    n_positions = math.ceil(n_positions * count_images(batches) / count_images(taken))
+    targets = _sample_outputs(dense, layers, inputs, n_positions, generator)
     targets = {name: target.without(removed.get(f"{name}.weight", {}).get(0)) for name, target in targets.items()}
-    _Refit(candidate, layers, targets, ridge).run(images)
-
-
-def _first(batches: Sequence[Tensor], n: int) -> Tensor:
-    """The first ``n`` images of ``batches`` as one batch; all where there are fewer."""
-    starts = accumulate((len(batch) for batch in batches), initial=0)
-    return torch.cat([batch[: n - start] for start, batch in zip(starts, batches, strict=False) if start < n])
+    _Refit(candidate, layers, targets, ridge).run(inputs)
 
 
 class _Refit:
@@ -176,7 +172,7 @@ class _Refit:
         self._candidate, self._layers, self._targets, self._ridge = candidate, layers, targets, ridge
         self._inputs: dict[str, Tensor] = {}
 
-    def run(self, images: Tensor) -> None:
+    def run(self, inputs: tuple[Tensor, ...]) -> None:
         sums = _Sums(self._fit_to_sum)
         handles = []
         for name, norm in self._layers.items():
@@ -187,7 +183,7 @@ class _Refit:
                 handles.append(last.register_forward_hook(lambda _, __, output, name=name: sums.mark(name, output)))
         try:
             with torch.no_grad(), _batch_statistics(self._candidate), sums:
-                self._candidate(images)
+                self._candidate(*inputs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -215,7 +211,7 @@ def _is_refittable(layer: nn.Module) -> bool:
 
 
 def _sample_outputs(
-    dense: nn.Module, layers: dict[str, str], images: Tensor, n_positions: int, generator: torch.Generator
+    dense: nn.Module, layers: dict[str, str], inputs: tuple[Tensor, ...], n_positions: int, generator: torch.Generator
 ) -> dict[str, _Target]:
     targets: dict[str, _Target] = {}
 
@@ -242,7 +238,7 @@ def _sample_outputs(
         handles.append(last.register_forward_hook(lambda _, __, output, name=name: sums.mark(name, output)))
     try:
         with evaluation_mode(dense), torch.no_grad(), sums:
-            dense(images)
+            dense(*inputs)
     finally:
         for handle in handles:
             handle.remove()

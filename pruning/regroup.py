@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from graph_encoder.batches import inputs_of
 from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import ChannelGroup, NetworkGraph
 
@@ -91,7 +92,7 @@ def regroup(
         PolicyError: as `layer_masks`.
     """
     layer_masks(model, layers)
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    inputs = inputs_of(example_inputs)
     moved = copy.deepcopy(model)
     orders: dict[str, Tensor] = {}
     refused: dict[str, str] = {}

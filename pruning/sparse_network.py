@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
+from graph_encoder.batches import inputs_of
+
 from .kernels.functional import sparse_linear
 from .kernels.lowering import Lowered, lower
 from .kernels.native import Library, library
@@ -131,7 +133,7 @@ def sparsify(
             not fit it.
         LoweringError: if PyTorch cannot export it.
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    inputs = inputs_of(example_inputs)
     _check_model(model, inputs)
     lowered = lower(model, inputs)
     operators = tuple(_with_own_names(lowered.operators))

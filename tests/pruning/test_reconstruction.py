@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from graph_encoder.batches import Batch
 from graph_encoder.capture import capture
 from pruning import reconstruction
 from pruning.batch_norm import reestimate_batch_norm
@@ -207,3 +208,27 @@ def test_positions_make_up_for_images_that_are_not_taken(monkeypatch: pytest.Mon
     reconstruct(model, again, graph, policy, batches[:1], generator=torch.Generator().manual_seed(0), n_positions=8)
 
     assert all(torch.equal(one, other) for one, other in zip(once.parameters(), again.parameters(), strict=True))
+
+
+def test_a_network_of_two_inputs_is_fitted_on_tuples_as_one_of_one_input_is_on_tensors() -> None:
+    class TwoInputs(nn.Module):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.body = body
+
+        def forward(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+            return self.body(x + shift)
+
+    one, images, shift = net(), torch.randn(32, 3, 8, 8), torch.randn(32, 1, 8, 8)
+    two = TwoInputs(one)
+    pairs = list(zip(images.split(8), shift.split(8), strict=True))
+
+    def fitted(model: nn.Module, batches: list[Batch], prefix: str) -> nn.Module:
+        graph = capture(model, batches[0])
+        policy = CompressionPolicy({f"{prefix}0": (0, 2, 4)}, {f"{prefix}0": 6})
+        small = apply_policy(model, graph, policy)
+        reconstruct(model, small, graph, policy, batches, generator=torch.Generator().manual_seed(0))
+        return small
+
+    small = fitted(two, [*pairs], "body.")
+    torch.testing.assert_close(small(images, shift), fitted(one, [*(images + shift).split(8)], "")(images + shift))

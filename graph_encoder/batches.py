@@ -1,0 +1,31 @@
+"""Batches as a network takes them: one tensor, or a tuple of several where ``forward`` has several inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+Batch = Tensor | tuple[Tensor, ...]
+"""What ``forward`` takes, batch first: a tensor, or a tuple of tensors where it has several inputs."""
+
+
+def inputs_of(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The positional inputs of ``forward`` that a batch stands for."""
+    return (batch,) if isinstance(batch, Tensor) else tuple(batch)
+
+
+def count_images(batches: Iterable[Batch]) -> int:
+    """Images (or whatever else a row of a batch holds) in all batches."""
+    return sum(len(inputs_of(batch)[0]) for batch in batches)
+
+
+def first_images(batches: Iterable[Batch], n: int) -> list[Batch]:
+    """The first ``n`` images, fewer if there are no more, in the batches that they are in."""
+    taken: list[Batch] = []
+    for batch in batches:
+        if n <= 0:
+            break
+        taken.append(batch[:n] if isinstance(batch, Tensor) else tuple(x[:n] for x in batch))
+        n -= count_images([batch])
+    return taken
