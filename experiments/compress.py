@@ -24,6 +24,7 @@ from pruning.importance import Criterion, rank_units
 from pruning.policy import CompressionPolicy
 from pruning.proof import leave_refuted_dense
 
+from .calibration import CalibrationData, read_calibration
 from .config import (
     METHODS,
     ONE_SHOT,
@@ -74,7 +75,7 @@ def compress(
     *,
     evaluate: EvaluateFunction,
     budget: BudgetLike,
-    calibration: Sequence[Tensor] = (),
+    calibration: CalibrationData = (),
     method: Method = "ppo",
     evaluations: int = 300,
     seed: int = 0,
@@ -107,14 +108,16 @@ def compress(
 
     Args:
         model: the trained network.
-        example_inputs: what its ``forward`` takes, a batch of any size.
+        example_inputs: what its ``forward`` takes, a batch of any size; a tuple where that is several tensors.
         evaluate: accuracy in ``[0, 1]`` of a network in evaluation mode.
         budget: most that the result may cost: ``"50%"``, ``"30% params"``, ``"62.7M macs"``, ``"1.5 MB"``,
             ``"40% latency"``, a `Budget`, or several, each of another kind (``"50% macs, 20% bytes"``); None weighs
             cost against accuracy in the reward.
-        calibration: batches of training inputs for batch-norm statistics, prepared and augmented as in training;
-            without them, a network with batch norms scores far below what it is worth. Bits, and sensitivities inside
-            layers, need some.
+        calibration: batches of training inputs for batch-norm statistics, prepared and augmented as in training, on
+            the model's device: a list or another iterable, such as a data loader, of a few hundred images in all, read
+            once and held in memory. A batch is a tensor, or a tuple of tensors where ``forward`` takes several; what
+            follows them in a tuple or list, such as labels, is left out. Without any, a network with batch norms scores
+            far below what it is worth. Bits, and sensitivities inside layers, need some.
         method: ``ppo``, ``ddpg``, ``cem``, ``random``, ``knapsack``, ``greedy``, ``sensitivity``, ``magnitude`` or
             ``uniform``.
         evaluations: candidates that may be scored, sensitivity probes (one a group, a share of one for each level of
@@ -155,8 +158,8 @@ def compress(
         BudgetError: if the budget cannot be met, with the lowest reachable cost.
         EvaluateError: if ``evaluate`` returns something that is no accuracy.
         CalibrationError: if bits, or sensitivities inside layers, have no calibration images.
-        ConfigError: if an argument is none of those allowed, the probes leave no evaluation to search with, or
-            ``reconstruct`` has nothing to fit on.
+        ConfigError: if an argument is none of those allowed, a batch of ``calibration`` is not what ``forward`` takes,
+            the probes leave no evaluation to search with, or ``reconstruct`` has nothing to fit on.
         JournalError: if the journal is of another search, or another process writes it.
     """
     _check_choice("method", method, METHODS)
@@ -185,7 +188,8 @@ def compress(
         msg = f"the reward '{GALEN}' aims at a target and takes no budget; pass the three together: reward='{GALEN}', "
         msg += "target='20% latency', budget=None"
         raise ConfigError(msg)
-    if reconstruct and not calibration:
+    batches = read_calibration(calibration, example_inputs)
+    if reconstruct and not batches:
         msg = "reconstruct fits layers on training inputs; pass some batches as calibration"
         raise ConfigError(msg)
     budgets = read_budgets(budget)
@@ -199,7 +203,7 @@ def compress(
     space = space_by(settings, graph, importance or rank_units(model, graph, criterion), budgets, table)
     scoring = Scoring(
         evaluate=evaluate,
-        calibration=calibration,
+        calibration=batches,
         n_images=n_images,
         reward=resolve_reward(
             reward,
@@ -215,7 +219,7 @@ def compress(
         identity = search_identity(
             model,
             graph,
-            calibration,
+            batches,
             importance or criterion,
             budget=", ".join(f"{bound.limit} {bound.cost.kind}" for bound in space.bounds) or f"None {space.cost.kind}",
             table=table.digest if table else None,

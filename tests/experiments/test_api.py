@@ -3,12 +3,14 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import secateur
 from envs.journal import JournalError
@@ -235,6 +237,147 @@ def test_probes_that_leave_nothing_to_search_with_are_told() -> None:
     assert str(caught.value) == (
         "ppo is granted 3 evaluations, but the sensitivity probes take 4 and rescoring the finalists 0, which leaves "
         "none; grant at least 5, lower search.probe_share or search.finalists, or set search.start to uniform"
+    )
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        lambda x: DataLoader(TensorDataset(x, torch.zeros(len(x), dtype=torch.int64)), batch_size=3),
+        lambda x: iter(x.split(3)),
+        lambda x: [(batch, None) for batch in x.split(3)],
+    ],
+    ids=["loader of images and labels", "iterator", "tuples with something behind"],
+)
+def test_calibration_may_be_any_batches_that_begin_with_what_forward_takes(
+    calibration: Callable[[Tensor], Any],
+) -> None:
+    def statistics(calibration: Any) -> list[Tensor]:
+        found = secateur.compress(
+            small_net(),
+            images(),
+            evaluate=share_of_channels,
+            budget="50%",
+            method="random",
+            evaluations=9,
+            calibration=calibration,
+        )
+        return [buffer for name, buffer in found.model.named_buffers() if name.endswith("running_mean")]
+
+    expected = statistics(images(12).split(3))
+
+    for given, wanted in zip(statistics(calibration(images(12))), expected, strict=True):
+        torch.testing.assert_close(given, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (
+            images(),
+            "calibration is a tensor of float32 of shape (6, 1, 8, 8); it must be a list or another iterable of "
+            "batches: pass [calibration] if the tensor is one batch, or calibration.split(250)",
+        ),
+        (
+            None,
+            "calibration is an object of class 'NoneType'; it must be a list or another iterable of batches, or empty",
+        ),
+        (
+            [images(), images()[0]],
+            "batch 1 of calibration is a tensor of float32 of shape (1, 8, 8), but forward takes a tensor of float32 "
+            "of shape (6, 1, 8, 8), as example_inputs says; pass batches of that, of any size. In a tuple or list, "
+            "what follows the inputs (labels) is left out",
+        ),
+        (
+            [{"x": images()}],
+            "batch 0 of calibration is an object of class 'dict', but forward takes a tensor of float32 of shape "
+            "(6, 1, 8, 8), as example_inputs says; pass batches of that, of any size. In a tuple or list, what "
+            "follows the inputs (labels) is left out",
+        ),
+        (
+            [(torch.zeros(6, dtype=torch.int64), images())],
+            "batch 0 of calibration is a tuple of (a tensor of int64 of shape (6,), a tensor of float32 of shape "
+            "(6, 1, 8, 8)), but forward takes a tensor of float32 of shape (6, 1, 8, 8), as example_inputs says; pass "
+            "batches of that, of any size. In a tuple or list, what follows the inputs (labels) is left out",
+        ),
+    ],
+)
+def test_calibration_that_forward_does_not_take_is_told_at_the_start(calibration: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        secateur.compress(
+            small_net(),
+            images(),
+            evaluate=lambda _: pytest.fail("scored a candidate"),
+            budget="50%",
+            calibration=calibration,
+        )
+
+    assert str(caught.value) == message
+
+
+class TwoInputs(nn.Module):
+    """Images and a vector beside each, in two branches that meet before the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        self.vector = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(self.image(x).mean(dim=(2, 3)) + self.vector(y))
+
+
+def pair(n: int = 6) -> tuple[Tensor, Tensor]:
+    return images(n), torch.randn(n, 4, generator=torch.Generator().manual_seed(2))
+
+
+def compress_two_inputs(**options: Any) -> secateur.Compressed:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TwoInputs().eval()
+    x, y = pair(12)
+    batches = list(zip(x.split(4), y.split(4), strict=True))
+    arguments = {"budget": "60%", "method": "random", "evaluations": 12, "calibration": batches, "rounding": 1}
+    return secateur.compress(model, pair(), evaluate=lambda _: 0.5, **(arguments | options))
+
+
+def test_network_of_two_inputs_is_reconstructed_on_tuples() -> None:
+    fitted, plain = compress_two_inputs(reconstruct=True), compress_two_inputs()
+
+    assert fitted.policy == plain.policy
+    assert fitted.cost <= 0.6 * fitted.dense_cost
+    assert not torch.equal(fitted.model(*pair()), plain.model(*pair()))
+
+
+def test_channels_and_bits_of_a_network_of_two_inputs_are_decided_on_tuples() -> None:
+    found = compress_two_inputs(
+        decide=["channels", "bits"], bits=[4, 8, 32], budget="30% bytes", method="greedy", evaluations=60
+    )
+
+    assert found.cost <= 0.3 * found.dense_cost
+    assert any(layer.is_quantized for layer in found.policy.layers.values())
+    assert found.model(*pair()).shape == (6, 3)
+
+
+def test_journal_tells_batches_of_two_inputs_apart_by_both(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    x, y = pair()
+    compress_two_inputs(journal=path, calibration=[(x, y)])
+
+    compress_two_inputs(journal=path, calibration=[(x, y)])
+    with pytest.raises(JournalError, match="is of another search: calibration"):
+        compress_two_inputs(journal=path, calibration=[(x, y + 1)])
+
+
+def test_batches_of_one_tensor_for_two_inputs_are_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compress_two_inputs(calibration=[images()])
+
+    assert str(caught.value) == (
+        "batch 0 of calibration is a tensor of float32 of shape (6, 1, 8, 8), but forward takes a tuple of (a tensor "
+        "of float32 of shape (6, 1, 8, 8), a tensor of float32 of shape (6, 4)), as example_inputs says; pass batches "
+        "of that, of any size. In a tuple or list, what follows the inputs (labels) is left out"
     )
 
 
