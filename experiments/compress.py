@@ -107,7 +107,8 @@ def compress(
     ones: on training images the best of many plans is mostly the one that remembers them best.
 
     Args:
-        model: the trained network.
+        model: the trained network. Of one that `torch.compile` made, the network inside is taken, with a warning:
+            every plan would be compiled anew.
         example_inputs: what its ``forward`` takes, a batch of any size; a tuple where that is several tensors.
         evaluate: accuracy in ``[0, 1]`` of a network in evaluation mode.
         budget: most that the result may cost: ``"50%"``, ``"30% params"``, ``"62.7M macs"``, ``"1.5 MB"``,
@@ -199,6 +200,7 @@ def compress(
     if criterion == "taylor" and importance is None:
         msg = "the criterion 'taylor' needs labelled batches; pass what pruning.importance.rank_units makes of them"
         raise ConfigError(msg)
+    model = _uncompiled(model)
     graph = leave_refuted_dense(model, capture(model, example_inputs), example_inputs)
     space = space_by(settings, graph, importance or rank_units(model, graph, criterion), budgets, table)
     scoring = Scoring(
@@ -267,6 +269,19 @@ def _search(
     )
 
 
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The network that `torch.compile` was given, where ``model`` is what it made."""
+    inside = getattr(model, "_orig_mod", None)
+    if not isinstance(inside, nn.Module):
+        return model
+    _warn(
+        "the network was made by torch.compile, which would compile every plan anew: the network that it was made of "
+        "is searched and returned; compile the result, found.model, again",
+        stacklevel=4,
+    )
+    return inside
+
+
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value in allowed:
         return
@@ -276,8 +291,9 @@ def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     raise ConfigError(msg)
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=5)
+def _warn(message: str, stacklevel: int = 5) -> None:
+    """Warn, by default from as deep as `probe` stands, in the line that calls `compress`."""
+    warnings.warn(message, UserWarning, stacklevel=stacklevel)
 
 
 def _ignore(_evaluation: Evaluation) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, fx, nn
 
 from .batches import inputs_of
@@ -38,12 +39,24 @@ def capture(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Netw
         The graph; `NetworkGraph.groups` holds every channel group, offered or not, each with its reason.
 
     Raises:
-        TraceError: if the network's own forward pass cannot run without values, or not at all, naming the module that
-            failed first and what stopped it.
+        TraceError: if a module was compiled by `torch.jit`, naming it; or if the network's own forward pass cannot run
+            without values, or not at all, naming the module that failed first and what stopped it.
     """
     inputs = _as_tuple(example_inputs)
+    _check_not_scripted(model)
     with evaluation_mode(model):
         return _capture(model, inputs)
+
+
+def _check_not_scripted(model: nn.Module) -> None:
+    """Refuse what `torch.jit` compiled: its modules cannot be copied with smaller tensors."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            msg = (
+                f"'{name or 'the network'}' was compiled by torch.jit (it is a {type(module).__name__}), so that its "
+                "layers cannot be made smaller; pass the nn.Module that was scripted or traced, with its weights loaded"
+            )
+            raise TraceError(msg)
 
 
 def _as_tuple(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

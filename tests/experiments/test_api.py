@@ -63,6 +63,26 @@ def test_model_of_the_user_is_bit_equal_afterwards() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_of_a_compiled_network_the_one_inside_is_searched_and_returned() -> None:
+    model = small_net()
+    compiled = torch.compile(model, backend=lambda *_: pytest.fail("compiled a candidate"))
+    assert isinstance(compiled, nn.Module)
+
+    with pytest.warns(
+        UserWarning, match="^the network was made by torch.compile, which would compile every plan"
+    ) as told:
+        found = secateur.compress(
+            compiled, images(), evaluate=lambda m: float(m(images()).isfinite().all()), budget="60%", method="uniform"
+        )
+
+    assert told[0].filename == __file__
+    assert type(found.model) is type(model)
+    assert (
+        found.policy
+        == secateur.compress(model, images(), evaluate=lambda _: 1.0, budget="60%", method="uniform").policy
+    )
+
+
 def test_cost_told_is_that_of_the_model_returned() -> None:
     found = secateur.compress(
         small_net(), images(), evaluate=share_of_channels, budget=Budget(kind="params", share=0.5), method="magnitude"

@@ -231,3 +231,18 @@ def test_no_hook_of_all_modules_is_left_behind(model: nn.Module) -> None:
     capture(model, torch.zeros(2, 3))
 
     assert not nn.modules.module._has_any_global_hook()
+
+
+@pytest.mark.parametrize(("inside", "named"), [(False, "the network"), (True, "0")])
+def test_scripted_modules_are_refused_by_name(inside: bool, named: str) -> None:
+    with pytest.warns(FutureWarning, match="torch.jit.script"):
+        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)))
+    model = nn.Sequential(scripted, nn.Conv2d(4, 4, 1)) if inside else scripted
+
+    with pytest.raises(TraceError) as caught:
+        capture(model, torch.randn(2, 3, 8, 8))
+
+    assert str(caught.value) == (
+        f"'{named}' was compiled by torch.jit (it is a RecursiveScriptModule), so that its layers cannot be made "
+        "smaller; pass the nn.Module that was scripted or traced, with its weights loaded"
+    )
