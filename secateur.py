@@ -54,6 +54,7 @@ from pruning.export import (  # noqa: E402
 )
 from pruning.finetune import finetune  # noqa: E402
 from pruning.policy import CompressionPolicy, LayerPolicy, PolicyError  # noqa: E402
+from pruning.proof import Proof, prove  # noqa: E402
 from pruning.quantize import quantize_layers  # noqa: E402
 from pruning.sparse_network import sparsify  # noqa: E402
 from pruning.sparse_training import hold_zeros  # noqa: E402
@@ -68,6 +69,7 @@ __all__ = [
     "LayerPolicy",
     "NetworkGraph",
     "PolicyError",
+    "Proof",
     "TraceError",
     "apply_policy",
     "capture",
@@ -81,6 +83,7 @@ __all__ = [
     "load_compressed",
     "load_program",
     "measure_latency",
+    "prove",
     "quantize_layers",
     "reestimate_batch_norm",
     "save_compressed",

@@ -390,6 +390,17 @@ def test_journal_tells_batches_of_two_inputs_apart_by_both(tmp_path: Path) -> No
         compress_two_inputs(journal=path, calibration=[(x, y + 1)])
 
 
+def test_proof_of_a_network_of_two_inputs_can_be_read_from_the_public_functions() -> None:
+    model = TwoInputs().eval()
+    graph = secateur.capture(model, pair())
+
+    proofs = secateur.prove(model, graph, pair(), generator=torch.Generator().manual_seed(0))
+
+    assert all(isinstance(proof, secateur.Proof) and proof.holds for proof in proofs)
+    assert [proof.subject for proof in proofs] == ["all groups", *(group.name for group in graph.prunable)]
+    assert {group.reason != "" for group in graph.groups} == {True, False}
+
+
 def test_batches_of_one_tensor_for_two_inputs_are_told() -> None:
     with pytest.raises(ConfigError) as caught:
         compress_two_inputs(calibration=[images()])
