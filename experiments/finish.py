@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from envs.journal import ClockReading, Journal
-from latency.cost import count_macs, count_params, predict_cost, size_bytes
+from latency.cost import count_macs, count_params, predict_cost
 from latency.measure import measure
 from latency.runtimes import SPARSE
 from pruning.export import save_compressed
@@ -78,7 +78,7 @@ def finish_run(
     if not folder.results_file.exists():
         finalists = _finalists(folder, subject, problem, searches, display, stop)
         _save_products(folder, subject, finalists, display, stop)
-        rows = [_row(subject, problem, finalist) for finalist in finalists]
+        rows = [_row(folder, subject, problem, finalist) for finalist in finalists]
         device = TableDevice.of(subject.config.latency.table)
         rows = _with_latencies(folder, rows, finalists, subject, device, display)
         rows, n_test = _with_test_accuracy(folder, rows, finalists, subject, display)
@@ -199,10 +199,10 @@ def _save_products(
             stop.check()
 
 
-def _row(subject: Subject, problem: SearchProblem, finalist: Finalist) -> MethodOutcome:
+def _row(folder: RunFolder, subject: Subject, problem: SearchProblem, finalist: Finalist) -> MethodOutcome:
     evaluate, search = subject.evaluate_on_validation(), finalist.search
     policy, graph = finalist.policy, subject.graph
-    space = problem.space
+    space, onnx = problem.space, folder.method(finalist.name).model / ONNX_NAME
     inside = bool(space.layers) or "bytes" in [bound.cost.kind for bound in space.bounds]
     row = MethodOutcome(
         method=finalist.name,
@@ -212,7 +212,8 @@ def _row(subject: Subject, problem: SearchProblem, finalist: Finalist) -> Method
         # against counts of built networks.
         macs=predict_cost(graph, policy) if inside else count_macs(finalist.network, subject.example(2)),
         params=predict_cost(graph, policy, "params") if inside else count_params(finalist.network),
-        size_bytes=predict_cost(graph, policy, "bytes") if inside else size_bytes(finalist.network),
+        size_bytes=predict_cost(graph, policy, "bytes"),
+        onnx_bytes=onnx.stat().st_size if onnx.exists() else None,
     )
     if search is None:
         return row

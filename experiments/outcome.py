@@ -157,7 +157,9 @@ class MethodOutcome(_Record):
     params: int
     """Parameters that are not zero."""
     size_bytes: int
-    """Bytes of parameters and buffers; with zeros, bits or a budget of bytes, what the parameters are stored in."""
+    """Bytes that the parameters can be packed into, as a budget of bytes counts them (`pruning.stored_size`)."""
+    onnx_bytes: int | None = None
+    """Size of the ONNX file; None where none was written."""
     cost: int = 0
     """What the plan costs, in the first budget's kind; 0 for the dense network."""
     further_costs: dict[CostKind, int] = {}
@@ -291,7 +293,8 @@ def headings(outcome: RunOutcome) -> list[str]:
     accuracies = [f"{outcome.split} accuracy", f"{outcome.split}, fine-tuned"]
     budgets = [_OWN_COLUMN[budget.kind] for budget in outcome.budgets if budget.kind in _OWN_COLUMN]
     budgets += [_ON_THE_CLOCK] if _is_on_the_clock(outcome) else []
-    return ["method", *accuracies, *budgets, "MACs", "params", "bytes", *_times(outcome), "evaluations", "seconds"]
+    sizes = ["bytes", *(["ONNX file"] if _has_files(outcome) else [])]
+    return ["method", *accuracies, *budgets, "MACs", "params", *sizes, *_times(outcome), "evaluations", "seconds"]
 
 
 def table_cells(outcome: RunOutcome) -> list[list[str]]:
@@ -306,7 +309,8 @@ def table_cells(outcome: RunOutcome) -> list[list[str]]:
             *([_clock_cell(row, outcome)] if _is_on_the_clock(outcome) else []),
             _with_share(row.macs, dense.macs),
             _with_share(row.params, dense.params),
-            _bytes(row, outcome),
+            _bytes(row.size_bytes, dense.size_bytes),
+            *([_bytes(row.onnx_bytes, dense.onnx_bytes)] if _has_files(outcome) else []),
             *(_time(row, dense, runtime) for runtime in _times(outcome).values()),
             f"{row.evaluations:.4g}" if row.method != DENSE else "",
             f"{row.seconds:.1f}" if row.method != DENSE else "",
@@ -482,11 +486,17 @@ def _is_over_on_the_clock(row: MethodOutcome, outcome: RunOutcome) -> bool:
     return bool(limits and row.clock_readings) and row.clock_readings[-1].measured > limits[0]
 
 
-def _bytes(row: MethodOutcome, outcome: RunOutcome) -> str:
-    """Bytes, with their share where they are a budget."""
-    dense = next((budget.dense_cost for budget in outcome.budgets if budget.kind == "bytes"), 0)
-    share = f" ({row.size_bytes / dense:.1%})" if dense and row.method != DENSE else ""
-    return f"{amount(row.size_bytes)}B{share}"
+def _bytes(size: int | None, dense: int | None) -> str:
+    """A size in bytes, with its share of the dense network's; a dash where there is none."""
+    if size is None:
+        return "-"
+    share = f" ({size / dense:.1%})" if dense and size != dense else ""
+    return f"{amount(size)}B{share}"
+
+
+def _has_files(outcome: RunOutcome) -> bool:
+    """Whether a network of the table was written as ONNX."""
+    return any(row.onnx_bytes is not None for row in outcome.rows)
 
 
 def _time(row: MethodOutcome, dense: MethodOutcome, runtime: str) -> str:

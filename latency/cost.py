@@ -19,9 +19,9 @@ from pruning.stored_size import SCALE_BYTES, ZERO_POINT_BYTES, parameter_bytes
 from .decision import FULL_DENSITY, LayerChoice, LayerDecision, layer_of
 
 CountedKind = Literal["macs", "params", "bytes", "bops"]
-"""Multiply-adds with a non-zero weight, for a batch of one; parameters that are not zero; bytes that the parameters
-take, with all that is needed to read them; bit operations, which are multiply-adds times the bits of the weight and of
-the value read (van Baalen et al. 2020, Bayesian Bits, section 4)."""
+"""Multiply-adds with a non-zero weight, for a batch of one; parameters that are not zero; bytes that the parameters can
+be packed into, with all that is needed to read them (`pruning.stored_size`); bit operations, which are multiply-adds
+times the bits of the weight and of the value read (van Baalen et al. 2020, Bayesian Bits, section 4)."""
 CostKind = CountedKind | Literal["latency"]
 """What a budget may be on; latency is in nanoseconds, see `latency.predict.LatencyModel`."""
 
@@ -50,7 +50,11 @@ def count_params(model: nn.Module) -> int:
 
 
 def size_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers at their present types; shared ones count once."""
+    """Bytes of all parameters and buffers at their present types, in memory; shared ones count once.
+
+    A budget of bytes counts something else, see `pruning.stored_size.parameter_bytes`: what zeros and bits save is no
+    size of a tensor, and buffers of batch norms fold away.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

@@ -22,6 +22,9 @@ def parameter_bytes(graph: NetworkGraph, policy: CompressionPolicy) -> dict[str,
     is less: a bit a weight (unstructured), a bit a block, or the place of each value among its M (N:M). Everything else
     is float32. Statistics of batch norms, which fold away, are not counted.
 
+    A packed format reaches this size. The files that the project writes are larger: they hold zeros as any other
+    weight, and bits below 8 as floats.
+
     Args:
         graph: the captured dense network.
         policy: what stays, and sparsity and bits of each layer.

@@ -42,6 +42,13 @@ def test_saved_network_and_its_program_compute_the_same(finished_run: Path) -> N
     torch.testing.assert_close(load_program(saved / "model.pt2").module()(images), network(images))
 
 
+def test_bytes_are_those_that_a_budget_of_bytes_counts_and_files_are_told_beside(finished_run: Path) -> None:
+    for row in RunOutcome.load(finished_run / "results.json").rows:
+        # Float parameters; the statistics of batch norms, which fold away, do not count.
+        assert row.size_bytes == 4 * row.params
+        assert row.onnx_bytes == (finished_run / "methods" / row.method / "model" / "model.onnx").stat().st_size
+
+
 def test_search_ends_with_a_table_of_all_methods(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
     done = command("search", tiny_yaml, "--out", tmp_path / "run")
 

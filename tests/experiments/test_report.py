@@ -105,6 +105,16 @@ def test_without_a_test_split_validation_accuracy_is_shown_and_said_to_be() -> N
     assert "ppo is best with 75.00 % on the 750 validation images" in text
 
 
+def test_table_shows_the_size_of_onnx_files_where_there_are_some() -> None:
+    found = outcome(row("ppo", 0.8, 0.88, onnx_bytes=500), row("cem", 0.8, 0.88))
+    found = found.model_copy(update={"rows": (found.rows[0].model_copy(update={"onnx_bytes": 2000}), *found.rows[1:])})
+    column = headings(found).index("ONNX file")
+
+    assert headings(found)[column - 1] == "bytes"
+    assert [cells[column] for cells in table_cells(found)] == ["2kB", "500B (25.0%)", "-"]
+    assert "ONNX file" not in headings(two_methods())
+
+
 def test_without_fine_tuning_nothing_is_said_of_it() -> None:
     text = verdict(outcome(row("ppo", 0.8, 0.0, tuned_test_accuracy=None)))
 
@@ -115,7 +125,7 @@ def test_table_shows_shares_of_the_dense_network() -> None:
     cells = table_cells(two_methods())[2]
 
     assert cells == [
-        "ppo", "80.00 %", "88.00 %", "500 (50.0%)", "60 (60.0%)", "240B",
+        "ppo", "80.00 %", "88.00 %", "500 (50.0%)", "60 (60.0%)", "240B (60.0%)",
         "2.0 [1.9-2.1]", "1.0 [0.90-1.1]", "10", "20.0",
     ]  # fmt: skip
 
