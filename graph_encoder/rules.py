@@ -213,18 +213,18 @@ def _matmul(run: LabelPass, call: Call) -> Result:
     first, second = call.args[:2]
     depth = int(first.shape[-1])
     macs = call.outputs[0].numel() * depth // run.batch
-    if not run.with_labels or first.dim() < 2 or second.dim() < 2:
+    reason = ""
+    if first.dim() < 2 or second.dim() < 2:
+        reason = "takes part in a product with a vector"
+    elif run.is_parameter(first) or run.is_parameter(second):
+        reason = "is multiplied by a bare parameter"
+    if not run.with_labels or reason:
         if run.with_labels:
             for tensor in (first, second):
-                run.freeze(run.labels_or_constant(tensor), "takes part in a product with a vector")
+                run.freeze(run.labels_or_constant(tensor), reason)
         return [None], run.add_product(call, "matmul", macs, ())
     classes = run.record.classes
     a, b = tighten(run.labels_or_constant(first)), tighten(run.labels_or_constant(second))
-    for tensor in (first, second):
-        if run.name_of(tensor) is not None:
-            run.freeze(run.labels_or_constant(tensor), "is multiplied outside a linear layer")
-            run.freeze(a, "is multiplied by a bare parameter")
-            run.freeze(b, "is multiplied by a bare parameter")
     # Contraction: position k of the first dies with position k of the second.
     left = a.narrow(-2, 0, 1) if a.shape[-2] > 1 else a
     right = b.narrow(-1, 0, 1) if b.shape[-1] > 1 else b
@@ -232,7 +232,10 @@ def _matmul(run: LabelPass, call: Call) -> Result:
         classes.merge_along(a, a.dim() - 2)
     if b.dim() - 1 in varying_dims(b) and b.dim() - 2 in varying_dims(b):
         classes.merge_along(b, b.dim() - 1)
-    classes.union(compact(left.transpose(-1, -2)), compact(right))
+    left, right = compact(left.transpose(-1, -2)), compact(right)
+    # Where neither varies, the sum is over positions, and its single labels are those of channels that stand elsewhere.
+    if left.numel() > 1 or right.numel() > 1:
+        classes.union(left, right)
     batched = any(d < a.dim() - 2 for d in varying_dims(a)) or any(d < b.dim() - 2 for d in varying_dims(b))
     counted: Tensor | None = None
     for labels, inner in ((a, -1), (b, -2)):

@@ -327,6 +327,13 @@ class LabelPass(TorchDispatchMode):
             return True
         return tensor.is_floating_point() and id(tensor) in self._names
 
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a parameter or buffer, or was computed from such alone (a transpose, a multiple)."""
+        shadow = self._shadows.get(id(tensor))
+        if shadow is None:
+            return id(tensor) in self._names
+        return not shadow.sources and shadow.labels is not None and bool((compact(shadow.labels) != CONSTANT).any())
+
     def _remember(self, tensor: Tensor, labels: Tensor | None, sources: frozenset[int]) -> None:
         if labels is not None and labels.shape != tensor.shape:
             labels = labels.expand(tensor.shape)

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -246,3 +247,62 @@ def test_scripted_modules_are_refused_by_name(inside: bool, named: str) -> None:
         f"'{named}' was compiled by torch.jit (it is a RecursiveScriptModule), so that its layers cannot be made "
         "smaller; pass the nn.Module that was scripted or traced, with its weights loaded"
     )
+
+
+class BareProduct(nn.Module):
+    """A product with a parameter that no layer holds, spelled in several ways."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.product = product
+        self.first = nn.Linear(6, 8)
+        self.weight = nn.Parameter(torch.ones(8, 10))
+        self.last = nn.Sequential(nn.Linear(10, 12), nn.ReLU(), nn.Linear(12, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.product(self.first(x), self.weight))
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: x @ w,
+        lambda x, w: torch.einsum("bc,cd->bd", x, w),
+        lambda x, w: torch.tensordot(x, w, 1),
+        lambda x, w: x @ (2 * w),
+        lambda x, w: (w.t() @ x.t()).t(),
+    ],
+    ids=["matmul", "einsum", "tensordot", "multiple", "from the left"],
+)
+def test_what_is_multiplied_by_a_bare_parameter_is_one_dense_group_however_it_is_spelled(
+    product: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    graph = capture(BareProduct(product), torch.randn(2, 6))
+
+    assert {(group.name, group.size, group.reason) for group in graph.groups} == {
+        ("first", 8, "is multiplied by a bare parameter in 'the network'"),
+        ("last.0", 12, ""),
+        ("last.2", 3, "is an output of the network"),
+    }
+
+
+class LearnedQuery(nn.Module):
+    """Attention in which a parameter asks, so that the weights of the values have no channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.ones(1, 4, 8))
+        self.key = nn.Linear(6, 8)
+        self.value = nn.Linear(6, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.query.expand(len(x), -1, -1) @ self.key(x).transpose(1, 2)).softmax(-1)
+        return self.head(weights @ self.value(x)).mean(1)
+
+
+def test_channels_that_a_product_sums_no_further_are_all_offered() -> None:
+    graph = capture(LearnedQuery(), torch.randn(2, 5, 6))
+
+    assert offered(graph) == {"value": 12}
+    assert graph.skipped["key"] == "is multiplied by a bare parameter in 'the network'"
