@@ -259,6 +259,23 @@ class ImageData:
                     raise DataError(msg)
 
 
+def check_classes_are_covered(train: ImageSplit, validation: ImageSplit) -> str | None:
+    """Warn when plans are scored on images that lack a class of the training images.
+
+    Returns:
+        The warning, or None if every class is there.
+    """
+    trained, seen = set(train.labels.tolist()), set(validation.labels.tolist())
+    missing = [train.classes[label] for label in sorted(trained - seen)]
+    if not missing:
+        return None
+    named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    return (
+        f"the validation split has no image of {len(missing)} of the {len(trained)} classes of the training split "
+        f"({named}): what plans lose on these is not seen by the search; hold out some images of every class"
+    )
+
+
 def _resized(split: ImageSplit, size: int | None) -> ImageSplit:
     if size is None or split.images.shape[2:] == (size, size):
         return split

@@ -16,7 +16,16 @@ from pruning.proof import leave_refuted_dense
 from pruning.reconstruction import MOST_BYTES, most_images
 
 from .config import RunConfig
-from .data import ImageData, TrainBatches, calibration_batches, labelled_batches, make_evaluate, make_judge, normalise
+from .data import (
+    ImageData,
+    TrainBatches,
+    calibration_batches,
+    check_classes_are_covered,
+    labelled_batches,
+    make_evaluate,
+    make_judge,
+    normalise,
+)
 from .interrupt import StopFlag
 from .models import build_model, check_outputs, load_weights
 from .outcome import percent
@@ -191,6 +200,7 @@ def report_dense(subject: Subject, display: RunDisplay) -> float:
         raise NearChanceError(msg)
     seen = make_evaluate(data.train, subject.config.data, n_images=n_validation, device=subject.device)(subject.model)
     warning = check_validation_is_unseen(seen, accuracy, n_validation, min(n_validation, len(data.train)))
-    if warning:
-        display.say(f"warning: {warning}")
+    for each in (warning, check_classes_are_covered(data.train, data.validation)):
+        if each:
+            display.say(f"warning: {each}")
     return accuracy

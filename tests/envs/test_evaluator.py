@@ -413,6 +413,24 @@ def test_validation_clearly_below_training_is_not() -> None:
     assert check_validation_is_unseen(0.90, 0.88, 10_000) is None
 
 
+@pytest.mark.parametrize(
+    ("train", "validation", "n_images", "is_told"),
+    [
+        # Pooled 67.7 %, of 600 images each: standard error 2.7 points, so that a gap of 5 would be missed in 42 %.
+        (0.697, 0.657, 600, False),
+        (0.697, 0.697, 600, False),
+        # 10,000 images: 0.65 points.
+        (0.697, 0.697, 10_000, True),
+        # What was learned by heart is right on every image that was trained on, however few they are.
+        (1.0, 1.0, 90, True),
+    ],
+)
+def test_validation_is_likened_to_training_only_by_enough_images(
+    train: float, validation: float, n_images: int, is_told: bool
+) -> None:
+    assert (check_validation_is_unseen(train, validation, n_images) is not None) == is_told
+
+
 def test_calibration_unlike_training_is_warned_about() -> None:
     assert check_calibration_is_like_training(0.8968, 0.862, 5000) == (
         "with batch-norm statistics re-estimated the dense network scores 86.20% in place of 89.68%, so every plan "

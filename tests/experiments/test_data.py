@@ -22,6 +22,7 @@ from experiments.data import (
     SplitRecipe,
     TrainBatches,
     calibration_batches,
+    check_classes_are_covered,
     make_evaluate,
     normalise,
 )
@@ -473,3 +474,20 @@ def test_sample_tells_size_and_classes_without_decoding_the_rest(root: Path) -> 
 
     assert len(sample) == 1
     assert sample.classes == ("cat", "dog", "zebra")
+
+
+def test_classes_that_validation_lacks_are_named() -> None:
+    classes = tuple("abcdefgh")
+    images, paths = torch.zeros(8, 3, 2, 2, dtype=torch.uint8), classes
+    train = ImageSplit(images, torch.arange(8), paths, classes)
+
+    assert check_classes_are_covered(train, train) is None
+    assert check_classes_are_covered(train, train.take(torch.tensor([0, 2, 3, 4, 5, 6, 7]))) == (
+        "the validation split has no image of 1 of the 8 classes of the training split (b): what plans lose on these "
+        "is not seen by the search; hold out some images of every class"
+    )
+    assert "of 7 of the 8 classes of the training split (a, c, d, e, f and 2 more): " in str(
+        check_classes_are_covered(train, train.take(torch.tensor([1])))
+    )
+    # A class that nothing was trained on is nobody's loss here.
+    assert check_classes_are_covered(train.take(torch.tensor([1])), train) is None

@@ -6,12 +6,15 @@ from torch import Tensor, nn
 
 from experiments import subject
 from experiments.config import RunConfig
-from experiments.data import ImageData
+from experiments.data import ImageData, normalise
 from experiments.interrupt import StopFlag
 from experiments.progress import RunDisplay
 from experiments.subject import Subject
+from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 from pruning import reconstruction
+
+from .tiny import network
 
 Configured = Callable[..., RunConfig]
 
@@ -61,3 +64,36 @@ def test_candidates_are_scored_in_the_precision_of_the_settings_and_finalists_in
     subject.evaluate_on_validation()(model)
 
     assert model.mixed == [autocast, False, False]  # 45 search images and 90 of validation, 45 at a time
+
+
+class ByHeart(nn.Module):
+    """Knows the training images and nothing else."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        super().__init__()
+        self.images, self.labels = images.flatten(1), nn.functional.one_hot(labels).float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.labels[torch.cdist(x.flatten(1), self.images).argmin(dim=1)]
+
+
+def test_training_images_that_stand_in_for_validation_and_a_class_that_it_lacks_are_warned_about(
+    tiny_config: Configured, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config()
+    data = ImageData(config.data)
+    data.validation = data.train.take(torch.nonzero(data.train.labels != 2).flatten())
+    model = ByHeart(normalise(data.train.images, config.data), data.train.labels)
+    graph = capture(network(3, 1), torch.zeros(2, 1, 8, 8))
+    capsys.readouterr()
+
+    with RunDisplay() as display:
+        subject.report_dense(subject.Subject(config, data, model, graph, torch.device("cpu")), display)
+
+    _, seen, lacking = capsys.readouterr().err.splitlines()
+    assert seen.startswith(
+        "warning: the network scores 100.00% on the 160 validation images and 100.00% on 160 training"
+    )
+    assert lacking.startswith(
+        "warning: the validation split has no image of 1 of the 3 classes of the training split ("
+    )
