@@ -43,6 +43,9 @@ _FOR_TRANSFER: dict[str, dict[str, Any]] = {
 }
 """What `SearchSettings.for_transfer` sets where nobody did, by section."""
 
+_SHORT: dict[str, str] = {"model": "name", "data": "source"}
+"""Sections that may be written as one text, and the key that it stands for: ``model: resnet20``."""
+
 
 class ConfigError(ValueError):
     """A configuration key, option or value that cannot be used; the message names what is allowed."""
@@ -338,6 +341,8 @@ def load_as(kind: type[ConfigT], path: Path | None, options: Mapping[str, Any] |
         ConfigError: if a key is unknown or a value cannot be used; the message names the nearest valid key.
     """
     tree = _read_yaml(path) if path else {}
+    for section in _SHORT.keys() & tree.keys():
+        _put(tree, section, tree.pop(section))
     for key, value in (options or {}).items():
         if value is not None:
             _put(tree, key, value)
@@ -377,24 +382,24 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """Key and value of ``--set search.finalists=5``; the value is read as YAML.
 
     Raises:
-        ConfigError: if there is no ``=``.
+        ConfigError: if there is no ``=``, or the value is not valid YAML.
     """
     key, equals, value = text.partition("=")
     if not equals:
         msg = f"--set '{text}' has no '='; write it as section.key=value, for example search.finalists=5"
         raise ConfigError(msg)
-    return key.strip(), yaml.safe_load(value)
+    return key.strip(), _parsed(value, f"the value in --set '{text}'")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except FileNotFoundError:
         msg = f"configuration file {path} does not exist"
         raise ConfigError(msg) from None
-    except yaml.YAMLError as error:
-        msg = f"{path} is not valid YAML: {' '.join(str(error).split())}"
-        raise ConfigError(msg) from error
+    tree = _parsed(text, str(path))
+    if tree is None:
+        return {}
     if not isinstance(tree, dict):
         msg = (
             f"{path} holds {type(tree).__name__}; a mapping with the keys {', '.join(RunConfig.model_fields)} is needed"
@@ -403,10 +408,36 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``2:4`` is a text: PyYAML follows version 1.1, where it is 124, written to the base of 60."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        return self.DEFAULT_SCALAR_TAG if tag in _NUMBERS and ":" in value else tag
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+def _parsed(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        msg = f"{source} is not valid YAML: {' '.join(str(error).split())}"
+        raise ConfigError(msg) from error
+
+
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    if key in _SHORT and isinstance(value, str):
+        key = f"{key}.{_SHORT[key]}"
     *sections, last = key.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            msg = f"'{key}' cannot be set, as '{section}' is {tree!r} and no section; set '{section}' as a whole"
+            raise ConfigError(msg)
     tree[last] = value
 
 

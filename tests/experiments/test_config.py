@@ -161,6 +161,44 @@ def test_setting_is_read_as_yaml() -> None:
     assert parse_setting("finetune.learning_rate=0.01") == ("finetune.learning_rate", 0.01)
 
 
+def test_pattern_of_zeros_is_read_as_it_is_documented(tmp_path: Path) -> None:
+    setting = load_config(None, dict([parse_setting("search.sparsity=2:4")]))
+    file = load_config(written(tmp_path, "search:\n  sparsity: 2:4\n  seed: 0x10\n"))
+
+    assert (setting.search.sparsity, file.search.sparsity, file.search.seed) == ("2:4", "2:4", 16)
+
+
+def test_setting_that_is_not_yaml_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"^the value in --set 'search\.decide=\[channels' is not valid YAML: while"):
+        parse_setting("search.decide=[channels")
+
+
+def test_model_and_data_may_be_named_alone_beside_other_keys_of_theirs(tmp_path: Path) -> None:
+    path = written(tmp_path, "model: resnet20\ndata: cifar10\n")
+
+    for config in (
+        load_config(path, {"model.weights": "w.pt", "data.download": True}),
+        load_config(None, {"model.weights": "w.pt", "data.download": True, "model": "resnet20", "data": "cifar10"}),
+    ):
+        assert (config.model.name, config.model.weights) == ("resnet20", Path("w.pt"))
+        assert (config.data.source, config.data.download) == ("cifar10", True)
+
+
+def test_key_below_a_value_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(tmp_path, "budget: 50%\n"), {"budget.share": 0.3})
+
+    assert (
+        str(caught.value)
+        == "'budget.share' cannot be set, as 'budget' is '50%' and no section; set 'budget' as a whole"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n"])
+def test_empty_file_leaves_the_defaults(tmp_path: Path, text: str) -> None:
+    assert load_config(written(tmp_path, text)) == RunConfig()
+
+
 def test_setting_without_a_value_is_told() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_setting("search.seed")
