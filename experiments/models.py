@@ -187,8 +187,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"tensors alone, torch.save(model.state_dict(), ...), or as safetensors"
         )
         raise ModelError(msg) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        msg = f"cannot read the weights '{path}': {error}; the file was not written by torch.save, or was cut short"
+    except Exception as error:  # on what is no pickle, the unpickler raises many types
+        msg = (
+            f"cannot read the weights '{path}': {type(error).__name__}: {error}; the file was not written by "
+            "torch.save, or was cut short"
+        )
         raise ModelError(msg) from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)

@@ -196,6 +196,16 @@ def test_poisoned_weights_are_refused_and_their_payload_not_run(trained: nn.Modu
     assert not touched.exists()
 
 
+def test_weights_that_are_no_file_of_pytorch_are_named(trained: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_text("junk\n")
+
+    assert re.fullmatch(
+        rf"cannot read the weights '{path}': KeyError: \d+; the file was not written by torch.save, or was cut short",
+        failure(lambda: load_weights(trained, path)),
+    )
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_truncated_weights_are_named(trained: nn.Module, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"weights{suffix}"
