@@ -177,7 +177,7 @@ def _saved(
         "bytes": predict_cost(subject.graph, policy, "bytes"),
         "dense_bops": predict_cost(subject.graph, CompressionPolicy(), "bops"),
         "bops": predict_cost(subject.graph, policy, "bops"),
-        **{f"speed_on_{speed.runtime}": f"{speed.verdict}, {speed.quartiles}" for speed in speeds},
+        **{f"speed_on_{speed.runtime}": speed for speed in speeds},
         **({"no_speedup": "; ".join(missing)} if missing else {}),
     }
 

@@ -483,6 +483,7 @@ def _end_without_speedup(missing: list[str]) -> None:
 def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]], config: RunConfig) -> dict[str, Any]:
     """Carry out one step, and print and return what it returns."""
     from .interrupt import Interrupted, stop_on_signals
+    from .outcome import Speed
     from .progress import RunDisplay
 
     with (
@@ -497,17 +498,22 @@ def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]],
                 f"stopped by {stopped}; no result is written, and the same command continues a training that was begun"
             )
             raise Interrupted(msg) from None
-    print(json.dumps(facts, indent=2) if as_json else "\n".join(_fact(name, value) for name, value in facts.items()))
+    if as_json:
+        print(json.dumps(facts, indent=2, default=Speed.to_dict))
+    else:
+        print("\n".join(_fact(name, value) for name, value in facts.items()))
     return facts
 
 
 def _fact(name: str, value: Any) -> str:
     """A result as a line; all accuracies of single steps are those of the validation images."""
-    from .outcome import percent
+    from .outcome import Speed, percent
 
     label = name.replace("_", " ")
     if not name.startswith("validation_") and "accuracy" in name:
         label = f"{label} (validation)"
+    if isinstance(value, Speed):
+        return f"{label}: {value.verdict}, {value.quartiles}"
     if isinstance(value, float):
         return f"{label}: {percent(value)}"
     return f"{label}: {value:,}" if isinstance(value, int) else f"{label}: {value}"

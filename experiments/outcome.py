@@ -109,6 +109,16 @@ class Speed:
         other = f" on {self.dense_runtime}" if self.dense_runtime else ""
         return f"{self.ratio:.3g} of the dense network's time{other} (quartiles {self.lower:.3g} to {self.upper:.3g})"
 
+    def to_dict(self) -> dict[str, str | float]:
+        """Verdict and numbers, for scripts."""
+        return {
+            "verdict": self.verdict,
+            "ratio": self.ratio,
+            "lower_quartile": self.lower,
+            "upper_quartile": self.upper,
+            "dense_runtime": self.dense_runtime or self.runtime,
+        }
+
     def __str__(self) -> str:
         verdict = "cannot be told from the dense network" if self.verdict == "unclear" else self.verdict
         return f"{self.method} on {self.runtime}: {verdict}, {self.quartiles}"

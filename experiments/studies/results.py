@@ -31,6 +31,7 @@ from ..floor import find_floors
 from ..image_folder import split_lists
 from ..interrupt import Interrupted, StopFlag, stop_on_signals
 from ..machine import describe_machine, set_up_device
+from ..outcome import Speed
 from ..problem import PROBES
 from ..progress import RunDisplay
 from ..run import RunBusyError, RunFolder, locked
@@ -148,7 +149,7 @@ class Sitting:
             facts = apply_saved(source, config, folder / "network", 0, display, stop)
             del facts["network"]  # which folder it lies in says nothing elsewhere
             facts["machine"] = describe_machine(set_up_device(config.device, config.threads)).model_dump()
-            write_atomic(folder / "applied.json", json.dumps(facts, indent=2).encode())
+            write_atomic(folder / "applied.json", json.dumps(facts, indent=2, default=Speed.to_dict).encode())
             return
         if not (folder / "config.yaml").exists():
             command = ["python", "-m", "experiments.studies.results", "--only", cell.name]

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from experiments.apply import agent_verdict
 from experiments.config import RunConfig
 from experiments.interrupt import StopFlag
-from experiments.outcome import RunOutcome
+from experiments.outcome import RunOutcome, Speed
 from experiments.progress import RunDisplay
 from experiments.search import start_run
 from pruning.export import load_compressed, load_program
@@ -97,6 +98,15 @@ def test_every_method_keeps_the_budget_and_pays_for_what_it_used(finished_run: P
     assert outcome.row("uniform").evaluations == 3
 
 
+def test_readme_names_every_file_of_a_run(finished_run: Path) -> None:
+    section = (Path(__file__).parents[2] / "README.md").read_text().split("## Files of a run\n")[1].split("\n## ")[0]
+    named = [name for row in section.splitlines() for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    patterns = [f"{name}*".replace("NAME", "*") if name.endswith("/") else name.replace("NAME", "*") for name in named]
+
+    files = [path.relative_to(finished_run) for path in finished_run.rglob("[!.]*") if path.is_file()]
+    assert [str(file) for file in files if not any(fnmatch(str(file), pattern) for pattern in patterns)] == []
+
+
 def test_report_is_rebuilt_from_what_was_saved(command: Command, finished_run: Path) -> None:
     before = (finished_run / "report.html").read_bytes()
     (finished_run / "report.html").unlink()
@@ -168,12 +178,33 @@ def test_apply_tells_the_speed_and_ends_with_code_3_where_it_is_required_and_mis
 
     told = json.loads(done.out)
     assert {"speed_on_pytorch-eager", "speed_on_onnxruntime"} <= told.keys()
-    assert re.fullmatch(
-        r"(faster|slower|unclear), [\d.]+ of the dense network's time \(quartiles [\d.]+ to [\d.]+\)",
-        told["speed_on_onnxruntime"],
-    )
+    speed = told["speed_on_onnxruntime"]
+    assert speed["lower_quartile"] <= speed["ratio"] <= speed["upper_quartile"]
+    assert (speed["verdict"], speed["dense_runtime"]) in [
+        (verdict, "onnxruntime") for verdict in ("faster", "slower", "unclear")
+    ]
     assert done.code == (3 if "no_speedup" in told else 0)
     assert done.err.startswith("no speed-up:\n  the compressed network on ") == (done.code == 3)
+
+
+def test_speed_is_told_in_words_on_the_terminal_and_in_numbers_for_scripts(
+    command: Command, tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"speed_on_onnxruntime": Speed("the compressed network", "onnxruntime", 0.7, 0.71, 0.72)}
+    monkeypatch.setattr("experiments.apply.apply_saved", lambda *_: facts)
+
+    words, numbers = (command("apply", "policy.json", tiny_yaml, *option).out for option in ([], ["--json"]))
+
+    assert words == "speed on onnxruntime: faster, 0.71 of the dense network's time (quartiles 0.7 to 0.72)\n"
+    assert json.loads(numbers) == {
+        "speed_on_onnxruntime": {
+            "verdict": "faster",
+            "ratio": 0.71,
+            "lower_quartile": 0.7,
+            "upper_quartile": 0.72,
+            "dense_runtime": "onnxruntime",
+        }
+    }
 
 
 def test_policy_of_a_run_is_applied_to_the_same_network(command: Command, finished_run: Path, tmp_path: Path) -> None:
