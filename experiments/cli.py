@@ -194,9 +194,12 @@ def apply(
 
 @app.command()
 def finetune(
-    source: Annotated[Path, typer.Argument(help="Folder of a compressed network.")],
+    source: Annotated[Path, typer.Argument(help="Folder of a compressed network, or of a run's method.")],
     config: Config = None,
     model: Model = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights of the dense network, for finetune.distillation_weight.")
+    ] = None,
     data: Data = None,
     epochs: Epochs = None,
     seed: Seed = None,
@@ -210,6 +213,7 @@ def finetune(
     from .standalone_training import finetune_saved
 
     options = {
+        "model.weights": weights,
         "data.source": data,
         "finetune.epochs": epochs,
         "search.seed": seed,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from graph_encoder.modes import evaluation_mode
 from pruning.export import load_compressed, read_manifest, save_compressed
@@ -16,11 +17,11 @@ from .config import ConfigError, RunConfig
 from .data import ImageData, TrainBatches, labelled_batches, make_evaluate, normalise
 from .interrupt import StopFlag
 from .machine import set_up_device
-from .models import build_model, check_outputs
+from .models import build_model, check_outputs, load_weights
 from .onnx_file import ONNX_NAME, write_onnx
 from .program import write_program
 from .progress import RunDisplay
-from .run import refuse_existing
+from .run import MethodFolder, refuse_existing
 from .training import train_from_scratch, tune
 from .user_function import is_reference
 
@@ -58,9 +59,9 @@ def finetune_saved(
     """Fine-tune a compressed network that was saved, and save the result as it was, with its channels, zeros and bits.
 
     Args:
-        source: folder of the compressed network.
+        source: folder of the compressed network, or of the run's method that made it.
         model_name: what builds the dense network; none takes the name in the folder, unless that is a function.
-        config: data, recipe, device.
+        config: data, recipe, device; for distillation also the dense network's weights.
         out: folder to write.
         display: shows each epoch.
         stop: looked at after each epoch.
@@ -69,10 +70,12 @@ def finetune_saved(
         What to tell: the folder, and the accuracy on the validation images before and after.
 
     Raises:
-        ConfigError: if there are no epochs, or the folder would choose the code that runs.
+        ConfigError: if there are no epochs, ``source`` holds no network or would choose the code that runs, or
+            distillation lacks the dense network's weights.
         RunError: if ``out`` exists.
     """
-    recipe, manifest = config.finetune, read_manifest(source)
+    recipe, source = config.finetune, _network_folder(source)
+    manifest = read_manifest(source)
     if not recipe.epochs:
         msg = "finetune.epochs is 0, so there is nothing to do; pass --epochs"
         raise ConfigError(msg)
@@ -82,18 +85,43 @@ def finetune_saved(
             f"--model {manifest.constructor} if you trust it"
         )
         raise ConfigError(msg)
+    if recipe.distillation_weight and config.model.weights is None:
+        msg = (
+            f"finetune.distillation_weight is {recipe.distillation_weight:g}, so the dense network is the teacher, and "
+            "no weights of it are given; pass --weights (a run keeps them in RUN/dense.safetensors), or set "
+            "finetune.distillation_weight to 0"
+        )
+        raise ConfigError(msg)
     refuse_existing(out)
     device = set_up_device(config.device, config.threads)
     data = ImageData(config.data)
     n_classes, n_channels = len(data.classes), data.train.images.shape[1]
     name = model_name or manifest.constructor
-    model = load_compressed(source, lambda: build_model(name, n_classes, n_channels)).to(device)
+
+    def dense() -> nn.Module:
+        return build_model(name, n_classes, n_channels)
+
+    model, teacher = load_compressed(source, dense).to(device), None
+    if recipe.distillation_weight and config.model.weights:
+        teacher = dense()
+        load_weights(teacher, config.model.weights)
+        teacher.to(device).eval()
     policy = CompressionPolicy.load(source / "policy.json")
     evaluate = make_evaluate(data.validation, config.data, device=device)
     before, seed = evaluate(model), config.search.seed
     batches = TrainBatches(data.train, config.data, batch_size=recipe.batch_size, seed=seed, device=device)
     with hold_zeros(model, policy.sparse_layers):
-        tune(model, batches, recipe, seed, f"fine-tuning {name}", display, stop, scratch=out.with_suffix(".training"))
+        tune(
+            model,
+            batches,
+            recipe,
+            seed,
+            f"fine-tuning {name}",
+            display,
+            stop,
+            scratch=out.with_suffix(".training"),
+            teacher=teacher,
+        )
     example = manifest.examples()
     save_compressed(model, policy, out, constructor=manifest.constructor, example_inputs=example)
     if config.measure.onnx:
@@ -101,3 +129,14 @@ def finetune_saved(
         write_onnx(model, "the fine-tuned network", example, out / ONNX_NAME, images, display)
     write_program(model, example, out, config.measure, "the fine-tuned network", display)
     return {"network": str(out), "validation_accuracy_before": before, "validation_accuracy": evaluate(model)}
+
+
+def _network_folder(source: Path) -> Path:
+    """The folder of the network that ``source`` means: itself, or the one within a run's method."""
+    for folder in (source, MethodFolder(source).model):
+        if (folder / "manifest.json").exists():
+            return folder
+    networks = [str(path.parent) for path in sorted(source.glob("methods/*/model/manifest.json"))]
+    todo = f"name one of the run's: {', '.join(networks)}" if networks else "a run keeps them in RUN/methods/NAME/model"
+    msg = f"'{source}' holds no compressed network (no manifest.json in it); {todo}"
+    raise ConfigError(msg)

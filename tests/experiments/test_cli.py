@@ -332,6 +332,47 @@ def test_compressed_network_is_fine_tuned(command: Command, finished_run: Path, 
     assert {"model.onnx", "model.pt2"} < {path.name for path in (tmp_path / "out").iterdir()}
 
 
+def test_folder_of_a_method_is_fine_tuned_with_the_dense_network_as_teacher(
+    command: Command, finished_run: Path, tmp_path: Path
+) -> None:
+    arguments = [finished_run / "methods" / "uniform", finished_run / "config.yaml", "--epochs", "1"]
+    arguments += ["--model", "tests.experiments.tiny:network", "--set", "measure.onnx=false"]
+    teacher = ["--set", "finetune.distillation_weight=1", "--weights", finished_run / "dense.safetensors"]
+
+    taught = command("finetune", *arguments, *teacher, "--out", tmp_path / "taught")
+    alone = command("finetune", *arguments, "--out", tmp_path / "alone")
+
+    assert (taught.code, alone.code) == (0, 0), taught.err
+    by_teacher, by_labels = (load_file(tmp_path / name / "model.safetensors") for name in ("taught", "alone"))
+    assert not torch.equal(by_teacher["3.weight"], by_labels["3.weight"])
+
+
+def test_distillation_without_a_teacher_is_refused_before_training(
+    command: Command, finished_run: Path, tmp_path: Path
+) -> None:
+    source, model = finished_run / "methods" / "uniform" / "model", "tests.experiments.tiny:network"
+    arguments = [source, finished_run / "config.yaml", "--model", model, "--epochs", "1", "--out", tmp_path / "out"]
+
+    done = command("finetune", *arguments, "--set", "finetune.distillation_weight=0.5")
+
+    assert (done.code, done.err) == (
+        1,
+        "error: finetune.distillation_weight is 0.5, so the dense network is the teacher, and no weights of it are "
+        "given; pass --weights (a run keeps them in RUN/dense.safetensors), or set finetune.distillation_weight to 0\n",
+    )
+
+
+def test_run_in_place_of_one_of_its_networks_is_told(command: Command, finished_run: Path, tmp_path: Path) -> None:
+    done = command("finetune", finished_run, finished_run / "config.yaml", "--epochs", "1", "--out", tmp_path / "out")
+
+    networks = ", ".join(str(finished_run / "methods" / name / "model") for name in ("dense", "random", "uniform"))
+    assert (done.code, done.err) == (
+        1,
+        f"error: '{finished_run}' holds no compressed network (no manifest.json in it); name one of the run's: "
+        f"{networks}\n",
+    )
+
+
 def test_folder_does_not_choose_what_code_runs(command: Command, finished_run: Path, tmp_path: Path) -> None:
     source = finished_run / "methods" / "uniform" / "model"
 
