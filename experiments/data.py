@@ -15,9 +15,9 @@ from torchvision.transforms.v2 import functional as transforms
 
 from graph_encoder.modes import evaluation_mode
 
-from .image_folder import first_image, read_image_folder
+from .image_folder import first_image, image_names, read_image_folder
 from .images import DataError, ImageSplit, MissingSplitError, choose, read_list
-from .sources import read_bundled, read_cifar, read_function
+from .sources import check_built_in, read_bundled, read_cifar, read_function, split_of_function
 from .user_function import is_reference
 
 __all__ = [
@@ -54,7 +54,8 @@ class SplitRecipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     folder: str
-    """Folder below the root, with one folder for each class; the bundled sources have train, validation and test."""
+    """Folder below the root, with one folder for each class; in a recipe by default the name of the split. The bundled
+    sources have train, validation and test."""
     list_file: Path | None = None
     """Text file with the images to take, relative to the folder, one a line; all images if unset."""
 
@@ -105,7 +106,7 @@ class DataRecipe(BaseModel):
             return given
         source = given.get("source", "bundled")
         own = _IMAGENET | (_GRAY if given.get("grayscale") else {}) | _BUILT_IN.get(str(source), {})
-        return own | {name: value for name, value in given.items() if value is not None}
+        return own | {name: _in_own_folder(name, value) for name, value in given.items() if value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> "DataRecipe":
@@ -122,6 +123,10 @@ class DataRecipe(BaseModel):
                 )
                 raise ValueError(msg)
         return self
+
+
+def _in_own_folder(name: str, value: Any) -> Any:
+    return {"folder": name} | value if name in ("train", "validation", "test") and isinstance(value, dict) else value
 
 
 class ImageData:
@@ -179,6 +184,32 @@ class ImageData:
         their accuracy a part of the search. So it is not even opened before the report asks for it.
         """
         return self._read_like_train("test")
+
+    def check_test(self) -> None:
+        """Refuse a test split that is not the default one and is not there, without reading an image of it.
+
+        Without the default one a report does without test accuracy; another was asked for by name.
+
+        Raises:
+            MissingSplitError: if there is no such split.
+            DataError: if it holds no image, or its list names one that is not there.
+        """
+        source, split = self.recipe.source, self.recipe.test
+        if split == DataRecipe.model_fields["test"].default:
+            return
+        try:
+            if source in _BUILT_IN:
+                check_built_in(split.folder, source)
+            elif Path(source).exists():
+                image_names(Path(source), split.folder, split.list_file)
+            else:
+                split_of_function(source, split.folder)
+        except MissingSplitError as error:
+            msg = (
+                f"no test data: {error}. Name the folder with data.test.folder, or leave data.test out: the report "
+                "then shows validation accuracy alone"
+            )
+            raise MissingSplitError(msg) from error
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -61,6 +61,11 @@ def first_image(
     return _decode(root, folder, files, names[:1], size, grayscale)
 
 
+def image_names(root: Path, folder: str, list_file: Path | None = None) -> tuple[str, ...]:
+    """What the images of a split are called, none of them decoded; arguments and errors of `read_image_folder`."""
+    return _listed(image_files(root, folder), list_file)
+
+
 def write_split_lists(root: Path, folder: str, out: Path) -> tuple[Path, Path]:
     """Divide one folder in two by the numbers in the file names, to hold out validation images for a search.
 

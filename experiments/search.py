@@ -23,6 +23,7 @@ from pruning.files import FileWriteError, is_disk_full, write_atomic
 from pruning.importance import rank_units
 
 from .config import AGENTS, ONE_SHOT, PROBING, Method, RunConfig, SearchSettings
+from .data import ImageData
 from .finish import finish_run
 from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
@@ -204,6 +205,8 @@ def _subject(
 ) -> Subject:
     """Network and images; the dense weights are kept in the run, so that it needs no other file to continue."""
     saved = folder.dense_file if folder.dense_file.exists() else None
+    if saved is None:
+        ImageData(config.data).check_test()
     subject = prepare_subject(
         config, device, display, stop, weights=saved, check=lambda graph: space_of_graph(config, graph)
     )

@@ -25,7 +25,7 @@ def read_bundled(folder: str) -> ImageSplit:
     for label in range(len(whole.classes)):
         indices = (whole.labels == label).nonzero()[:, 0]
         place_in_class[indices] = torch.arange(len(indices))
-    first, last = {"train": (0, 14), "validation": (14, 17), "test": (17, 20)}[_known(folder, "bundled")]
+    first, last = {"train": (0, 14), "validation": (14, 17), "test": (17, 20)}[check_built_in(folder, "bundled")]
     place = place_in_class % 20
     return whole.take(((place >= first) & (place < last)).nonzero()[:, 0])
 
@@ -58,7 +58,7 @@ def read_cifar(name: Literal["cifar10", "cifar100"], folder: str, root: Path | N
     """
     from torchvision import datasets
 
-    folder = _known(folder, name)
+    folder = check_built_in(folder, name)
     root = root or cache_folder() / "torchvision"
     constructor = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
@@ -90,14 +90,7 @@ def read_function(reference: str, folder: str) -> ImageSplit:
     Raises:
         DataError: if the split is missing or has other types or shapes.
     """
-    splits = call_function(reference, {})
-    if not isinstance(splits, Mapping):
-        msg = f"'{reference}' returned {type(splits).__name__}, not a mapping of split names to (images, labels)"
-        raise DataError(msg)
-    if folder not in splits:
-        present = ", ".join(str(name) for name in splits if name != "classes")
-        msg = f"'{reference}' returned no split '{folder}'; it has {present or 'none'}"
-        raise MissingSplitError(msg)
+    splits = split_of_function(reference, folder)
     images, labels = _pair(splits[folder], f"split '{folder}' of '{reference}'")
     classes = splits.get("classes")
     if classes is None:
@@ -110,6 +103,24 @@ def read_function(reference: str, folder: str) -> ImageSplit:
         )
         raise DataError(msg)
     return ImageSplit(images, labels, tuple(f"{i:06d}" for i in range(len(images))), tuple(map(str, classes)))
+
+
+def split_of_function(reference: str, folder: str) -> Mapping[str, Any]:
+    """What a user's function returns, with the split ``folder`` in it; a split that is a function is not called.
+
+    Raises:
+        DataError: if it returns no mapping.
+        MissingSplitError: if there is no such split.
+    """
+    splits = call_function(reference, {})
+    if not isinstance(splits, Mapping):
+        msg = f"'{reference}' returned {type(splits).__name__}, not a mapping of split names to (images, labels)"
+        raise DataError(msg)
+    if folder not in splits:
+        present = ", ".join(str(name) for name in splits if name != "classes")
+        msg = f"'{reference}' returned no split '{folder}'; it has {present or 'none'}"
+        raise MissingSplitError(msg)
+    return splits
 
 
 def _pair(value: Any | Callable[[], Any], what: str) -> tuple[Tensor, Tensor]:
@@ -127,7 +138,8 @@ def _pair(value: Any | Callable[[], Any], what: str) -> tuple[Tensor, Tensor]:
     return images, labels.to(torch.int64)
 
 
-def _known(folder: str, source: str) -> str:
+def check_built_in(folder: str, source: str) -> str:
+    """``folder`` if the bundled digits and CIFAR have a split of that name, else `MissingSplitError`."""
     if folder not in _FOLDERS:
         msg = f"no folder '{folder}' in '{source}'; it has {', '.join(_FOLDERS)}"
         raise MissingSplitError(msg)

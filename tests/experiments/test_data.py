@@ -53,6 +53,33 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.parametrize("kind", ["", "pets.zip", "pets.tar.gz"])
+def test_test_split_that_was_chosen_has_to_be_there(root: Path, tmp_path: Path, kind: str) -> None:
+    source = packed(root, tmp_path / kind) if kind else root
+
+    with pytest.raises(DataError) as caught:
+        ImageData(DataRecipe(source=str(source), test=SplitRecipe(folder="tset"))).check_test()
+
+    assert str(caught.value) == (
+        f"no test data: no folder 'tset' in '{source}'; it has test, train, validation. Name the folder with "
+        "data.test.folder, or leave data.test out: the report then shows validation accuracy alone"
+    )
+
+
+def test_test_split_is_looked_for_without_reading_it_and_the_default_one_may_be_missing(root: Path) -> None:
+    (root / "test" / "cat" / "000.png").write_bytes(b"no image")
+    (root / "test").rename(root / "others")
+
+    ImageData(DataRecipe(source=str(root), test=SplitRecipe(folder="others"))).check_test()
+    ImageData(DataRecipe(source=str(root))).check_test()
+
+
+def test_list_of_a_split_is_taken_in_the_folder_of_its_name() -> None:
+    recipe = DataRecipe.model_validate({name: {"list_file": "a.txt"} for name in ("train", "validation", "test")})
+
+    assert [recipe.train.folder, recipe.validation.folder, recipe.test.folder] == ["train", "validation", "test"]
+
+
 def packed(root: Path, path: Path, prefix: str = "") -> Path:
     files = [file for file in sorted(root.rglob("*")) if file.is_file()]
     if path.suffix == ".zip":

@@ -105,6 +105,10 @@ def test_run_that_was_refused_leaves_no_folder(command: Command, tiny_yaml: Path
             "data.validation.folder=val",
             "error: no validation data: 'tests.experiments.tiny:images' returned no split 'val'",
         ),
+        (
+            "data.test.folder=tset",
+            "error: no test data: 'tests.experiments.tiny:images' returned no split 'tset'; it has train, validation, test",
+        ),
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_the_network_is_trained(
