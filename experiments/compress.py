@@ -28,7 +28,6 @@ from .calibration import CalibrationData, read_calibration
 from .config import (
     METHODS,
     ONE_SHOT,
-    PROBING,
     ConfigError,
     Decision,
     Environment,
@@ -248,7 +247,7 @@ def compress(
 def _search(
     problem: SearchProblem, method: Method, settings: SearchSettings, on_evaluation: OnEvaluation
 ) -> Compressed:
-    if settings.start == "sensitivity" or method in PROBING:
+    if settings.uses_probes(method):
         as_start = settings.start == "sensitivity"
         problem = probe(problem, 1.0, on_evaluation, as_start=as_start, shown=as_start, notify=_warn)
     found = search_with(method, problem, settings, on_evaluation=on_evaluation)

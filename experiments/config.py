@@ -177,6 +177,11 @@ class SearchSettings(_Section):
         """Whether agents are shown what the sensitivity probes found."""
         return self.start == "sensitivity" or self.show_sensitivity
 
+    def uses_probes(self, method: Method) -> bool:
+        """Whether a method needs the sensitivity probes, which then count for it: follows, starts from or sees them."""
+        starts_there = self.start == "sensitivity" and method not in ONE_SHOT
+        return method in PROBING or starts_there or (self.agents_see_probes and method in AGENTS)
+
     @field_validator("methods")
     @classmethod
     def _no_repeats(cls, methods: tuple[Method, ...]) -> tuple[Method, ...]:

@@ -22,7 +22,7 @@ from envs.plans import global_magnitude, uniform
 from envs.space import Ratios
 
 from .agents import search_by_agent
-from .config import AGENTS, ONE_SHOT, PROBING, ConfigError, Method, SearchSettings
+from .config import ONE_SHOT, ConfigError, Method, SearchSettings
 from .problem import OnEvaluation, SearchProblem, WatchedEvaluator
 from .run import MethodFolder
 
@@ -96,7 +96,8 @@ def search_with(
     before = math.fsum(entry.seconds for name in names for entry in problem.journal.entries(name, problem.seed))
     weight = max(1.0, n_validation / problem.scoring.n_images) if evaluate_all else 1.0
     n_finalists = 1 if method in ONE_SHOT else settings.finalists
-    probes, rescoring = _probe_charge(method, problem), n_finalists * weight if weight > 1 else 0.0
+    probes = problem.probe_evaluations if settings.uses_probes(method) else 0.0
+    rescoring = n_finalists * weight if weight > 1 else 0.0
     _check_enough(method, settings.evaluations, probes, rescoring)
     evaluator = problem.evaluator(method, on_evaluation, max_evaluations=settings.evaluations - probes - rescoring)
     propose(method, problem, evaluator, settings, agent, files, tensorboard, notify)
@@ -166,13 +167,6 @@ def ranked_plans(problem: SearchProblem, evaluator: WatchedEvaluator) -> list[Jo
 def is_finalists(searcher: str) -> bool:
     """Whether a name in the journal is that of a method's finalists."""
     return searcher.endswith(_FINALISTS)
-
-
-def _probe_charge(method: Method, problem: SearchProblem) -> float:
-    """Evaluations that the probes count as for this method: those that use them pay for them."""
-    uses = method in PROBING or (problem.starts_from_probes and method not in ONE_SHOT)
-    uses |= problem.shows_probes and method in AGENTS
-    return problem.probe_evaluations if uses else 0.0
 
 
 def _check_enough(method: Method, evaluations: int, probes: float, rescoring: float) -> None:

@@ -22,7 +22,7 @@ from latency.table import LatencyTable
 from pruning.files import FileWriteError, is_disk_full, write_atomic
 from pruning.importance import rank_units
 
-from .config import AGENTS, ONE_SHOT, PROBING, Method, RunConfig, SearchSettings
+from .config import ONE_SHOT, Method, RunConfig, SearchSettings
 from .data import ImageData
 from .finish import finish_run
 from .interrupt import Interrupted, StopFlag
@@ -148,9 +148,9 @@ def _planned_work(config: RunConfig, problem: SearchProblem) -> dict[str, float]
     """Units of each kind of work in a whole run; repeated plans and shared probes make it an upper bound."""
     searching = [method for method in config.search.methods if method not in ONE_SHOT]
     n_tuned = len(config.search.methods) + config.finetune.dense_control
-    evaluations = (
-        len(searching) * config.search.evaluations + len(config.search.methods) + evaluations_to_probe(problem)
-    )
+    evaluations: float = len(searching) * config.search.evaluations + len(config.search.methods)
+    if any(map(config.search.uses_probes, config.search.methods)):
+        evaluations += evaluations_to_probe(problem)
     networks = len(config.search.methods) + 1
     return {"evaluation": evaluations, "epoch": n_tuned * config.finetune.epochs, "network": networks}
 
@@ -233,8 +233,7 @@ def _saved_importance(folder: RunFolder, subject: Subject) -> dict[str, torch.Te
 
 def _probed(problem: SearchProblem, subject: Subject, display: RunDisplay, stop: StopFlag) -> SearchProblem:
     settings = subject.config.search
-    sees = settings.agents_see_probes and set(AGENTS) & set(settings.methods)
-    if not (settings.start == "sensitivity" or sees or set(PROBING) & set(settings.methods)):
+    if not any(map(settings.uses_probes, settings.methods)):
         return problem
     with display.stage("sensitivity of each decision", evaluations_to_probe(problem), "evaluation") as stage:
         watch = Watch(stage, problem, stop)

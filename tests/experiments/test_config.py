@@ -1,8 +1,9 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from experiments.config import ConfigError, RunConfig, config_file, load_config, parse_setting
+from experiments.config import METHODS, ConfigError, RunConfig, SearchSettings, config_file, load_config, parse_setting
 from latency.budget import Budget, BudgetError
 
 
@@ -154,6 +155,18 @@ def test_methods_that_need_a_budget_are_named_when_there_is_none() -> None:
     assert str(caught.value) == (
         "the options: search.methods: uniform, magnitude need a budget; without one choose among random, cem, ppo, ddpg"
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "using"),
+    [
+        ({}, ["sensitivity", "greedy", "knapsack", "random", "cem", "ppo", "ddpg"]),
+        ({"start": "uniform"}, ["sensitivity", "greedy", "knapsack"]),
+        ({"start": "uniform", "show_sensitivity": True}, ["sensitivity", "greedy", "knapsack", "ppo", "ddpg"]),
+    ],
+)
+def test_probes_are_used_by_what_follows_starts_from_or_sees_them(settings: dict[str, Any], using: list[str]) -> None:
+    assert [method for method in METHODS if SearchSettings(**settings).uses_probes(method)] == using
 
 
 def test_setting_is_read_as_yaml() -> None:

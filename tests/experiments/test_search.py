@@ -15,6 +15,7 @@ from envs.network_env import NetworkEnv
 from experiments.config import RunConfig
 from experiments.interrupt import Interrupted, StopFlag
 from experiments.outcome import RunOutcome
+from experiments.problem import PROBES
 from experiments.progress import RunDisplay
 from experiments.run import RunFolder
 from experiments.search import resume_run, start_run
@@ -119,6 +120,15 @@ def test_agents_can_be_shown_sensitivities_without_starting_from_them(
     candidates = {m: [e for e in entries if (e["searcher"], e["purpose"]) == (m, "candidate")] for m in methods}
     assert len(candidates["ddpg"]) <= len(candidates["random"]) - 4
     assert candidates["random"][0]["kept"] == candidates["ddpg"][0]["kept"]
+
+
+def test_methods_that_use_no_probes_make_none(tiny_config: Configured, tmp_path: Path) -> None:
+    outcome = search(tiny_config(search__methods=["uniform", "magnitude"]), tmp_path / "run")
+
+    entries = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    assert {entry["searcher"] for entry in entries if entry["purpose"] == "candidate"} == {"uniform", "magnitude"}
+    assert [entry for entry in entries if entry["searcher"] == PROBES] == []
+    assert outcome.probe_evaluations == 0
 
 
 def test_other_seed_gives_another_search(tiny_config: Configured, tmp_path: Path) -> None:
