@@ -75,14 +75,16 @@ def apply_saved(
         if not config.budget:
             msg = "an agent plans for a budget; pass --budget"
             raise ConfigError(msg)
-        subject = prepare_subject(config, device, display, stop, check=lambda graph: space_of_graph(config, graph))
+        subject = prepare_subject(
+            config, device, display, stop, check=lambda subject: space_of_graph(config, subject.graph)
+        )
         report_dense(subject, display)
         return _apply_agent(source, subject, out, evaluations, display, stop)
     if evaluations:
         msg = "--evaluations refines the plan of an agent; a policy is applied as it is"
         raise ConfigError(msg)
     policy = CompressionPolicy.load(source)
-    subject = prepare_subject(config, device, display, stop, check=policy.masks)
+    subject = prepare_subject(config, device, display, stop, check=lambda subject: policy.masks(subject.graph))
     report_dense(subject, display)
     settings = config.search
     builder = CandidateEvaluator(

@@ -22,8 +22,9 @@ from envs.plans import global_magnitude, uniform
 from envs.space import Ratios
 
 from .agents import search_by_agent
-from .config import ONE_SHOT, ConfigError, Method, SearchSettings
+from .config import AGENTS, ONE_SHOT, PROBING, ConfigError, Method, SearchSettings
 from .problem import OnEvaluation, SearchProblem, WatchedEvaluator
+from .progress import count
 from .run import MethodFolder
 
 _FINALISTS = " finalists"
@@ -95,11 +96,9 @@ def search_with(
     # A resumed search replays these for free; the time they took when they were made is counted all the same.
     before = math.fsum(entry.seconds for name in names for entry in problem.journal.entries(name, problem.seed))
     weight = max(1.0, n_validation / problem.scoring.n_images) if evaluate_all else 1.0
-    n_finalists = 1 if method in ONE_SHOT else settings.finalists
     probes = problem.probe_evaluations if settings.uses_probes(method) else 0.0
-    rescoring = n_finalists * weight if weight > 1 else 0.0
-    _check_enough(method, settings.evaluations, probes, rescoring)
-    evaluator = problem.evaluator(method, on_evaluation, max_evaluations=settings.evaluations - probes - rescoring)
+    granted = check_enough(method, settings, probes, weight)
+    evaluator = problem.evaluator(method, on_evaluation, max_evaluations=granted)
     propose(method, problem, evaluator, settings, agent, files, tensorboard, notify)
     searchers = [evaluator]
     best = ranked_plans(problem, evaluator)
@@ -107,7 +106,7 @@ def search_with(
         searchers.append(
             problem.evaluator(f"{method}{_FINALISTS}", on_finalist or on_evaluation, evaluate=evaluate_all)
         )
-        for entry in best[:n_finalists]:
+        for entry in best[: _n_finalists(method, settings)]:
             searchers[1].score(problem.policy(entry), purpose="finalist")
     chosen = ranked_plans(problem, searchers[-1])[0]
     probe_seconds = problem.probe_seconds if probes else 0.0
@@ -169,12 +168,45 @@ def is_finalists(searcher: str) -> bool:
     return searcher.endswith(_FINALISTS)
 
 
-def _check_enough(method: Method, evaluations: int, probes: float, rescoring: float) -> None:
-    if evaluations - probes - rescoring >= 1:
-        return
+def _n_finalists(method: Method, settings: SearchSettings) -> int:
+    return 1 if method in ONE_SHOT else settings.finalists
+
+
+def check_enough(method: Method, settings: SearchSettings, probes: float, weight: float) -> float:
+    """Evaluations that a method may spend on proposals: those granted, without probes and finalists.
+
+    Args:
+        method: which.
+        settings: evaluations, finalists and whether the method uses the probes.
+        probes: evaluations of the sensitivity probes.
+        weight: evaluations that a finalist counts as: validation images over search images.
+
+    Raises:
+        ConfigError: if less than one is left; it says what helps this method.
+    """
+    n_finalists = _n_finalists(method, settings)
+    spent = {
+        "the sensitivity probes take": probes if settings.uses_probes(method) else 0.0,
+        f"rescoring {count(n_finalists, 'finalist')} takes": n_finalists * weight if weight > 1 else 0.0,
+    }
+    left = settings.evaluations - math.fsum(spent.values())
+    if left >= 1:
+        return left
+    by_probes, by_rescoring = spent.values()
+    ways = [f"grant at least {math.ceil(by_probes + by_rescoring) + 1}"]
+    if by_probes:
+        ways.append("lower search.probe_share")
+    if by_probes and method not in PROBING:
+        uniform = "set search.start to uniform" if settings.start == "sensitivity" else ""
+        unseen = "set search.show_sensitivity to false" if settings.show_sensitivity and method in AGENTS else ""
+        ways.append(" and ".join(filter(None, (uniform, unseen))))
+    if by_rescoring and n_finalists > 1:
+        ways.append("lower search.finalists")
+    if by_rescoring:
+        ways.append("raise search.search_images, so that fewer images are left for rescoring")
+    takes = " and ".join(f"{what} {evaluations:g}" for what, evaluations in spent.items() if evaluations)
     msg = (
-        f"{method} is granted {evaluations} evaluations, but the sensitivity probes take {probes:g} and rescoring the "
-        f"finalists {rescoring:g}, which leaves none; grant at least {math.ceil(probes + rescoring) + 1}, lower "
-        "search.probe_share or search.finalists, or set search.start to uniform"
+        f"{method} is granted {count(settings.evaluations, 'evaluation')}, but {takes}, which leaves less than one; "
+        f"{', or '.join(ways)}"
     )
     raise ConfigError(msg)

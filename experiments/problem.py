@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from envs.action import nearest
 from envs.allocation import losses
 from envs.evaluator import (
     COMPARED_IMAGES,
@@ -259,13 +260,22 @@ def least_squares(seed: int) -> ReconstructFunction:
     return repair
 
 
-def evaluations_to_probe(problem: SearchProblem) -> float:
-    """Evaluations that `probe` takes at most: one a group and one more, and what comparisons of outputs count as."""
-    space, n_images = problem.space, problem.scoring.n_images
-    ladders = zip(space.layers, space.ladders[len(space.groups) :], strict=True)
-    compared = sum(len(probed_levels(ladder, decision.size)) for decision, ladder in ladders)
-    compared += len(space.groups) if space.layers else 0
-    return len(space.groups) + 1 + compared * min(COMPARED_IMAGES, n_images) / n_images
+def evaluations_to_probe(space: SearchSpace, share: float, n_images: int, n_calibration: int) -> float:
+    """Evaluations that `probe` takes: one a group that can be cut and one more, and what comparisons count as.
+
+    Args:
+        space: what is decided.
+        share: of the search images that the probes use.
+        n_images: search images.
+        n_calibration: calibration images.
+    """
+    n_groups = len(space.groups)
+    # Where a group cannot be cut, its plan is that of the whole network, and no plan counts twice.
+    n_cut = int((nearest(np.full(space.n, PROBED_KEEP_RATIO), space) < space.sizes)[:n_groups].sum())
+    ladders = zip(space.layers, space.ladders[n_groups:], strict=True)
+    n_compared = sum(len(probed_levels(ladder, decision.size)) for decision, ladder in ladders)
+    n_compared += n_cut + (n_cut < n_groups) if space.layers else 0
+    return (n_cut + 1) * share + n_compared * min(COMPARED_IMAGES, n_images, n_calibration) / n_images
 
 
 def probe(

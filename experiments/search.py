@@ -27,7 +27,7 @@ from .data import ImageData
 from .finish import finish_run
 from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
-from .methods import MethodSearch, search_with
+from .methods import MethodSearch, check_enough, search_with
 from .outcome import RunOutcome, percent
 from .problem import Scoring, SearchProblem, evaluations_to_probe, least_squares, probe, space_by
 from .progress import RunDisplay, Stage, count
@@ -150,9 +150,15 @@ def _planned_work(config: RunConfig, problem: SearchProblem) -> dict[str, float]
     n_tuned = len(config.search.methods) + config.finetune.dense_control
     evaluations: float = len(searching) * config.search.evaluations + len(config.search.methods)
     if any(map(config.search.uses_probes, config.search.methods)):
-        evaluations += evaluations_to_probe(problem)
+        evaluations += _evaluations_to_probe(problem, config.search)
     networks = len(config.search.methods) + 1
     return {"evaluation": evaluations, "epoch": n_tuned * config.finetune.epochs, "network": networks}
+
+
+def _evaluations_to_probe(problem: SearchProblem, settings: SearchSettings) -> float:
+    scoring = problem.scoring
+    n_calibration = sum(map(len, scoring.calibration))
+    return evaluations_to_probe(problem.space, settings.probe_share, scoring.n_images, n_calibration)
 
 
 def build_problem(subject: Subject, importance: dict[str, torch.Tensor], journal: Journal) -> SearchProblem:
@@ -200,6 +206,20 @@ def space_of_graph(config: RunConfig, graph: NetworkGraph) -> SearchSpace:
     return search_space(config, graph, {group.name: torch.zeros(group.size) for group in graph.prunable})
 
 
+def check_search(subject: Subject) -> None:
+    """Refuse what cannot be searched, before the network is trained and before anything is scored.
+
+    Raises:
+        BudgetError: if the budget cannot be met.
+        ConfigError: if there is nothing to decide, or a method of the run is granted too few evaluations.
+    """
+    settings, space = subject.config.search, space_of_graph(subject.config, subject.graph)
+    n_calibration = sum(map(len, subject.calibration()))
+    probes = evaluations_to_probe(space, settings.probe_share, subject.n_search, n_calibration)
+    for method in settings.methods:
+        check_enough(method, settings, probes, len(subject.data.validation) / subject.n_search)
+
+
 def _subject(
     folder: RunFolder, config: RunConfig, device: torch.device, display: RunDisplay, stop: StopFlag
 ) -> Subject:
@@ -207,9 +227,7 @@ def _subject(
     saved = folder.dense_file if folder.dense_file.exists() else None
     if saved is None:
         ImageData(config.data).check_test()
-    subject = prepare_subject(
-        config, device, display, stop, weights=saved, check=lambda graph: space_of_graph(config, graph)
-    )
+    subject = prepare_subject(config, device, display, stop, weights=saved, check=check_search)
     if saved is None:
         report_dense(subject, display)
         state = {name: tensor.cpu().contiguous() for name, tensor in subject.model.state_dict().items()}
@@ -235,7 +253,7 @@ def _probed(problem: SearchProblem, subject: Subject, display: RunDisplay, stop:
     settings = subject.config.search
     if not any(map(settings.uses_probes, settings.methods)):
         return problem
-    with display.stage("sensitivity of each decision", evaluations_to_probe(problem), "evaluation") as stage:
+    with display.stage("sensitivity of each decision", _evaluations_to_probe(problem, settings), "evaluation") as stage:
         watch = Watch(stage, problem, stop)
         return probe(
             problem,

@@ -134,7 +134,7 @@ def prepare_subject(
     stop: StopFlag,
     weights: Path | None = None,
     *,
-    check: Callable[[NetworkGraph], object],
+    check: Callable[[Subject], object],
 ) -> Subject:
     """Load images and network, capture it, train it if it has no weights.
 
@@ -144,7 +144,8 @@ def prepare_subject(
         display: told what happens.
         stop: checked after each epoch of training.
         weights: read in place of the configuration's, as a resumed run does.
-        check: raises if what is to be done does not fit the captured network; called before anything takes long.
+        check: raises if what is to be done does not fit the network and the images; called before anything takes long,
+            so the network may not have its weights yet.
     """
     data = ImageData(config.data)
     sample = data.sample
@@ -159,13 +160,14 @@ def prepare_subject(
     example = normalise(sample.images.expand(2, -1, -1, -1).to(device), config.data)
     graph = leave_refuted_dense(model, capture(model, example), example)
     check_outputs(model, example, sample.classes)
-    check(graph)
+    subject = Subject(config, data, model, graph, device)
+    check(subject)
     _tell_images_left_out(config, graph, display)
     if not weights:
         _ = data.validation  # missing validation images end a run too, and before the training rather than after it
         load_weights(model, trained_weights(config, data, model, device, display, stop))
         model.eval()
-    return Subject(config, data, model, graph, device)
+    return subject
 
 
 def _tell_images_left_out(config: RunConfig, graph: NetworkGraph, display: RunDisplay) -> None:

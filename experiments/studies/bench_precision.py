@@ -78,7 +78,9 @@ def main(
 
 def _problem(config: RunConfig, display: RunDisplay) -> SearchProblem:
     device = set_up_device(config.device, config.threads)
-    subject = prepare_subject(config, device, display, StopFlag(), check=lambda graph: space_of_graph(config, graph))
+    subject = prepare_subject(
+        config, device, display, StopFlag(), check=lambda subject: space_of_graph(config, subject.graph)
+    )
     return build_problem(subject, importance_of(subject), Journal())
 
 

@@ -277,7 +277,7 @@ def load_problem(folder: RunFolder, config: RunConfig, display: RunDisplay) -> S
         display,
         StopFlag(),
         weights=folder.dense_file,
-        check=lambda graph: space_of_graph(config, graph),
+        check=lambda subject: space_of_graph(config, subject.graph),
     )
     problem = build_problem(subject, importance_of(subject), Journal(folder.journal_file))
     if problem.space.layers:

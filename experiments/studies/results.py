@@ -179,7 +179,9 @@ class Sitting:
         """The configuration of a cell, and its network and images."""
         config = self.config(cell)
         device = set_up_device(config.device, config.threads)
-        return config, prepare_subject(config, device, display, stop, check=lambda graph: space_of_graph(config, graph))
+        return config, prepare_subject(
+            config, device, display, stop, check=lambda subject: space_of_graph(config, subject.graph)
+        )
 
     def _applied_in(self, cell: Cell) -> Path | None:
         if cell.plan:

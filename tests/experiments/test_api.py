@@ -255,8 +255,8 @@ def test_probes_that_leave_nothing_to_search_with_are_told() -> None:
         secateur.compress(small_net(), images(), evaluate=share_of_channels, budget="50%", evaluations=3)
 
     assert str(caught.value) == (
-        "ppo is granted 3 evaluations, but the sensitivity probes take 4 and rescoring the finalists 0, which leaves "
-        "none; grant at least 5, lower search.probe_share or search.finalists, or set search.start to uniform"
+        "ppo is granted 3 evaluations, but the sensitivity probes take 4, which leaves less than one; grant at least 5"
+        ", or lower search.probe_share, or set search.start to uniform"
     )
 
 

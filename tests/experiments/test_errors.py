@@ -106,6 +106,12 @@ def test_run_that_was_refused_leaves_no_folder(command: Command, tiny_yaml: Path
             "error: no validation data: 'tests.experiments.tiny:images' returned no split 'val'",
         ),
         (
+            "search.evaluations=6",
+            "error: random is granted 6 evaluations, but the sensitivity probes take 4 and rescoring 1 finalist takes 2, which "
+            "leaves less than one; grant at least 7, or lower search.probe_share, or set search.start to uniform, or raise "
+            "search.search_images, so that fewer images are left for rescoring",
+        ),
+        (
             "data.test.folder=tset",
             "error: no test data: 'tests.experiments.tiny:images' returned no split 'tset'; it has train, validation, test",
         ),

@@ -1,0 +1,77 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from experiments.config import ConfigError, RunConfig, SearchSettings
+from experiments.methods import check_enough
+from experiments.problem import evaluations_to_probe, probe
+
+from .test_agents import problem_of
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"search__probe_share": 0.5},
+        {"search__decide": ["channels", "bits"], "search__search_images": 90, "budget": "30% bytes"},
+        # A group of 12 units that keeps a multiple of 12 cannot be cut.
+        {"search__decide": ["channels", "density"], "search__rounding": 12, "budget": "80% macs"},
+    ],
+)
+def test_probes_take_the_evaluations_that_are_foreseen(
+    tiny_config: Callable[..., RunConfig], options: dict[str, Any]
+) -> None:
+    config = tiny_config(**options)
+    problem, share = problem_of(config), config.search.probe_share
+    n_calibration = sum(map(len, problem.scoring.calibration))
+
+    probed = probe(problem, share, lambda _: None, as_start=True, shown=True, notify=lambda _: None)
+
+    foreseen = evaluations_to_probe(problem.space, share, problem.scoring.n_images, n_calibration)
+    assert probed.probe_evaluations == pytest.approx(foreseen)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "ways"),
+    [
+        ("uniform", {}, ["raise search.search_images"]),
+        ("greedy", {}, ["lower search.probe_share", "raise search.search_images"]),
+        (
+            "cem",
+            {},
+            [
+                "lower search.probe_share",
+                "set search.start to uniform",
+                "lower search.finalists",
+                "raise search.search_images",
+            ],
+        ),
+        (
+            "ppo",
+            {"start": "uniform", "show_sensitivity": True},
+            [
+                "lower search.probe_share",
+                "set search.show_sensitivity to false",
+                "lower search.finalists",
+                "raise search.search_images",
+            ],
+        ),
+    ],
+)
+def test_too_few_evaluations_are_told_with_what_helps_the_method(
+    method: Any, settings: dict[str, Any], ways: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_enough(method, SearchSettings(evaluations=2, **settings), 4.0, 2.0)
+
+    told = str(caught.value).removesuffix(", so that fewer images are left for rescoring").split(", or ")
+    assert told[1:] == ways
+
+
+def test_evaluations_left_are_those_granted_without_probes_and_finalists() -> None:
+    settings = SearchSettings(evaluations=20, finalists=3)
+
+    assert check_enough("cem", settings, 4.0, 2.0) == 10
+    assert check_enough("uniform", settings, 4.0, 2.0) == 18
+    assert check_enough("cem", settings, 4.0, 1.0) == 16
