@@ -234,7 +234,7 @@ class ImageData:
             images = read_function(source, split.folder)
         if split.list_file is not None:
             images = choose(images, read_list(split.list_file), split.list_file)
-        return self._checked(_resized(images, recipe.size))
+        return _resized(self._checked(images), recipe.size)
 
     def _read_like_train(self, name: Literal["validation", "test"]) -> ImageSplit:
         images = self._read(getattr(self.recipe, name))
@@ -250,12 +250,15 @@ class ImageData:
         return images
 
     def _checked(self, split: ImageSplit) -> ImageSplit:
-        channels = split.images.shape[1]
-        if channels != len(self.recipe.mean):
+        shape, n_channels = tuple(split.images.shape), len(self.recipe.mean)
+        if shape[1] != n_channels:
             msg = (
-                f"images of '{self.recipe.source}' have {channels} channels, but mean and std have "
-                f"{len(self.recipe.mean)} values; give one value for each channel"
+                f"images of '{self.recipe.source}' have {shape[1]} channels, but mean and std have {n_channels} "
+                f"values; give one value for each channel"
             )
+            if shape[3] == n_channels:
+                msg += f". Their shape is {shape}: if that is (N, H, W, C), give them as (N, C, H, W), such as by "
+                msg += "images.permute(0, 3, 1, 2)"
             raise DataError(msg)
         return split
 

@@ -105,6 +105,9 @@ def _run_around(
     """Make one module after the other opaque until ``model`` runs on shapes; raises ``first`` where it never does."""
     try:
         opaque = Opaque(calls=record_calls(model, inputs))
+    except ForwardError:
+        shapes = [tuple(each.shape) for each in inputs]
+        raise ForwardError(first.modules, first.cause, shapes, on_values=True) from None
     except Exception:  # a network that does not run on values either has another fault, which its first failure tells
         raise first from None
     failure = first

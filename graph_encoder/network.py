@@ -44,16 +44,30 @@ class ForwardError(TraceError):
         cause: what stopped it.
     """
 
-    def __init__(self, modules: Sequence[str], cause: str, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Make the message, for inputs of ``shapes``."""
+    def __init__(
+        self, modules: Sequence[str], cause: str, shapes: Sequence[tuple[int, ...]], *, on_values: bool = False
+    ) -> None:
+        """Make the message.
+
+        Args:
+            modules: as the attribute.
+            cause: as the attribute.
+            shapes: of the inputs.
+            on_values: whether it stops on tensors with values too, which no reading of values explains.
+        """
         self.modules = tuple(modules)
         self.cause = cause
         where = self.modules[-1] if self.modules else "the network itself"
-        super().__init__(
-            f"'{where}' cannot be captured: {cause}. The forward pass may not read the values of its "
-            f"activations (`.item()`, `if x.sum() > 0`) and must accept inputs of the shapes "
-            f"{list(shapes)}; move what depends on values out of the network"
+        advice = (
+            "The forward pass may not read the values of its activations (`.item()`, `if x.sum() > 0`) and must accept "
+            f"inputs of the shapes {list(shapes)}; move what depends on values out of the network"
         )
+        if on_values:
+            advice = (
+                f"The forward pass was given inputs of the shapes {list(shapes)}; their number and shapes must be "
+                "those that it takes"
+            )
+        super().__init__(f"'{where}' cannot be captured: {cause}. {advice}")
 
 
 @dataclass(frozen=True)

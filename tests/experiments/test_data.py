@@ -518,3 +518,18 @@ def test_classes_that_validation_lacks_are_named() -> None:
     )
     # A class that nothing was trained on is nobody's loss here.
     assert check_classes_are_covered(train.take(torch.tensor([1])), train) is None
+
+
+def channels_last() -> dict[str, tuple[Tensor, Tensor]]:
+    return {"train": (torch.zeros(4, 24, 20, 3, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))}
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_images_with_the_channels_last_are_told_from_others(size: int | None) -> None:
+    source = "tests.experiments.test_data:channels_last"
+
+    assert failure(lambda: ImageData(DataRecipe(source=source, size=size)).train) == (
+        f"images of '{source}' have 24 channels, but mean and std have 3 values; give one value for each channel. "
+        "Their shape is (4, 24, 20, 3): if that is (N, H, W, C), give them as (N, C, H, W), such as by "
+        "images.permute(0, 3, 1, 2)"
+    )

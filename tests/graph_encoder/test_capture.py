@@ -171,13 +171,25 @@ def test_reading_a_value_in_the_forward_of_the_network_itself_is_refused() -> No
         capture(Reads(), EXAMPLE)
 
 
+def test_input_that_is_missing_is_told_with_those_that_were_given() -> None:
+    class Adds(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    message = (
+        r"^'the network itself' cannot be captured: .*missing 1 required positional argument: 'y'\. The "
+        r"forward pass was given inputs of the shapes \[\(1, 3, 8, 8\)\]; their number and shapes must be those "
+        r"that it takes$"
+    )
+    with pytest.raises(TraceError, match=message):
+        capture(Adds(), torch.zeros(1, 3, 8, 8))
+
+
 def test_example_input_of_the_wrong_shape_names_the_layer_that_refuses_it() -> None:
     message = (
         r"^'stem' cannot be captured: an input with 4 channels meets a convolution for 3 "
         r"\(aten\.conv2d\.default on shapes \[\(2, 4, 8, 8\), \(8, 3, 3, 3\)\]\)\. The forward "
-        r"pass may not read the values of its activations "
-        r"\(`\.item\(\)`, `if x\.sum\(\) > 0`\) and must accept inputs of the shapes \[\(2, 4, 8, 8\)\]; "
-        r"move what depends on values out of the network$"
+        r"pass was given inputs of the shapes \[\(2, 4, 8, 8\)\]; their number and shapes must be those that it takes$"
     )
     with pytest.raises(TraceError, match=message):
         capture(build("Residual"), torch.randn(2, 4, 8, 8))

@@ -53,7 +53,7 @@ def test_any_exception_of_forward_becomes_a_trace_error_that_names_it() -> None:
             table: dict[str, Tensor] = {"a": x}
             return table["b"]
 
-    with pytest.raises(TraceError, match=r"^'0' cannot be captured: KeyError: 'b'\. The forward pass may not read"):
+    with pytest.raises(TraceError, match=r"^'0' cannot be captured: KeyError: 'b'\. The forward pass was given"):
         capture(nn.Sequential(Looks()), EXAMPLE)
 
 
