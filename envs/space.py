@@ -25,6 +25,11 @@ WIDE = 128
 """From this many units on, a group is rounded to multiples of `WIDE_ROUNDING` by default."""
 WIDE_ROUNDING = 8
 
+KEEP_LESS = "lower search.min_keep_ratio or search.rounding"
+SPARE_LESS = "spare fewer groups (search.protect_first, search.protected)"
+_DECIDE_GROUPS = "let channels be decided (search.decide, search.protect_first, search.protected)"
+"""What lowers the least cost of a network, in words."""
+
 Counts = NDArray[np.int64]
 Ratios = NDArray[np.float64]
 
@@ -473,10 +478,29 @@ def _check_bound(space: SearchSpace, bound: Bound) -> None:
     bits = "" if has_bits or not isinstance(bound.cost, LatencyModel) else ", or decide bits too"
     msg = (
         f"{asked} {in_words(dense, kind)}) cannot be met: with every decision at its least{within} the network "
-        f"still costs {in_words(lowest, kind)} ({lowest / dense:.1%}). Pass at least {in_words(lowest, kind)}, or "
-        f"lower min_keep_ratio, the rounding or the protection{bits}"
+        f"still costs {in_words(lowest, kind)} ({lowest / dense:.1%}). Pass at least {in_words(lowest, kind)}"
+        f"{''.join(f', or {way}' for way in _ways_to_save(space, bound.cost))}{bits}"
     )
     raise BudgetError(msg)
+
+
+def _ways_to_save(space: SearchSpace, cost: CostModel | LatencyModel) -> list[str]:
+    """What lowers the least cost, the way that may save most first; none that saves nothing.
+
+    A table knows no layers but those that it was made with, so of latency both are named as they stand.
+    """
+    if not space.groups:
+        return [_DECIDE_GROUPS]
+    if isinstance(cost, LatencyModel):
+        return [KEEP_LESS, SPARE_LESS]
+    whole = CostModel(space.graph, cost.kind, None, space.layers, space.sparsity)
+    least = dict(zip(space.names, space.minimum.tolist(), strict=True))
+    decided = {group.name for group in space.groups}
+    sizes = dict(zip(whole.groups, whole.sizes.tolist(), strict=True))
+    kept_less = [1 if name in decided else least.get(name, size) for name, size in sizes.items()]
+    spared_less = [least.get(name, 1) for name in sizes]
+    costs = {KEEP_LESS: whole(np.array(kept_less)), SPARE_LESS: whole(np.array(spared_less))}
+    return [way for way in sorted(costs, key=costs.__getitem__) if costs[way] < space.lowest_of(cost)]
 
 
 def _needed(table: LatencyTable | None) -> LatencyTable:

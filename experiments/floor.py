@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from envs.evaluator import CandidateEvaluator
-from envs.space import SearchSpace
+from envs.space import KEEP_LESS, SPARE_LESS, SearchSpace
 from graph_encoder.network import NetworkGraph
 from latency.budget import Budget, BudgetError, in_words
 from latency.measure import Comparison
@@ -168,11 +168,11 @@ def _refusal(limit: int, floors: Sequence[Floor]) -> str:
     best = min(floors, key=lambda floor: floor.least_ns)
     least = f"{in_words(best.least_ns, 'latency')} ({best.least_ns / best.dense_ns:.1%})"
     # By the clock the fastest network may be slower than the dense one.
-    todo = f"Pass at least {least}, or lower" if best.least_ns < best.dense_ns else "Lower"
+    ways = f"{KEEP_LESS}, or {SPARE_LESS}"
+    todo = f"Pass at least {least}, or {ways}" if best.least_ns < best.dense_ns else ways[0].upper() + ways[1:]
     return (
         f"a budget of {in_words(limit, 'latency')} ({limit / best.dense_ns:.1%} of the dense "
-        f"{in_words(best.dense_ns, 'latency')}) is below the floor with {best}. {todo} min_keep_ratio, the rounding or "
-        "the protection"
+        f"{in_words(best.dense_ns, 'latency')}) is below the floor with {best}. {todo}"
     )
 
 

@@ -1,14 +1,16 @@
 import re
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from envs.action import counts_of, decode, project, start_plan
 from envs.plans import global_magnitude, noise_floor, sensitivity, uniform
-from envs.space import SearchSpace
+from envs.space import KEEP_LESS, SPARE_LESS, SearchSpace
 from graph_encoder.network import ChannelGroup, LinearDim, NetworkGraph, Term
 from latency.budget import Budget, BudgetError
 from latency.decision import LayerDecision
@@ -123,6 +125,27 @@ def test_the_first_layer_is_protected_unless_asked(model: SmallNetwork) -> None:
     assert make_space(model, Budget(share=0.5), protected=["down"]).names == ("inner", "last")
 
 
+@pytest.mark.parametrize(
+    ("options", "ways"),
+    [
+        ({}, [SPARE_LESS, KEEP_LESS]),
+        ({"min_keep_ratio": 0.0, "rounding": 1}, [SPARE_LESS]),
+        ({"protect_first": False}, [KEEP_LESS]),
+        ({"protect_first": False, "min_keep_ratio": 0.0, "rounding": 1}, []),
+    ],
+)
+def test_a_budget_that_cannot_be_met_names_what_saves_most_first(options: dict[str, Any], ways: list[str]) -> None:
+    # The first layer holds 90 % of the multiply-adds, and what it writes is spared by default.
+    perceptron = nn.Sequential(
+        nn.Flatten(), nn.Linear(192, 50), nn.ReLU(), nn.Linear(50, 20), nn.ReLU(), nn.Linear(20, 3)
+    ).eval()
+
+    with pytest.raises(BudgetError) as caught:
+        make_space(perceptron, Budget(absolute=1), **options)
+
+    assert str(caught.value).split(", or ")[1:] == ways
+
+
 def test_a_budget_that_cannot_be_met_is_refused_with_the_lowest_cost(model: SmallNetwork) -> None:
     lowest = make_space(model).lowest_cost
     dense = make_space(model).cost.dense
@@ -130,7 +153,7 @@ def test_a_budget_that_cannot_be_met_is_refused_with_the_lowest_cost(model: Smal
     message = (
         f"a budget of {limit:,} macs ({limit / dense:.1%} of the dense {dense:,} macs) cannot be met: with every "
         f"decision at its least the network still costs {lowest:,} macs ({lowest / dense:.1%}). Pass at least "
-        f"{lowest:,} macs, or lower min_keep_ratio, the rounding or the protection"
+        f"{lowest:,} macs, or {SPARE_LESS}, or {KEEP_LESS}"
     )
     with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
         make_space(model, Budget(share=0.01))

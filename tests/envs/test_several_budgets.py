@@ -13,7 +13,7 @@ from envs.action import counts_of, project
 from envs.allocation import greedy, knapsack
 from envs.layerwise_env import LayerwiseEnv
 from envs.plans import global_magnitude, uniform
-from envs.space import SearchSpace
+from envs.space import KEEP_LESS, SPARE_LESS, SearchSpace
 from graph_encoder.capture import capture
 from graph_encoder.features import GLOBAL_FEATURES
 from graph_encoder.network import ChannelGroup, LinearDim, NetworkGraph, Term
@@ -282,7 +282,7 @@ def test_the_budget_that_cannot_be_met_is_named_with_its_least() -> None:
     message = (
         f"a budget of {limit:,} bytes ({limit / dense:.1%} of the dense {dense:,} bytes) cannot be met: with every "
         f"decision at its least the network still costs {lowest:,} bytes ({lowest / dense:.1%}). Pass at least "
-        f"{lowest:,} bytes, or lower min_keep_ratio, the rounding or the protection"
+        f"{lowest:,} bytes, or {SPARE_LESS}, or {KEEP_LESS}"
     )
     with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
         mixed_space("50% macs, 0.1% bytes", [])

@@ -244,8 +244,8 @@ def test_impossible_budget_is_refused_before_any_evaluation() -> None:
 
     assert re.fullmatch(
         r"a budget of [\d,]+ macs \(1\.0% of the dense [\d,]+ macs\) cannot be met: with every decision at its least "
-        r"the network still costs [\d,]+ macs \([\d.]+%\)\. Pass at least [\d,]+ macs, or lower min_keep_ratio, the "
-        r"rounding or the protection",
+        r"the network still costs [\d,]+ macs \([\d.]+%\)\. Pass at least [\d,]+ macs, or spare fewer groups "
+        r"\(search\.protect_first, search\.protected\), or lower search\.min_keep_ratio or search\.rounding",
         str(caught.value),
     )
 

@@ -79,8 +79,8 @@ def test_impossible_budget_names_the_reachable_minimum(command: Command, tiny_ya
     assert done.code == 1
     assert re.search(
         r"^error: a budget of [\d,]+ macs \(1\.0% of the dense [\d,]+ macs\) cannot be met: with every decision at its least "
-        r"the network still costs [\d,]+ macs \([\d.]+%\)\. Pass at least [\d,]+ macs, or lower min_keep_ratio, the rounding or "
-        r"the protection$",
+        r"the network still costs [\d,]+ macs \([\d.]+%\)\. Pass at least [\d,]+ macs, or spare fewer "
+        r"groups \(search\.protect_first, search\.protected\), or lower search\.min_keep_ratio or search\.rounding$",
         done.err,
         re.MULTILINE,
     )
