@@ -413,15 +413,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which ``2:4`` is a text: PyYAML follows version 1.1, where it is 124, written to the base of 60."""
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
         tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
         return self.DEFAULT_SCALAR_TAG if tag in _NUMBERS and ":" in value else tag
-
-
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 def _parsed(text: str, source: str) -> Any:
@@ -437,12 +437,12 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
         key = f"{key}.{_SHORT[key]}"
     *sections, last = key.split(".")
     for section in sections:
-        if tree.get(section) is None:
-            tree[section] = {}
-        tree = tree[section]
-        if not isinstance(tree, dict):
-            msg = f"'{key}' cannot be set, as '{section}' is {tree!r} and no section; set '{section}' as a whole"
+        below = {} if tree.get(section) is None else tree[section]
+        if not isinstance(below, dict):
+            msg = f"'{key}' cannot be set, as '{section}' is {below!r} and no section; set '{section}' as a whole"
             raise ConfigError(msg)
+        tree[section] = dict(below)  # an option that is a section stays as it was given
+        tree = tree[section]
     tree[last] = value
 
 

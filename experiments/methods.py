@@ -189,10 +189,10 @@ def check_enough(method: Method, settings: SearchSettings, probes: float, weight
         "the sensitivity probes take": probes if settings.uses_probes(method) else 0.0,
         f"rescoring {count(n_finalists, 'finalist')} takes": n_finalists * weight if weight > 1 else 0.0,
     }
-    left = settings.evaluations - math.fsum(spent.values())
+    by_probes, by_rescoring = spent.values()
+    left = settings.evaluations - by_probes - by_rescoring
     if left >= 1:
         return left
-    by_probes, by_rescoring = spent.values()
     ways = [f"grant at least {math.ceil(by_probes + by_rescoring) + 1}"]
     if by_probes:
         ways.append("lower search.probe_share")

@@ -197,6 +197,13 @@ def test_model_and_data_may_be_named_alone_beside_other_keys_of_theirs(tmp_path:
         assert (config.data.source, config.data.download) == ("cifar10", True)
 
 
+def test_option_that_is_a_section_is_left_as_it_was_given() -> None:
+    options = {"search": {"seed": 3}, "search.seed": 7}
+
+    assert load_config(None, options).search.seed == 7
+    assert options == {"search": {"seed": 3}, "search.seed": 7}
+
+
 def test_key_below_a_value_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(written(tmp_path, "budget: 50%\n"), {"budget.share": 0.3})

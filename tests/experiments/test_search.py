@@ -182,8 +182,7 @@ def test_methods_are_compared_at_equal_numbers_from_the_same_start(tiny_config: 
 
 
 def test_search_reads_no_test_image(tiny_config: Configured, tmp_path: Path) -> None:
-    data = tiny_config().data.model_copy(update={"test": tiny_config().data.test.model_copy(update={"folder": "none"})})
-    outcome = search(tiny_config().model_copy(update={"data": data}), tmp_path / "run")
+    outcome = search(tiny_config(data__source="tests.experiments.tiny:images_without_test"), tmp_path / "run")
 
     assert outcome.n_test == 0
     assert outcome.row("random").test_accuracy is None

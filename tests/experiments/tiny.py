@@ -42,6 +42,11 @@ def images() -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
+def images_without_test() -> dict[str, tuple[Tensor, Tensor]]:
+    """`images` but for the test split."""
+    return {name: split for name, split in images().items() if name != "test"}
+
+
 def _split(n: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % CLASSES
