@@ -7,7 +7,7 @@ from experiments.config import ConfigError, RunConfig, SearchSettings
 from experiments.methods import check_enough
 from experiments.problem import evaluations_to_probe, probe
 
-from .test_agents import problem_of
+from .test_agents_elsewhere import problem_of
 
 
 @pytest.mark.parametrize(
