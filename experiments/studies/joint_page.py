@@ -77,7 +77,28 @@ def _curves(cells: Cells) -> list[str]:
         for what, shares in CURVE_SHARES.items()
         for share in shares
     }
-    return _table_of_found(cells, ("decided", "budget"), names)
+    return [*_table_of_found(cells, ("decided", "budget"), names), *_dominance(cells, names)]
+
+
+def _dominance(cells: Cells, names: Mapping[tuple[str, ...], str]) -> list[str]:
+    """How many networks of one kind of decision a network of both is no slower and no less accurate than."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for (what, _), name in names.items():
+        if name in cells.outcomes:
+            row = _only(cells.outcomes[name].rows)
+            reading = reading_of(cells.timed.get(name, []), row.method, threads=1)
+            if reading and row.tuned_test_accuracy is not None:
+                points.setdefault(what, []).append((reading["ratio"], row.tuned_test_accuracy))
+    both = points.pop("both", [])
+    if not both or not points:
+        return []
+    found = [
+        f"{sum(any(t <= time and a >= accuracy for t, a in both) for time, accuracy in own)} of {len(own)} of {what}"
+        for what, own in points.items()
+    ]
+    return [
+        f"A network with both decided is no slower on one thread and no less accurate than {' and '.join(found)} alone."
+    ]
 
 
 def _same_macs(cells: Cells) -> list[str]:

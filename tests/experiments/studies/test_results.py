@@ -288,6 +288,23 @@ def test_a_plan_found_for_latency_is_compared_with_one_found_for_multiply_adds(t
     assert f"{words} on 1 thread." in lines
 
 
+def test_the_curves_say_what_networks_with_both_decided_dominate(tmp_path: Path) -> None:
+    for name, accuracy, ratio in (
+        ("channels-20", 0.60, 0.20),
+        ("channels-50", 0.85, 0.50),
+        ("bits-30", 0.70, 0.30),
+        ("both-20", 0.70, 0.19),
+        ("both-30", 0.80, 0.31),
+    ):
+        finish(tmp_path, f"resnet18_cifar-curve-{name}", {}, ppo=accuracy)
+        timed(tmp_path, f"resnet18_cifar-curve-{name}", "ppo", ratio)
+
+    lines = section(render_page(tmp_path, NAMES, "ppo"), "Channels, bits, and both: ResNet-18")
+
+    words = "A network with both decided is no slower on one thread and no less accurate than"
+    assert f"{words} 1 of 2 of channels and 1 of 1 of bits alone." in lines
+
+
 def test_joint_searches_are_compared_with_the_agent_and_show_what_was_measured(tmp_path: Path) -> None:
     for method, accuracy, ratio in (("cem", 0.80, 0.12), ("ppo", 0.82, 0.10)):
         finish(tmp_path, f"resnet18_cifar-{method}-seed0", {}, **{method: accuracy})
