@@ -22,13 +22,12 @@ from pruning.policy import CompressionPolicy
 from .agents import plan_by_agent, search_by_agent
 from .clock import TableDevice
 from .config import ConfigError, RunConfig
+from .exported_files import ONNX_NAME, write_exported
 from .interrupt import StopFlag
 from .machine import set_up_device
 from .methods import ranked_plans
-from .onnx_file import ONNX_NAME, write_onnx
 from .outcome import ANOTHER_DEVICE, DENSE, Latency, speeds_that_count, unsure_speedups
 from .problem import least_squares
-from .program import write_program
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
 from .search import Watch, build_problem, importance_of, space_of_graph, tell_precision
@@ -154,12 +153,10 @@ def _saved(
     evaluate, example = subject.evaluate_on_validation(), subject.example(2)
     network = builder.build(policy)
     save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
-    images, onnx = subject.range_images()[0], out / ONNX_NAME
-    measured = subject.config.measure
-    is_written = measured.onnx and write_onnx(network, COMPRESSED, example, onnx, images, display)
-    write_program(network, example, out, measured, COMPRESSED, display)
+    images = subject.range_images()[0]
+    onnx = write_exported(network, COMPRESSED, example, out, images, subject.config.measure, display)
     device = TableDevice.of(subject.config.latency.table)
-    own, dense = _times(subject, network, policy, onnx if is_written else None, device, display)
+    own, dense = _times(subject, network, policy, onnx, device, display)
     has_zeros = bool(policy.sparse_layers)
     counting = speeds_that_count(COMPRESSED, own, dense, has_zeros=has_zeros, device=device.fingerprint)
     speeds = [*speeds_that_count(COMPRESSED, own, dense, has_zeros=False), *counting]

@@ -23,14 +23,13 @@ from pruning.sparse_training import hold_zeros
 from .clock import TableDevice
 from .config import AGENTS, RunConfig
 from .data import DataError
+from .exported_files import ONNX_NAME, write_exported
 from .figures import Plan
 from .interrupt import StopFlag
 from .measured_budget import kept_by_the_clock
 from .methods import MethodSearch, is_finalists
-from .onnx_file import ONNX_NAME, write_onnx
 from .outcome import DENSE, Allowance, Latency, MethodOutcome, RunOutcome, budget_words
 from .problem import SearchProblem
-from .program import write_program
 from .progress import RunDisplay
 from .report import render_report
 from .run import MethodFolder, RunFolder
@@ -189,9 +188,8 @@ def _save_products(
         for finalist in finalists:
             target = folder.method(finalist.name).model
             if not (target / "manifest.json").exists():
-                if subject.config.measure.onnx:
-                    write_onnx(finalist.product, finalist.name, example, target / ONNX_NAME, images, display)
-                write_program(finalist.product, example, target, subject.config.measure, finalist.name, display)
+                settings = subject.config.measure
+                write_exported(finalist.product, finalist.name, example, target, images, settings, display)
                 save_compressed(
                     finalist.product, finalist.policy, target, constructor=constructor, example_inputs=example
                 )

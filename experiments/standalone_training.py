@@ -15,11 +15,10 @@ from pruning.sparse_training import hold_zeros
 
 from .config import ConfigError, RunConfig
 from .data import ImageData, TrainBatches, labelled_batches, make_evaluate, normalise
+from .exported_files import write_exported
 from .interrupt import StopFlag
 from .machine import set_up_device
 from .models import build_model, check_outputs, load_weights
-from .onnx_file import ONNX_NAME, write_onnx
-from .program import write_program
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
 from .training import train_from_scratch, tune
@@ -124,10 +123,8 @@ def finetune_saved(
         )
     example = manifest.examples()
     save_compressed(model, policy, out, constructor=manifest.constructor, example_inputs=example)
-    if config.measure.onnx:
-        images = labelled_batches(data.train, config.data, n_images=config.search.batch_size, seed=seed)[0][0]
-        write_onnx(model, "the fine-tuned network", example, out / ONNX_NAME, images, display)
-    write_program(model, example, out, config.measure, "the fine-tuned network", display)
+    images = labelled_batches(data.train, config.data, n_images=config.search.batch_size, seed=seed)[0][0]
+    write_exported(model, "the fine-tuned network", example, out, images, config.measure, display)
     return {"network": str(out), "validation_accuracy_before": before, "validation_accuracy": evaluate(model)}
 
 

@@ -45,7 +45,9 @@ class Stopwatch:
             start = clock()
             call()
             elapsed = clock() - start
-            return elapsed, waited() - before
+            lost = waited() - before
+            # A wait as long as the call began before it, or went on after it, while the counter was read.
+            return elapsed, lost if lost < elapsed else 0
 
         return timed
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from graph_encoder.batches import inputs_of
 from graph_encoder.capture import capture
 
 from .files import write_atomic
@@ -98,7 +99,7 @@ def save_compressed(
     weights = safetensors.torch.save(_unique_tensors(model))
     manifest = Manifest(
         constructor=constructor,
-        inputs=tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in _as_tuple(example_inputs)),
+        inputs=tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs_of(example_inputs)),
         weights_sha256=hashlib.sha256(weights).hexdigest(),
         policy_digest=policy.digest,
         torch_version=torch.__version__,
@@ -215,7 +216,7 @@ def export_onnx(
         )
         raise ExportError(msg)
     content = integer_model(_in_half_precision(frozen), lambda marked: _to_onnx(marked, inputs)).SerializeToString()
-    report = integer_report(content, frozen, tuple(x.cpu() for x in _as_tuple(images)))
+    report = integer_report(content, frozen, tuple(x.cpu() for x in inputs_of(images)))
     allowed = max(INTEGER_TOLERANCE, report.rounding)
     if not report.error <= allowed:
         msg = (
@@ -379,10 +380,6 @@ def load_program(path: Path | str) -> ExportedProgram:
         raise ExportError(msg) from error
 
 
-def _as_tuple(inputs: Inputs) -> tuple[Tensor, ...]:
-    return (inputs,) if isinstance(inputs, Tensor) else inputs
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -432,7 +429,7 @@ def _batch(example_inputs: Inputs, size: int) -> tuple[Tensor, ...]:
         torch.randn(size, *x.shape[1:], generator=generator, dtype=x.dtype)
         if x.is_floating_point()
         else x[:1].cpu().expand(size, *x.shape[1:]).contiguous()
-        for x in _as_tuple(example_inputs)
+        for x in inputs_of(example_inputs)
     )
 
 
@@ -448,7 +445,7 @@ def _check_outputs(
     for size in (1, 3):
         inputs = _batch(example_inputs, size)
         with torch.inference_mode():
-            expected, found = _as_tuple(model(*inputs)), _as_tuple(run(*inputs))
+            expected, found = inputs_of(model(*inputs)), inputs_of(run(*inputs))
         for one, other in zip(expected, found, strict=True):
             error = float((one - other).abs().max() / one.abs().max().clamp(min=1e-12))
             if not error <= tolerance:

@@ -206,3 +206,10 @@ def test_too_few_rounds_hold_no_interval() -> None:
         ValueError, match=r"^times have shape \(5,\) and the baseline's \(6,\); both must be of the same"
     ):
         compare([1.0] * 5, [1.0] * 6)
+
+
+def test_a_wait_while_the_counter_is_read_is_not_taken_off_the_call() -> None:
+    waits = iter([0, 900])  # more than the call took, so not within it
+    ticks = iter([1000, 1100])
+
+    assert Stopwatch(lambda: next(ticks), lambda: next(waits)).timer(lambda: None)() == (100, 0)

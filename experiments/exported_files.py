@@ -1,0 +1,76 @@
+"""A finished network as files that need none of its Python code, where it can be one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pruning.export import ExportError, export_onnx, export_program
+from pruning.program_archive import ArchiveError
+from pruning.qdq import IntegerReport
+
+from .config import MeasureConfig
+from .progress import RunDisplay
+
+ONNX_NAME, PROGRAM_NAME = "model.onnx", "model.pt2"
+"""The files in the folder of a network."""
+
+
+def write_exported(
+    network: nn.Module,
+    name: str,
+    example: Tensor | tuple[Tensor, ...],
+    folder: Path,
+    images: Tensor,
+    settings: MeasureConfig,
+    display: RunDisplay,
+) -> Path | None:
+    """Write a network as ONNX and as an exported program, each where the settings ask for it.
+
+    What cannot be written is said and left out: bits may be simulated only, an operator unknown to the exporter.
+
+    Args:
+        network: in any form that `pruning.export.export_onnx` takes; untouched.
+        name: what the display calls it.
+        example: inputs of the network, batch first.
+        folder: of the saved network.
+        images: a batch of real images, on which integers are compared with PyTorch's simulation of them.
+        settings: which files are asked for.
+        display: told how many layers run in integers, and what went wrong.
+
+    Returns:
+        The ONNX file, None if it was not written.
+
+    Raises:
+        FileWriteError: if the disk refuses.
+    """
+    onnx: Path | None = None
+    if settings.onnx:
+        try:
+            integers = export_onnx(network, example, folder / ONNX_NAME, images=images)
+        except ExportError as error:
+            display.say(f"warning: {name} is not written as ONNX: {error}")
+        else:
+            onnx = folder / ONNX_NAME
+            if integers is not None:
+                _tell_integers(integers, name, display)
+    if settings.program:
+        try:
+            export_program(network, example, folder / PROGRAM_NAME)
+        except (ExportError, ArchiveError) as error:
+            display.say(f"warning: {name} is not written as an exported program: {error}")
+    return onnx
+
+
+def _tell_integers(integers: IntegerReport, name: str, display: RunDisplay) -> None:
+    others = f" (and {integers.others} more, which the runtime quantizes by itself)" if integers.others else ""
+    display.say(
+        f"{name} as ONNX: {integers.fused_layers} of {integers.layers} 8-bit layers run in integers{others}; "
+        f"the same class as in PyTorch for {integers.agreement:.1%} of {integers.images} images"
+    )
+    if integers.unfused:
+        display.say(
+            f"warning: {name} has 8-bit layers that ONNX Runtime computes in floats, as it has no integer kernel "
+            f"where they stand: {', '.join(integers.unfused)}"
+        )
