@@ -153,6 +153,11 @@ def _saved(
     evaluate, example = subject.evaluate_on_validation(), subject.example(2)
     network = builder.build(policy)
     save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
+    if epochs := subject.config.finetune.epochs:
+        display.say(
+            f"finetune.epochs is {epochs}, but 'secateur apply' trains nothing; for that, go on with "
+            f"'secateur finetune {out}'"
+        )
     images = subject.range_images()[0]
     onnx = write_exported(network, COMPRESSED, example, out, images, subject.config.measure, display)
     device = TableDevice.of(subject.config.latency.table)

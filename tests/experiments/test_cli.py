@@ -226,6 +226,18 @@ def test_policy_of_a_run_is_applied_to_the_same_network(command: Command, finish
     ]
 
 
+def test_apply_says_that_it_does_not_fine_tune(command: Command, finished_run: Path, tmp_path: Path) -> None:
+    policy, weights = finished_run / "methods" / "random" / "policy.json", finished_run / "dense.safetensors"
+    options = (finished_run / "config.yaml", "--weights", weights, "--set", "finetune.epochs=2")
+
+    done = command("apply", policy, *options, "--out", tmp_path / "out")
+
+    assert (
+        "finetune.epochs is 2, but 'secateur apply' trains nothing; for that, go on with 'secateur finetune "
+        f"{tmp_path / 'out'}'\n"
+    ) in done.err
+
+
 @pytest.fixture(scope="module")
 def agent_run(tiny_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("agent") / "run"
