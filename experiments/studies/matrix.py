@@ -73,14 +73,9 @@ def matrix(agent: Method) -> Iterator[Cell]:
     for seed in range(3):
         for method in (*SEARCHERS[:3], "sensitivity", "uniform"):
             yield _reconstructed("resnet56", method, seed)
-    for method in ("uniform", "cem", agent):
-        fitted = {"search.reconstruct": True, "search.calibration_images": 500}
-        yield _search("resnet56-fitted", method, 0, fitted)
     for method in ("ppo", "ddpg"):
         layerwise = {"search.environment": "layerwise", "search.evaluations": LAYERWISE_EVALUATIONS}
         yield _search("resnet56-layerwise", method, 0, layerwise)
-    for method in SEARCHERS:
-        yield _search("resnet56-uniform-start", method, 0, {"search.start": "uniform"})
     yield _tuned("resnet56", agent, epochs=30, seed=0)
     yield from joint(agent)
 

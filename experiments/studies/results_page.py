@@ -61,16 +61,6 @@ _SEARCH_TABLES = (
         "intervals (Student's t).",
     ),
     (
-        "resnet56-uniform-start",
-        "ResNet-56 before fine-tuning, from the uniform plan",
-        "As from the sensitivity plan, without the probes and the start that they give.",
-    ),
-    (
-        "resnet56-fitted",
-        "ResNet-56 before fine-tuning, searched with reconstruction",
-        "Every candidate was fitted to the dense network by least squares on 500 training images before it was scored.",
-    ),
-    (
         "resnet56-layerwise",
         "ResNet-56 layer by layer",
         "The layerwise environment, for its cost: fewer evaluations, one decision a step.",
