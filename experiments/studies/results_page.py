@@ -58,7 +58,8 @@ _SEARCH_TABLES = (
         "L1 importance, batch norms re-estimated on augmented training images, plans scored on all 5,000 even-numbered "
         "files. Searching methods start from the sensitivity plan; its probes count as evaluations. Mean and standard "
         "deviation over the seeds; differences from the cross-entropy method in points, paired by seed, with 95 % "
-        "intervals (Student's t).",
+        "intervals (Student's t). One thread; other work ran on the machine beside some of the searches, so seconds "
+        "compare no methods, and the share of them outside evaluating does.",
     ),
     (
         "resnet56-layerwise",
