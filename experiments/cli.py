@@ -390,7 +390,7 @@ def latency_check(
 
 @latency.command("measure")
 def latency_measure(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, one or more.")],
     runtime: Annotated[
         str, typer.Option(help="onnxruntime, openvino, pytorch-eager, pytorch-compile or sparse.")
     ] = "onnxruntime",
@@ -403,13 +403,13 @@ def latency_measure(
     host_python: HostPython = "python3",
     as_json: AsJson = False,
 ) -> None:
-    """Time what a run saved beside its dense network, again and in turns."""
-    from .measure_run import HEADINGS, measure_run
+    """Time what runs saved beside the first one's dense network, again and in turns."""
+    from .measure_run import HEADINGS, measure_runs
     from .outcome import plain_lines
     from .timing_device import Remote, read_cpus
 
-    readings = measure_run(
-        run,
+    readings = measure_runs(
+        runs,
         runtime=runtime,
         threads=threads or (1,),
         cpus=read_cpus(cpus),

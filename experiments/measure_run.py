@@ -1,8 +1,8 @@
-"""`secateur latency measure`: the networks that a run saved, timed beside the dense one in a process of their own."""
+"""`secateur latency measure`: the networks that runs saved, timed beside the dense one in a process of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pruning.export import load_compressed, read_manifest
 from pruning.policy import CompressionPolicy
 
 from .data import ImageData
+from .exported_files import ONNX_NAME
 from .models import build_model
 from .outcome import ANOTHER_DEVICE, DENSE
 from .progress import Say, count
@@ -24,7 +25,7 @@ from .run import RunError, RunFolder
 from .timing_device import Remote, device_for
 
 WARMUP = 10
-HEADINGS = ["method", "threads", "ms (quartiles)", "disturbed", "of dense (95 %)", ""]
+HEADINGS = ["run", "method", "threads", "ms (quartiles)", "disturbed", "of dense (95 %)", ""]
 """Of `SavedLatency.cells`."""
 
 
@@ -33,6 +34,7 @@ class SavedLatency:
     """One saved network on one runtime.
 
     Attributes:
+        run: name of the folder of its run.
         method: that found its plan, or ``dense``.
         runtime: name and version.
         threads: of the runtime.
@@ -42,7 +44,7 @@ class SavedLatency:
         lower_quartile_ms: a quarter of the calls were faster.
         upper_quartile_ms: a quarter of the calls were slower.
         disturbed: share of the calls that had to wait for a processor.
-        rounds: calls; in each round every network of the run was called once.
+        rounds: calls; in each round every network was called once.
         ratio: median over the rounds of its time over the dense network's.
         low: lower end of the interval that holds the true median ratio at 95 %.
         high: its upper end.
@@ -52,6 +54,7 @@ class SavedLatency:
             the same, or there was no table.
     """
 
+    run: str
     method: str
     runtime: str
     threads: int
@@ -76,7 +79,7 @@ class SavedLatency:
     def cells(self) -> list[str]:
         """The reading as a row of text, a cell for each of `HEADINGS`."""
         times = f"{self.median_ms:.3g} ({self.lower_quartile_ms:.3g} to {self.upper_quartile_ms:.3g})"
-        own = [self.method, str(self.threads), times, f"{self.disturbed:.0%}"]
+        own = [self.run, self.method, str(self.threads), times, f"{self.disturbed:.0%}"]
         where = f", {ANOTHER_DEVICE}" if self.another_device else ""
         if self.method == DENSE:
             return [*own, "", f"{self.runtime}{where}"]
@@ -85,8 +88,39 @@ class SavedLatency:
         return [*own, share, f"{self.verdict}{needed}{where}"]
 
 
-def measure_run(
-    root: Path,
+@dataclass(frozen=True)
+class _Saved:
+    """A network that a run saved."""
+
+    folder: RunFolder
+    method: str
+
+    @property
+    def key(self) -> str:
+        return DENSE if self.method == DENSE else f"{self.folder.root}/{self.method}"
+
+    @property
+    def path(self) -> Path:
+        return self.folder.method(self.method).model
+
+    @property
+    def input_shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(x.shape[1:]) for x in read_manifest(self.path).examples()]
+
+    @property
+    def is_quantized(self) -> bool:
+        policy = CompressionPolicy.load(self.path / "policy.json")
+        return any(layer.is_quantized for layer in policy.layers.values())
+
+    def module(self) -> nn.Module:
+        config = self.folder.config
+        sample = ImageData(config.data).sample
+        name, n_classes, n_channels = config.model.name, len(sample.classes), sample.images.shape[1]
+        return load_compressed(self.path, lambda: build_model(name, n_classes, n_channels))
+
+
+def measure_runs(
+    roots: Sequence[Path],
     *,
     runtime: str = "onnxruntime",
     threads: Sequence[int] = (1,),
@@ -95,13 +129,16 @@ def measure_run(
     remote: Remote | None = None,
     say: Say = lambda text: None,
 ) -> list[SavedLatency]:
-    """Time the networks that a finished run saved, the dense one among them, taking turns.
+    """Time the networks that finished runs saved, taking turns, beside the dense one of the first run.
 
-    Runtimes of ONNX files read those that the run wrote; runtimes of PyTorch modules (``sparse`` among them) get the
-    networks as `pruning.export.load_compressed` builds them. What the run saved in no such form is left out, and named.
+    Networks are best compared within one call: with several threads the same network may take a third longer in one
+    process than in another, whatever the intervals of both say.
+
+    Runtimes of ONNX files read those that the runs wrote; runtimes of PyTorch modules (``sparse`` among them) get the
+    networks as `pruning.export.load_compressed` builds them. What a run saved in no such form is left out, and named.
 
     Args:
-        root: folder of the run.
+        roots: folders of the runs, one or more.
         runtime: name of a runtime.
         threads: numbers of threads to time with, one after the other.
         cpus: numbers of the processors to stay on; all if empty.
@@ -113,77 +150,93 @@ def measure_run(
         One reading for each network and number of threads.
 
     Raises:
-        RunError: if the run is not finished, or saved no dense network or no other in the form that the runtime takes.
+        RunError: if a run is not finished, takes other inputs than the first, or saved no network but the dense one in
+            the form that the runtime takes; or if the first saved no dense network in it.
         LatencyError: if the runtime cannot be used.
     """
-    folder = RunFolder.open(root)
-    methods = [row.method for row in folder.outcome().rows]
+    folders = [RunFolder.open(root) for root in dict.fromkeys(roots)]
     devices = [device_for(runtime, n, remote, cpus) for n in threads]
-    artifacts, left_out = _artifacts(folder, methods, devices[0].takes)
-    if DENSE not in artifacts or len(artifacts) == 1:
-        msg = f"run {root} holds too little to time with '{runtime}': {'; '.join(left_out)}"
-        raise RunError(msg)
-    for reason in left_out:
-        say(f"left out: {reason}")
+    artifacts: dict[_Saved, Artifact] = {}
+    for folder in folders:
+        # The first run's dense network is beside all.
+        unwanted = set() if folder is folders[0] else {DENSE}
+        saved = [_Saved(folder, row.method) for row in folder.outcome().rows if row.method not in unwanted]
+        own, left_out = _artifacts(saved, devices[0].takes)
+        timed = {network.method for network in own}
+        if not timed - {DENSE} or not timed | unwanted >= {DENSE}:
+            msg = f"run {folder.root} holds too little to time with '{runtime}': {'; '.join(left_out)}"
+            raise RunError(msg)
+        for reason in left_out:
+            say(f"left out: {reason}")
+        artifacts |= own
+    _check_inputs(list(artifacts))
     readings: list[SavedLatency] = []
-    table = LatencyTable.load(folder.table_file) if folder.table_file.exists() else None
     for device, n in zip(devices, threads, strict=True):
-        another = _another_device(table, device)
-        if another:
-            say(f"warning: {ANOTHER_DEVICE}: {another}")
-        say(f"{root}: {len(artifacts)} networks with {count(n, 'thread')}, {rounds} rounds")
-        readings += [replace(reading, another_device=another) for reading in _timed(device, folder, artifacts, rounds)]
+        another = {folder: _another_device(folder, device) for folder in folders}
+        for reason in dict.fromkeys(filter(None, another.values())):
+            say(f"warning: {ANOTHER_DEVICE}: {reason}")
+        where = ", ".join(str(folder.root) for folder in folders)
+        say(f"{where}: {len(artifacts)} networks with {count(n, 'thread')}, {rounds} rounds")
+        for network, reading in _timed(device, artifacts, rounds):
+            readings.append(replace(reading, another_device=another[network.folder]))
     return readings
 
 
-def _another_device(table: LatencyTable | None, device: Device) -> str:
-    """Why a device is not that of a table; empty if it is, or there is no table."""
+def _check_inputs(networks: Sequence[_Saved]) -> None:
+    expected = networks[0].input_shapes
+    for network in networks:
+        if network.input_shapes != expected:
+            msg = (
+                f"run {network.folder.root} takes inputs of shapes {network.input_shapes}, and run "
+                f"{networks[0].folder.root} of {expected}; networks are compared on the same input, so time them apart"
+            )
+            raise RunError(msg)
+
+
+def _another_device(folder: RunFolder, device: Device) -> str:
+    """Why a device is not that of the run's table; empty if it is, or there is no table."""
     try:
-        if table is not None:
-            table.check_device(device.fingerprint)
+        if folder.table_file.exists():
+            LatencyTable.load(folder.table_file).check_device(device.fingerprint)
     except TableError as error:
         return str(error)
     return ""
 
 
-def _artifacts(folder: RunFolder, methods: Sequence[str], takes: str) -> tuple[dict[str, Artifact], list[str]]:
-    """The saved networks as a runtime takes them, by method, and why others are not among them."""
-    artifacts: dict[str, Artifact] = {}
+def _artifacts(networks: Sequence[_Saved], takes: str) -> tuple[dict[_Saved, Artifact], list[str]]:
+    """The saved networks as a runtime takes them, and why others are not among them."""
+    artifacts: dict[_Saved, Artifact] = {}
     left_out: list[str] = []
-    for method in methods:
-        saved = folder.method(method).model
+    for network in networks:
         if takes == "onnx":
-            path = saved / "model.onnx"
+            path = network.path / ONNX_NAME
             reason = "it was run with measure.onnx off, or the export failed, which its output says"
             if path.exists():
-                artifacts[method] = path
+                artifacts[network] = path
             else:
-                left_out.append(f"no ONNX file of {method} ({reason})")
-        elif any(layer.is_quantized for layer in CompressionPolicy.load(saved / "policy.json").layers.values()):
-            left_out.append(f"{method} has integers, which this runtime of float networks would only simulate")
+                left_out.append(f"no ONNX file of {network.method} ({reason})")
+        elif network.is_quantized:
+            left_out.append(f"{network.method} has integers, which this runtime of float networks would only simulate")
         else:
-            artifacts[method] = _network(folder, saved)
+            artifacts[network] = network.module()
     return artifacts, left_out
 
 
-def _network(folder: RunFolder, saved: Path) -> nn.Module:
-    sample = ImageData(folder.config.data).sample
-    name, n_classes, n_channels = folder.config.model.name, len(sample.classes), sample.images.shape[1]
-    return load_compressed(saved, lambda: build_model(name, n_classes, n_channels))
-
-
 def _timed(
-    device: LocalDevice | RemoteDevice, folder: RunFolder, artifacts: Mapping[str, Artifact], rounds: int
-) -> list[SavedLatency]:
-    example = tuple(x[:1] for x in read_manifest(folder.method(DENSE).model).examples())
-    report = device.measure(artifacts, example, n_runs=rounds, n_warmup=WARMUP)
+    device: LocalDevice | RemoteDevice, artifacts: Mapping[_Saved, Artifact], rounds: int
+) -> Iterator[tuple[_Saved, SavedLatency]]:
+    by_key = {network.key: network for network in artifacts}
+    example = tuple(x[:1] for x in read_manifest(by_key[DENSE].path).examples())
+    named = {network.key: artifact for network, artifact in artifacts.items()}
+    report = device.measure(named, example, n_runs=rounds, n_warmup=WARMUP)
     where = device.fingerprint
-    readings = []
     for entry in report.entries:
-        against = report.compare(entry.model, DENSE, where.runtime)
-        readings.append(
+        network, against = by_key[entry.model], report.compare(entry.model, DENSE, where.runtime)
+        yield (
+            network,
             SavedLatency(
-                method=entry.model,
+                run=network.folder.root.resolve().name,
+                method=network.method,
                 runtime=f"{where.runtime} {where.version}",
                 threads=where.threads,
                 processor=where.processor,
@@ -198,6 +251,5 @@ def _timed(
                 high=against.high,
                 verdict=against.verdict,
                 repeats_needed=against.repeats_needed,
-            )
+            ),
         )
-    return readings

@@ -19,8 +19,8 @@ fine-tuned for {JOINT_EPOCHS} epochs on the same batches; bits take part in that
 _CURVES = f"""One search of {JOINT_EVALUATIONS} evaluations (seed 0) for each budget, then {JOINT_EPOCHS} epochs.
 Deciding bits alone, no plan is faster than 8 bits in every layer; channels alone stay in single precision."""
 _SAME = f"""Inner channels of ResNet-56 in single precision, rounding 1, {JOINT_EVALUATIONS} evaluations, seed 0:
-searched under half of the multiply-adds alone, and under a latency as well that leaves room for as many of them. Each
-is timed beside the same dense network; the ratio of both shares has the interval that their two intervals allow."""
+searched under half of the multiply-adds alone, and under a latency as well that leaves room for as many of them. Both
+were timed in the same rounds; the ratio of their shares has the interval that their two intervals allow."""
 
 
 def joint_sections(cells: Cells) -> list[tuple[str, str, list[str]]]:
@@ -51,7 +51,7 @@ def _joint_table(cells: Cells, name: str) -> list[str]:
             percent(row.tuned_test_accuracy),
             _points(row.tuned_test_accuracy, control),
             amount(row.macs),
-            *_latencies(cells, name, row.method),
+            *_latencies(cells.timed.get(name, []), name, row.method),
         ]
         for row in rows
     ]
@@ -86,7 +86,7 @@ def _dominance(cells: Cells, names: Mapping[tuple[str, ...], str]) -> list[str]:
     for (what, _), name in names.items():
         if name in cells.outcomes:
             row = _only(cells.outcomes[name].rows)
-            reading = reading_of(cells.timed.get(name, []), row.method, threads=1)
+            reading = reading_of(cells.timed.get(name, []), row.method, threads=1, run=name)
             if reading and row.tuned_test_accuracy is not None:
                 points.setdefault(what, []).append((reading["ratio"], row.tuned_test_accuracy))
     both = points.pop("both", [])
@@ -103,14 +103,17 @@ def _dominance(cells: Cells, names: Mapping[tuple[str, ...], str]) -> list[str]:
 
 def _same_macs(cells: Cells) -> list[str]:
     names: dict[tuple[str, ...], str] = {(budget,): f"resnet56-{name}" for name, budget in SAME_MACS.items()}
-    tables = _table_of_found(cells, ("budget",), names)
+    *_, last = names.values()
+    # Timed with the last of them in one process; as long as that is missing, each has readings of its own.
+    together = cells.timed.get(last, [])
+    tables = _table_of_found(cells, ("budget",), names, {name: together for name in names.values()} if together else {})
     if len(found := [name for name in names.values() if name in cells.outcomes]) < len(names):
         return tables
     rows = [_only(cells.outcomes[name].rows) for name in found]
     macs = rows[1].macs / rows[0].macs
     for threads in (1, 2):
         by_macs, by_latency = (
-            reading_of(cells.timed.get(n, []), r.method, threads) for n, r in zip(found, rows, strict=True)
+            reading_of(together, r.method, threads, run=name) for name, r in zip(found, rows, strict=True)
         )
         if by_macs and by_latency:
             share = by_latency["ratio"] / by_macs["ratio"]
@@ -122,14 +125,27 @@ def _same_macs(cells: Cells) -> list[str]:
     return tables
 
 
-def _table_of_found(cells: Cells, heads: tuple[str, ...], names: Mapping[tuple[str, ...], str]) -> list[str]:
-    """What the only method of each finished cell found, after the words that tell the cells apart."""
+def _table_of_found(
+    cells: Cells,
+    heads: tuple[str, ...],
+    names: Mapping[tuple[str, ...], str],
+    timed: Mapping[str, list[dict[str, Any]]] | None = None,
+) -> list[str]:
+    """What the only method of each finished cell found, after the words that tell the cells apart.
+
+    Args:
+        cells: the finished cells.
+        heads: of the words.
+        names: cells by their words.
+        timed: readings by name of the cell; its own where there are none.
+    """
     lines = []
     for words, name in names.items():
         if name in cells.outcomes:
             row = _only(cells.outcomes[name].rows)
             own = [percent(row.test_accuracy), percent(row.tuned_test_accuracy), amount(row.macs)]
-            lines.append([*words, *own, *_latencies(cells, name, row.method)])
+            readings = (timed or cells.timed).get(name, [])
+            lines.append([*words, *own, *_latencies(readings, name, row.method)])
     table = Table([*heads, "before", "fine-tuned", "multiply-adds", *_latency_heads()], lines)
     return [table.markdown()] if lines else []
 
@@ -143,13 +159,13 @@ def _latency_heads() -> list[str]:
     return ["latency, 1 thread", "latency, 2 threads"]
 
 
-def _latencies(cells: Cells, name: str, method: str) -> list[str]:
-    return [_latency(reading_of(cells.timed.get(name, []), method, threads)) for threads in (1, 2)]
+def _latencies(readings: list[dict[str, Any]], run: str, method: str) -> list[str]:
+    return [_latency(reading_of(readings, method, threads, run=run)) for threads in (1, 2)]
 
 
-def reading_of(readings: list[dict[str, Any]], method: str, threads: int) -> dict[str, Any] | None:
-    """The time of one method's network on so many threads, if it was taken."""
-    return next((r for r in readings if r["method"] == method and r["threads"] == threads), None)
+def reading_of(readings: list[dict[str, Any]], method: str, threads: int, *, run: str) -> dict[str, Any] | None:
+    """The time of one method's network of one run on so many threads, if it was taken."""
+    return next((r for r in readings if (r["run"], r["method"], r["threads"]) == (run, method, threads)), None)
 
 
 def _latency(reading: dict[str, Any] | None) -> str:

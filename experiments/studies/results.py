@@ -122,8 +122,8 @@ class Sitting:
         return (self.records / cell.name).is_dir()
 
     def missing(self, cell: Cell) -> Path | None:
-        """The plan or the agent that it applies, where that is not there yet."""
-        source = self._applied_in(cell)
+        """The plan or the agent that it applies, or the run that it is timed beside, where that is not there yet."""
+        source = RunFolder(self.root / cell.beside).results_file if cell.beside else self._applied_in(cell)
         return None if source is None or source.exists() else source
 
     def carry_out(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
@@ -157,7 +157,8 @@ class Sitting:
             self._share_probes(create_run(self._above_floor(cell, display, stop), folder, command))
         resume_run(folder, display, stop)
         if cell.is_timed:
-            measure = [sys.executable, "-m", "experiments.cli", "latency", "measure", str(folder), "--json"]
+            runs = [str(folder), *([str(self.root / cell.beside)] if cell.beside else [])]
+            measure = [sys.executable, "-m", "experiments.cli", "latency", "measure", *runs, "--json"]
             rounds = ["--rounds", str(TIMED_ROUNDS), "--threads", "1", "--threads", "2"]
             done = subprocess.run([*measure, *rounds], check=True, stdout=subprocess.PIPE)
             write_atomic(folder / "timed.json", done.stdout)
@@ -240,7 +241,7 @@ def main(
                 if render or late or sitting.is_done(cell) or not re.search(only, cell.name):
                     continue
                 if missing := sitting.missing(cell):
-                    display.say(f"cell {cell.name} is left out: it applies {missing}, which is not there")
+                    display.say(f"cell {cell.name} is left out: it needs {missing}, which is not there")
                     continue
                 display.say(f"cell {cell.name}")
                 # Several sittings may share the cells: each takes the next one that is free.

@@ -140,7 +140,7 @@ def _against(cells: Cells, table: str, method: str, reference: str) -> str:
 
 def _share_of_dense(cells: Cells, names: Sequence[str], method: str) -> str:
     """Measured latency of a method's networks on one thread, as a share of the dense one's."""
-    readings = [reading_of(cells.timed.get(name, []), method, threads=1) for name in names]
+    readings = [reading_of(cells.timed.get(name, []), method, threads=1, run=name) for name in names]
     return spread([reading["ratio"] if reading else None for reading in readings])
 
 

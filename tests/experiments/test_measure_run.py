@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,33 @@ def test_saved_networks_are_timed_beside_the_dense_one_with_each_number_of_threa
         assert reading["verdict"] != "undecided" or reading["repeats_needed"] > 20
     assert {reading["ratio"] for reading in readings if reading["method"] == DENSE} == {1.0}
     lines = command("latency", "measure", run, "--rounds", "20").out.splitlines()
-    assert [line.split()[0] for line in lines] == ["method", DENSE, "uniform"]
+    assert [line.split()[:2] for line in lines] == [["run", "method"], ["run", DENSE], ["run", "uniform"]]
+
+
+def test_networks_of_several_runs_are_timed_in_the_same_rounds_beside_the_first_ones_dense(
+    run: Path, command: Command, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+
+    done = command("latency", "measure", run, other, run, "--rounds", "20", "--json")
+
+    readings = json.loads(done.out)
+    assert [(r["run"], r["method"]) for r in readings] == [("run", DENSE), ("run", "uniform"), ("other", "uniform")]
+    # The first one's dense network is what the other's is compared with, too.
+    assert all(reading["low"] <= reading["ratio"] <= reading["high"] for reading in readings)
+    assert readings[2]["ratio"] != 1.0
+
+    manifest = other / "methods" / "uniform" / "model" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["inputs"][0][0] = [2, 1, 9, 9]
+    manifest.write_text(json.dumps(content))
+    refused = command("latency", "measure", run, other)
+    assert refused.code == 1
+    assert refused.err == (
+        f"error: run {other} takes inputs of shapes [(1, 9, 9)], and run {run} of [(1, 8, 8)]; networks are compared "
+        "on the same input, so time them apart\n"
+    )
 
 
 @pytest.mark.skipif(not allowed_cpus(), reason="the system does not let a process choose its processors")
@@ -59,6 +86,7 @@ def test_readings_say_on_which_processors_they_were_taken_and_how_disturbed(run:
 
 def test_an_undecided_network_is_printed_with_the_rounds_that_would_tell() -> None:
     decided = SavedLatency(
+        run="mine",
         method="ppo",
         runtime="onnxruntime 1.0",
         threads=1,
@@ -76,7 +104,7 @@ def test_an_undecided_network_is_printed_with_the_rounds_that_would_tell() -> No
         repeats_needed=25,
     )
     undecided = replace(decided, ratio=0.98, high=1.02, verdict="undecided", repeats_needed=240)
-    assert decided.cells() == ["ppo", "1", "2 (1.9 to 2.1)", "25%", "90.0% (80.0% to 95.0%)", "faster"]
+    assert decided.cells() == ["mine", "ppo", "1", "2 (1.9 to 2.1)", "25%", "90.0% (80.0% to 95.0%)", "faster"]
     assert undecided.cells()[-1] == "undecided, about 240 rounds would tell"
     assert undecided.to_dict()["repeats_needed"] == 240
 
@@ -101,7 +129,7 @@ def test_a_network_without_a_file_is_left_out_and_a_run_without_any_is_refused(r
     done = command("latency", "measure", run, "--rounds", "6")
     assert done.code == 0
     assert f"left out: no ONNX file of random {reason}" in done.err
-    assert [line.split()[0] for line in done.out.splitlines()] == ["method", DENSE, "uniform"]
+    assert [line.split()[1] for line in done.out.splitlines()] == ["method", DENSE, "uniform"]
     (run / "results.json").write_text(results)
 
     path = run / "methods" / "uniform" / "model" / "model.onnx"

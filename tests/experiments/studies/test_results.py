@@ -233,8 +233,9 @@ def test_reconstructed_plans_stand_beside_the_same_plans_without(tmp_path: Path)
 
 def test_what_was_found_for_latency_is_shown_with_the_times_of_its_files(tmp_path: Path) -> None:
     finish(tmp_path, "resnet18_cifar-joint", {}, ppo=0.79)
-    reading = {"method": "ppo", "threads": 1, "median_ms": 0.5, "ratio": 0.101, "low": 0.1, "high": 0.102}
-    dense = {"method": "dense", "threads": 1, "median_ms": 5.0, "ratio": 1.0, "low": 1.0, "high": 1.0}
+    own = {"run": "resnet18_cifar-joint", "threads": 1}
+    reading = own | {"method": "ppo", "median_ms": 0.5, "ratio": 0.101, "low": 0.1, "high": 0.102}
+    dense = own | {"method": "dense", "median_ms": 5.0, "ratio": 1.0, "low": 1.0, "high": 1.0}
     (tmp_path / "resnet18_cifar-joint" / "timed.json").write_text(json.dumps([dense, reading]))
 
     page = render_page(tmp_path, NAMES, "ppo")
@@ -248,12 +249,14 @@ def test_what_was_found_for_latency_is_shown_with_the_times_of_its_files(tmp_pat
     assert "### resnet56" not in page
 
 
-def timed(root: Path, name: str, method: str, ratio: float, threads: int = 1) -> None:
-    """Write the time of one cell's network, 1 % to both sides of it in doubt."""
-    reading = {"method": method, "threads": threads, "median_ms": ratio, "ratio": ratio}
-    (root / name / "timed.json").write_text(
-        json.dumps([reading | {"low": ratio * 0.99, "high": ratio * 1.01}]),
-    )
+def timed(root: Path, name: str, method: str, ratio: float, **others: float) -> None:
+    """Write the time of one cell's network, 1 % to both sides of it in doubt, and of others' in the same rounds."""
+    readings = [
+        {"run": run, "method": method, "threads": 1, "median_ms": each, "ratio": each}
+        | {"low": each * 0.99, "high": each * 1.01}
+        for run, each in {name: ratio, **others}.items()
+    ]
+    (root / name / "timed.json").write_text(json.dumps(readings))
 
 
 def test_the_floor_of_a_network_is_shown_as_it_was_measured(tmp_path: Path) -> None:
@@ -278,14 +281,31 @@ def test_the_floor_of_a_network_is_shown_as_it_was_measured(tmp_path: Path) -> N
 
 
 def test_a_plan_found_for_latency_is_compared_with_one_found_for_multiply_adds(tmp_path: Path) -> None:
-    for name, ratio in (("resnet56-macs", 0.80), ("resnet56-macs-and-latency", 0.72)):
+    names = ("resnet56-macs", "resnet56-macs-and-latency")
+    for name in names:
         finish(tmp_path, name, {}, ppo=0.79)
-        timed(tmp_path, name, "ppo", ratio)
+    timed(tmp_path, names[0], "ppo", 0.9)
+    # What counts is the time beside the other one.
+    timed(tmp_path, names[1], "ppo", 0.72, **{names[0]: 0.80})
 
     lines = section(render_page(tmp_path, NAMES, "ppo"), "The same multiply-adds, found for latency")
 
     words = "At 100.0% of the other's multiply-adds, the plan found for latency takes 90.0% [88.2%, 91.8%] of its time"
     assert f"{words} on 1 thread." in lines
+    shares = [line.split(" | ")[4] for line in lines if line.startswith("| 50%")]
+    assert shares == ["80.0% [79.2%, 80.8%], 0.8 ms", "72.0% [71.3%, 72.7%], 0.72 ms"]
+
+
+def test_a_cell_that_is_timed_beside_another_waits_for_its_run(tmp_path: Path) -> None:
+    cell, sitting = CELLS["resnet56-macs-and-latency"], sitting_at(tmp_path)
+    assert (cell.beside, CELLS["resnet56-macs"].beside) == ("resnet56-macs", "")
+
+    awaited = sitting.missing(cell)
+    assert awaited is not None
+    assert awaited.parent.name == "resnet56-macs"
+    awaited.parent.mkdir(parents=True)
+    awaited.touch()
+    assert sitting.missing(cell) is None
 
 
 def test_the_curves_say_what_networks_with_both_decided_dominate(tmp_path: Path) -> None:
