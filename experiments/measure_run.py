@@ -34,7 +34,7 @@ class SavedLatency:
     """One saved network on one runtime.
 
     Attributes:
-        run: name of the folder of its run.
+        run: name of the folder of its run; the whole path where runs of one name are timed together.
         method: that found its plan, or ``dense``.
         runtime: name and version.
         threads: of the runtime.
@@ -158,18 +158,18 @@ def measure_runs(
     devices = [device_for(runtime, n, remote, cpus) for n in threads]
     artifacts: dict[_Saved, Artifact] = {}
     for folder in folders:
-        # The first run's dense network is beside all.
-        unwanted = set() if folder is folders[0] else {DENSE}
-        saved = [_Saved(folder, row.method) for row in folder.outcome().rows if row.method not in unwanted]
-        own, left_out = _artifacts(saved, devices[0].takes)
+        is_first = folder is folders[0]
+        methods = [row.method for row in folder.outcome().rows if is_first or row.method != DENSE]
+        own, left_out = _artifacts([_Saved(folder, method) for method in methods], devices[0].takes)
         timed = {network.method for network in own}
-        if not timed - {DENSE} or not timed | unwanted >= {DENSE}:
+        if timed <= {DENSE} or (is_first and DENSE not in timed):
             msg = f"run {folder.root} holds too little to time with '{runtime}': {'; '.join(left_out)}"
             raise RunError(msg)
         for reason in left_out:
             say(f"left out: {reason}")
         artifacts |= own
     _check_inputs(list(artifacts))
+    is_ambiguous = len({folder.root.resolve().name for folder in folders}) < len(folders)
     readings: list[SavedLatency] = []
     for device, n in zip(devices, threads, strict=True):
         another = {folder: _another_device(folder, device) for folder in folders}
@@ -178,7 +178,8 @@ def measure_runs(
         where = ", ".join(str(folder.root) for folder in folders)
         say(f"{where}: {len(artifacts)} networks with {count(n, 'thread')}, {rounds} rounds")
         for network, reading in _timed(device, artifacts, rounds):
-            readings.append(replace(reading, another_device=another[network.folder]))
+            name = str(network.folder.root) if is_ambiguous else reading.run
+            readings.append(replace(reading, run=name, another_device=another[network.folder]))
     return readings
 
 

@@ -56,6 +56,11 @@ def test_networks_of_several_runs_are_timed_in_the_same_rounds_beside_the_first_
     assert all(reading["low"] <= reading["ratio"] <= reading["high"] for reading in readings)
     assert readings[2]["ratio"] != 1.0
 
+    twin = tmp_path / "twin" / "run"
+    shutil.copytree(run, twin)
+    names = [line.split()[0] for line in command("latency", "measure", run, twin, "--rounds", "6").out.splitlines()]
+    assert names == ["run", str(run), str(run), str(twin)]
+
     manifest = other / "methods" / "uniform" / "model" / "manifest.json"
     content = json.loads(manifest.read_text())
     content["inputs"][0][0] = [2, 1, 9, 9]
