@@ -18,7 +18,8 @@ process, 200 rounds in turn: the median ratio with its 95 % interval. All networ
 fine-tuned for {JOINT_EPOCHS} epochs on the same batches; bits take part in that."""
 _CURVES = f"""One search of {JOINT_EVALUATIONS} evaluations (seed 0) for each budget, then fine-tuning for
 {count(CURVE_EPOCHS, "epoch")}. Deciding bits alone, no plan is faster than 8 bits in every layer; channels alone stay
-in single precision."""
+in single precision. Each was timed in a process of its own: with two threads, such shares differ by up to ten points
+from one process to the next (`docs/latency.md`)."""
 _SAME = f"""Inner channels of ResNet-56 in single precision, rounding 1, {JOINT_EVALUATIONS} evaluations, seed 0:
 searched under half of the multiply-adds alone, and under a latency as well that leaves room for as many of them. Both
 were timed in the same rounds; the ratio of their shares has the interval that their two intervals allow."""
