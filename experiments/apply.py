@@ -155,7 +155,7 @@ def _saved(
     save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
     if epochs := subject.config.finetune.epochs:
         display.say(
-            f"finetune.epochs is {epochs}, but 'secateur apply' trains nothing; for that, go on with "
+            f"finetune.epochs is {epochs}, but 'secateur apply' does not fine-tune: pass the same configuration to "
             f"'secateur finetune {out}'"
         )
     images = subject.range_images()[0]

@@ -404,7 +404,7 @@ def latency_measure(
     as_json: AsJson = False,
 ) -> None:
     """Time what runs saved beside the first one's dense network, again and in turns."""
-    from .measure_run import HEADINGS, measure_runs
+    from .measure_run import measure_runs, table_of
     from .outcome import plain_lines
     from .timing_device import Remote, read_cpus
 
@@ -420,7 +420,7 @@ def latency_measure(
     if as_json:
         _print_facts([reading.to_dict() for reading in readings], as_json)
     else:
-        print("\n".join(plain_lines([HEADINGS, *(reading.cells() for reading in readings)])))
+        print("\n".join(plain_lines(table_of(readings))))
 
 
 def main() -> None:

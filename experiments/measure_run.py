@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from latency.measure import LatencyReport
 from latency.remote import RemoteDevice
 from latency.runtimes import Artifact
 from latency.table import Device, LatencyTable, LocalDevice, TableError
 from latency.worker import Processor
-from pruning.export import load_compressed, read_manifest
+from pruning.export import Manifest, load_compressed, read_manifest
 from pruning.policy import CompressionPolicy
 
 from .data import ImageData
@@ -25,7 +26,8 @@ from .run import RunError, RunFolder
 from .timing_device import Remote, device_for
 
 WARMUP = 10
-HEADINGS = ["run", "method", "threads", "ms (quartiles)", "disturbed", "of dense (95 %)", ""]
+OF_FIRST = "of the first run's (95 %)"
+HEADINGS = ["run", "method", "threads", "ms (quartiles)", "disturbed", "of dense (95 %)", OF_FIRST, ""]
 """Of `SavedLatency.cells`."""
 
 
@@ -34,7 +36,7 @@ class SavedLatency:
     """One saved network on one runtime.
 
     Attributes:
-        run: name of the folder of its run; the whole path where runs of one name are timed together.
+        run: name of the folder of its run; its path where runs of one name are timed together.
         method: that found its plan, or ``dense``.
         runtime: name and version.
         threads: of the runtime.
@@ -45,13 +47,15 @@ class SavedLatency:
         upper_quartile_ms: a quarter of the calls were slower.
         disturbed: share of the calls that had to wait for a processor.
         rounds: calls; in each round every network was called once.
-        ratio: median over the rounds of its time over the dense network's.
+        ratio: median over the rounds of its time over that of the first run's dense network.
         low: lower end of the interval that holds the true median ratio at 95 %.
         high: its upper end.
         verdict: faster, slower, equal or undecided; see `latency.measure.Comparison`.
         repeats_needed: rounds that would decide; more than ``rounds`` where it is undecided.
         another_device: why this is another device than the latency table's that the run searched with; empty if it is
             the same, or there was no table.
+        of_first: median over the rounds of its time over that of the first run's network of the same method, between
+            the ends of its interval; None for networks of the first run, and where that has none.
     """
 
     run: str
@@ -71,6 +75,7 @@ class SavedLatency:
     verdict: str
     repeats_needed: int
     another_device: str = ""
+    of_first: tuple[float, float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The reading as plain values."""
@@ -82,30 +87,50 @@ class SavedLatency:
         own = [self.run, self.method, str(self.threads), times, f"{self.disturbed:.0%}"]
         where = f", {ANOTHER_DEVICE}" if self.another_device else ""
         if self.method == DENSE:
-            return [*own, "", f"{self.runtime}{where}"]
-        share = f"{self.ratio:.1%} ({self.low:.1%} to {self.high:.1%})"
+            return [*own, "", "", f"{self.runtime}{where}"]
         needed = f", about {self.repeats_needed} rounds would tell" if self.verdict == "undecided" else ""
-        return [*own, share, f"{self.verdict}{needed}{where}"]
+        first = _share(*self.of_first) if self.of_first else ""
+        return [*own, _share(self.low, self.ratio, self.high), first, f"{self.verdict}{needed}{where}"]
+
+
+def table_of(readings: Sequence[SavedLatency]) -> list[list[str]]:
+    """The readings as rows of text below their headings; of one run, without its comparison with the first."""
+    rows = [HEADINGS, *(reading.cells() for reading in readings)]
+    if any(reading.of_first for reading in readings):
+        return rows
+    dropped = HEADINGS.index(OF_FIRST)
+    return [[*row[:dropped], *row[dropped + 1 :]] for row in rows]
+
+
+def _share(low: float, ratio: float, high: float) -> str:
+    return f"{ratio:.1%} ({low:.1%} to {high:.1%})"
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """A network that a run saved."""
+    """A network that a run saved.
 
+    Attributes:
+        run: what the run is called.
+        folder: the run.
+        method: that found the network's plan, or ``dense``.
+    """
+
+    run: str
     folder: RunFolder
     method: str
 
     @property
     def key(self) -> str:
-        return DENSE if self.method == DENSE else f"{self.folder.root}/{self.method}"
+        return f"{self.run}/{self.method}"
 
     @property
     def path(self) -> Path:
         return self.folder.method(self.method).model
 
     @property
-    def input_shapes(self) -> list[tuple[int, ...]]:
-        return [tuple(x.shape[1:]) for x in read_manifest(self.path).examples()]
+    def manifest(self) -> Manifest:
+        return read_manifest(self.path)
 
     @property
     def is_quantized(self) -> bool:
@@ -131,8 +156,8 @@ def measure_runs(
 ) -> list[SavedLatency]:
     """Time the networks that finished runs saved, taking turns, beside the dense one of the first run.
 
-    Networks are best compared within one call: with several threads the same network may take a third longer in one
-    process than in another, whatever the intervals of both say.
+    Networks are best compared within one call: between processes more changes than the intervals say, above all with
+    several threads (`docs/latency.md`).
 
     Runtimes of ONNX files read those that the runs wrote; runtimes of PyTorch modules (``sparse`` among them) get the
     networks as `pruning.export.load_compressed` builds them. What a run saved in no such form is left out, and named.
@@ -144,7 +169,7 @@ def measure_runs(
         cpus: numbers of the processors to stay on; all if empty.
         rounds: timed calls of each network.
         remote: the machine to measure on; this one if not given.
-        say: told of progress.
+        say: told of progress, of what is left out, and of runs that compress another network than the first.
 
     Returns:
         One reading for each network and number of threads.
@@ -152,56 +177,53 @@ def measure_runs(
     Raises:
         RunError: if a run is not finished, takes other inputs than the first, or saved no network but the dense one in
             the form that the runtime takes; or if the first saved no dense network in it.
+        TableError: if the latency table of a run cannot be read.
         LatencyError: if the runtime cannot be used.
     """
-    folders = [RunFolder.open(root) for root in dict.fromkeys(roots)]
+    runs = _named(roots)
     devices = [device_for(runtime, n, remote, cpus) for n in threads]
-    artifacts: dict[_Saved, Artifact] = {}
-    for folder in folders:
-        is_first = folder is folders[0]
-        methods = [row.method for row in folder.outcome().rows if is_first or row.method != DENSE]
-        own, left_out = _artifacts([_Saved(folder, method) for method in methods], devices[0].takes)
-        timed = {network.method for network in own}
-        if timed <= {DENSE} or (is_first and DENSE not in timed):
-            msg = f"run {folder.root} holds too little to time with '{runtime}': {'; '.join(left_out)}"
-            raise RunError(msg)
-        for reason in left_out:
-            say(f"left out: {reason}")
-        artifacts |= own
-    _check_inputs(list(artifacts))
-    is_ambiguous = len({folder.root.resolve().name for folder in folders}) < len(folders)
+    artifacts = _gathered(runs, runtime, devices[0].takes, say)
+    _check_comparable(list(artifacts), say)
+    tables = {name: LatencyTable.load(run.table_file) for name, run in runs.items() if run.table_file.exists()}
+    example = tuple(x[:1] for x in next(iter(artifacts)).manifest.examples())
     readings: list[SavedLatency] = []
     for device, n in zip(devices, threads, strict=True):
-        another = {folder: _another_device(folder, device) for folder in folders}
+        another = {name: _another_device(table, device) for name, table in tables.items()}
         for reason in dict.fromkeys(filter(None, another.values())):
-            say(f"warning: {ANOTHER_DEVICE}: {reason}")
-        where = ", ".join(str(folder.root) for folder in folders)
+            those = ", ".join(str(runs[name].root) for name, its in another.items() if its == reason)
+            say(f"warning: {ANOTHER_DEVICE} ({those}): {reason}")
+        where = ", ".join(str(run.root) for run in runs.values())
         say(f"{where}: {len(artifacts)} networks with {count(n, 'thread')}, {rounds} rounds")
-        for network, reading in _timed(device, artifacts, rounds):
-            name = str(network.folder.root) if is_ambiguous else reading.run
-            readings.append(replace(reading, run=name, another_device=another[network.folder]))
+        named = {network.key: artifact for network, artifact in artifacts.items()}
+        report = device.measure(named, example, n_runs=rounds, n_warmup=WARMUP)
+        networks = list(artifacts)
+        readings += [_reading(each, networks, report, device, rounds, another.get(each.run, "")) for each in networks]
     return readings
 
 
-def _check_inputs(networks: Sequence[_Saved]) -> None:
-    expected = networks[0].input_shapes
-    for network in networks:
-        if network.input_shapes != expected:
-            msg = (
-                f"run {network.folder.root} takes inputs of shapes {network.input_shapes}, and run "
-                f"{networks[0].folder.root} of {expected}; networks are compared on the same input, so time them apart"
-            )
+def _named(roots: Sequence[Path]) -> dict[str, RunFolder]:
+    """The runs, each once, by the names of their folders, or by their paths where these are not unique."""
+    runs = {root.resolve(): RunFolder.open(root) for root in roots}
+    is_unique = len({path.name for path in runs}) == len(runs)
+    return {path.name if is_unique else str(path): run for path, run in runs.items()}
+
+
+def _gathered(runs: Mapping[str, RunFolder], runtime: str, takes: str, say: Say) -> dict[_Saved, Artifact]:
+    """The first run's dense network and every method's of all runs, as a runtime takes them."""
+    artifacts: dict[_Saved, Artifact] = {}
+    for name, folder in runs.items():
+        is_first = not artifacts
+        methods = [row.method for row in folder.outcome().rows if is_first or row.method != DENSE]
+        own, left_out = _artifacts([_Saved(name, folder, method) for method in methods], takes)
+        timed = {network.method for network in own}
+        if timed <= {DENSE} or (is_first and DENSE not in timed):
+            reasons = "; ".join(left_out) or "it compared no method"
+            msg = f"run {folder.root} holds too little to time with '{runtime}': {reasons}"
             raise RunError(msg)
-
-
-def _another_device(folder: RunFolder, device: Device) -> str:
-    """Why a device is not that of the run's table; empty if it is, or there is no table."""
-    try:
-        if folder.table_file.exists():
-            LatencyTable.load(folder.table_file).check_device(device.fingerprint)
-    except TableError as error:
-        return str(error)
-    return ""
+        for reason in left_out:
+            say(f"left out of {folder.root}: {reason}")
+        artifacts |= own
+    return artifacts
 
 
 def _artifacts(networks: Sequence[_Saved], takes: str) -> tuple[dict[_Saved, Artifact], list[str]]:
@@ -223,34 +245,73 @@ def _artifacts(networks: Sequence[_Saved], takes: str) -> tuple[dict[_Saved, Art
     return artifacts, left_out
 
 
-def _timed(
-    device: LocalDevice | RemoteDevice, artifacts: Mapping[_Saved, Artifact], rounds: int
-) -> Iterator[tuple[_Saved, SavedLatency]]:
-    by_key = {network.key: network for network in artifacts}
-    example = tuple(x[:1] for x in read_manifest(by_key[DENSE].path).examples())
-    named = {network.key: artifact for network, artifact in artifacts.items()}
-    report = device.measure(named, example, n_runs=rounds, n_warmup=WARMUP)
-    where = device.fingerprint
-    for entry in report.entries:
-        network, against = by_key[entry.model], report.compare(entry.model, DENSE, where.runtime)
-        yield (
-            network,
-            SavedLatency(
-                run=network.folder.root.resolve().name,
-                method=network.method,
-                runtime=f"{where.runtime} {where.version}",
-                threads=where.threads,
-                processor=where.processor,
-                cpus=report.cpus,
-                median_ms=entry.median_ms,
-                lower_quartile_ms=entry.lower_quartile_ms,
-                upper_quartile_ms=entry.upper_quartile_ms,
-                disturbed=entry.disturbed,
-                rounds=rounds,
-                ratio=against.ratio,
-                low=against.low,
-                high=against.high,
-                verdict=against.verdict,
-                repeats_needed=against.repeats_needed,
-            ),
-        )
+def _check_comparable(networks: Sequence[_Saved], say: Say) -> None:
+    """Refuse runs of other inputs than the first one's, and name those of another dense network."""
+    first = networks[0]
+    expected, dense = _input_of(first), first.manifest.constructor
+    for network in {network.run: network for network in networks}.values():
+        if (found := _input_of(network)) != expected:
+            msg = (
+                f"run {network.folder.root} takes inputs of {found}, and run {first.folder.root} of {expected}; "
+                "networks are compared on the same input, so time them apart"
+            )
+            raise RunError(msg)
+        if (name := network.manifest.constructor) != dense:
+            say(
+                f"warning: run {network.folder.root} compresses '{name}', and run {first.folder.root} '{dense}'; all "
+                f"shares are of the dense network of '{first.run}'"
+            )
+
+
+def _input_of(network: _Saved) -> str:
+    """Shape and type of each input of one image."""
+    return " and ".join(f"{dtype} {'x'.join(map(str, shape[1:]))}" for shape, dtype in network.manifest.inputs)
+
+
+def _another_device(table: LatencyTable, device: Device) -> str:
+    """Why a device is not that of a table; empty if it is."""
+    try:
+        table.check_device(device.fingerprint)
+    except TableError as error:
+        return str(error)
+    return ""
+
+
+def _reading(
+    network: _Saved,
+    networks: Sequence[_Saved],
+    report: LatencyReport,
+    device: LocalDevice | RemoteDevice,
+    rounds: int,
+    another_device: str,
+) -> SavedLatency:
+    """One network's times, against those of the dense network and of the first run's, which come first."""
+    where, first = device.fingerprint, networks[0].run
+    entry = report.entry(network.key, where.runtime)
+    (dense,) = (each for each in networks if each.method == DENSE)
+    against = report.compare(network.key, dense.key, where.runtime)
+    rivals = [each for each in networks if each.run == first and each.method == network.method]
+    of_first = None
+    if network.run != first and rivals:
+        beside = report.compare(network.key, rivals[0].key, where.runtime)
+        of_first = beside.low, beside.ratio, beside.high
+    return SavedLatency(
+        run=network.run,
+        method=network.method,
+        runtime=f"{where.runtime} {where.version}",
+        threads=where.threads,
+        processor=where.processor,
+        cpus=report.cpus,
+        median_ms=entry.median_ms,
+        lower_quartile_ms=entry.lower_quartile_ms,
+        upper_quartile_ms=entry.upper_quartile_ms,
+        disturbed=entry.disturbed,
+        rounds=rounds,
+        ratio=against.ratio,
+        low=against.low,
+        high=against.high,
+        verdict=against.verdict,
+        repeats_needed=against.repeats_needed,
+        another_device=another_device,
+        of_first=of_first,
+    )

@@ -18,11 +18,11 @@ process, 200 rounds in turn: the median ratio with its 95 % interval. All networ
 fine-tuned for {JOINT_EPOCHS} epochs on the same batches; bits take part in that."""
 _CURVES = f"""One search of {JOINT_EVALUATIONS} evaluations (seed 0) for each budget, then fine-tuning for
 {count(CURVE_EPOCHS, "epoch")}. Deciding bits alone, no plan is faster than 8 bits in every layer; channels alone stay
-in single precision. Each was timed in a process of its own: with two threads, such shares differ by up to ten points
-from one process to the next (`docs/latency.md`)."""
+in single precision. Each was timed in a process of its own: with two threads, such shares differ by more than their
+intervals from one process to the next (`docs/latency.md`)."""
 _SAME = f"""Inner channels of ResNet-56 in single precision, rounding 1, {JOINT_EVALUATIONS} evaluations, seed 0:
-searched under half of the multiply-adds alone, and under a latency as well that leaves room for as many of them. Both
-were timed in the same rounds; the ratio of their shares has the interval that their two intervals allow."""
+searched under half of the multiply-adds alone, and under a latency as well that leaves room for as many of them. Where
+both are done, they were timed in the same rounds."""
 
 
 def joint_sections(cells: Cells) -> list[tuple[str, str, list[str]]]:
@@ -79,7 +79,7 @@ def _curves(cells: Cells) -> list[str]:
         for what, shares in CURVE_SHARES.items()
         for share in shares
     }
-    return [*_table_of_found(cells, ("decided", "budget"), names), *_dominance(cells, names)]
+    return [*_table_of_found(cells, ("decided", "budget"), names, cells.timed), *_dominance(cells, names)]
 
 
 def _dominance(cells: Cells, names: Mapping[tuple[str, ...], str]) -> list[str]:
@@ -105,24 +105,20 @@ def _dominance(cells: Cells, names: Mapping[tuple[str, ...], str]) -> list[str]:
 
 def _same_macs(cells: Cells) -> list[str]:
     names: dict[tuple[str, ...], str] = {(budget,): f"resnet56-{name}" for name, budget in SAME_MACS.items()}
-    *_, last = names.values()
-    # Timed with the last of them in one process; as long as that is missing, each has readings of its own.
-    together = cells.timed.get(last, [])
-    tables = _table_of_found(cells, ("budget",), names, {name: together for name in names.values()} if together else {})
-    if len(found := [name for name in names.values() if name in cells.outcomes]) < len(names):
+    by_macs, by_latency = names.values()
+    # Timed with the second of them in one process; as long as that is missing, the first has readings of its own.
+    together = cells.timed.get(by_latency, cells.timed.get(by_macs, []))
+    tables = _table_of_found(cells, ("budget",), names, dict.fromkeys(names.values(), together))
+    if not (by_macs in cells.outcomes and by_latency in cells.outcomes):
         return tables
-    rows = [_only(cells.outcomes[name].rows) for name in found]
-    macs = rows[1].macs / rows[0].macs
+    rows = [_only(cells.outcomes[name].rows) for name in (by_macs, by_latency)]
+    macs = rows[0].macs / rows[1].macs
     for threads in (1, 2):
-        by_macs, by_latency = (
-            reading_of(together, r.method, threads, run=name) for name, r in zip(found, rows, strict=True)
-        )
-        if by_macs and by_latency:
-            share = by_latency["ratio"] / by_macs["ratio"]
-            low, high = by_latency["low"] / by_macs["high"], by_latency["high"] / by_macs["low"]
+        if reading := reading_of(together, rows[0].method, threads, run=by_macs):
+            low, ratio, high = reading["of_first"]
             tables.append(
-                f"At {macs:.1%} of the other's multiply-adds, the plan found for latency takes {share:.1%} "
-                f"[{low:.1%}, {high:.1%}] of its time on {count(threads, 'thread')}."
+                f"With {macs:.1%} of its multiply-adds, the plan found for multiply-adds alone takes {ratio:.1%} "
+                f"[{low:.1%}, {high:.1%}] of the time of the one found for latency, on {count(threads, 'thread')}."
             )
     return tables
 
@@ -131,7 +127,7 @@ def _table_of_found(
     cells: Cells,
     heads: tuple[str, ...],
     names: Mapping[tuple[str, ...], str],
-    timed: Mapping[str, list[dict[str, Any]]] | None = None,
+    timed: Mapping[str, list[dict[str, Any]]],
 ) -> list[str]:
     """What the only method of each finished cell found, after the words that tell the cells apart.
 
@@ -139,15 +135,14 @@ def _table_of_found(
         cells: the finished cells.
         heads: of the words.
         names: cells by their words.
-        timed: readings by name of the cell; its own where there are none.
+        timed: readings that hold those of a cell, by its name.
     """
     lines = []
     for words, name in names.items():
         if name in cells.outcomes:
             row = _only(cells.outcomes[name].rows)
             own = [percent(row.test_accuracy), percent(row.tuned_test_accuracy), amount(row.macs)]
-            readings = (timed or cells.timed).get(name, [])
-            lines.append([*words, *own, *_latencies(readings, name, row.method)])
+            lines.append([*words, *own, *_latencies(timed.get(name, []), name, row.method)])
     table = Table([*heads, "before", "fine-tuned", "multiply-adds", *_latency_heads()], lines)
     return [table.markdown()] if lines else []
 

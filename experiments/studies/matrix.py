@@ -27,7 +27,7 @@ DECIDED = {"channels": ["channels"], "bits": ["bits"], "both": ["channels", "bit
 CURVE_SHARES = {"channels": (20, 30, 50), "bits": (30, 45), "both": (14, 20, 30)}
 """The same for the curves of ResNet-18, where 8 bits in every layer leave 25 to 27."""
 CURVE_EPOCHS = 1
-"""Of whole layers with bits an epoch takes half an hour on one thread."""
+"""Epochs of fine-tuning for each point of a curve; at full width with bits, one takes half an hour on one thread."""
 SAME_MACS = {"macs": "50% macs", "macs-and-latency": "50% macs, 75% latency"}
 """Budgets of channels alone: found for multiply-adds, and for latency at as many of them. Plans of half of the
 multiply-adds take 78 to 83 % of the latency, and 75 % is the least at which that many can stay."""

@@ -2,7 +2,8 @@
 
 Start it with ``make results`` or ``python -m experiments.studies.results``. A sitting may end at any time; the next one
 continues where it stopped, inside a run too. What a finished cell found is kept as a record, under version control, so
-that sittings add up when run folders are gone: to have a cell done again, delete its record and its run folder.
+that sittings add up when run folders are gone: to have a cell done again, delete its record and its run folder, and
+those of the cell that it is timed beside or that is timed beside it.
 """
 
 from __future__ import annotations
@@ -241,7 +242,10 @@ def main(
                 if render or late or sitting.is_done(cell) or not re.search(only, cell.name):
                     continue
                 if missing := sitting.missing(cell):
-                    display.say(f"cell {cell.name} is left out: it needs {missing}, which is not there")
+                    display.say(
+                        f"cell {cell.name} is left out: it needs {missing}, which is not there; have that cell done "
+                        "again"
+                    )
                     continue
                 display.say(f"cell {cell.name}")
                 # Several sittings may share the cells: each takes the next one that is free.

@@ -233,8 +233,8 @@ def test_apply_says_that_it_does_not_fine_tune(command: Command, finished_run: P
     done = command("apply", policy, *options, "--out", tmp_path / "out")
 
     assert (
-        "finetune.epochs is 2, but 'secateur apply' trains nothing; for that, go on with 'secateur finetune "
-        f"{tmp_path / 'out'}'\n"
+        "finetune.epochs is 2, but 'secateur apply' does not fine-tune: pass the same configuration to 'secateur "
+        f"finetune {tmp_path / 'out'}'\n"
     ) in done.err
 
 

@@ -13,6 +13,8 @@ from experiments.measure_run import SavedLatency
 from experiments.outcome import DENSE
 from experiments.progress import RunDisplay
 from experiments.search import start_run
+from latency.measure import LatencyReport
+from latency.table import LocalDevice
 from latency.worker import Processor, allowed_cpus
 
 Command = Callable[..., Any]
@@ -42,34 +44,85 @@ def test_saved_networks_are_timed_beside_the_dense_one_with_each_number_of_threa
     assert [line.split()[:2] for line in lines] == [["run", "method"], ["run", DENSE], ["run", "uniform"]]
 
 
+@pytest.fixture
+def other(run: Path, tmp_path: Path) -> Path:
+    """Another run of the same network."""
+    return Path(shutil.copytree(run, tmp_path / "other"))
+
+
 def test_networks_of_several_runs_are_timed_in_the_same_rounds_beside_the_first_ones_dense(
-    run: Path, command: Command, tmp_path: Path
+    run: Path, other: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(run, other)
+    calls: list[list[Path]] = []
+    measure = LocalDevice.measure
 
-    done = command("latency", "measure", run, other, run, "--rounds", "20", "--json")
+    def noted(device: LocalDevice, networks: dict[str, Path], *arguments: Any, **options: Any) -> LatencyReport:
+        calls.append(list(networks.values()))
+        return measure(device, networks, *arguments, **options)
 
+    monkeypatch.setattr(LocalDevice, "measure", noted)
+    # Its dense network is not needed.
+    shutil.rmtree(other / "methods" / "dense")
+
+    done = command("latency", "measure", run, other, "--rounds", "20", "--json")
+
+    networks = [(run, DENSE), (run, "uniform"), (other, "uniform")]
+    assert calls == [[root / "methods" / method / "model" / "model.onnx" for root, method in networks]]
     readings = json.loads(done.out)
-    assert [(r["run"], r["method"]) for r in readings] == [("run", DENSE), ("run", "uniform"), ("other", "uniform")]
-    # The first one's dense network is what the other's is compared with, too.
-    assert all(reading["low"] <= reading["ratio"] <= reading["high"] for reading in readings)
-    assert readings[2]["ratio"] != 1.0
+    assert [(r["run"], r["method"]) for r in readings] == [(root.name, method) for root, method in networks]
+    assert [r["of_first"] is None for r in readings] == [True, True, False]
+    low, ratio, high = readings[2]["of_first"]
+    assert low <= ratio <= high
+    lines = command("latency", "measure", run, other, "--rounds", "6").out.splitlines()
+    assert lines[0].endswith("of dense (95 %)  of the first run's (95 %)")
+    assert [line.count("%)") for line in lines[1:]] == [0, 1, 2]
 
-    twin = tmp_path / "twin" / "run"
-    shutil.copytree(run, twin)
-    names = [line.split()[0] for line in command("latency", "measure", run, twin, "--rounds", "6").out.splitlines()]
-    assert names == ["run", str(run), str(run), str(twin)]
 
+def test_a_run_is_timed_once_and_runs_of_one_name_are_told_apart(run: Path, command: Command, tmp_path: Path) -> None:
+    again, twin = tmp_path / "linked", Path(shutil.copytree(run, tmp_path / "twin" / "run"))
+    again.symlink_to(run)
+
+    done = command("latency", "measure", run, again, twin, "--rounds", "6", "--json")
+
+    assert [r["run"] for r in json.loads(done.out)] == [str(run), str(run), str(twin)]
+
+
+def test_runs_of_other_inputs_are_refused_and_those_of_other_networks_named(
+    run: Path, other: Path, command: Command
+) -> None:
     manifest = other / "methods" / "uniform" / "model" / "manifest.json"
     content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"constructor": "mine:net"}))
+    done = command("latency", "measure", run, other, "--rounds", "6")
+    assert (
+        f"warning: run {other} compresses 'mine:net', and run {run} 'tests.experiments.tiny:network'; all shares are "
+        "of the dense network of 'run'\n"
+    ) in done.err
+
     content["inputs"][0][0] = [2, 1, 9, 9]
     manifest.write_text(json.dumps(content))
     refused = command("latency", "measure", run, other)
     assert refused.code == 1
     assert refused.err == (
-        f"error: run {other} takes inputs of shapes [(1, 9, 9)], and run {run} of [(1, 8, 8)]; networks are compared "
-        "on the same input, so time them apart\n"
+        f"error: run {other} takes inputs of float32 1x9x9, and run {run} of float32 1x8x8; networks are compared on "
+        "the same input, so time them apart\n"
+    )
+
+
+def test_a_further_run_with_nothing_to_time_and_a_broken_table_are_refused(
+    run: Path, other: Path, command: Command
+) -> None:
+    (other / "latency.json").write_text("{")
+    broken = command("latency", "measure", run, other)
+    assert broken.code == 1
+    assert broken.err.startswith(f"error: cannot read the latency table '{other / 'latency.json'}'")
+
+    (other / "latency.json").unlink()
+    (other / "methods" / "uniform" / "model" / "model.onnx").unlink()
+    empty = command("latency", "measure", run, other)
+    assert empty.code == 1
+    assert empty.err.startswith(
+        f"error: run {other} holds too little to time with 'onnxruntime': no ONNX file of uniform"
     )
 
 
@@ -109,7 +162,7 @@ def test_an_undecided_network_is_printed_with_the_rounds_that_would_tell() -> No
         repeats_needed=25,
     )
     undecided = replace(decided, ratio=0.98, high=1.02, verdict="undecided", repeats_needed=240)
-    assert decided.cells() == ["mine", "ppo", "1", "2 (1.9 to 2.1)", "25%", "90.0% (80.0% to 95.0%)", "faster"]
+    assert decided.cells() == ["mine", "ppo", "1", "2 (1.9 to 2.1)", "25%", "90.0% (80.0% to 95.0%)", "", "faster"]
     assert undecided.cells()[-1] == "undecided, about 240 rounds would tell"
     assert undecided.to_dict()["repeats_needed"] == 240
 
@@ -133,7 +186,7 @@ def test_a_network_without_a_file_is_left_out_and_a_run_without_any_is_refused(r
     reason = "(it was run with measure.onnx off, or the export failed, which its output says)"
     done = command("latency", "measure", run, "--rounds", "6")
     assert done.code == 0
-    assert f"left out: no ONNX file of random {reason}" in done.err
+    assert f"left out of {run}: no ONNX file of random {reason}" in done.err
     assert [line.split()[1] for line in done.out.splitlines()] == ["method", DENSE, "uniform"]
     (run / "results.json").write_text(results)
 

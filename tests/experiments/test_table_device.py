@@ -144,7 +144,7 @@ def test_what_a_run_saved_is_told_apart_by_device_when_it_is_timed_again(run: Pa
     assert all(f"They differ in cpus '', here '{last}'. " in reading["another_device"] for reading in other)
     done = command(*options, "--cpus", last)
     assert done.out.count("another device than the latency table's") == 2
-    assert done.err.count("warning: another device than the latency table's: ") == 1
+    assert done.err.count(f"warning: another device than the latency table's ({run}): ") == 1
 
 
 def timed(runtime: str, *ratio: float) -> Latency:

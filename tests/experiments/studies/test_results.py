@@ -1,4 +1,5 @@
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,26 @@ def test_a_finished_cell_is_kept_as_figures_plans_and_verdicts(tmp_path: Path, m
     names = {str(path.relative_to(record)) for path in record.rglob("*") if path.is_file()}
     assert names == {"results.json", "methods/ppo/policy.json", "methods/ppo/test_judged.txt"}
     assert (record / "results.json").read_bytes() == (run / "results.json").read_bytes()
+
+
+def test_a_cell_is_timed_first_and_beside_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell, sitting = CELLS["resnet56-macs-and-latency"], sitting_at(tmp_path)
+    finish(tmp_path, cell.name, {"ppo": "10"}, ppo=0.8)
+    (tmp_path / cell.name / "config.yaml").touch()
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, b"[]")
+
+    monkeypatch.setattr(results, "resume_run", lambda *_: None)
+    monkeypatch.setattr(subprocess, "run", run)
+
+    carry_out(sitting, cell)
+
+    (command,) = commands
+    # Shares are of the first one's dense network, and the other's plan is compared with the first one's.
+    assert command[3:7] == ["latency", "measure", str(tmp_path / cell.name), str(tmp_path / "resnet56-macs")]
 
 
 def test_a_record_that_was_not_finished_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +274,7 @@ def timed(root: Path, name: str, method: str, ratio: float, **others: float) -> 
     """Write the time of one cell's network, 1 % to both sides of it in doubt, and of others' in the same rounds."""
     readings = [
         {"run": run, "method": method, "threads": 1, "median_ms": each, "ratio": each}
-        | {"low": each * 0.99, "high": each * 1.01}
+        | {"low": each * 0.99, "high": each * 1.01, "of_first": [each / ratio * share for share in (0.98, 1, 1.02)]}
         for run, each in {name: ratio, **others}.items()
     ]
     (root / name / "timed.json").write_text(json.dumps(readings))
@@ -281,19 +302,30 @@ def test_the_floor_of_a_network_is_shown_as_it_was_measured(tmp_path: Path) -> N
 
 
 def test_a_plan_found_for_latency_is_compared_with_one_found_for_multiply_adds(tmp_path: Path) -> None:
-    names = ("resnet56-macs", "resnet56-macs-and-latency")
-    for name in names:
-        finish(tmp_path, name, {}, ppo=0.79)
+    title, names = "The same multiply-adds, found for latency", ("resnet56-macs", "resnet56-macs-and-latency")
+
+    def shares() -> list[str]:
+        lines = section(render_page(tmp_path, NAMES, "ppo"), title)
+        return [line.split(" | ")[4] for line in lines if line.startswith("| 50%")]
+
+    finish(tmp_path, names[0], {}, ppo=0.79)
     timed(tmp_path, names[0], "ppo", 0.9)
-    # What counts is the time beside the other one.
+    assert shares() == ["90.0% [89.1%, 90.9%], 0.9 ms"]
+
+    finish(tmp_path, names[1], {}, ppo=0.79)
     timed(tmp_path, names[1], "ppo", 0.72, **{names[0]: 0.80})
-
-    lines = section(render_page(tmp_path, NAMES, "ppo"), "The same multiply-adds, found for latency")
-
-    words = "At 100.0% of the other's multiply-adds, the plan found for latency takes 90.0% [88.2%, 91.8%] of its time"
-    assert f"{words} on 1 thread." in lines
-    shares = [line.split(" | ")[4] for line in lines if line.startswith("| 50%")]
-    assert shares == ["80.0% [79.2%, 80.8%], 0.8 ms", "72.0% [71.3%, 72.7%], 0.72 ms"]
+    # What counts is the time beside the other one.
+    assert shares() == ["80.0% [79.2%, 80.8%], 0.8 ms", "72.0% [71.3%, 72.7%], 0.72 ms"]
+    assert (
+        "With 100.0% of its multiply-adds, the plan found for multiply-adds alone takes 111.1% [108.9%, 113.3%] of the "
+        "time of the one found for latency, on 1 thread."
+    ) in section(render_page(tmp_path, NAMES, "ppo"), title)
+    # The table of searches has no times of its own.
+    finish(tmp_path, "resnet56-ppo-seed0", {}, ppo=0.79)
+    head = next(
+        line for line in section(render_page(tmp_path, NAMES, "ppo"), "ResNet-56 before fine-tuning") if "|" in line
+    )
+    assert "latency" not in head
 
 
 def test_a_cell_that_is_timed_beside_another_waits_for_its_run(tmp_path: Path) -> None:
