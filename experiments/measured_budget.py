@@ -27,7 +27,7 @@ from .subject import Subject
 MOST_PROJECTIONS = 3
 """Times that a plan which comes out slower than the table said is made smaller."""
 ROUNDS_OF_READINGS = (ROUNDS, 4 * ROUNDS)
-"""Rounds of a plan's first reading, and of the one that follows where the limit lies within the first one's interval:
+"""Rounds of a plan's first reading, and of the one that follows unless the first one's interval lies within the budget:
 four times as many halve the interval."""
 
 TimeShare = Callable[[CompressionPolicy, int], Comparison]
@@ -105,10 +105,10 @@ def within_measured_budget(
     Where the clock says more than the budget, the plan is projected again to the budget scaled by predicted over
     measured, up to `MOST_PROJECTIONS` times. Budgets of other kinds stay as they are, and are kept by every plan.
 
-    A reading decides if the interval that holds its true median at 95 % lies on one side of the limit. One that does
-    not is taken again with more rounds, anew and not on top, for readings that end where they happen to look good are
-    not those of the network. The median of the last one decides: half of all plans at the limit are over it, and no
-    number of rounds would tell.
+    A reading is enough if the interval that holds its true median at 95 % lies within the limit. Else it is taken again
+    with more rounds, for how much smaller a plan is made follows from it; anew and not on top, for readings that end
+    where they happen to look good are not those of the network. The median of the last one decides: half of all plans
+    at the limit are over it, and no number of rounds would tell.
 
     Args:
         policy: plan within the budget by the table.
@@ -127,7 +127,7 @@ def within_measured_budget(
         for n_smaller in range(MOST_PROJECTIONS + 1):
             for reading in _readings(policy, space, time_share, journal, name):
                 readings.append(reading)
-                if reading.high <= allowed or reading.low > allowed:
+                if reading.high <= allowed:
                     break
             smaller = math.floor(limit * readings[-1].predicted / readings[-1].measured)
             if readings[-1].measured <= allowed or n_smaller == MOST_PROJECTIONS or smaller < space.lowest_of(cost):
