@@ -27,6 +27,7 @@ from .data import ImageData
 from .finish import finish_run
 from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
+from .measured_budget import spent_by_the_clock
 from .methods import MethodSearch, check_enough, search_with
 from .outcome import RunOutcome, percent
 from .problem import Scoring, SearchProblem, evaluations_to_probe, least_squares, probe, space_by
@@ -140,7 +141,8 @@ def _carry_out(
     tell_precision(config.search, display)
     display.plan(_planned_work(config, problem))
     problem = _probed(problem, subject, display, stop)
-    searches = [_search(folder, subject, problem, method, display, stop) for method in config.search.methods]
+    searched = spent_by_the_clock(problem, subject, problem.evaluator("", lambda _: None), display)
+    searches = [_search(folder, subject, searched, method, display, stop) for method in config.search.methods]
     return finish_run(folder, subject, problem, searches, display, stop)
 
 

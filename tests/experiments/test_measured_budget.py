@@ -11,14 +11,17 @@ from torch import nn
 from envs.action import start_plan
 from envs.journal import Journal
 from envs.space import SearchSpace
+from experiments import measured_budget
 from experiments.measured_budget import (
     MOST_PROJECTIONS,
     ROUNDS_OF_READINGS,
     MeasuredPlan,
     TimeShare,
     kept_by_the_clock,
+    spent_by_the_clock,
     within_measured_budget,
 )
+from experiments.problem import SearchProblem
 from experiments.progress import RunDisplay
 from experiments.run import MethodFolder
 from graph_encoder.capture import capture
@@ -201,3 +204,55 @@ def test_a_plan_that_was_fine_tuned_without_a_clock_is_not_made_smaller_by_one_f
 
     assert plan.policy == policy
     assert plan.unmeasured == "its network is fine-tuned already, which a smaller plan would undo"
+
+
+def problem_with(space: SearchSpace, journal: Journal) -> SearchProblem:
+    never = cast("Any", None)
+    return SearchProblem(nn.Identity(), space.graph, space, never, journal, seed=0)
+
+
+def spent(problem: SearchProblem, clock: TimeShare, monkeypatch: pytest.MonkeyPatch) -> SearchProblem:
+    monkeypatch.setattr(measured_budget, "_PlanClock", lambda *_: clock)
+    never = cast("Any", None)
+    with RunDisplay(quiet=True) as display:
+        return spent_by_the_clock(problem, never, never, display)
+
+
+def no_clock(_: CompressionPolicy, rounds: int) -> Comparison:
+    msg = "the table is of another device"
+    raise LatencyError(msg)
+
+
+def test_searches_spend_what_the_clock_leaves_of_the_budget(
+    space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = space.policy(start_plan(space))
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        # The first, coarse reading is not what counts.
+        found_out = spent(
+            problem_with(space, journal),
+            lambda plan, rounds: found((2.0 if rounds == FIRST else 1.25) * by_the_table(space, plan), rounds),
+            monkeypatch,
+        )
+
+    limit = space.limit or 0
+    assert found_out.space.limit == pytest.approx(limit / 1.25, abs=1)
+    # What is found there is within the budget on such a clock, as it is.
+    plan = found_out.space.policy(start_plan(found_out.space))
+    assert kept(plan, space, exactly(lambda p: 1.25 * by_the_table(space, p))).policy == plan != policy
+    # A continued run spends the same, also where there is no clock.
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        again = spent(problem_with(space, journal), no_clock, monkeypatch)
+    assert again.space.limit == found_out.space.limit
+
+
+def test_the_whole_budget_is_spent_where_the_clock_finds_no_more_or_is_not_there(
+    space: SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for clock in (exactly(lambda p: 0.9 * by_the_table(space, p)), no_clock):
+        problem = problem_with(space, Journal())
+        assert spent(problem, clock, monkeypatch) is problem
+    # No less is spent than the fastest plan takes.
+    least = spent(problem_with(space, Journal()), exactly(lambda _: 50.0), monkeypatch)
+    assert space.timed is not None
+    assert least.space.limit == space.lowest_of(space.timed.cost)
