@@ -60,11 +60,12 @@ class MeasuredPlan:
 def spent_by_the_clock(
     problem: SearchProblem, subject: Subject, builder: CandidateEvaluator, display: RunDisplay
 ) -> SearchProblem:
-    """The same problem with less latency to spend, where the clock finds the start plan slower than the table does.
+    """The same problem with less latency to spend, where the clock finds the start plan over the budget.
 
     Plans of about one cost are about equally wrong in the table. A search that knows spends what is there; a plan that
-    is made smaller afterwards was chosen for another budget. Without a clock (the table's device is not this one) the
-    table is all there is.
+    is made smaller afterwards was chosen for another budget. The start plan is made smaller as those that are found are
+    (`within_measured_budget`), and what it comes to by the table is spent. Without a clock (the table's device is not
+    this one) the table is all there is.
 
     Args:
         problem: with a budget of latency or without.
@@ -72,23 +73,27 @@ def spent_by_the_clock(
         builder: builds the network of a plan.
         display: told of the budget that is spent.
     """
-    space = problem.space
-    if space.timed is None:
+    space, bound = problem.space, problem.space.timed
+    if bound is None:
         return problem
-    plan = space.policy(start_plan(space))
+    clock, dense, limit = _PlanClock(subject, builder), bound.cost.dense, bound.limit
     try:
-        *_, reading = _readings(plan, space, _PlanClock(subject, builder), problem.journal, "start")
+        for _ in range(MOST_PROJECTIONS):
+            spending = space.with_limit("latency", limit)
+            *_, reading = _readings(spending.policy(start_plan(spending)), space, clock, problem.journal, "start")
+            smaller = max(math.floor(bound.limit * reading.predicted / reading.measured), space.lowest_of(bound.cost))
+            if reading.measured <= bound.limit / dense or smaller >= limit:
+                break
+            limit = smaller
     except LatencyError:
         return problem
-    if reading.measured <= reading.predicted:
+    if limit == bound.limit:
         return problem
-    limit, dense = space.timed.limit, space.timed.cost.dense
-    smaller = max(math.floor(limit * reading.predicted / reading.measured), space.lowest_of(space.timed.cost))
     display.say(
-        f"the start plan takes {reading.predicted:.1%} of the dense latency by the table and {reading.measured:.1%} on "
-        f"the clock: searches spend {smaller / dense:.1%} by the table, for the budget of {limit / dense:.1%}"
+        f"the table asks too little of the start plan: for the budget of {bound.limit / dense:.1%} of the dense "
+        f"latency, searches spend {limit / dense:.1%} by the table"
     )
-    return replace(problem, space=space.with_limit("latency", smaller))
+    return replace(problem, space=space.with_limit("latency", limit))
 
 
 def kept_by_the_clock(

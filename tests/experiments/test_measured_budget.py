@@ -246,12 +246,17 @@ def test_searches_spend_what_the_clock_leaves_of_the_budget(
     assert again.space.limit == found_out.space.limit
 
 
-def test_the_whole_budget_is_spent_where_the_clock_finds_no_more_or_is_not_there(
+def test_what_is_spent_is_the_whole_budget_or_as_much_less_as_the_clock_asks(
     space: SearchSpace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for clock in (exactly(lambda p: 0.9 * by_the_table(space, p)), no_clock):
+    allowed = (space.limit or 0) / space.cost.dense
+    for clock in (exactly(lambda p: 0.9 * by_the_table(space, p)), exactly(lambda _: allowed), no_clock):
         problem = problem_with(space, Journal())
         assert spent(problem, clock, monkeypatch) is problem
+    # Half of the time is a constant that the table knows nothing of: once is not enough.
+    twice = spent(problem_with(space, Journal()), exactly(lambda p: 0.3 + 0.6 * by_the_table(space, p)), monkeypatch)
+    plan = twice.space.policy(start_plan(twice.space))
+    assert 0.4 < by_the_table(space, plan) and 0.3 + 0.6 * by_the_table(space, plan) <= allowed
     # No less is spent than the fastest plan takes.
     least = spent(problem_with(space, Journal()), exactly(lambda _: 50.0), monkeypatch)
     assert space.timed is not None
