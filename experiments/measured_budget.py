@@ -64,7 +64,7 @@ def spent_by_the_clock(
 
     Plans of about one cost are about equally wrong in the table. A search that knows spends what is there; a plan that
     is made smaller afterwards was chosen for another budget. The start plan is made smaller as those that are found are
-    (`within_measured_budget`), and what it comes to by the table is spent. Without a clock (the table's device is not
+    (`within_measured_budget`), and what it then costs by the table is spent. Without a clock (the table's device is not
     this one) the table is all there is.
 
     Args:
@@ -76,22 +76,14 @@ def spent_by_the_clock(
     space, bound = problem.space, problem.space.timed
     if bound is None:
         return problem
-    clock, dense, limit = _PlanClock(subject, builder), bound.cost.dense, bound.limit
-    try:
-        for _ in range(MOST_PROJECTIONS):
-            spending = space.with_limit("latency", limit)
-            *_, reading = _readings(spending.policy(start_plan(spending)), space, clock, problem.journal, "start")
-            smaller = max(math.floor(bound.limit * reading.predicted / reading.measured), space.lowest_of(bound.cost))
-            if reading.measured <= bound.limit / dense or smaller >= limit:
-                break
-            limit = smaller
-    except LatencyError:
+    plan = space.policy(start_plan(space))
+    measured = within_measured_budget(plan, space, _PlanClock(subject, builder), problem.journal, "start")
+    if measured.unmeasured or measured.policy == plan:
         return problem
-    if limit == bound.limit:
-        return problem
+    limit = space.cost_of(measured.policy, bound.cost)
     display.say(
-        f"the table asks too little of the start plan: for the budget of {bound.limit / dense:.1%} of the dense "
-        f"latency, searches spend {limit / dense:.1%} by the table"
+        f"the table asks too little of the start plan: for the budget of {measured.allowed:.1%} of the dense latency, "
+        f"searches spend {limit / bound.cost.dense:.1%} by the table"
     )
     return replace(problem, space=space.with_limit("latency", limit))
 

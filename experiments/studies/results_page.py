@@ -126,7 +126,7 @@ def _search_table(cells: Cells, table: str, reference: Method = "cem") -> list[s
                 *([_share_of_dense(cells, names, method)] if is_timed else []),
             ]
         )
-    dense = [outcome.row(DENSE) for name, outcome in cells.outcomes.items() if name.startswith(f"{table}-")]
+    dense = cells.rows(own, DENSE)
     if dense and lines:
         head = [DENSE, percent(dense[0].test_accuracy), "-", "-", percent(dense[0].validation_accuracy)]
         lines.insert(0, [*head, *["-"] * (len(heads) - len(head))])

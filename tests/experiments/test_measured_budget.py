@@ -235,8 +235,8 @@ def test_searches_spend_what_the_clock_leaves_of_the_budget(
             monkeypatch,
         )
 
-    limit = space.limit or 0
-    assert found_out.space.limit == pytest.approx(limit / 1.25, abs=1)
+    # As much as fits in the rounding of the plan.
+    assert 0.9 < (found_out.space.limit or 0) / ((space.limit or 0) / 1.25) <= 1
     # What is found there is within the budget on such a clock, as it is.
     plan = found_out.space.policy(start_plan(found_out.space))
     assert kept(plan, space, exactly(lambda p: 1.25 * by_the_table(space, p))).policy == plan != policy
@@ -257,7 +257,3 @@ def test_what_is_spent_is_the_whole_budget_or_as_much_less_as_the_clock_asks(
     twice = spent(problem_with(space, Journal()), exactly(lambda p: 0.3 + 0.6 * by_the_table(space, p)), monkeypatch)
     plan = twice.space.policy(start_plan(twice.space))
     assert by_the_table(space, plan) > 0.4 and 0.3 + 0.6 * by_the_table(space, plan) <= allowed
-    # No less is spent than the fastest plan takes.
-    least = spent(problem_with(space, Journal()), exactly(lambda _: 50.0), monkeypatch)
-    assert space.timed is not None
-    assert least.space.limit == space.lowest_of(space.timed.cost)
