@@ -42,7 +42,7 @@ Key = tuple[str, float, bool]
 """What tells evaluations apart: digest of the policy, share of the images, and whether outputs were compared."""
 
 DENSE_DIGEST = "dense"
-RANGE_IMAGES = 256
+RANGE_IMAGES = 128
 """Images that the ranges of quantized activations are read off."""
 COMPARED_IMAGES = 256
 """Calibration images on which outputs are compared with the dense network's."""

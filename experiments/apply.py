@@ -95,7 +95,7 @@ def apply_saved(
         range_images=subject.range_images(),
         calibration_method=settings.calibration_method,
         channels_last=True,
-        autocast=settings.scores_in_bfloat16,
+        autocast=settings.autocast,
     )
     return _saved(subject, builder, policy, out, display)
 

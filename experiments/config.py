@@ -130,7 +130,7 @@ class SearchSettings(_Section):
     batch_size: int = Field(default=250, ge=1)
     """Images a forward pass while scoring."""
     autocast: bool = False
-    """Re-estimate statistics and score candidates in bfloat16; without effect where bits are decided, since its own
+    """Re-estimate statistics and score candidates in bfloat16; where bits are decided the former alone, since its own
     rounding is about that of 8 bits."""
 
     @field_validator("target", mode="before")
@@ -169,7 +169,7 @@ class SearchSettings(_Section):
 
     @property
     def scores_in_bfloat16(self) -> bool:
-        """What `autocast` comes to: a layer left in single precision must be told from one of 8 bits."""
+        """What `autocast` comes to for scores: a layer left in single precision must be told from one of 8 bits."""
         return self.autocast and not self.decides_bits
 
     @property

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
 from graph_encoder.modes import evaluation_mode
+from pruning.integer_network import in_integers
 
 from .image_folder import first_image, image_names, read_image_folder
 from .images import DataError, ImageSplit, MissingSplitError, choose, read_list
@@ -355,7 +356,8 @@ def make_judge(
 
     Returns:
         A function from a network to booleans of shape ``(n,)``, on the CPU. It runs in evaluation and inference mode,
-        and leaves the network's modes as they were.
+        in integers where the network has 8 bits and there are kernels (`pruning.integer_network`), and leaves the
+        network's modes as they were.
     """
     device = torch.device(device)
     if n_images is not None and n_images < len(split):
@@ -365,7 +367,8 @@ def make_judge(
 
     def judge(model: nn.Module) -> Tensor:
         with evaluation_mode(model), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, autocast):
-            found = torch.cat([model(batch).argmax(dim=1) for batch in images])
+            network = in_integers(model)
+            found = torch.cat([network(batch).argmax(dim=1) for batch in images])
         return (found == labels).cpu()
 
     return judge

@@ -183,7 +183,7 @@ def build_problem(subject: Subject, importance: dict[str, torch.Tensor], journal
         range_images=subject.range_images(),
         calibration_method=settings.calibration_method,
         channels_last=True,
-        autocast=settings.scores_in_bfloat16,
+        autocast=settings.autocast,
     )
     return SearchProblem(subject.model, subject.graph, space, scoring, journal, settings.seed)
 
@@ -192,8 +192,8 @@ def tell_precision(settings: SearchSettings, display: RunDisplay) -> None:
     """Say so where candidates are scored in another precision than was asked for."""
     if settings.autocast and not settings.scores_in_bfloat16:
         display.say(
-            "search.autocast is without effect: bits are decided, and bfloat16 rounds about as much as 8 bits do, so "
-            "candidates are scored in single precision"
+            "search.autocast: statistics are re-estimated in bfloat16, and candidates are not scored in it, as bits "
+            "are decided, and bfloat16 rounds about as much as 8 bits do"
         )
 
 

@@ -83,7 +83,7 @@ class Subject:
         )
 
     def evaluate_on_validation(self) -> Callable[[nn.Module], float]:
-        """Accuracy on the whole validation split, in full precision."""
+        """Accuracy on the whole validation split, never in bfloat16."""
         batch_size = self.config.search.batch_size
         return make_evaluate(self.data.validation, self.config.data, batch_size=batch_size, device=self.device)
 

@@ -8,7 +8,7 @@ kernel of its own (sums, concatenations).
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +46,28 @@ def tensors_to_quantize(traced: fx.GraphModule, integer: set[str]) -> list[fx.No
     return flow.settle()
 
 
+def source_of(node: fx.Node, modules: Mapping[str, nn.Module], among: Container[fx.Node] = ()) -> fx.Node:
+    """The node whose values ``node`` hands on: the first one back that is ``among`` these, or computes new values."""
+    while node not in among and _keeps_values(node, modules):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _keeps_values(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    kind = _kind(node, modules)
+    if kind is F.pad:
+        mode, value = _argument(node, 2, "mode", "constant"), _argument(node, 3, "value", 0)
+        return bool(mode != "constant" or not value)
+    return kind in _KEEPING and bool(node.all_input_nodes)
+
+
+def _kind(node: fx.Node, modules: Mapping[str, nn.Module]) -> Any:
+    """What the node computes: a module's class, a function, or the name of a method."""
+    if node.op == "call_module":
+        return type(modules[str(node.target)])
+    return node.target if node.op in ("call_function", "call_method") else None
+
+
 class _Flow:
     def __init__(self, traced: fx.GraphModule, integer: set[str]) -> None:
         self._modules = dict(traced.named_modules(remove_duplicate=False))
@@ -67,7 +89,7 @@ class _Flow:
             source = self._source(node.all_input_nodes[0])
             self._chosen.add(source)
             self._choose_end(node)
-        elif self._kind(node) in _JOINS:
+        elif _kind(node, self._modules) in _JOINS:
             terms = node.all_input_nodes
             if len(terms) > 1 and all(self._source(term) in self._chosen for term in terms):
                 self._choose_end(node)
@@ -85,26 +107,11 @@ class _Flow:
         users = list(node.users)
         if len(users) != 1:
             return None
-        kind = self._kind(users[0])
+        kind = _kind(users[0], self._modules)
         return users[0] if kind in kinds else None
 
     def _source(self, node: fx.Node) -> fx.Node:
-        """The tensor whose values ``node`` hands on."""
-        while node not in self._chosen and self._keeps_values(node):
-            node = node.all_input_nodes[0]
-        return node
-
-    def _keeps_values(self, node: fx.Node) -> bool:
-        if self._kind(node) is F.pad:
-            mode, value = _argument(node, 2, "mode", "constant"), _argument(node, 3, "value", 0)
-            return bool(mode != "constant" or not value)
-        return self._kind(node) in _KEEPING and bool(node.all_input_nodes)
-
-    def _kind(self, node: fx.Node) -> Any:
-        """What the node computes: a module's class, a function, or the name of a method."""
-        if node.op == "call_module":
-            return type(self._modules[str(node.target)])
-        return node.target if node.op in ("call_function", "call_method") else None
+        return source_of(node, self._modules, self._chosen)
 
 
 def _argument(node: fx.Node, position: int, name: str, default: object) -> object:

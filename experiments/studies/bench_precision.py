@@ -1,6 +1,7 @@
-"""Whether scoring in bfloat16 ranks plans as single precision does, and what it saves.
+"""Whether scoring in bfloat16, or in integers, ranks plans as single precision does, and what it saves.
 
 Run as ``python -m experiments.studies.bench_precision run.yaml --plans 40``: the configuration is that of a search.
+Where it decides bits, ``search.autocast`` scores in integers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from envs.action import counts_of
 from envs.evaluator import CandidateEvaluator
@@ -34,21 +36,36 @@ from ..subject import prepare_subject
 SPREAD = 0.5
 """Standard deviation of the actions that the plans come from."""
 
-_PAGE = """# Scoring in bfloat16
+_TURNS = """The same plans were scored both ways,
+in turn, on the same images: random actions around the uniform plan, all within the budget."""
+_BFLOAT16 = f"""# Scoring in bfloat16
 
-`search.autocast` re-estimates batch norms and scores candidates in bfloat16. The same plans were scored both ways, in
-turn, on the same images: random actions around the uniform plan, all within the budget.
+`search.autocast` re-estimates batch norms and scores candidates in bfloat16. {_TURNS}"""
+_INTEGERS = f"""# Scoring 8 bits in integers
 
-"""
+Where bits are decided, `search.autocast` re-estimates batch norms in bfloat16, and convolutions of 8 bits are scored
+by integer kernels whatever it says; "single precision" is without both. {_TURNS}"""
+
+
+class _Simulated(nn.Module):
+    """A network that is not looked into, so that its layers stay in single precision."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x)
+        return logits
 
 
 def main(
     config: Annotated[Path, typer.Argument(help="Configuration of a search.")],
     plans: Annotated[int, typer.Option(help="Random plans.", min=3)] = 40,
     settings: Annotated[list[str] | None, typer.Option("--set", help="As for search.")] = None,
-    page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/benchmarks/precision.md"),
+    page: Annotated[Path | None, typer.Option(help="Page to write, if not the one of docs/benchmarks.")] = None,
 ) -> None:
-    """Score random plans in single precision and in bfloat16."""
+    """Score random plans in single precision and in bfloat16, or in integers where bits are decided."""
     options = dict(parse_setting(text) for text in settings or [])
     with RunDisplay() as display:
         problems = [
@@ -59,21 +76,23 @@ def main(
     full, half = accuracies
     difference = 100 * (half - full)
     asked, machine = load_config(config, options), describe_machine(torch.device("cpu"))
+    faster, words = ("integers", _INTEGERS) if asked.search.decides_bits else ("bfloat16", _BFLOAT16)
     lines = [
         ["network, budget", f"{asked.model.name}, {budget_words(asked.budget)}"],
         ["plans, decisions", f"{plans}, {problems[0].space.n}"],
         ["images", f"{problems[0].scoring.n_images:,}"],
         ["accuracies in single precision", f"{full.min():.2%} to {full.max():.2%}"],
         ["rank correlation (Spearman)", f"{spearman(full, half):.3f}"],
-        ["bfloat16 less single precision, points", f"{difference.mean():+.2f} ± {difference.std(ddof=1):.2f}"],
+        [f"{faster} less single precision, points", f"{difference.mean():+.2f} ± {difference.std(ddof=1):.2f}"],
         ["best plan by either, scored in single precision", f"{full.max():.2%}, {full[half.argmax()]:.2%}"],
-        ["time, single precision over bfloat16 (quartiles)", _ratio(seconds[0] / seconds[1])],
+        [f"time, single precision over {faster} (quartiles)", _ratio(seconds[0] / seconds[1])],
     ]
     others = "".join(f" --set {shlex.quote(text)}" for text in settings or [])
     command = f"Command: `python -m experiments.studies.bench_precision {config.name} --plans {plans}{others}`."
     record = f"Seed {asked.search.seed}; {machine.processor}, torch {torch.__version__}, commit {machine.commit}."
-    text = _PAGE + "\n\n".join([Table(["what", "found"], lines).markdown(), command, record]) + "\n"
-    write_atomic(page, text.encode())
+    text = "\n\n".join([words, Table(["what", "found"], lines).markdown(), command, record]) + "\n"
+    name = "integers" if asked.search.decides_bits else "precision"
+    write_atomic(page or Path(f"docs/benchmarks/{name}.md"), text.encode())
 
 
 def _problem(config: RunConfig, display: RunDisplay) -> SearchProblem:
@@ -90,7 +109,11 @@ def _scored(
     """Accuracies and seconds of each plan, one array a precision."""
     space = problems[0].space
     generator = np.random.default_rng(problems[0].seed)
-    evaluators: list[CandidateEvaluator] = [problem.evaluator("", lambda _: None) for problem in problems]
+    single, faster = problems
+    evaluators: list[CandidateEvaluator] = [
+        single.evaluator("", lambda _: None, evaluate=lambda network: single.scoring.evaluate(_Simulated(network))),
+        faster.evaluator("", lambda _: None),
+    ]
     found = np.zeros((len(problems), n_plans))
     seconds = np.zeros_like(found)
     with display.stage("plans, both ways", n_plans, "evaluation") as stage:

@@ -1,4 +1,4 @@
-"""Where bits are decided or trained, autocast is left out, and said to be."""
+"""Where bits are decided or trained, autocast is left out of scores and of training, and said to be."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from envs.journal import Journal
 from experiments.config import RunConfig
-from experiments.data import ImageData, TrainBatches
+from experiments.data import ImageData, TrainBatches, make_judge
 from experiments.interrupt import StopFlag
 from experiments.progress import RunDisplay
 from experiments.search import build_problem, importance_of, tell_precision
@@ -21,9 +21,9 @@ from pruning.quantize import quantize_layers
 
 from .tiny import network
 
-WITHOUT_EFFECT = (
-    "search.autocast is without effect: bits are decided, and bfloat16 rounds about as much as 8 bits do, so "
-    "candidates are scored in single precision"
+NOT_FOR_SCORES = (
+    "search.autocast: statistics are re-estimated in bfloat16, and candidates are not scored in it, as bits "
+    "are decided, and bfloat16 rounds about as much as 8 bits do"
 )
 
 
@@ -60,8 +60,8 @@ def test_candidates_are_scored_in_bfloat16_only_where_no_bits_are_decided(
     subject.evaluate_on_search_images()(recorder)
 
     assert recorder.seen == {is_on}
-    assert build_problem(subject, importance_of(subject), Journal()).scoring.autocast is is_on
-    assert said == ([] if is_on else [WITHOUT_EFFECT])
+    assert build_problem(subject, importance_of(subject), Journal()).scoring.autocast
+    assert said == ([] if is_on else [NOT_FOR_SCORES])
 
 
 @pytest.mark.parametrize("bits", [8, 32])
@@ -81,3 +81,27 @@ def test_networks_with_bits_are_finetuned_in_single_precision(
     assert recorder.seen == {bits == 32}
     words = "fine-tuning it: in single precision, as bfloat16 would round about as much as the network's bits do"
     assert said[:-1] == ([] if bits == 32 else [words])  # the last line tells what the training came to
+
+
+def test_networks_with_bits_are_judged_in_integers_and_left_as_they_were(
+    tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    data = ImageData(config.data)
+    judge = make_judge(data.validation, config.data)
+    model, modes = network(3, 1).train(), []
+
+    def always_the_first(given: nn.Module) -> nn.Module:
+        modes.append(given.training)
+        return FirstClass()
+
+    monkeypatch.setattr("experiments.data.in_integers", always_the_first)
+
+    assert torch.equal(judge(model), data.validation.labels == 0)
+    assert modes == [False]
+    assert model.training
+
+
+class FirstClass(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor([1.0, 0.0, 0.0]).expand(len(x), 3)

@@ -1,0 +1,191 @@
+"""A network in 8 bits as integer kernels compute it: for scoring, where fake quantization takes twice as long."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import skip_init
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .integer_flow import source_of
+from .layer_policy import LayerPolicy
+from .quantize import ActQuantizer, LinearWeightQuantizer, QuantizedConv2d, is_integer, quantize_layers
+
+_AS_FLOATS: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+"""Scale, zero point and type of what the kernel writes, and the operators after it: none."""
+
+
+class ToIntegers(nn.Module):
+    """The integers that an `ActQuantizer` of 8 bits rounds values to."""
+
+    def __init__(self, quantizer: ActQuantizer) -> None:
+        super().__init__()
+        self.step, self.zero_point = float(quantizer.scale.detach()), int(quantizer.zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map values to uint8 of the same shape; what lies on the grid already stays where it is."""
+        return (x.float() / self.step).round_().add_(self.zero_point).clamp_(0, 255).to(torch.uint8)
+
+
+class IntegerConv2d(nn.Module):
+    """The convolution that a `QuantizedConv2d` of 8 bits simulates, in integers by oneDNN's kernel; for inference.
+
+    Sums of products are exact, where single precision rounds them: the two agree to about 1e-6 of the largest output.
+    """
+
+    def __init__(self, layer: QuantizedConv2d, reads: ToIntegers, norm: nn.BatchNorm2d | None) -> None:
+        """Take the weights as they are now.
+
+        Args:
+            layer: whose weights are on grids of 8 bits, padded with zeros, on the CPU.
+            reads: makes its inputs.
+            norm: a batch norm of its outputs that the layer computes as well.
+        """
+        super().__init__()
+        of_weight = layer.weight_quantizer
+        assert isinstance(of_weight, LinearWeightQuantizer)
+        integers = (of_weight(layer.weight) / of_weight.scale).round().to(torch.int8)
+        scales, bias = of_weight.scale, layer.bias
+        if norm is not None:
+            assert norm.running_mean is not None and norm.running_var is not None
+            statistics = (norm.running_mean, norm.running_var, norm.eps)
+            scales, bias = fuse_conv_bn_weights(scales, bias, *statistics, norm.weight, norm.bias)
+        self._scales = scales.detach().flatten()
+        self._bias = None if bias is None else bias.detach()
+        self._grid = reads.step, reads.zero_point
+        self._zero_points = torch.zeros(len(layer.weight), dtype=torch.int32)
+        self._geometry = list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
+        self._weight = torch.ops.onednn.qconv_prepack(integers, self._scales, *self._grid, *self._geometry, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map uint8 ``(N, in, H, W)`` to float32 ``(N, out, H', W')`` in the same memory format."""
+        weight = self._weight, self._scales, self._zero_points, self._bias
+        out: Tensor = torch.ops.onednn.qconv2d_pointwise(x, *self._grid, *weight, *self._geometry, *_AS_FLOATS)
+        return out.contiguous() if x.is_contiguous() else out
+
+
+def in_integers(model: nn.Module) -> nn.Module:
+    """``model``, in evaluation mode, for inference, with its 8-bit convolutions over images in integer kernels.
+
+    It is handed back as it is where none can be: whole tensors have to be quantized (`insert_quantizers` says when),
+    the network be on the CPU, and PyTorch have integer kernels whose sums do not saturate (x86 with VNNI). Layers with
+    hooks stay simulated, and so does a network that changes a tensor in place that something else reads.
+
+    Returns:
+        A network that shares everything with ``model`` but these layers, whose weights and batch norms are those of
+        now.
+    """
+    if not isinstance(model, fx.GraphModule):
+        return model
+    layers = _layers_with_a_kernel(model)
+    return _converted(model, layers) if layers and kernels_are_exact() else model
+
+
+@functools.cache
+def kernels_are_exact() -> bool:
+    """Whether PyTorch has integer kernels here, and their sums are right where all products are the largest.
+
+    Tried out on a layer of one group and on a depthwise one, 3x3, with a zero point and without.
+    """
+    try:
+        return all(_is_exact(groups, lowest) for groups in (1, 64) for lowest in (0.0, -1.0))
+    except (AttributeError, RuntimeError, TypeError):  # no such operator, none for this processor, or other arguments
+        return False
+
+
+def _is_exact(groups: int, lowest: float) -> bool:
+    layer = skip_init(nn.Conv2d, 64, 64, 3, padding=1, bias=False, groups=groups)  # draws nothing
+    images = torch.ones(1, 64, 4, 4)
+    images[..., 0, 0] = lowest
+    with torch.no_grad():
+        layer.weight.fill_(1.0)[::2].neg_()
+        network = quantize_layers(nn.Sequential(layer), {"0": LayerPolicy(weight_bits=8, act_bits=8)}, [images])
+        assert isinstance(network, fx.GraphModule)
+        found = _converted(network, _layers_with_a_kernel(network))(images)
+        return torch.allclose(found, network(images), rtol=1e-4, atol=1e-3)
+
+
+_Layers = dict[str, tuple[QuantizedConv2d, ActQuantizer]]
+"""By name of the node that calls it: a layer, and the quantizer of what it reads."""
+
+
+def _layers_with_a_kernel(model: fx.GraphModule) -> _Layers:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: _Layers = {}
+    for node in model.graph.nodes:
+        if _disturbs_others(node, modules):
+            return {}
+        layer = _called(node, modules)
+        if isinstance(layer, QuantizedConv2d) and _is_plain(layer):
+            quantizer = _called(source_of(node.all_input_nodes[0], modules), modules)
+            if isinstance(quantizer, ActQuantizer):
+                found[node.name] = layer, quantizer
+    return found
+
+
+def _is_plain(layer: QuantizedConv2d) -> bool:
+    """Whether the kernel computes all that the layer does."""
+    pads_with_zeros = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    has_floats = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+    return is_integer(layer.policy) and pads_with_zeros and has_floats and not _has_hooks(layer)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _called(node: fx.Node | None, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    return modules.get(str(node.target)) if node is not None and node.op == "call_module" else None
+
+
+def _disturbs_others(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the node changes a tensor in place that something else may read, so that the order of nodes matters."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = bool(node.kwargs.get("inplace")) or getattr(_called(node, modules), "inplace", False)
+    if node.op in ("call_function", "call_method"):
+        in_place |= name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return in_place and (not node.users or any(len(read.users) > 1 for read in node.all_input_nodes[:1]))
+
+
+def _converted(model: fx.GraphModule, layers: _Layers) -> fx.GraphModule:
+    converted = fx.GraphModule(model, copy.deepcopy(model.graph))
+    graph, modules = converted.graph, dict(converted.named_modules(remove_duplicate=False))
+    integers: dict[fx.Node, tuple[fx.Node, ToIntegers]] = {}
+    for node in list(graph.nodes):
+        if node.name not in layers:
+            continue
+        layer, quantizer = layers[node.name]
+        read = node.all_input_nodes[0]
+        if read not in integers:
+            # Straight from what the quantizer reads, where nothing lies between.
+            values = read.all_input_nodes[0] if _called(read, modules) is quantizer else read
+            reads = ToIntegers(quantizer)
+            converted.add_module(f"integers_{read.name}", reads)
+            with graph.inserting_after(read):
+                integers[read] = graph.call_module(f"integers_{read.name}", (values,)), reads
+        made, reads = integers[read]
+        norm = _sole_norm(node, modules)
+        node.target, node.args = f"integer_{node.name}", (made,)
+        converted.add_module(node.target, IntegerConv2d(layer, reads, norm))
+        if norm is not None:
+            next(iter(node.users)).replace_all_uses_with(node)
+    graph.eliminate_dead_code()
+    converted.recompile()
+    return converted
+
+
+def _sole_norm(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.BatchNorm2d | None:
+    """The batch norm that alone reads ``node``, if its statistics are fixed."""
+    norm = _called(next(iter(node.users)), modules) if len(node.users) == 1 else None
+    is_fixed = isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and not norm.training
+    return norm if isinstance(norm, nn.BatchNorm2d) and is_fixed and not _has_hooks(norm) else None
+
+
+_IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator))
+"""`operator.iadd` and the like."""
