@@ -208,7 +208,7 @@ class TrainConfig(_Section):
     batch_size: int = Field(default=128, ge=1)
     """Images a step."""
     autocast: bool = False
-    """Train in bfloat16; without effect on a network whose layers have bits."""
+    """Train in bfloat16; without effect on epochs in which layers have bits."""
 
 
 class FinetuneConfig(TrainConfig):
@@ -218,12 +218,26 @@ class FinetuneConfig(TrainConfig):
     """Passes over the training images; 0 fine-tunes nothing."""
     learning_rate: float = Field(default=0.02, gt=0)
     """Peak learning rate of the cosine schedule."""
+    quantized_epochs: int | None = Field(default=None, ge=0)
+    """How many of the epochs, the last ones, are trained with the bits that layers have, after others without, which
+    take less than half as long: ranges are calibrated in between, and the learning rate falls to a tenth and runs along
+    a cosine of its own. All if not given; with 0 the ranges are calibrated in the end."""
     distillation_weight: float = Field(default=0.0, ge=0, le=1)
     """Share of the loss that follows the dense network's outputs; 0 trains on the labels alone."""
     temperature: float = Field(default=4.0, gt=0)
     """Softening of the outputs that distillation compares."""
     dense_control: bool = True
     """Give the dense network the same fine-tuning and report it beside the others."""
+
+    @model_validator(mode="after")
+    def _quantized_epochs_are_some_of_all(self) -> Self:
+        if (self.quantized_epochs or 0) > self.epochs:
+            msg = (
+                f"quantized_epochs is {self.quantized_epochs}, and epochs, which they are the last of, {self.epochs}; "
+                f"ask for at most {self.epochs} of them, or for more epochs"
+            )
+            raise ValueError(msg)
+        return self
 
 
 class LatencyConfig(_Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from latency.runtimes import SPARSE
 from pruning.export import save_compressed
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
-from pruning.sparse_training import hold_zeros
+from pruning.quantize import calibrate
 
 from .clock import TableDevice
 from .config import AGENTS, RunConfig
@@ -162,19 +163,23 @@ def _tuned(
     if own.tuned_file.exists():
         tuned.load_state_dict(load_file(own.tuned_file))
         return tuned.eval()
-    with hold_zeros(tuned, policy.sparse_layers):
-        tune(
-            tuned,
-            subject.train_batches(recipe.batch_size),
-            recipe,
-            subject.config.search.seed,
-            f"fine-tuning {name}",
-            display,
-            stop,
-            scratch=own.finetuning,
-            teacher=subject.model,
-        )
+    tune(
+        tuned,
+        subject.train_batches(recipe.batch_size),
+        recipe,
+        subject.config.search.seed,
+        f"fine-tuning {name}",
+        display,
+        stop,
+        scratch=own.finetuning,
+        teacher=subject.model,
+        sparse_layers=policy.sparse_layers,
+        calibrate_ranges=lambda trained: calibrate(
+            trained, subject.range_images(), method=subject.config.search.calibration_method
+        ),
+    )
     write_atomic(own.tuned_file, save({key: value.cpu().contiguous() for key, value in tuned.state_dict().items()}))
+    shutil.rmtree(own.finetuning, ignore_errors=True)
     return tuned
 
 

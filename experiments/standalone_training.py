@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from envs.evaluator import RANGE_IMAGES
 from graph_encoder.modes import evaluation_mode
 from pruning.export import load_compressed, read_manifest, save_compressed
 from pruning.policy import CompressionPolicy
-from pruning.sparse_training import hold_zeros
+from pruning.quantize import calibrate
 
 from .config import ConfigError, RunConfig
 from .data import ImageData, TrainBatches, labelled_batches, make_evaluate, normalise
@@ -109,22 +111,29 @@ def finetune_saved(
     evaluate = make_evaluate(data.validation, config.data, device=device)
     before, seed = evaluate(model), config.search.seed
     batches = TrainBatches(data.train, config.data, batch_size=recipe.batch_size, seed=seed, device=device)
-    with hold_zeros(model, policy.sparse_layers):
-        tune(
-            model,
-            batches,
-            recipe,
-            seed,
-            f"fine-tuning {name}",
-            display,
-            stop,
-            scratch=out.with_suffix(".training"),
-            teacher=teacher,
-        )
+    search, scratch = config.search, out.with_suffix(".training")
+    n_images = min(RANGE_IMAGES, search.calibration_images)
+    labelled = labelled_batches(
+        data.train, config.data, n_images=n_images, batch_size=search.batch_size, device=device, seed=seed
+    )
+    images = [batch for batch, _ in labelled]
+    tune(
+        model,
+        batches,
+        recipe,
+        seed,
+        f"fine-tuning {name}",
+        display,
+        stop,
+        scratch=scratch,
+        teacher=teacher,
+        sparse_layers=policy.sparse_layers,
+        calibrate_ranges=lambda network: calibrate(network, images, method=search.calibration_method),
+    )
     example = manifest.examples()
     save_compressed(model, policy, out, constructor=manifest.constructor, example_inputs=example)
-    images = labelled_batches(data.train, config.data, n_images=config.search.batch_size, seed=seed)[0][0]
-    write_exported(model, "the fine-tuned network", example, out, images, config.measure, display)
+    shutil.rmtree(scratch, ignore_errors=True)
+    write_exported(model, "the fine-tuned network", example, out, images[0].cpu(), config.measure, display)
     return {"network": str(out), "validation_accuracy_before": before, "validation_accuracy": evaluate(model)}
 
 

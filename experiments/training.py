@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -12,15 +14,19 @@ from safetensors.torch import save
 from torch import nn
 
 from graph_encoder.modes import evaluation_mode
-from pruning.files import write_atomic
-from pruning.finetune import FinetuneReport, finetune
-from pruning.quantize import quantized_layers
+from pruning.files import CheckpointError, write_atomic
+from pruning.finetune import finetune
+from pruning.quantize import quantized_layers, without_quantizers
+from pruning.sparse_training import hold_zeros
 
 from .config import FinetuneConfig, RunConfig, TrainConfig
 from .data import ImageData, TrainBatches, normalise
 from .images import cache_folder
 from .interrupt import StopFlag
 from .progress import RunDisplay
+
+QUANTIZED_RATE = 0.1
+"""Peak learning rate of the epochs with bits that follow others without, as a share of theirs."""
 
 
 def tune(
@@ -34,49 +40,84 @@ def tune(
     *,
     scratch: Path,
     teacher: nn.Module | None = None,
-) -> FinetuneReport:
+    sparse_layers: Sequence[str] = (),
+    calibrate_ranges: Callable[[nn.Module], None] | None = None,
+) -> None:
     """Train or fine-tune ``model`` in place and leave it in evaluation mode.
 
     Args:
         model: network, on the device to train on.
         batches: training images.
-        recipe: epochs, learning rate and so on; a network with quantized layers is trained in single precision.
+        recipe: epochs, learning rate and so on; layers with bits are trained in single precision.
         seed: of what the network draws.
         title: what the display calls it.
         display: shows each epoch.
         stop: looked at after each epoch.
-        scratch: folder for checkpoints; a run that was stopped continues from there. Removed at the end.
+        scratch: folder for checkpoints; a run that was stopped continues from there. To be removed once the network is
+            on disk.
         teacher: network to distil from, if the recipe says so.
+        sparse_layers: qualified names of the layers whose zeros are to stay.
+        calibrate_ranges: calibrates a network with bits, in place; needed where the recipe trains without them first.
+
+    Raises:
+        CheckpointError: if the folder holds the checkpoints of another recipe.
     """
     tuning = recipe if isinstance(recipe, FinetuneConfig) else FinetuneConfig(**recipe.model_dump())
-    autocast = tuning.autocast and not quantized_layers(model)
-    if tuning.autocast and not autocast:
-        display.say(f"{title}: in single precision, as bfloat16 would round about as much as the network's bits do")
-    model.train()
-    with display.stage(title, recipe.epochs, "epoch") as stage:
-
-        def on_epoch(_epoch: int, loss: float, accuracy: float) -> None:
-            stage.advance(note=f"loss {loss:.3f}, {accuracy:.1%} of the training images right")
-            stop.check()
-
-        report = finetune(
-            model,
-            batches,
-            epochs=tuning.epochs,
-            learning_rate=tuning.learning_rate,
-            momentum=tuning.momentum,
-            weight_decay=tuning.weight_decay,
-            teacher=teacher if tuning.distillation_weight else None,
-            distillation_weight=tuning.distillation_weight,
-            temperature=tuning.temperature,
-            autocast=autocast,
-            seed=seed,
-            checkpoint=scratch / "checkpoint.pt",
-            on_epoch=on_epoch,
+    with_bits = tuning.epochs
+    if quantized_layers(model) and tuning.quantized_epochs is not None:
+        with_bits = tuning.quantized_epochs
+    without = tuning.epochs - with_bits
+    first, last = scratch / "without_bits.pt", scratch / "checkpoint.pt"
+    if first.exists() if not without else last.exists() and not first.exists():
+        msg = (
+            f"'{scratch}' holds a training with another finetune.quantized_epochs; use the same settings, or delete "
+            "the folder to train from the start"
         )
+        raise CheckpointError(msg)
+
+    def train(network: nn.Module, epochs: int, rate: float, what: str, checkpoint: Path, first_epoch: int) -> None:
+        is_quantized = bool(quantized_layers(network))
+        if tuning.autocast and is_quantized:
+            display.say(f"{what}: in single precision, as bfloat16 would round about as much as the network's bits do")
+        with ExitStack() as stack:
+            if sparse_layers:
+                stack.enter_context(hold_zeros(network, sparse_layers))
+            stage = stack.enter_context(display.stage(what, epochs, "epoch"))
+
+            def on_epoch(_epoch: int, loss: float, accuracy: float) -> None:
+                stage.advance(note=f"loss {loss:.3f}, {accuracy:.1%} of the training images right")
+                stop.check()
+
+            network.train()
+            finetune(
+                network,
+                batches,
+                epochs=epochs,
+                learning_rate=rate,
+                momentum=tuning.momentum,
+                weight_decay=tuning.weight_decay,
+                teacher=teacher if tuning.distillation_weight else None,
+                distillation_weight=tuning.distillation_weight,
+                temperature=tuning.temperature,
+                autocast=tuning.autocast and not is_quantized,
+                seed=seed,
+                first_epoch=first_epoch,
+                checkpoint=checkpoint,
+                on_epoch=on_epoch,
+            )
+
+    rate = tuning.learning_rate
+    if without:
+        assert calibrate_ranges is not None
+        plain = without_quantizers(model)
+        train(plain, without, rate, f"{title} without bits", first, 0)
+        # What is not there are the quantizers, which are calibrated next.
+        assert not model.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+        calibrate_ranges(model)
+        rate *= QUANTIZED_RATE
+    if with_bits:
+        train(model, with_bits, rate, title, last, without)
     model.eval()
-    shutil.rmtree(scratch, ignore_errors=True)
-    return report
 
 
 def trained_weights(
@@ -119,5 +160,7 @@ def train_from_scratch(
     seed, batch_size = config.search.seed, config.train.batch_size
     batches = TrainBatches(data.train, config.data, batch_size=batch_size, seed=seed, device=device)
     title = f"training {config.model.name}"
-    tune(model, batches, config.train, seed, title, display, stop, scratch=path.with_suffix(".training"))
+    scratch = path.with_suffix(".training")
+    tune(model, batches, config.train, seed, title, display, stop, scratch=scratch)
     write_atomic(path, save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}))
+    shutil.rmtree(scratch, ignore_errors=True)

@@ -433,14 +433,14 @@ class LatencyTable:
         return json.dumps(content) + "\n"
 
     @classmethod
-    def load(cls, path: Path) -> LatencyTable:
+    def load(cls, path: Path | str) -> LatencyTable:
         """Read what `save` wrote.
 
         Raises:
             TableError: if there is no such file, it is damaged, or of another version.
         """
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(Path(path).read_text())
             if (version := content["format_version"]) not in _READABLE:
                 readable = f"{', '.join(map(str, _READABLE[:-1]))} and {_READABLE[-1]}"
                 msg = f"the latency table '{path}' has format version {version}, this release reads {readable}"

@@ -71,6 +71,7 @@ def finetune(
     temperature: float = 4.0,
     autocast: bool = False,
     seed: int = 0,
+    first_epoch: int = 0,
     checkpoint: Path | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     on_epoch: Callable[[int, float, float], None] | None = None,
@@ -101,6 +102,7 @@ def finetune(
         autocast: compute in bfloat16 where PyTorch deems it safe; weights stay in float32, and quantized layers compute
             in it.
         seed: of dropout and whatever else the model draws; the batches have their own.
+        first_epoch: number of the first epoch for what is drawn, where others came before; the schedule starts anew.
         checkpoint: file in which the state is kept after each epoch, with the one before beside it.
         evaluate: accuracy after each epoch; it may look at validation images, never at the test's.
         on_epoch: called after each epoch with its number (from 1), loss and accuracy, once the checkpoint is written.
@@ -135,7 +137,7 @@ def finetune(
         "temperature": temperature,
         "autocast": autocast,
         "seed": seed,
-    }
+    } | ({"first_epoch": first_epoch} if first_epoch else {})
     progress = _restore(checkpoint, settings, model, optimizer) if checkpoint else _Progress()
     resumed_epoch = len(progress.losses)
     objective = _Objective(teacher, distillation_weight, temperature, label_smoothing)
@@ -145,8 +147,9 @@ def finetune(
             started = time.perf_counter()
             rates = [learning_rate * _schedule(epoch * steps + i, epochs * steps, warmup_steps) for i in range(steps)]
             model.train()
-            with _seeded(seed, epoch, _device(model)):
-                loss, accuracy = _train_epoch(model, batches(epoch), optimizer, objective, rates, epoch, autocast)
+            drawn = batches(first_epoch + epoch)
+            with _seeded(seed, first_epoch + epoch, _device(model)):
+                loss, accuracy = _train_epoch(model, drawn, optimizer, objective, rates, epoch, autocast)
             if evaluate is not None:
                 accuracy = evaluate(model)
             progress = progress.plus(loss, accuracy, time.perf_counter() - started)

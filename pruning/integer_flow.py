@@ -68,6 +68,11 @@ def _kind(node: fx.Node, modules: Mapping[str, nn.Module]) -> Any:
     return node.target if node.op in ("call_function", "call_method") else None
 
 
+def is_join(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the node is a sum or a concatenation."""
+    return _kind(node, modules) in _JOINS
+
+
 class _Flow:
     def __init__(self, traced: fx.GraphModule, integer: set[str]) -> None:
         self._modules = dict(traced.named_modules(remove_duplicate=False))
@@ -89,7 +94,7 @@ class _Flow:
             source = self._source(node.all_input_nodes[0])
             self._chosen.add(source)
             self._choose_end(node)
-        elif _kind(node, self._modules) in _JOINS:
+        elif is_join(node, self._modules):
             terms = node.all_input_nodes
             if len(terms) > 1 and all(self._source(term) in self._chosen for term in terms):
                 self._choose_end(node)

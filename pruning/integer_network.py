@@ -13,9 +13,16 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .integer_flow import source_of
+from .integer_flow import is_join, source_of
 from .layer_policy import LayerPolicy
-from .quantize import ActQuantizer, LinearWeightQuantizer, QuantizedConv2d, is_integer, quantize_layers
+from .quantize import (
+    ActQuantizer,
+    LinearWeightQuantizer,
+    QuantizedConv2d,
+    has_hooks,
+    is_integer,
+    quantize_layers,
+)
 
 _AS_FLOATS: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
 """Scale, zero point and type of what the kernel writes, and the operators after it: none."""
@@ -81,7 +88,7 @@ def in_integers(model: nn.Module) -> nn.Module:
         A network that shares everything with ``model`` but these layers, whose weights and batch norms are those of
         now.
     """
-    if not isinstance(model, fx.GraphModule):
+    if not isinstance(model, fx.GraphModule) or has_hooks(model):
         return model
     layers = _layers_with_a_kernel(model)
     return _converted(model, layers) if layers and kernels_are_exact() else model
@@ -100,15 +107,15 @@ def kernels_are_exact() -> bool:
 
 
 def _is_exact(groups: int, lowest: float) -> bool:
-    layer = skip_init(nn.Conv2d, 64, 64, 3, padding=1, bias=False, groups=groups)  # draws nothing
-    images = torch.ones(1, 64, 4, 4)
+    layer = skip_init(nn.Conv2d, 64, 64, 3, padding=1, bias=False, groups=groups, dtype=torch.float32)  # draws nothing
+    images = torch.ones(1, 64, 4, 4, dtype=torch.float32)
     images[..., 0, 0] = lowest
     with torch.no_grad():
         layer.weight.fill_(1.0)[::2].neg_()
         network = quantize_layers(nn.Sequential(layer), {"0": LayerPolicy(weight_bits=8, act_bits=8)}, [images])
         assert isinstance(network, fx.GraphModule)
-        found = _converted(network, _layers_with_a_kernel(network))(images)
-        return torch.allclose(found, network(images), rtol=1e-4, atol=1e-3)
+        layers = _layers_with_a_kernel(network)
+        return bool(layers) and torch.allclose(_converted(network, layers)(images), network(images), 1e-4, 1e-3)
 
 
 _Layers = dict[str, tuple[QuantizedConv2d, ActQuantizer]]
@@ -124,7 +131,7 @@ def _layers_with_a_kernel(model: fx.GraphModule) -> _Layers:
         layer = _called(node, modules)
         if isinstance(layer, QuantizedConv2d) and _is_plain(layer):
             quantizer = _called(source_of(node.all_input_nodes[0], modules), modules)
-            if isinstance(quantizer, ActQuantizer):
+            if isinstance(quantizer, ActQuantizer) and not has_hooks(quantizer):
                 found[node.name] = layer, quantizer
     return found
 
@@ -133,11 +140,7 @@ def _is_plain(layer: QuantizedConv2d) -> bool:
     """Whether the kernel computes all that the layer does."""
     pads_with_zeros = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     has_floats = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
-    return is_integer(layer.policy) and pads_with_zeros and has_floats and not _has_hooks(layer)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return is_integer(layer.policy) and pads_with_zeros and has_floats and not has_hooks(layer)
 
 
 def _called(node: fx.Node | None, modules: Mapping[str, nn.Module]) -> nn.Module | None:
@@ -145,12 +148,17 @@ def _called(node: fx.Node | None, modules: Mapping[str, nn.Module]) -> nn.Module
 
 
 def _disturbs_others(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the node changes a tensor in place that something else may read, so that the order of nodes matters."""
+    """Whether the node may change a tensor in place that something else reads, so that the order of nodes matters."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = bool(node.kwargs.get("inplace")) or getattr(_called(node, modules), "inplace", False)
     if node.op in ("call_function", "call_method"):
         in_place |= name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    return in_place and (not node.users or any(len(read.users) > 1 for read in node.all_input_nodes[:1]))
+    if not in_place:
+        return "out" in node.kwargs
+    # What a module or a sum has just computed is no other tensor's memory; of all else that is not known.
+    written = node.all_input_nodes[0]
+    is_new = source_of(written, modules) is written and (written.op == "call_module" or is_join(written, modules))
+    return not (is_new and len(written.users) == 1 and node.users)
 
 
 def _converted(model: fx.GraphModule, layers: _Layers) -> fx.GraphModule:
@@ -184,7 +192,7 @@ def _sole_norm(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.BatchNorm2
     """The batch norm that alone reads ``node``, if its statistics are fixed."""
     norm = _called(next(iter(node.users)), modules) if len(node.users) == 1 else None
     is_fixed = isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and not norm.training
-    return norm if isinstance(norm, nn.BatchNorm2d) and is_fixed and not _has_hooks(norm) else None
+    return norm if isinstance(norm, nn.BatchNorm2d) and is_fixed and not has_hooks(norm) else None
 
 
 _IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator))

@@ -428,8 +428,9 @@ def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy]) -> nn
 
     Where all bits are such that a runtime has them (`is_deployable`) and a layer is in integers, whole tensors are
     quantized, for all that read them, where an integer kernel writes or reads them: sums of a residual network too.
-    That takes the symbolic trace of the network, which the copy then is. Where the network cannot be traced, and for
-    fewer than 8 bits, each layer quantizes what it reads, and the copy is the user's own module.
+    That takes the symbolic trace of the network, which the copy then is. Where the network cannot be traced, or has
+    hooks of its own, which a trace has not, and for fewer than 8 bits, each layer quantizes what it reads, and the copy
+    is the user's own module.
 
     Raises:
         PolicyError: if a layer is not there, or cannot be quantized.
@@ -438,7 +439,8 @@ def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy]) -> nn
     copied = copy.deepcopy(model)
     modules = dict(copied.named_modules(remove_duplicate=False))
     _check(layers, modules)
-    traced = symbolic_trace(copied) if is_deployable(layers) and any(map(is_integer, layers.values())) else None
+    are_whole_tensors = is_deployable(layers) and any(map(is_integer, layers.values())) and not has_hooks(copied)
+    traced = symbolic_trace(copied) if are_whole_tensors else None
     if traced is not None:
         integer = {name for name, layer in layers.items() if is_integer(layer)}
         _quantize_tensors(traced, integer)
@@ -453,15 +455,24 @@ def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy]) -> nn
 
 
 def without_quantizers(model: nn.Module) -> nn.Module:
-    """A copy of a quantized network that computes in full precision, with the same weights."""
+    """A copy of a quantized network without bits: its weights, or what they were trained to where they share values."""
     plain = copy.deepcopy(model)
+    kinds: dict[type[nn.Module], Any] = {quantized: kind for kind, quantized in _QUANTIZED.items()}
     for layer in quantized_layers(plain).values():
-        layer.weight_quantizer = nn.Identity()
+        if isinstance(layer.weight_quantizer, SharedWeightQuantizer):
+            layer.weight.data = layer.quantized_weight().detach()
+        del layer.policy, layer.weight_quantizer, layer.act_quantizer
+        layer.__class__ = kinds[type(layer)]
     for parent in list(plain.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, ActQuantizer | HalfPrecision):
+            if isinstance(child, ActQuantizer):
                 setattr(parent, name, nn.Identity())
     return plain
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called before or after the module's own forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def is_integer(layer: LayerPolicy) -> bool:

@@ -1,7 +1,7 @@
 """Whether scoring in bfloat16, or in integers, ranks plans as single precision does, and what it saves.
 
 Run as ``python -m experiments.studies.bench_precision run.yaml --plans 40``: the configuration is that of a search.
-Where it decides bits, ``search.autocast`` scores in integers.
+Where it decides bits, convolutions of 8 bits are scored in integers whatever ``search.autocast`` says.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ def main(
         [f"time, single precision over {faster} (quartiles)", _ratio(seconds[0] / seconds[1])],
     ]
     others = "".join(f" --set {shlex.quote(text)}" for text in settings or [])
-    command = f"Command: `python -m experiments.studies.bench_precision {config.name} --plans {plans}{others}`."
+    command = (
+        f"Command: `python -m experiments.studies.bench_precision {config.name} --plans {plans}{others}`, with "
+        f"{config.name}:\n\n```yaml\n{config.read_text().strip()}\n```"
+    )
     record = f"Seed {asked.search.seed}; {machine.processor}, torch {torch.__version__}, commit {machine.commit}."
     text = "\n\n".join([words, Table(["what", "found"], lines).markdown(), command, record]) + "\n"
     name = "integers" if asked.search.decides_bits else "precision"

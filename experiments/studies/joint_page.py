@@ -11,15 +11,16 @@ from ..progress import count
 from .matrix import CURVE_EPOCHS, CURVE_SHARES, JOINT_BUDGETS, JOINT_EPOCHS, JOINT_EVALUATIONS, SAME_MACS
 from .results_cells import Cells, in_points
 
-_JOINT = f"""Channels and bits (8 or 32) of every layer, chosen together under a budget of latency in ONNX Runtime, by
-{JOINT_EVALUATIONS} evaluations a search, seed 0, rounding 8; shares are of the dense network in single precision.
-Searches spend the table's milliseconds; *latency* is that of the saved files, timed beside the dense one in a fresh
-process, 200 rounds in turn: the median ratio with its 95 % interval. All networks, the dense one too, were then
-fine-tuned for {JOINT_EPOCHS} epochs on the same batches; bits take part in that."""
+_JOINT = f"""Channels, residual streams among them, and bits (8 or 32) of every layer, chosen together under a budget of
+latency in ONNX Runtime, by {JOINT_EVALUATIONS} evaluations a search, seed 0, rounding 8; shares are of the dense
+network in single precision. Searches spend the table's milliseconds; *latency* is that of the saved files, timed beside
+the dense one in a fresh process, 200 rounds in turn: the median ratio with its 95 % interval. All networks, the dense
+one too, were then fine-tuned for {JOINT_EPOCHS} epochs on the same batches, without bits, which were calibrated
+after that."""
 _CURVES = f"""One search of {JOINT_EVALUATIONS} evaluations (seed 0) for each budget, then fine-tuning for
-{count(CURVE_EPOCHS, "epoch")}. Deciding bits alone, no plan is faster than 8 bits in every layer; channels alone stay
-in single precision. Each was timed in a process of its own: with two threads, such shares differ by more than their
-intervals from one process to the next (`docs/latency.md`)."""
+{count(CURVE_EPOCHS, "epoch")} without bits, which are calibrated after that. Deciding bits alone, no plan is
+faster than 8 bits in every layer; channels alone stay in single precision. Each was timed in a process of its own: with
+two threads, such shares differ by more than their intervals from one process to the next (`docs/latency.md`)."""
 _SAME = f"""Inner channels of ResNet-56 in single precision, rounding 1, {JOINT_EVALUATIONS} evaluations, seed 0:
 searched under half of the multiply-adds alone, and under a latency as well that leaves room for as many of them. Where
 both are done, they were timed in the same rounds."""

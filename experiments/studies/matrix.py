@@ -14,7 +14,8 @@ SEARCHERS: tuple[Method, ...] = ("ppo", "ddpg", "cem", "random")
 SHORTCUT_GROUPS = ["layer2.0.conv2", "layer3.0.conv2"]
 """Left dense beside the first layer, so that what is decided is the inner channels of the blocks, as in the papers."""
 JOINT_EVALUATIONS = 150
-JOINT_EPOCHS = 3
+JOINT_EPOCHS = 6
+"""Epochs of fine-tuning, without bits, which are calibrated in the end."""
 JOINT_METHODS: tuple[Method, ...] = ("uniform", "greedy", "knapsack", "random", "cem", "ppo", "ddpg")
 JOINT_BUDGETS: dict[str, str | float] = {
     "resnet18_cifar": "10% latency",
@@ -27,7 +28,7 @@ DECIDED = {"channels": ["channels"], "bits": ["bits"], "both": ["channels", "bit
 CURVE_SHARES = {"channels": (20, 30, 50), "bits": (30, 45), "both": (14, 20, 30)}
 """The same for the curves of ResNet-18, where 8 bits in every layer leave 25 to 27."""
 CURVE_EPOCHS = 1
-"""Epochs of fine-tuning for each point of a curve; at full width with bits, one takes half an hour on one thread."""
+"""The same for each point of a curve."""
 SAME_MACS = {"macs": "50% macs", "macs-and-latency": "50% macs, 75% latency"}
 """Budgets of channels alone: found for multiply-adds, and for latency at as many of them. Plans of half of the
 multiply-adds take 78 to 83 % of the latency, and 75 % is the least at which that many can stay."""
@@ -90,7 +91,7 @@ def joint(agent: Method) -> Iterator[Cell]:
     Args:
         agent: the method whose plans are fine-tuned.
     """
-    control = {"finetune.epochs": JOINT_EPOCHS, "finetune.dense_control": True}
+    control = {"finetune.epochs": JOINT_EPOCHS, "finetune.quantized_epochs": 0, "finetune.dense_control": True}
     chosen: tuple[Method, ...] = ("uniform", "knapsack", agent)
     for model, asked in JOINT_BUDGETS.items():
         above_floor = asked if isinstance(asked, float) else 0.0
@@ -98,7 +99,8 @@ def joint(agent: Method) -> Iterator[Cell]:
         yield replace(cell, above_floor=above_floor)
     for what, decided in DECIDED.items():
         for share in CURVE_SHARES[what]:
-            own = {"budget": f"{share}% latency", "search.decide": decided, "finetune.epochs": CURVE_EPOCHS}
+            tuning: dict[str, Any] = {"finetune.epochs": CURVE_EPOCHS, "finetune.quantized_epochs": 0}
+            own: dict[str, Any] = {"budget": f"{share}% latency", "search.decide": decided} | tuning
             yield _timed(f"resnet18_cifar-curve-{what}-{share}", "resnet18_cifar", [agent], own)
     same = {"search.decide": DECIDED["channels"], "search.rounding": 1, "search.protected": SHORTCUT_GROUPS}
     first = f"resnet56-{next(iter(SAME_MACS))}"
@@ -143,6 +145,7 @@ def _timed(name: str, model: str, methods: Sequence[Method], options: dict[str, 
         "search.calibration_images": 500,
         "search.protected": [],
         "search.rounding": 8,
+        "finetune.autocast": True,
         "finetune.dense_control": False,
     }
     return Cell(name, own | options, is_timed=True)

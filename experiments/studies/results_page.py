@@ -46,10 +46,12 @@ _HEAD = """# Results on CIFAR-10
 
 Written by `make results` from the records of finished cells in `docs/results`, with the plans found and a verdict for
 each test image; do not edit. What has no finished cell has no section yet: the end of the page names what is
-missing, and `docs/results/2026-11-22.md` holds readings from before records were kept. Half of the multiply-adds are
-removed, rounding 1, where a section says nothing else. The searches score on even-numbered files of the test folder;
-accuracies are those of the odd-numbered ones, read once when a cell was finished. The images went through JPEG, so
-compare differences with published ones, not absolutes."""
+missing, and `docs/results/2026-11-22.md` holds earlier readings, without plans. Half of the multiply-adds are removed,
+rounding 1, the residual streams dense (`search.protected`: layer2.0.conv2, layer3.0.conv2), where a section says
+nothing else. The searches score on even-numbered files of the test folder, in bfloat16 (`search.autocast`) unless bits
+are decided; accuracies are those of the odd-numbered ones, read once when a cell was finished. The images went through
+JPEG, so compare differences with published ones, not absolutes. A cell that has a record is not run again; with
+`--records FOLDER --page FILE` `python -m experiments.studies.results` runs it beside them."""
 
 _SEARCH_TABLES = (
     (
@@ -58,8 +60,8 @@ _SEARCH_TABLES = (
         "L1 importance, batch norms re-estimated on augmented training images, plans scored on all 5,000 even-numbered "
         "files. Searching methods start from the sensitivity plan; its probes count as evaluations. Mean and standard "
         "deviation over the seeds; differences from the cross-entropy method in points, paired by seed, with 95 % "
-        "intervals (Student's t). One thread; other work ran on the machine beside some of the searches, so seconds "
-        "compare no methods, and the share of them outside evaluating does.",
+        "intervals (Student's t). One thread; seconds were read under different load and compare no methods; the share "
+        "of them outside evaluating does.",
     ),
     (
         "resnet56-layerwise",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -132,12 +133,12 @@ class Sitting:
         if not path.exists():
             return False
         before, asked = json.loads(path.read_text())["recipe"], self._plain_recipe(cell)
-        if before != asked:
-            changed = ", ".join(
-                f"{key} {before.get(key)}, now {asked.get(key)}"
-                for key in {**asked, **before}
-                if before.get(key) != asked.get(key)
-            )
+        changed = ", ".join(
+            f"{key} {before.get(key)}, now {asked.get(key)}"
+            for key in {**asked, **before}
+            if before.get(key) != asked.get(key)
+        )
+        if changed:
             msg = f"'{path.parent}' was made by another recipe: {changed}; ask for the same one, or name another --root"
             raise SchemesError(msg)
         return True
@@ -157,6 +158,7 @@ class Sitting:
             tune(network, batches, recipe, cell.seed, str(cell.folder), display, stop, scratch=folder / "training")
         policy = CompressionPolicy(channels.kept, channels.sizes, layers)
         save_compressed(network, policy, folder / "network", constructor=cell.model, example_inputs=self.example(2))
+        shutil.rmtree(folder / "training", ignore_errors=True)
         judged = {name: make_judge(self.split(name), data)(network) for name in ("validation", "test")}
         facts = {
             "recipe": self._plain_recipe(cell),

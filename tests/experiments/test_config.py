@@ -76,7 +76,7 @@ def test_unknown_key_names_the_nearest_one(tmp_path: Path) -> None:
 
     assert str(caught.value) == (
         f"{path}: unknown key 'epoch' in 'finetune'; did you mean 'epochs'? Allowed: epochs, learning_rate, momentum, "
-        "weight_decay, batch_size, autocast, distillation_weight, temperature, dense_control"
+        "weight_decay, batch_size, autocast, quantized_epochs, distillation_weight, temperature, dense_control"
     )
 
 

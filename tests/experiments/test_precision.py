@@ -1,24 +1,32 @@
 """Where bits are decided or trained, autocast is left out of scores and of training, and said to be."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from envs.journal import Journal
-from experiments.config import RunConfig
-from experiments.data import ImageData, TrainBatches, make_judge
-from experiments.interrupt import StopFlag
+from experiments.config import ConfigError, RunConfig
+from experiments.data import ImageData, TrainBatches, make_judge, normalise
+from experiments.interrupt import Interrupted, StopFlag
 from experiments.progress import RunDisplay
 from experiments.search import build_problem, importance_of, tell_precision
 from experiments.subject import Subject
 from experiments.training import tune
 from graph_encoder.capture import capture
+from pruning.files import CheckpointError
+from pruning.finetune import FinetuneReport, finetune
 from pruning.layer_policy import LayerPolicy
-from pruning.quantize import quantize_layers
+from pruning.quantize import calibrate, quantize_layers, quantized_layers
+from pruning.sparsity import apply_masks, layer_masks
 
+from .stopping import StopAfter
 from .tiny import network
 
 NOT_FOR_SCORES = (
@@ -81,6 +89,143 @@ def test_networks_with_bits_are_finetuned_in_single_precision(
     assert recorder.seen == {bits == 32}
     words = "fine-tuning it: in single precision, as bfloat16 would round about as much as the network's bits do"
     assert said[:-1] == ([] if bits == 32 else [words])  # the last line tells what the training came to
+
+
+PER_EPOCH = 2
+FOUR = LayerPolicy(weight_bits=4, act_bits=4)
+HALF_OF_THEM = LayerPolicy("unstructured", 0.5, weight_bits=8, act_bits=8)
+
+
+class Tuning:
+    """Fine-tuning of the tiny network, with notes of what was asked for."""
+
+    def __init__(self, config: RunConfig, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.config, self.scratch, self.data = config, scratch, ImageData(config.data)
+        self.in_use = [normalise(self.data.train.images, config.data)]
+        self.batches = TrainBatches(self.data.train, config.data, batch_size=240 // PER_EPOCH)
+        self.in_bfloat16: list[bool] = []
+        self.epochs: list[int] = []
+        self.rates: list[float] = []
+        draw = self.batches.__call__
+        monkeypatch.setattr(TrainBatches, "__call__", lambda _, epoch: self.epochs.append(epoch) or draw(epoch))
+
+        def finetuned(*arguments: Any, **options: Any) -> FinetuneReport:
+            self.rates.append(options["learning_rate"])
+            return finetune(*arguments, **options)
+
+        monkeypatch.setattr("experiments.training.finetune", finetuned)
+
+    def __call__(self, layers: Mapping[str, LayerPolicy], stop: StopFlag | None = None) -> nn.Module:
+        torch.manual_seed(0)
+        self.in_bfloat16, self.epochs, self.rates = [], [], []
+        sparse = {name: layer for name, layer in layers.items() if layer.is_sparse}
+        dense = network(3, 1)
+        apply_masks(dense, layer_masks(dense, sparse))
+        model = quantize_layers(dense, layers, self.in_use)
+        model.get_submodule("0").register_forward_pre_hook(lambda *_: self._note())  # copies keep it
+        with RunDisplay(quiet=True) as display:
+            tune(
+                model,
+                self.batches,
+                self.config.finetune,
+                0,
+                "it",
+                display,
+                stop or StopFlag(),
+                scratch=self.scratch,
+                sparse_layers=tuple(sparse),
+                calibrate_ranges=partial(calibrate, batches=self.in_use),
+            )
+        shutil.rmtree(self.scratch)
+        return model
+
+    def _note(self) -> None:
+        if torch.is_grad_enabled():
+            self.in_bfloat16.append(torch.is_autocast_enabled("cpu"))
+
+
+@pytest.fixture
+def tuning(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int | None], Tuning]:
+    def of_recipe(with_bits: int | None) -> Tuning:
+        options = {} if with_bits is None else {"finetune__quantized_epochs": with_bits}
+        config = tiny_config(finetune__epochs=3, finetune__autocast=True, **options)
+        return Tuning(config, tmp_path / "training", monkeypatch)
+
+    return of_recipe
+
+
+@pytest.mark.parametrize(("with_bits", "rates"), [(0, [0.02]), (1, [0.02, 0.002]), (3, [0.02]), (None, [0.02])])
+@pytest.mark.parametrize("layer", [FOUR, HALF_OF_THEM, replace(FOUR, quantizer="kmeans")])
+def test_the_last_epochs_alone_can_be_trained_with_bits(
+    tuning: Callable[[int | None], Tuning], layer: LayerPolicy, with_bits: int | None, rates: list[float]
+) -> None:
+    tuned, layers = tuning(with_bits), dict.fromkeys(("3", "6"), layer)
+    without = 3 - (3 if with_bits is None else with_bits)
+
+    whole = tuned(layers)
+
+    assert tuned.in_bfloat16 == [epoch < without for epoch in range(3) for _ in range(PER_EPOCH)]
+    assert tuned.epochs == [0, 1, 2]
+    assert tuned.rates == pytest.approx(rates)
+    for place in quantized_layers(whole).values():
+        assert float((place.weight == 0).float().mean()) == pytest.approx(1 - layer.density, abs=0.01)
+    if with_bits == 0:
+        # Weights and statistics of a network without bits (shared values start from clusters), and ranges of those.
+        plain = tuned({name: replace(layer, weight_bits=32, act_bits=32, quantizer="linear") for name in layers})
+        state = whole.state_dict()
+        assert layer.quantizer == "kmeans" or all(
+            torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items()
+        )
+        ranges = {name: tensor for name, tensor in state.items() if name not in plain.state_dict()}
+        calibrate(whole, tuned.in_use)
+        assert ranges
+        assert all(torch.equal(whole.state_dict()[name], tensor) for name, tensor in ranges.items())
+
+
+@pytest.mark.parametrize("with_bits", [0, 1, 3])
+def test_fine_tuning_that_was_stopped_ends_as_if_it_was_not(
+    tuning: Callable[[int | None], Tuning], with_bits: int
+) -> None:
+    tuned, layers = tuning(with_bits), dict.fromkeys(("3", "6"), FOUR)
+    whole = tuned(layers).state_dict()
+
+    for epochs in range(3):
+        with pytest.raises(Interrupted):
+            tuned(layers, StopAfter(epochs))
+        again = tuned(layers).state_dict()
+        assert len(tuned.epochs) == 2 - epochs
+        assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 1), (1, None)])
+def test_fine_tuning_is_not_continued_with_other_quantized_epochs(
+    tuning: Callable[[int | None], Tuning], before: int | None, after: int | None
+) -> None:
+    layers = dict.fromkeys(("3", "6"), FOUR)
+    with pytest.raises(Interrupted):
+        tuning(before)(layers, StopAfter(1))
+    again = tuning(after)
+
+    with pytest.raises(CheckpointError) as caught:
+        again(layers)
+
+    assert str(caught.value) == (
+        f"'{again.scratch}' holds a training with another finetune.quantized_epochs; use the same settings, or delete "
+        "the folder to train from the start"
+    )
+    assert not again.epochs
+
+
+def test_more_quantized_epochs_than_epochs_are_refused(tiny_config: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny_config(finetune__epochs=2, finetune__quantized_epochs=3)
+
+    assert str(caught.value) == (
+        "the options: finetune: quantized_epochs is 3, and epochs, which they are the last of, 2; ask for at most 2 of "
+        "them, or for more epochs"
+    )
 
 
 def test_networks_with_bits_are_judged_in_integers_and_left_as_they_were(

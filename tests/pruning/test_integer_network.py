@@ -172,7 +172,7 @@ def test_what_the_kernel_does_not_compute_stays_simulated() -> None:
         plain = nn.Sequential(nn.Conv2d(3, 7, 3), norm_of(7), nn.ReLU(), nn.Conv2d(7, 2, 1)).eval()
         return quantize_layers(plain, {"0": INT8, "3": INT8}, [x]).eval()
 
-    for hooked in ("0", "1"):
+    for hooked in ("", "0", "1", "act_quantizers._2"):
         with_hook = network()
         with_hook.get_submodule(hooked).register_forward_hook(lambda *arguments: 2 * arguments[2])
         torch.testing.assert_close(outputs(in_integers(with_hook), x), outputs(with_hook, x), rtol=0.02, atol=0.02)
@@ -206,6 +206,39 @@ def test_integers_are_the_same_under_autocast() -> None:
 
     with torch.autocast("cpu", torch.bfloat16):
         close(outputs(in_integers(simulated), x.bfloat16()), outputs(simulated, x.bfloat16()))
+
+
+@with_kernels
+def test_a_sum_in_place_and_its_relu_are_no_hindrance() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = (nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2))
+            self.norm1, self.norm2, self.relu = norm_of(3), norm_of(3), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
+            y += x
+            relu: Tensor = self.relu(y)
+            return relu
+
+    torch.manual_seed(0)
+    x = noise(4, 3, 6, 6)
+    simulated = quantize_layers(Block(), dict.fromkeys(("conv1", "conv2"), INT8), [x]).eval()
+
+    assert len(list(integer_layers(in_integers(simulated)))) == 2
+
+
+def test_kernels_are_tried_out_whatever_the_default_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Tensor:
+        raise RuntimeError
+
+    monkeypatch.setattr(IntegerConv2d, "forward", fail)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert not kernels_are_exact.__wrapped__()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_trying_the_kernels_out_draws_nothing() -> None:

@@ -20,6 +20,7 @@ from pruning.quantize import (
     insert_quantizers,
     quantize_layers,
     quantized_layers,
+    without_quantizers,
 )
 from pruning.surgery import apply_policy
 
@@ -53,6 +54,41 @@ class Residual(nn.Module):
 
 LAYERS = ("stem", "conv1", "conv2", "linear")
 IMAGES = noise(6, 3, 8, 8)
+
+
+@pytest.mark.parametrize("layer", [INT8, FOUR, LayerPolicy(weight_bits=16, act_bits=16)])
+def test_without_quantizers_the_network_is_the_one_before(layer: LayerPolicy) -> None:
+    torch.manual_seed(0)
+    dense = Residual().eval()
+    quantized = quantize_layers(dense, dict.fromkeys(LAYERS, layer), [IMAGES]).eval()
+
+    plain = without_quantizers(quantized)
+
+    assert {type(plain.get_submodule(name)) for name in LAYERS} == {nn.Conv2d, nn.Linear}
+    assert set(plain.state_dict()) == set(dense.state_dict())
+    assert torch.equal(plain(IMAGES), dense(IMAGES))
+    assert len(quantized_layers(quantized)) == len(LAYERS)
+
+
+def test_without_quantizers_shared_values_are_what_they_were_trained_to() -> None:
+    quantized = quantize_layers(Residual(), {"conv1": LayerPolicy(weight_bits=3, quantizer="kmeans")}, [IMAGES])
+    layer = quantized_layers(quantized)["conv1"]
+    assert isinstance(layer.weight_quantizer, SharedWeightQuantizer)
+    with torch.no_grad():
+        layer.weight_quantizer.values.mul_(1.5)
+
+    plain = without_quantizers(quantized)
+
+    assert torch.equal(plain.get_parameter("conv1.weight"), layer.quantized_weight())
+
+
+def test_hooks_of_the_network_are_called_at_8_bits_too(residual: nn.Module) -> None:
+    plain = quantize_layers(residual, {"conv1": INT8}, [IMAGES]).eval()
+    residual.register_forward_hook(lambda *arguments: 2 * arguments[2])
+
+    hooked = quantize_layers(residual, {"conv1": INT8}, [IMAGES]).eval()
+
+    torch.testing.assert_close(hooked(IMAGES), 2 * plain(IMAGES), rtol=0.02, atol=0.02)
 
 
 @pytest.fixture
