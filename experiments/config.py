@@ -231,7 +231,7 @@ class FinetuneConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _quantized_epochs_are_some_of_all(self) -> Self:
-        if (self.quantized_epochs or 0) > self.epochs:
+        if 0 < self.epochs < (self.quantized_epochs or 0):
             msg = (
                 f"quantized_epochs is {self.quantized_epochs}, and epochs, which they are the last of, {self.epochs}; "
                 f"ask for at most {self.epochs} of them, or for more epochs"

@@ -27,6 +27,7 @@ JOINT = {
     "ppo__rollout": 4,
     "budget": "20% bytes",
     "finetune__epochs": 2,
+    "finetune__quantized_epochs": 1,
 }
 
 

@@ -94,11 +94,13 @@ def test_channels_zeros_and_bits_are_applied_saved_loaded_and_exported_as_one(
     assert any("as ONNX: 5 of 5 8-bit layers run in integers;" in line for line in said)
 
 
+@pytest.mark.parametrize("with_bits", [1, 0])
 def test_finetuning_a_saved_network_keeps_its_channels_zeros_and_bits(
-    product: tuple[Path, RunConfig, list[str]], tiny_config: Callable[..., RunConfig], tmp_path: Path
+    product: tuple[Path, RunConfig, list[str]], tiny_config: Callable[..., RunConfig], tmp_path: Path, with_bits: int
 ) -> None:
     folder, config, _ = product
-    config, out = tiny_config(finetune__epochs=1, measure__onnx=True), tmp_path / "tuned"
+    config = tiny_config(finetune__epochs=1, finetune__quantized_epochs=with_bits, measure__onnx=True)
+    out = tmp_path / "tuned"
     _, said = told(
         lambda display: finetune_saved(folder, "tests.experiments.tiny:network", config, out, display, StopFlag())
     )
