@@ -147,5 +147,6 @@ def _timed(name: str, model: str, methods: Sequence[Method], options: dict[str, 
         "search.rounding": 8,
         "finetune.autocast": True,
         "finetune.dense_control": False,
+        "threads": 2,  # those of the table are its own
     }
     return Cell(name, own | options, is_timed=True)
