@@ -48,12 +48,13 @@ def tensors_to_quantize(traced: fx.GraphModule, integer: set[str]) -> list[fx.No
 
 def source_of(node: fx.Node, modules: Mapping[str, nn.Module], among: Container[fx.Node] = ()) -> fx.Node:
     """The node whose values ``node`` hands on: the first one back that is ``among`` these, or computes new values."""
-    while node not in among and _keeps_values(node, modules):
+    while node not in among and keeps_values(node, modules):
         node = node.all_input_nodes[0]
     return node
 
 
-def _keeps_values(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+def keeps_values(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the outputs are some of the input's values, often the same memory."""
     kind = _kind(node, modules)
     if kind is F.pad:
         mode, value = _argument(node, 2, "mode", "constant"), _argument(node, 3, "value", 0)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .integer_flow import is_join, source_of
+from .integer_flow import is_join, keeps_values, source_of
 from .layer_policy import LayerPolicy
 from .quantize import (
     ActQuantizer,
@@ -157,7 +157,9 @@ def _disturbs_others(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         return "out" in node.kwargs
     # What a module or a sum has just computed is no other tensor's memory; of all else that is not known.
     written = node.all_input_nodes[0]
-    is_new = source_of(written, modules) is written and (written.op == "call_module" or is_join(written, modules))
+    while keeps_values(written, modules) and len(written.users) == 1:
+        written = written.all_input_nodes[0]
+    is_new = written.op == "call_module" or is_join(written, modules)
     return not (is_new and len(written.users) == 1 and node.users)
 
 

@@ -229,6 +229,15 @@ def test_a_sum_in_place_and_its_relu_are_no_hindrance() -> None:
     assert len(list(integer_layers(in_integers(simulated)))) == 2
 
 
+@with_kernels
+def test_a_dropout_in_place_of_what_nothing_else_reads_is_no_hindrance() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(inplace=True), nn.Linear(48, 2))
+    x = noise(4, 3, 6, 6)
+    simulated = quantize_layers(network.eval(), {"0": INT8, "4": INT8}, [x]).eval()
+
+    assert len(list(integer_layers(in_integers(simulated)))) == 1
+
+
 def test_kernels_are_tried_out_whatever_the_default_type(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> Tensor:
         raise RuntimeError
