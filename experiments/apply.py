@@ -16,7 +16,7 @@ from envs.journal import Journal
 from latency.cost import count_macs, count_params, predict_cost
 from latency.measure import measure
 from latency.runtimes import SPARSE
-from pruning.export import export_onnx, save_compressed
+from pruning.export import ExportError, export_onnx, save_compressed
 from pruning.policy import CompressionPolicy
 
 from .agents import plan_by_agent, search_by_agent
@@ -207,7 +207,11 @@ def _times(
         files = {}
         if onnx:
             files = {DENSE: Path(scratch) / ONNX_NAME, COMPRESSED: onnx}
-            export_onnx(subject.model, subject.example(2), files[DENSE])
+            try:
+                export_onnx(subject.model, subject.example(2), files[DENSE])
+            except ExportError as error:
+                display.say(f"warning: no times of ONNX files, as there is none of the dense network: {error}")
+                files = {}
         timed = variants_of(modules, files, prepared, device.runtime)
         if not timed:
             return [], []

@@ -444,8 +444,9 @@ def main() -> None:
 def _configuration(config: str | None, options: dict[str, Any], settings: list[str] | None) -> RunConfig:
     from .config import config_file, load_config, parse_setting
 
+    given = {key: value for key, value in options.items() if value is not None}
     others = dict(parse_setting(text) for text in settings or [])
-    return load_config(config_file(config) if config else None, options | others)
+    return load_config(config_file(config) if config else None, given | others)
 
 
 def _run(

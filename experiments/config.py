@@ -323,7 +323,7 @@ class RunConfig(_Section):
             raise ValueError(msg)
         return self
 
-    def agent(self, method: Method) -> AgentConfig | None:
+    def agent(self, method: str) -> AgentConfig | None:
         """Hyper-parameters of a method, None if it is no agent."""
         return {"ppo": self.ppo, "ddpg": self.ddpg}.get(method)
 
@@ -354,7 +354,7 @@ def load_as(kind: type[ConfigT], path: Path | None, options: Mapping[str, Any] |
     Args:
         kind: what it is of: a run, or an experiment with keys of its own.
         path: YAML file; none starts from the defaults.
-        options: dotted key to value (``{"search.seed": 3}``), which override the file; None values are left out.
+        options: dotted key to value (``{"search.seed": 3}``), which override the file; None is a value like others.
 
     Raises:
         ConfigError: if a key is unknown or a value cannot be used; the message names the nearest valid key.
@@ -363,8 +363,7 @@ def load_as(kind: type[ConfigT], path: Path | None, options: Mapping[str, Any] |
     for section in _SHORT.keys() & tree.keys():
         _put(tree, section, tree.pop(section))
     for key, value in (options or {}).items():
-        if value is not None:
-            _put(tree, key, value)
+        _put(tree, key, value)
     return validated(kind, tree, str(path) if path else "the options")
 
 

@@ -65,7 +65,7 @@ class Plan:
     cost: int
 
 
-def reward_figure(plans: Sequence[Plan]) -> str:
+def accuracy_figure(plans: Sequence[Plan]) -> str:
     """Accuracy of every evaluation and the best so far, one line a method; one-shot methods as level lines."""
     with rc_context(STYLE):
         figure, axes = _canvas(4.4)
@@ -84,10 +84,10 @@ def reward_figure(plans: Sequence[Plan]) -> str:
         axes.set_ylabel("accuracy on the search images")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylim(*_reward_limits([plan.accuracy for plan in plans]))
+        axes.set_ylim(*_accuracy_limits([plan.accuracy for plan in plans]))
         axes.set_xlim(0, last * 1.01)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        return _svg(figure, "reward")
+        return _svg(figure, "accuracy")
 
 
 def keep_ratio_figure(rows: Sequence[MethodOutcome]) -> str:
@@ -197,7 +197,7 @@ def _by_method(plans: Sequence[Plan]) -> Mapping[str, list[Plan]]:
     return grouped
 
 
-def _reward_limits(accuracy: Sequence[float]) -> tuple[float, float]:
+def _accuracy_limits(accuracy: Sequence[float]) -> tuple[float, float]:
     """Limits that leave out the lowest twentieth of the dots, which would flatten everything else."""
     if not accuracy:
         return 0.0, 1.0
@@ -217,7 +217,7 @@ def _zoom_to_limit(axes: Axes, near: Sequence[Plan], limit: int, dense_cost: int
     axes.set_title("close to the limit", fontsize=10, loc="left")
     axes.set_xlim((lowest - room) / dense_cost, (limit + room) / dense_cost)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_ylim(*_reward_limits([plan.accuracy for plan in near]))
+    axes.set_ylim(*_accuracy_limits([plan.accuracy for plan in near]))
 
 
 def _long(kind: str) -> str:

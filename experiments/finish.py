@@ -22,13 +22,13 @@ from pruning.policy import CompressionPolicy
 from pruning.quantize import calibrate
 
 from .clock import TableDevice
-from .config import AGENTS, RunConfig
-from .data import DataError
+from .config import RunConfig
 from .exported_files import ONNX_NAME, write_exported
 from .figures import Plan
+from .images import MissingSplitError
 from .interrupt import StopFlag
 from .measured_budget import kept_by_the_clock
-from .methods import MethodSearch, is_finalists
+from .methods import MethodSearch
 from .outcome import DENSE, Allowance, Latency, MethodOutcome, RunOutcome, budget_words
 from .problem import SearchProblem
 from .progress import RunDisplay
@@ -75,16 +75,15 @@ def finish_run(
     stop: StopFlag,
 ) -> RunOutcome:
     """Carry a run whose searches are done to its results and its report."""
-    if not folder.results_file.exists():
-        finalists = _finalists(folder, subject, problem, searches, display, stop)
-        _save_products(folder, subject, finalists, display, stop)
-        rows = [_row(folder, subject, problem, finalist) for finalist in finalists]
-        device = TableDevice.of(subject.config.latency.table)
-        rows = _with_latencies(folder, rows, finalists, subject, device, display)
-        rows, n_test = _with_test_accuracy(folder, rows, finalists, subject, display)
-        outcome = _outcome(folder, subject, problem, rows, device, n_test)
-        _log_metrics(folder, subject.config, outcome)
-        write_atomic(folder.results_file, outcome.model_dump_json(indent=2).encode())
+    finalists = _finalists(folder, subject, problem, searches, display, stop)
+    _save_products(folder, subject, finalists, display, stop)
+    rows = [_row(folder, subject, problem, finalist) for finalist in finalists]
+    device = TableDevice.of(subject.config.latency.table)
+    rows = _with_latencies(folder, rows, finalists, subject, device, display)
+    rows, n_test = _with_test_accuracy(folder, rows, finalists, subject, display)
+    outcome = _outcome(folder, subject, problem, rows, device, n_test)
+    _log_metrics(folder, subject.config, outcome)
+    write_atomic(folder.results_file, outcome.model_dump_json(indent=2).encode())
     return rebuild_report(folder, display)
 
 
@@ -103,11 +102,14 @@ def rebuild_report(folder: RunFolder, display: RunDisplay) -> RunOutcome:
 
 
 def evaluated_plans(journal: Journal) -> list[Plan]:
-    """Every plan scored on the search images, as the figures show them; finalists were plans before."""
+    """Every plan scored on the search images, as the figures show them.
+
+    Finalists were plans before, and comparisons of outputs score nothing.
+    """
     return [
         Plan(entry.searcher, entry.evaluations_used, entry.accuracy, entry.cost)
         for entry in journal.entries()
-        if entry.purpose != "dense" and not is_finalists(entry.searcher)
+        if entry.purpose in ("candidate", "probe")
     ]
 
 
@@ -121,10 +123,9 @@ def _finalists(
 ) -> list[Finalist]:
     builder = problem.evaluator("", lambda _: None)
     found: list[Finalist] = []
-    if subject.config.finetune.dense_control or not subject.config.finetune.epochs:
+    tuned = None
+    if subject.config.finetune.dense_control:
         tuned = _tuned(folder.method(DENSE), subject, DENSE, subject.model, CompressionPolicy({}), display, stop)
-    else:
-        tuned = None
     found.append(Finalist(DENSE, CompressionPolicy({}), subject.model, tuned, None))
     for search in searches:
         policy = problem.policy(search)
@@ -278,7 +279,7 @@ def _with_test_accuracy(
     """The one place that opens the test split: plans, recipes and epochs are all chosen by now."""
     try:
         n_test = len(subject.data.test)
-    except DataError as error:
+    except MissingSplitError as error:
         display.say(f"warning: no test accuracy: {error}")
         return list(rows), 0
     judge, tested = subject.judge_on_test(), []
@@ -342,6 +343,6 @@ def _log_metrics(folder: RunFolder, config: RunConfig, outcome: RunOutcome) -> N
             "seconds": row.seconds,
         }
         known = {name: value for name, value in metrics.items() if value is not None}
-        agent = next((config.agent(method) for method in AGENTS if method == row.method), None)
+        agent = config.agent(row.method)
         own = {f"{row.method}.{name}": value for name, value in agent.model_dump(mode="json").items()} if agent else {}
         log_final_metrics(folder.tensorboard / row.method, {"method": row.method, **chosen, **own}, known)

@@ -91,17 +91,21 @@ def describe_machine(device: torch.device) -> Machine:
     )
 
 
+_PROJECT = Path(__file__).resolve().parent.parent
+
+
 def current_commit() -> str:
-    """Short hash of the project's commit, with ``+changes`` if files differ from it; ``unknown`` outside git."""
+    """Short hash of the project's commit, with ``+changes`` if files differ; ``unknown`` outside its checkout."""
     try:
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != _PROJECT:
+            return "unknown"  # an installed copy within somebody else's repository
         return _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
 def _git(*arguments: str) -> str:
-    project = Path(__file__).resolve().parent.parent
-    command = ["git", "-C", str(project), *arguments]
+    command = ["git", "-C", str(_PROJECT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from torch import Tensor
 
 from envs.action import project, start_plan
 from envs.evaluator import CandidateEvaluator
@@ -77,7 +78,10 @@ def spent_by_the_clock(
     if bound is None:
         return problem
     plan = space.policy(start_plan(space))
-    measured = within_measured_budget(plan, space, _PlanClock(subject, builder), problem.journal, "start")
+    # A search that began without a clock is not compared with others that spend less.
+    began = any(entry.purpose == "candidate" for entry in problem.journal.entries())
+    clock = _PlanClock(subject, builder, "plans were searched for without a clock before" if began else "")
+    measured = within_measured_budget(plan, space, clock, problem.journal, "start")
     if measured.unmeasured or measured.policy == plan:
         return problem
     limit = space.cost_of(measured.policy, bound.cost)
@@ -99,7 +103,7 @@ def kept_by_the_clock(
 ) -> MeasuredPlan:
     """The plan that keeps the budget on the clock of the table's device, if that is this one.
 
-    A plan whose network is being fine-tuned already stays as it is, also where a clock can be asked only now.
+    A plan whose network is being fine-tuned or saved already stays as it is, also where a clock can be asked only now.
 
     Args:
         policy: plan within the budget by the table.
@@ -110,8 +114,10 @@ def kept_by_the_clock(
         journal: holds what was read before, and gets what is read now.
         display: told what was read.
     """
-    name, is_settled = own.root.name, own.tuned_file.exists() or own.finetuning.exists()
-    plan = within_measured_budget(policy, space, _PlanClock(subject, builder, is_settled), journal, name)
+    name, settled = own.root.name, ""
+    if own.tuned_file.exists() or own.finetuning.exists() or own.model.exists():
+        settled = "its network is fine-tuned or saved already, which a smaller plan would undo"
+    plan = within_measured_budget(policy, space, _PlanClock(subject, builder, settled), journal, name)
     if plan.unmeasured:
         display.say(f"warning: {name} is not measured: {plan.unmeasured}")
         return plan
@@ -187,26 +193,34 @@ def _readings(
 
 @dataclass(frozen=True)
 class _PlanClock:
-    """Times plans against the dense network; before the first, no clock is asked for and nothing is exported."""
+    """Times plans against the dense network; before the first, no clock is asked for and nothing is exported.
+
+    Attributes:
+        subject: the dense network and its images.
+        builder: builds the network of a plan.
+        settled: why it is too late to ask a clock, if it is.
+    """
 
     subject: Subject
     builder: CandidateEvaluator
-    is_settled: bool = False
+    settled: str = ""
 
     @cached_property
     def _clock(self) -> Clock:
-        if self.is_settled:
-            msg = "its network is fine-tuned already, which a smaller plan would undo"
-            raise LatencyError(msg)
+        if self.settled:
+            raise LatencyError(self.settled)
         assert self.subject.config.latency.table is not None
         return Clock.of_table(LatencyTable.load(self.subject.config.latency.table))
 
     @cached_property
     def _dense(self) -> Artifact:
-        return self._clock.artifact(self.subject.model, self.subject.calibration()[0])
+        return self._clock.artifact(self.subject.model, self._images)
+
+    @cached_property
+    def _images(self) -> Tensor:
+        return self.subject.calibration()[0]
 
     def __call__(self, policy: CompressionPolicy, rounds: int) -> Comparison:
         clock = self._clock
-        images = self.subject.calibration()[0]
-        networks = {DENSE: self._dense, "plan": clock.artifact(self.builder.build(policy), images)}
-        return clock.time(networks, images, rounds).compare("plan", DENSE, clock.device.runtime.name)
+        networks = {DENSE: self._dense, "plan": clock.artifact(self.builder.build(policy), self._images)}
+        return clock.time(networks, self._images, rounds).compare("plan", DENSE, clock.device.runtime.name)

@@ -11,7 +11,7 @@ from latency.budget import in_words
 from latency.runtimes import SPARSE
 
 from .config import METHODS, ONE_SHOT
-from .figures import COLOURS, Plan, keep_ratio_figure, latency_figure, near_limit, pareto_figure, reward_figure
+from .figures import COLOURS, Plan, accuracy_figure, keep_ratio_figure, latency_figure, near_limit, pareto_figure
 from .outcome import (
     ANOTHER_DEVICE,
     DENSE,
@@ -151,10 +151,11 @@ def _figure_sections(outcome: RunOutcome, plans: Sequence[Plan]) -> list[str]:
     if plans:
         sections.append(
             _section(
-                "Reward per evaluation",
-                "Dots are candidates, lines the best so far, dashed lines the methods that propose a single plan. "
+                "Accuracy per evaluation",
+                "The reward where nothing else was asked for. Dots are candidates, lines the highest so far, dashed "
+                "lines the methods that propose a single plan. "
                 f"{_comparison(outcome)}",
-                reward_figure([plan for plan in plans if plan.method in METHODS]),
+                accuracy_figure([plan for plan in plans if plan.method in METHODS]),
             )
         )
     if rows:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from latency.table import LatencyTable
 from pruning.files import write_atomic
 
@@ -125,13 +127,17 @@ class RunFolder:
         """What the run found.
 
         Raises:
-            RunError: if it is not finished.
+            RunError: if it is not finished, or its results cannot be read.
         """
         if not self.results_file.exists():
             todo = f"continue it with 'secateur resume {self.root}'"
             msg = f"run {self.root} is not finished (no results.json in it); {todo}"
             raise RunError(msg)
-        return RunOutcome.load(self.results_file)
+        try:
+            return RunOutcome.load(self.results_file)
+        except ValidationError as error:
+            msg = f"'{self.results_file}' was changed, or written by another version of secateur: {error}"
+            raise RunError(msg) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -152,13 +158,15 @@ class RunFolder:
             TableError: if the latency table cannot be read.
         """
         refuse_existing(root)
+        # Nothing is made of what is refused.
+        table = LatencyTable.load(config.latency.table) if config.latency.table else None
         root.mkdir(parents=True, exist_ok=True)
         folder = cls(root)
         write_atomic(folder.machine_file, machine.model_dump_json(indent=2).encode())
         write_atomic(root / "command.txt", shlex.join(command).encode())
-        if config.latency.table is not None:
+        if table is not None:
             # The run goes on with the times that it began with, whatever becomes of the table.
-            write_atomic(folder.table_file, LatencyTable.load(config.latency.table).to_json().encode())
+            write_atomic(folder.table_file, table.to_json().encode())
         write_atomic(folder.config_file, config.to_yaml().encode())
         return folder
 

@@ -24,7 +24,7 @@ from pruning.importance import rank_units
 
 from .config import ONE_SHOT, Method, RunConfig, SearchSettings
 from .data import ImageData
-from .finish import finish_run
+from .finish import finish_run, rebuild_report
 from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
 from .measured_budget import spent_by_the_clock
@@ -32,7 +32,7 @@ from .methods import MethodSearch, check_enough, search_with
 from .outcome import RunOutcome, percent
 from .problem import Scoring, SearchProblem, evaluations_to_probe, least_squares, probe, space_by
 from .progress import RunDisplay, Stage, count
-from .run import RunFolder
+from .run import RunBusyError, RunFolder
 from .scalars import EvaluationScalars
 from .subject import Subject, prepare_subject, report_dense
 from .user_function import call, is_reference, load_function
@@ -56,7 +56,7 @@ def start_run(config: RunConfig, root: Path, command: Sequence[str], display: Ru
     display.say(f"run folder: {root} ({config.device}, {count(folder.machine.threads, 'thread')})")
     try:
         return resume_run(root, display, stop)
-    except (Interrupted, FileWriteError):
+    except (Interrupted, FileWriteError, RunBusyError):
         raise
     except Exception:
         # Refused input: a folder without any evaluation would only be in the way of the next try.
@@ -83,6 +83,8 @@ def resume_run(root: Path, display: RunDisplay, stop: StopFlag) -> RunOutcome:
         Interrupted: if a signal came in again.
     """
     folder = RunFolder.open(root)
+    if folder.results_file.exists():
+        return rebuild_report(folder, display)
     config = folder.config
     device = set_up_device(config.device, config.threads or folder.machine.threads)
     for difference in folder.machine.differences(describe_machine(device)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ def train_named(config: RunConfig, out: Path, display: RunDisplay, stop: StopFla
         torch.manual_seed(config.search.seed)
         model = build_model(config.model.name, len(data.classes), data.train.images.shape[1]).to(device)
     # Whatever is missing is found before the training rather than after it.
-    evaluate = make_evaluate(data.validation, config.data, device=device)
+    evaluate = make_evaluate(data.validation, config.data, batch_size=config.search.batch_size, device=device)
     with evaluation_mode(model):
         check_outputs(model, normalise(data.train.images[:2].to(device), config.data), data.classes)
     train_from_scratch(config, data, model, device, display, stop, out)
@@ -108,10 +110,18 @@ def finetune_saved(
         load_weights(teacher, config.model.weights)
         teacher.to(device).eval()
     policy = CompressionPolicy.load(source / "policy.json")
-    evaluate = make_evaluate(data.validation, config.data, device=device)
+    evaluate = make_evaluate(data.validation, config.data, batch_size=config.search.batch_size, device=device)
     before, seed = evaluate(model), config.search.seed
     batches = TrainBatches(data.train, config.data, batch_size=recipe.batch_size, seed=seed, device=device)
-    search, scratch = config.search, out.with_suffix(".training")
+    # A training that was stopped is continued for the same network, images and teacher alone.
+    made_of = [
+        manifest.weights_sha256,
+        manifest.policy_digest,
+        config.data.model_dump_json(),
+        str(config.model.weights),
+    ]
+    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
+    search, scratch = config.search, out.with_name(f"{out.name}.{digest}.training")
     n_images = min(RANGE_IMAGES, search.calibration_images)
     labelled = labelled_batches(
         data.train, config.data, n_images=n_images, batch_size=search.batch_size, device=device, seed=seed

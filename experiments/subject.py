@@ -200,7 +200,13 @@ def report_dense(subject: Subject, display: RunDisplay) -> float:
             "trained with"
         )
         raise NearChanceError(msg)
-    seen = make_evaluate(data.train, subject.config.data, n_images=n_validation, device=subject.device)(subject.model)
+    seen = make_evaluate(
+        data.train,
+        subject.config.data,
+        n_images=n_validation,
+        batch_size=subject.config.search.batch_size,
+        device=subject.device,
+    )(subject.model)
     warning = check_validation_is_unseen(seen, accuracy, n_validation, min(n_validation, len(data.train)))
     for each in (warning, check_classes_are_covered(data.train, data.validation)):
         if each:

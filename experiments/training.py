@@ -24,6 +24,7 @@ from .data import ImageData, TrainBatches, normalise
 from .images import cache_folder
 from .interrupt import StopFlag
 from .progress import RunDisplay
+from .run import locked
 
 QUANTIZED_RATE = 0.1
 """Peak learning rate of the epochs with bits that follow others without, as a share of theirs."""
@@ -123,13 +124,19 @@ def tune(
 def trained_weights(
     config: RunConfig, data: ImageData, model: nn.Module, device: torch.device, display: RunDisplay, stop: StopFlag
 ) -> Path:
-    """Weights of ``model`` trained from scratch by the configuration's recipe, from the cache if they are there."""
+    """Weights of ``model`` trained from scratch by the configuration's recipe, from the cache if they are there.
+
+    Raises:
+        RunBusyError: if another process trains them.
+    """
     key = _training_key(config, data, model, device)
     path = cache_folder() / "networks" / f"{config.model.name.replace(':', '-')}-{key}.safetensors"
-    if path.exists():
-        display.say(f"{config.model.name} has no weights; taking those trained before by the same recipe, {path}")
-    else:
-        train_from_scratch(config, data, model, device, display, stop, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_suffix(".lock"), f"on the weights {path}"):
+        if path.exists():
+            display.say(f"{config.model.name} has no weights; taking those trained before by the same recipe, {path}")
+        else:
+            train_from_scratch(config, data, model, device, display, stop, path)
     return path
 
 
@@ -160,7 +167,8 @@ def train_from_scratch(
     seed, batch_size = config.search.seed, config.train.batch_size
     batches = TrainBatches(data.train, config.data, batch_size=batch_size, seed=seed, device=device)
     title = f"training {config.model.name}"
-    scratch = path.with_suffix(".training")
+    # A training that was stopped is continued by the same recipe on the same images alone.
+    scratch = path.with_name(f"{path.stem}.{_training_key(config, data, model, device)}.training")
     tune(model, batches, config.train, seed, title, display, stop, scratch=scratch)
     write_atomic(path, save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}))
     shutil.rmtree(scratch, ignore_errors=True)

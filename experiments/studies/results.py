@@ -113,8 +113,11 @@ class Sitting:
         with locked(self.root / f".{model}.lock", f"on the weights and the table of {model}"):
             weights = self._weights(model)
             if not weights.exists():
-                recipe = {"model.name": model, "budget": None, "latency.table": None, "model.weights": None} | TRAINING
-                train_named(load_config(None, self._options(cell) | recipe), weights, display, stop)
+                # The recipe alone: what is searched is another matter, and the table is yet to be built.
+                kept = {
+                    key: value for key, value in self._options(cell).items() if key.startswith(("data.", "threads"))
+                }
+                train_named(load_config(None, kept | TRAINING | {"model.name": model}), weights, display, stop)
             if cell.is_timed:
                 build_named(model, self._table(model), bits=(8, FULL_BITS), say=display.say)
 

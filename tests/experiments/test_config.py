@@ -16,9 +16,16 @@ def written(folder: Path, text: str) -> Path:
 def test_options_override_the_file_and_leave_the_rest_of_it(tmp_path: Path) -> None:
     path = written(tmp_path, "search:\n  seed: 3\n  evaluations: 40\nthreads: 2\n")
 
-    config = load_config(path, {"search.seed": 7, "device": "cpu", "threads": None})
+    config = load_config(path, {"search.seed": 7, "device": "cpu"})
 
     assert (config.search.seed, config.search.evaluations, config.threads) == (7, 40, 2)
+
+
+def test_null_is_a_value_that_overrides_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "search: {rounding: 4}")
+
+    assert load_config(path).search.rounding == 4
+    assert load_config(path, dict([parse_setting("search.rounding=null")])).search.rounding is None
 
 
 def test_configuration_written_as_yaml_is_read_back_equal(tmp_path: Path) -> None:
@@ -37,7 +44,7 @@ def test_configuration_written_as_yaml_is_read_back_equal(tmp_path: Path) -> Non
         ("125M flops", (Budget(absolute=62_500_000),)),
         (0.25, (Budget(share=0.25),)),
         ("none", ()),
-        (None, (Budget(share=0.5),)),
+        (None, ()),
         ("50% macs, 20% bytes", (Budget(share=0.5), Budget(kind="bytes", share=0.2))),
         (["50%", "3 ms"], (Budget(share=0.5), Budget(kind="latency", absolute=3_000_000))),
         ({"kind": "params", "share": 0.3}, (Budget(kind="params", share=0.3),)),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from envs.action import start_plan
-from envs.journal import Journal
+from envs.journal import Journal, JournalEntry
 from envs.space import SearchSpace
 from experiments import measured_budget
 from experiments.measured_budget import (
@@ -191,19 +191,19 @@ def test_a_continued_run_reads_what_was_measured_and_needs_no_clock(space: Searc
     assert not without.is_within
 
 
-def test_a_plan_that_was_fine_tuned_without_a_clock_is_not_made_smaller_by_one_found_later(
-    space: SearchSpace, tmp_path: Path
+@pytest.mark.parametrize("made", ["tuned.safetensors", "finetuning", "model"])
+def test_a_plan_that_was_made_without_a_clock_is_not_made_smaller_by_one_found_later(
+    space: SearchSpace, tmp_path: Path, made: str
 ) -> None:
     own = MethodFolder(tmp_path / "uniform")
-    own.root.mkdir()
-    own.tuned_file.touch()
+    (own.root / made).mkdir(parents=True)
     policy, never = space.policy(start_plan(space)), cast("Any", None)
 
     with RunDisplay(quiet=True) as display:
         plan = kept_by_the_clock(policy, own, never, space, never, Journal(), display)
 
     assert plan.policy == policy
-    assert plan.unmeasured == "its network is fine-tuned already, which a smaller plan would undo"
+    assert plan.unmeasured == "its network is fine-tuned or saved already, which a smaller plan would undo"
 
 
 def problem_with(space: SearchSpace, journal: Journal) -> SearchProblem:
@@ -216,6 +216,16 @@ def spent(problem: SearchProblem, clock: TimeShare, monkeypatch: pytest.MonkeyPa
     never = cast("Any", None)
     with RunDisplay(quiet=True) as display:
         return spent_by_the_clock(problem, never, never, display)
+
+
+def test_searches_that_began_without_a_clock_go_on_without_one(space: SearchSpace) -> None:
+    journal, never = Journal(), cast("Any", None)
+    problem = problem_with(space, journal)
+    policy = space.policy(start_plan(space))
+    journal.append(JournalEntry(0, "cem", 0, "candidate", policy.digest, {}, 1.0, 0.7, 10, 0.1, 1.0))
+
+    with RunDisplay(quiet=True) as display:
+        assert spent_by_the_clock(problem, never, never, display) is problem
 
 
 def no_clock(_: CompressionPolicy, rounds: int) -> Comparison:

@@ -13,13 +13,14 @@ from torch import Tensor
 from experiments.apply import apply_saved
 from experiments.config import RunConfig
 from experiments.data import ImageData, normalise
-from experiments.interrupt import StopFlag
+from experiments.interrupt import Interrupted, StopFlag
 from experiments.progress import RunDisplay
 from experiments.standalone_training import finetune_saved
-from pruning.export import load_compressed
+from pruning.export import load_compressed, save_compressed
 from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
 
+from .stopping import StopAfter
 from .tiny import network
 
 INT8 = {"weight_bits": 8, "act_bits": 8}
@@ -113,6 +114,30 @@ def test_finetuning_a_saved_network_keeps_its_channels_zeros_and_bits(
     assert CompressionPolicy.load(out / "policy.json") == POLICY
     assert_is_the_policy_in_integers(out, config)
     assert any(line.startswith("the fine-tuned network as ONNX: 5 of 5 8-bit layers run in integers;") for line in said)
+
+
+def test_fine_tuning_that_was_stopped_is_not_taken_for_another_networks(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = tiny_config(finetune__epochs=2)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        example = torch.zeros(2, 1, 8, 8)
+        save_compressed(
+            network(3, 1), CompressionPolicy(), tmp_path / str(seed), constructor="tiny", example_inputs=example
+        )
+
+    def tuned(seed: int, out: str, stop: StopFlag) -> Path:
+        with RunDisplay(quiet=True) as display:
+            reference = "tests.experiments.tiny:network"
+            finetune_saved(tmp_path / str(seed), reference, config, tmp_path / out, display, stop)
+        return tmp_path / out / "model.safetensors"
+
+    with pytest.raises(Interrupted):
+        tuned(0, "out", StopAfter(1))
+
+    assert tuned(1, "out", StopFlag()).read_bytes() == tuned(1, "alone", StopFlag()).read_bytes()
+    assert tuned(0, "again", StopFlag()).read_bytes() != (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
 def test_simulated_bits_leave_only_the_onnx_file_and_the_times_out(

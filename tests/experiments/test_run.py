@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments import machine
 from experiments.config import RunConfig
 from experiments.machine import describe_machine, set_up_device, usable_cores
 from experiments.run import RunError, RunFolder, numbered_folder, refuse_existing
+from latency.table import TableError
 
 from .outcomes import MACHINE
 
@@ -68,6 +70,42 @@ def test_results_of_an_unfinished_run_say_how_to_finish_it(folder: RunFolder) ->
     )
 
 
+def test_results_that_cannot_be_read_are_refused_by_name(folder: RunFolder) -> None:
+    folder.results_file.write_text('{"version": 1, "from": "elsewhere"}')
+
+    with pytest.raises(RunError) as caught:
+        folder.outcome()
+
+    assert str(caught.value).startswith(
+        f"'{folder.results_file}' was changed, or written by another version of secateur: "
+    )
+
+
+def test_a_table_that_cannot_be_read_leaves_no_folder(tmp_path: Path, tiny_config: Configured) -> None:
+    config = tiny_config(latency__table=str(tmp_path / "missing.json"))
+
+    with pytest.raises(TableError):
+        RunFolder.create(tmp_path / "mine", config, MACHINE, ["secateur"])
+
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_copy_within_another_repository_tells_no_commit_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments in (["init"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "--allow-empty", "-m", "theirs"]):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+
+    monkeypatch.setattr(machine, "_PROJECT", tmp_path)
+    own = machine.current_commit()
+    monkeypatch.setattr(machine, "_PROJECT", installed)
+
+    assert len(own) >= 7
+    assert machine.current_commit() == "unknown"
+
+
 def test_second_process_is_kept_out(folder: RunFolder) -> None:
     code = "import sys; from pathlib import Path; from experiments.run import RunFolder\n"
     code += "with RunFolder(Path(sys.argv[1])).locked(): print('locked', flush=True); sys.stdin.read()"
@@ -103,11 +141,11 @@ def test_threads_are_those_asked_for_else_of_the_environment_else_one_a_core(
     monkeypatch.setenv("OMP_NUM_THREADS", variable)
     before = torch.get_num_threads()
     try:
-        machine = describe_machine(set_up_device("cpu", asked))
+        found = describe_machine(set_up_device("cpu", asked))
     finally:
         torch.set_num_threads(before)
 
-    assert machine.threads == threads
+    assert found.threads == threads
 
 
 def test_machine_differences_are_told_by_name() -> None:

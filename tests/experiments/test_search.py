@@ -5,19 +5,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent.checkpoint import read_state
+from envs.journal import Journal, JournalEntry
 from envs.network_env import NetworkEnv
 from experiments.config import RunConfig
+from experiments.data import ImageData
+from experiments.finish import evaluated_plans
+from experiments.images import DataError, ImageSplit
 from experiments.interrupt import Interrupted, StopFlag
 from experiments.outcome import RunOutcome
 from experiments.problem import PROBES
 from experiments.progress import RunDisplay
-from experiments.run import RunFolder
+from experiments.run import RunBusyError, RunFolder
 from experiments.search import resume_run, start_run
 from tests.event_files import Series, scalars
 
@@ -187,6 +192,63 @@ def test_search_reads_no_test_image(tiny_config: Configured, tmp_path: Path) -> 
     assert outcome.n_test == 0
     assert outcome.row("random").test_accuracy is None
     assert outcome.row("random").validation_accuracy is not None
+
+
+def test_a_broken_test_split_ends_the_run_and_mended_it_goes_on(
+    tiny_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: ImageData) -> ImageSplit:
+        msg = "the image 'test/0/7.png' is broken"
+        raise DataError(msg)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageData, "test", property(broken))
+        with pytest.raises(DataError, match=r"7\.png"):
+            search(tiny_config(), tmp_path / "run")
+    assert not RunFolder(tmp_path / "run").results_file.exists()
+
+    with RunDisplay(quiet=True) as display:
+        outcome = resume_run(tmp_path / "run", display, StopFlag())
+
+    assert outcome.row("random").test_accuracy is not None
+
+
+def test_resuming_a_finished_run_needs_neither_images_nor_network(
+    tiny_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = search(tiny_config(), tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    folder.report_file.unlink()
+    monkeypatch.setattr("experiments.search._execute", None)
+
+    with RunDisplay(quiet=True) as display:
+        assert resume_run(folder.root, display, StopFlag()) == outcome
+
+    assert folder.report_file.exists()
+
+
+def test_a_run_that_another_process_works_on_is_not_removed(
+    tiny_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: object) -> RunOutcome:
+        msg = "another process works here"
+        raise RunBusyError(msg)
+
+    monkeypatch.setattr("experiments.search.resume_run", busy)
+    with pytest.raises(RunBusyError):
+        search(tiny_config(), tmp_path / "run")
+
+    assert RunFolder(tmp_path / "run").config_file.exists()
+
+
+def test_figures_show_what_was_scored_and_no_comparison_of_outputs() -> None:
+    journal = Journal()
+    scored = JournalEntry(0, "cem", 0, "candidate", "a", {}, 1.0, 0.7, 10, 0.1, 1.0)
+    journal.append(scored)
+    journal.append(replace(scored, index=1, purpose="comparison", digest="b", accuracy=0.0, divergence=0.3))
+    journal.append(replace(scored, index=2, purpose="dense", digest="dense"))
+
+    assert [plan.accuracy for plan in evaluated_plans(journal)] == [0.7]
 
 
 def test_resume_warns_of_another_number_of_threads(
