@@ -200,7 +200,7 @@ class GraphDDPG(DDPG):
         noise = self._noise.pop(0)
         with torch.no_grad():
             plan = self.actor(obs)
-            if self.candidates > 1 and self.num_timesteps >= learning_starts and bool(noise.any()):
+            if self.candidates > 1 and self.num_timesteps > learning_starts and bool(noise.any()):
                 plans = self._best_candidates(obs, plan, noise)
             else:
                 plans = self._explore(obs, plan, noise)

@@ -18,8 +18,3 @@ def rollout_size(n_evaluations: int, wanted: int) -> int:
     if usable < 2 * sizes[0]:
         return max(2, usable // 2)
     return min(sizes, key=lambda size: (usable % size, abs(size - wanted)))
-
-
-def largest_divisor(number: int, most: int) -> int:
-    """Largest divisor of ``number`` that is at most ``most``."""
-    return next(size for size in range(min(most, number), 0, -1) if number % size == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from .ddpg import GraphDDPG, GraphDDPGPolicy
 from .policies import GraphActorCriticPolicy
 from .ppo import GraphPPO
 from .replay import affordable_size
-from .schedule import largest_divisor, rollout_size
+from .schedule import rollout_size
 from .search_env import Episode, Ledger, StandardisedRewards, tell_exhausted, vectorised
 from .tensorboard import tensorboard_logger
 from .transfer import load_weights, policy_options
@@ -176,24 +177,28 @@ class SearchPlan:
     def _build_ppo(self, config: PPOConfig, env: VecEnv) -> GraphPPO:
         n_steps = self._rollout_steps(config.rollout, env.num_envs)
         transitions = n_steps * env.num_envs
-        batch_size = largest_divisor(transitions, config.batch_size)
-        return GraphPPO(
-            GraphActorCriticPolicy,
-            env,
-            std_end=config.std_end,
-            episode_length=self.episode_length,
-            n_steps=n_steps,
-            batch_size=batch_size,
-            n_epochs=max(1, round(config.updates * batch_size / transitions)),
-            learning_rate=config.learning_rate,
-            clip_range=config.clip_range,
-            gamma=config.gamma,
-            gae_lambda=config.gae_lambda,
-            vf_coef=config.vf_coef,
-            policy_kwargs=policy_options(config),
-            seed=self.seed,
-            device=self.device,
-        )
+        n_batches = -(-transitions // config.batch_size)
+        batch_size = -(-transitions // n_batches)
+        with warnings.catch_warnings():
+            # The last batch of a rollout may be smaller.
+            warnings.filterwarnings("ignore", "You have specified a mini-batch size")
+            return GraphPPO(
+                GraphActorCriticPolicy,
+                env,
+                std_end=config.std_end,
+                episode_length=self.episode_length,
+                n_steps=n_steps,
+                batch_size=batch_size,
+                n_epochs=max(1, round(config.updates / n_batches)),
+                learning_rate=config.learning_rate,
+                clip_range=config.clip_range,
+                gamma=config.gamma,
+                gae_lambda=config.gae_lambda,
+                vf_coef=config.vf_coef,
+                policy_kwargs=policy_options(config),
+                seed=self.seed,
+                device=self.device,
+            )
 
     def _build_ddpg(self, config: DDPGConfig, env: VecEnv, notify: Notify) -> GraphDDPG:
         assert isinstance(env.observation_space, spaces.Dict)

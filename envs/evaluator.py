@@ -28,6 +28,7 @@ from pruning.surgery import apply_policy
 from .action import nearest
 from .journal import Journal, JournalEntry, Purpose
 from .plans import noise_floor
+from .randomness import kept_randomness
 from .space import Counts, SearchSpace
 
 EvaluateFunction = Callable[[nn.Module], float]
@@ -245,7 +246,8 @@ class CandidateEvaluator:
         known = self._known.get(key) or self._replayed(key)
         if known is None:
             start = time.perf_counter()
-            accuracy = self._accuracy(self.model, fidelity)
+            with kept_randomness():
+                accuracy = self._accuracy(self.model, fidelity)
             known = self._record(CompressionPolicy({}), DENSE_DIGEST, "dense", fidelity, accuracy, start)
         return known.accuracy
 
@@ -271,7 +273,8 @@ class CandidateEvaluator:
         entry = self._replayed(key)
         if entry is None:
             start = time.perf_counter()
-            accuracy = self._accuracy(self.build(policy), fidelity)
+            with kept_randomness():
+                accuracy = self._accuracy(self.build(policy), fidelity)
             entry = self._record(policy, policy.digest, purpose, fidelity, accuracy, start)
         return self._as_evaluation(entry, cached=False)
 
@@ -305,9 +308,10 @@ class CandidateEvaluator:
         entry = self._replayed(key)
         if entry is None:
             start = time.perf_counter()
-            if self._dense_outputs is None or len(self._dense_outputs) != n_compared:
-                self._dense_outputs = _outputs(self.build(CompressionPolicy({})), images)
-            divergence = _divergence(self._dense_outputs, _outputs(self.build(policy), images))
+            with kept_randomness():
+                if self._dense_outputs is None or len(self._dense_outputs) != n_compared:
+                    self._dense_outputs = _outputs(self.build(CompressionPolicy({})), images)
+                divergence = _divergence(self._dense_outputs, _outputs(self.build(policy), images))
             entry = self._record(policy, policy.digest, "comparison", key[1], 0.0, start, divergence)
         return self._as_evaluation(entry, cached=False)
 
@@ -523,16 +527,24 @@ def _key(entry: JournalEntry) -> Key:
 
 
 def _outputs(model: nn.Module, images: Sequence[Batch]) -> Tensor:
-    """All that ``model`` returns for the images, in a row each."""
+    """All that ``model`` returns for each of the images, in a row each; what is of no image, as a loss, is left out."""
+    rows = []
     with evaluation_mode(model), torch.inference_mode():
-        returned = [tree_leaves(model(*inputs_of(batch))) for batch in images]
-    rows = [[leaf.reshape(len(leaf), -1).float() for leaf in leaves if isinstance(leaf, Tensor)] for leaves in returned]
-    return torch.cat([torch.cat(each, dim=1) for each in rows])
+        for batch in images:
+            n_images = len(inputs_of(batch)[0])
+            leaves = [leaf for leaf in tree_leaves(model(*inputs_of(batch))) if isinstance(leaf, Tensor) and leaf.dim()]
+            of_images = [leaf.reshape(n_images, -1).float() for leaf in leaves if len(leaf) == n_images]
+            rows.append(torch.cat(of_images, dim=1))
+    return torch.cat(rows)
 
 
 def _divergence(dense: Tensor, outputs: Tensor) -> float:
+    # Classes that are masked out have infinite logits, in both.
+    finite = torch.isfinite(dense).all(0)
+    dense, outputs = dense[:, finite], outputs[:, finite]
     spread = ((dense - dense.mean(0)) ** 2).sum()
-    return float(((outputs - dense) ** 2).sum() / spread.clamp_min(1e-12))
+    divergence = float(((outputs - dense) ** 2).sum() / spread.clamp_min(1e-12))
+    return divergence if math.isfinite(divergence) else 1.0
 
 
 def _through_origin(x: Sequence[float], y: Sequence[float]) -> float:

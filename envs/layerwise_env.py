@@ -83,13 +83,19 @@ class LayerwiseEnv(CompressionEnv):
         return int(inside[np.argmin(np.abs(inside - wanted))])
 
     def _that_fit(self, index: int) -> Counts:
-        """Counts beside which the later decisions at their fastest fit, never none: by a table, more may take less."""
-        rungs = self.space.ladders[index]
-        counts = np.where(np.arange(self.space.n) > index, self.space.fastest, self._counts)
-        counts[index] = rungs[0]
-        meters = self.space.meters(counts)
-        # The fastest count is among them, as it fitted beside those decided before.
-        return np.array([rung for rung in rungs if meters.fit_with_more(index, int(rung - rungs[0]))], dtype=np.int64)
+        """Counts beside which the later decisions fit, at their fastest or as in the start plan; never none.
+
+        By a table more may take less, and what is fastest beside some counts is not beside others. The rest that let
+        the last count in holds one for this decision, too.
+        """
+        rungs, is_later = self.space.ladders[index], np.arange(self.space.n) > index
+        fit = np.zeros(len(rungs), dtype=bool)
+        for rest in (self.space.fastest, self._start):
+            counts = np.where(is_later, rest, self._counts)
+            counts[index] = rungs[0]
+            meters = self.space.meters(counts)
+            fit |= [meters.fit_with_more(index, int(rung - rungs[0])) for rung in rungs]
+        return rungs[fit]
 
     def _largest_that_fits(self, index: int, others: Counts) -> int:
         """Most units that group ``index`` may keep beside ``others``; its least if none fits."""

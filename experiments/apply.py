@@ -114,7 +114,8 @@ def _apply_agent(
         with display.stage("refining", evaluations, "evaluation") as stage:
             evaluator = problem.evaluator("refining", Watch(stage, problem, stop), max_evaluations=evaluations)
             evaluator.score(policy)
-            search_by_agent(problem, evaluator, settings, config, None, None, start_from=source)
+            if not evaluator.is_spent():
+                search_by_agent(problem, evaluator, settings, config, None, None, start_from=source)
         policy = problem.policy(ranked_plans(problem, evaluator)[0])
     uniform = decode(np.zeros(problem.space.n), problem.space)
     evaluate = subject.evaluate_on_validation()

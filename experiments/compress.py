@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from envs.evaluator import EvaluateFunction, Evaluation
 from envs.journal import Journal, JournalEntry
+from envs.randomness import kept_randomness
 from envs.reward import GALEN, GALEN_BETA, RewardFunction, resolve_reward
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
@@ -239,7 +240,8 @@ def compress(
             reward=f"{reward} {beta:g} {target}" if settings.target else getattr(reward, "__qualname__", reward),
             n_images=n_images,
         )
-    with Journal(journal, search=identity) as opened:
+    # Agents seed the global generators, which are the caller's.
+    with Journal(journal, search=identity) as opened, kept_randomness():
         problem = SearchProblem(model, graph, space, scoring, opened, seed)
         return _search(problem, method, settings, on_evaluation or _ignore)
 

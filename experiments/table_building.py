@@ -12,6 +12,7 @@ from latency.table import Calibration, LatencyTable, build_table, needed_kinds, 
 from pruning.layer_policy import FULL_BITS
 
 from .progress import Say
+from .run import locked
 from .timed_network import TimedNetwork
 from .timing_device import Remote, device_for
 from .whole_networks import plan_ratios
@@ -60,54 +61,58 @@ def build_named(
     Raises:
         TableError: if ``out`` is the table of another device, or not a table.
         LatencyError: if the runtime cannot be used here.
+        RunBusyError: if another process builds the table.
     """
     device = device_for(runtime, threads, remote, cpus)
-    if out.exists():
-        table = LatencyTable.load(out)
-        table.check_device(device.fingerprint)
-    else:
-        table = start_table(device)
-        table.save(out)
-    network = TimedNetwork.build(model, shape, n_classes, rounding)
-    needed = needed_kinds(network.graph, network.steps, bits)
-    say(f"{model}: {len(needed)} kinds of layer")
-    table = build_table(
-        table,
-        device,
-        needed,
-        save=lambda grown: grown.save(out),
-        progress=lambda done, total: say(f"{model}: {done:,} of {total:,} layers measured"),
-    )
-    known = table.calibrations.get(network_key(network.graph), Calibration())
-    # What was calibrated with integers before stays so.
-    cost = network.cost(table, integers=EIGHT_BITS in bits or known.n_mixed > 0)
-    n_mixed = _MIXES * (n_networks + 1) if cost.has_integers else 0
-    if known.n_networks < n_networks + 1 or known.n_mixed < n_mixed:
-        dense = dict(zip(network.space.names, network.space.sizes.tolist(), strict=True))
-        plans = [dense, *network.plans(n_networks, seed=0)]
-        if n_mixed:
-            mixes = ([plan, *_rotated(network, plan, seed)] for seed, plan in enumerate(plans))
-            plans = [mixed for each in mixes for mixed in each]
-        ratios = plan_ratios(device, network, plans, say)
-        counts = [[plan.get(name, FULL_BITS) for name in cost.groups] for plan in plans]
-        table = calibrated(table, cost, counts, ratios)
-        table.save(out)
-    found = table.calibrations[cost.key]
-    return {
-        "table": str(out),
-        "device": str(table.fingerprint),
-        "kinds": len(needed),
-        "layers": sum(len(inputs) * len(outputs) for inputs, outputs in needed.values()),
-        "networks": found.n_networks,
-        "mixed_networks": found.n_mixed,
-        "scale": round(found.scale, 4),
-        "integer_scale": round(found.integer_scale, 4),
-        "conversion_us": round(found.conversion * table.reference_ns / 1e3, 4),
-        "element_ns": round(found.element * table.reference_ns, 4),
-        "offset_ms": round(found.offset * table.reference_ns / 1e6, 4),
-        "error_of_fit": round(found.error, 4),
-        "dense_ms": round(LatencyModel(network.graph, table).dense / 1e6, 4),
-    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Each save writes the whole table: two builds at once would lose what the other measured.
+    with locked(out.with_name(f".{out.name}.lock"), f"on the table {out}"):
+        if out.exists():
+            table = LatencyTable.load(out)
+            table.check_device(device.fingerprint)
+        else:
+            table = start_table(device)
+            table.save(out)
+        network = TimedNetwork.build(model, shape, n_classes, rounding)
+        needed = needed_kinds(network.graph, network.steps, bits)
+        say(f"{model}: {len(needed)} kinds of layer")
+        table = build_table(
+            table,
+            device,
+            needed,
+            save=lambda grown: grown.save(out),
+            progress=lambda done, total: say(f"{model}: {done:,} of {total:,} layers measured"),
+        )
+        known = table.calibrations.get(network_key(network.graph), Calibration())
+        # What was calibrated with integers before stays so.
+        cost = network.cost(table, integers=EIGHT_BITS in bits or known.n_mixed > 0)
+        n_mixed = _MIXES * (n_networks + 1) if cost.has_integers else 0
+        if known.n_networks < n_networks + 1 or known.n_mixed < n_mixed:
+            dense = dict(zip(network.space.names, network.space.sizes.tolist(), strict=True))
+            plans = [dense, *network.plans(n_networks, seed=0)]
+            if n_mixed:
+                mixes = ([plan, *_rotated(network, plan, seed)] for seed, plan in enumerate(plans))
+                plans = [mixed for each in mixes for mixed in each]
+            ratios = plan_ratios(device, network, plans, say)
+            counts = [[plan.get(name, FULL_BITS) for name in cost.groups] for plan in plans]
+            table = calibrated(table, cost, counts, ratios)
+            table.save(out)
+        found = table.calibrations[cost.key]
+        return {
+            "table": str(out),
+            "device": str(table.fingerprint),
+            "kinds": len(needed),
+            "layers": sum(len(inputs) * len(outputs) for inputs, outputs in needed.values()),
+            "networks": found.n_networks,
+            "mixed_networks": found.n_mixed,
+            "scale": round(found.scale, 4),
+            "integer_scale": round(found.integer_scale, 4),
+            "conversion_us": round(found.conversion * table.reference_ns / 1e3, 4),
+            "element_ns": round(found.element * table.reference_ns, 4),
+            "offset_ms": round(found.offset * table.reference_ns / 1e6, 4),
+            "error_of_fit": round(found.error, 4),
+            "dense_ms": round(LatencyModel(network.graph, table).dense / 1e6, 4),
+        }
 
 
 def _rotated(network: TimedNetwork, plan: Mapping[str, int], seed: int) -> list[dict[str, int]]:

@@ -28,6 +28,8 @@ from .worker import Processor
 _CUT = 75
 _BOOTSTRAP = f"""
 import io, os, pathlib, subprocess, sys, tarfile, tempfile, threading
+if sys.version_info < (3, 10):
+    sys.exit("its Python is " + sys.version.split()[0] + ", and 3.10 or newer is needed; name one by --host-python")
 source, alone = sys.stdin.buffer, threading.Event()
 with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
     content = source.read(int.from_bytes(source.read(8), "big"))

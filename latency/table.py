@@ -206,11 +206,12 @@ def reachable_counts(dim: LinearDim, steps: Mapping[int, int], sizes: Mapping[in
     moving = [(k, steps[g], sizes[g]) for g, k in dim.per_unit if g in steps]
     if not moving:
         return (dim.full,)
-    fixed = dim.full - sum(k * size for k, _, size in moving)
-    stride = math.gcd(*(k * step for k, step, _ in moving))
-    least = fixed + sum(k * min(step, size) for k, step, size in moving)
-    # A whole group need not be a multiple of its step.
-    return tuple(sorted({*range(least, dim.full + 1, stride), dim.full}))
+    totals = {dim.full - sum(k * size for k, _, size in moving)}
+    for k, step, size in moving:
+        # A whole group need not be a multiple of its step.
+        kept = {*range(min(step, size), size + 1, step), size}
+        totals = {total + k * units for total in totals for units in kept}
+    return tuple(sorted(totals))
 
 
 @dataclass(frozen=True)

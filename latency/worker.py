@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,10 +57,18 @@ def _waiting_counter() -> Callable[[], int]:
     """Reads how long the present thread was runnable and did not run; always 0 where the system does not say."""
     try:
         descriptor = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
-        os.pread(descriptor, 64, 0).split()[1]
-    except (OSError, IndexError):
+    except OSError:
         return lambda: 0
-    return lambda: int(os.pread(descriptor, 64, 0).split()[1])
+
+    def waited() -> int:
+        return int(os.pread(descriptor, 64, 0).split()[1])
+
+    weakref.finalize(waited, os.close, descriptor)
+    try:
+        waited()
+    except (OSError, IndexError, ValueError):
+        return lambda: 0
+    return waited
 
 
 def interleave(timers: Sequence[Timer], n_runs: int, n_warmup: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -224,6 +224,16 @@ def test_ppo_updates_within_a_few_evaluations() -> None:
     assert agent.n_epochs == 40
 
 
+@pytest.mark.parametrize(("rollout", "batches"), [(128, 2), (160, 2), (23, 1)])
+@pytest.mark.filterwarnings("error")
+def test_rollouts_of_any_size_are_split_into_batches_of_about_one(rollout: int, batches: int) -> None:
+    agent = SearchPlan(PPOConfig(**SMALL | {"rollout": rollout}), 300, 0, 1, "cpu").build(vectorised(TargetEnv(3)))
+
+    assert isinstance(agent, GraphPPO)
+    assert agent.batch_size == -(-agent.n_steps // batches)
+    assert agent.n_epochs == 40 // batches
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
 def test_a_search_spends_its_budget_and_no_more(algorithm: Algorithm) -> None:
     env = TargetEnv(3, budget=47)

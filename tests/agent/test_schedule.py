@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from agent.noise import geometric, mirrored_noise, rollout_noise
-from agent.schedule import largest_divisor, rollout_size
+from agent.schedule import rollout_size
 
 
 @pytest.mark.parametrize(
@@ -27,11 +27,6 @@ def test_little_of_a_budget_is_left_unlearned(n_evaluations: int) -> None:
 
     assert 15 <= size <= 25
     assert 1 <= n_evaluations - size * ((n_evaluations - 1) // size) <= 8
-
-
-def test_batches_divide_rollouts() -> None:
-    assert largest_divisor(540, most=128) == 108
-    assert largest_divisor(23, most=128) == 23
 
 
 def test_a_rollout_starts_without_noise_and_goes_on_in_mirrored_pairs() -> None:

@@ -1,4 +1,5 @@
 import math
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -229,6 +230,43 @@ def test_outputs_of_any_shape_are_compared() -> None:
 
     plain = make_evaluator(SmallNetwork().eval(), space).compare(policy, n_images=8).divergence
     assert found == pytest.approx(plain)
+
+
+def test_infinite_logits_and_outputs_of_no_image_are_left_out_of_comparisons() -> None:
+    class Masked(SmallNetwork):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            logits = super().forward(x)
+            never = torch.full((len(x), 1), -math.inf)
+            return torch.cat([logits, never], dim=1), logits.mean()
+
+    space = space_of_bits(SmallNetwork().eval(), channels=False)
+    policy = alone(space, "inner:weight_bits", 2)
+
+    found = CandidateEvaluator(Masked().eval(), space.graph, lambda _: 0.5, [images(8)]).compare(policy, n_images=8)
+
+    plain = make_evaluator(SmallNetwork().eval(), space).compare(policy, n_images=8)
+    assert found.divergence == pytest.approx(plain.divergence)
+
+
+def test_scores_leave_the_global_generators_as_they_were(model: SmallNetwork, space: SearchSpace) -> None:
+    def drawing(_: nn.Module) -> float:
+        return (random.random() + np.random.rand() + torch.rand(1).item()) / 3  # noqa: NPY002
+
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+    found = []
+    for scored in (False, True):
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        torch.manual_seed(0)
+        if scored:
+            evaluator = make_evaluator(model, space, evaluate=drawing)
+            evaluator.dense_accuracy()
+            evaluator.score(space.policy(start_plan(space)))
+        found.append(drawn())
+
+    assert found[0] == found[1]
 
 
 def test_comparisons_count_by_their_images_and_are_replayed(model: SmallNetwork, tmp_path: Path) -> None:

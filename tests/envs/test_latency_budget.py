@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from envs.action import project, rounded_down
+from envs.action import project, rounded_down, start_plan
 from envs.allocation import greedy, knapsack
 from envs.layerwise_env import LayerwiseEnv
 from envs.network_env import NetworkEnv
@@ -48,6 +48,26 @@ def space_of(table: LatencyTable, share: float, *, rounding: int, bits: bool) ->
     return SearchSpace.build(
         GRAPH, IMPORTANCE, budget, layers=layers, rounding=rounding, protect_first=False, table=table
     )
+
+
+@pytest.mark.parametrize("seed", [15, 19, 21, 28, 29])
+def test_layer_by_layer_zeros_are_the_start_plan_whatever_the_table_says(table: LatencyTable, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    kinds = {
+        kind: replace(times, ratios=times.ratios * generator.uniform(0.2, 3, times.ratios.shape))
+        for kind, times in table.kinds.items()
+    }
+    plain = space_of(replace(table, kinds=kinds), 1.0, rounding=1, bits=True)
+    share = float(generator.uniform(1.02 * plain.lowest_cost / plain.cost.dense, 0.8))
+    space = space_of(replace(table, kinds=kinds), share, rounding=1, bits=True)
+    env = LayerwiseEnv(space, make_evaluator(MODEL, space, evaluate=lambda _: 0.5))
+
+    env.reset(seed=0)
+    for _ in range(space.n):
+        *_, info = env.step(np.zeros(1, dtype=np.float32))
+
+    counts = np.rint(info["kept_ratios"] * space.sizes).astype(np.int64)
+    assert counts.tolist() == start_plan(space).tolist()
 
 
 def assert_no_step_is_left(space: SearchSpace, counts: np.ndarray) -> None:

@@ -91,6 +91,16 @@ def test_cost_told_is_that_of_the_model_returned() -> None:
     assert found.cost == secateur.count_params(found.model) <= 0.5 * secateur.count_params(small_net())
 
 
+def test_the_callers_random_numbers_are_left_as_they_were() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+
+    torch.manual_seed(1)
+    secateur.compress(small_net(), images(), evaluate=share_of_channels, budget="60%", method="ppo", evaluations=12)
+
+    assert torch.equal(torch.rand(1), expected)
+
+
 def test_journal_lets_a_second_call_go_on(tmp_path: Path) -> None:
     calls = []
 

@@ -84,6 +84,9 @@ def test_reachable_counts_by_hand() -> None:
 
 def test_a_whole_group_may_be_off_its_step() -> None:
     assert reachable_counts(LinearDim(10, ((0, 1),)), {0: 4}, {0: 10}) == (4, 8, 10)
+    # 8, 16 or 20 of one group beside 8, 16 or 24 of another.
+    both = reachable_counts(LinearDim(44, ((0, 1), (1, 1))), {0: 8, 1: 8}, {0: 20, 1: 24})
+    assert both == (16, 24, 28, 32, 36, 40, 44)
 
 
 def test_times_between_knots_of_one_class_by_hand() -> None:

@@ -25,6 +25,16 @@ def answer_to(folder: Path, **job: object) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not list open files")
+def test_stopwatches_leave_no_file_open() -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    for _ in range(50):
+        worker.Stopwatch().timer(lambda: None)()
+
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+
+
 def test_the_worker_alone_times_networks_and_tells_its_processor(tmp_path: Path) -> None:
     assert answer_to(tmp_path).returncode == 0
     answer = json.loads((tmp_path / "result.json").read_text())
