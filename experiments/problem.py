@@ -31,8 +31,10 @@ from envs.space import Ratios, SearchSpace
 from graph_encoder.batches import Batch
 from graph_encoder.network import NetworkGraph
 from latency.budget import Budget, BudgetError
+from latency.cost import CostModel
 from latency.decision import layer_decisions
-from latency.table import LatencyTable
+from latency.predict import LatencyModel
+from latency.table import LatencyTable, TableError
 from pruning.calibration import RangeMethod
 from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
@@ -215,7 +217,7 @@ def space_by(
         ConfigError: if there is nothing to decide, or a protected group is not there.
     """
     try:
-        return SearchSpace.build(
+        space = SearchSpace.build(
             graph,
             importance,
             budgets,
@@ -241,6 +243,23 @@ def space_by(
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if space.timed is not None:
+        _check_calibrated(space.timed.cost)
+    return space
+
+
+def _check_calibrated(cost: CostModel | LatencyModel) -> None:
+    """Raise `TableError` for a table that knows the layers, and not what whole networks of them take."""
+    assert isinstance(cost, LatencyModel)
+    found = cost.calibration
+    if not found.n_networks or (cost.has_integers and not found.n_mixed):
+        what, option = ("networks with 8 bits", " --integers") if found.n_networks else ("whole networks", "")
+        msg = (
+            f"the latency table is not calibrated: no {what} of this kind were timed, and it would ask too little. "
+            f"'secateur latency build{option}' into the same file, for this model with its shape and number of "
+            "classes, goes on where it stopped"
+        )
+        raise TableError(msg)
 
 
 def least_squares(seed: int) -> ReconstructFunction:

@@ -19,7 +19,7 @@ from experiments.timed_network import TimedNetwork
 from latency.decision import layer_decisions
 from latency.measure import Comparison
 from latency.table import Fingerprint, LatencyTable, build_table, needed_kinds, start_table
-from tests.latency.synthetic import SLIDE_RULE, FormulaDevice, IntegerFormulaDevice
+from tests.latency.synthetic import SLIDE_RULE, FormulaDevice, IntegerFormulaDevice, as_calibrated
 
 Command = Callable[..., Any]
 TINY = ("tests.experiments.test_floor:wide", "--shape", "1,8,8", "--classes", "3", "--rounding", "4")
@@ -43,7 +43,8 @@ def wide(num_classes: int, in_channels: int) -> nn.Module:
 def saved_table(folder: Path, device: FormulaDevice, bits: list[int]) -> Path:
     device.fingerprint = Fingerprint(SLIDE_RULE, "onnxruntime", "1.0", 1)
     network = TimedNetwork.build(TINY[0], "1,8,8", 3, 4)
-    table = build_table(start_table(device), device, needed_kinds(network.graph, network.steps, bits))
+    built = build_table(start_table(device), device, needed_kinds(network.graph, network.steps, bits))
+    table = as_calibrated(built, network.graph)
     table.save(folder / "table.json")
     return folder / "table.json"
 

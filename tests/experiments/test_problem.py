@@ -1,13 +1,21 @@
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from experiments.config import ConfigError, RunConfig, SearchSettings
 from experiments.methods import check_enough
-from experiments.problem import evaluations_to_probe, probe
+from experiments.problem import evaluations_to_probe, probe, space_by
+from graph_encoder.capture import capture
+from latency.budget import Budget
+from latency.table import Calibration, TableError, build_table, needed_kinds, network_key, start_table
+from pruning.importance import rank_units
+from tests.latency.synthetic import IntegerFormulaDevice, as_calibrated
 
 from .test_agents_elsewhere import problem_of
+from .tiny import network
 
 
 @pytest.mark.parametrize(
@@ -75,3 +83,32 @@ def test_evaluations_left_are_those_granted_without_probes_and_finalists() -> No
     assert check_enough("cem", settings, 4.0, 2.0) == 10
     assert check_enough("uniform", settings, 4.0, 2.0) == 18
     assert check_enough("cem", settings, 4.0, 1.0) == 16
+
+
+@pytest.mark.parametrize(
+    ("known", "what", "option"),
+    [
+        (Calibration(), "whole networks", ""),
+        (Calibration(n_networks=9), "networks with 8 bits", " --integers"),
+    ],
+)
+def test_a_table_that_is_not_calibrated_is_refused(
+    tiny_config: Callable[..., RunConfig], known: Calibration, what: str, option: str
+) -> None:
+    device = IntegerFormulaDevice()
+    model = network(3, 1).eval()
+    graph = capture(model, torch.zeros(2, 1, 8, 8))
+    needed = needed_kinds(graph, {group.name: 1 for group in graph.prunable}, [8, 32])
+    table = replace(build_table(start_table(device), device, needed), calibrations={network_key(graph): known})
+    settings = tiny_config(search__decide=["channels", "bits"]).search
+    importance = rank_units(model, graph)
+
+    with pytest.raises(TableError) as caught:
+        space_by(settings, graph, importance, [Budget(kind="latency", share=0.8)], table)
+
+    assert str(caught.value) == (
+        f"the latency table is not calibrated: no {what} of this kind were timed, and it would ask too little. "
+        f"'secateur latency build{option}' into the same file, for this model with its shape and number of classes, "
+        "goes on where it stopped"
+    )
+    assert space_by(settings, graph, importance, [Budget(kind="latency", share=0.8)], as_calibrated(table, graph)).timed

@@ -23,7 +23,7 @@ from graph_encoder.capture import capture
 from latency.runtimes import PYTORCH, Artifact, OnnxRuntime, PyTorchEager, find_runtime
 from latency.table import LatencyTable, LocalDevice, TableError, build_table, needed_kinds, start_table
 from latency.worker import Processor, allowed_cpus
-from tests.latency.synthetic import FormulaDevice
+from tests.latency.synthetic import FormulaDevice, as_calibrated
 
 from .outcomes import outcome, plans, row
 from .tiny import network
@@ -45,7 +45,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     graph = capture(network(num_classes=3, in_channels=1), torch.zeros(2, 1, 8, 8))
     device = Abacus()
     needed = needed_kinds(graph, {group.name: 1 for group in graph.prunable}, [32])
-    built = build_table(start_table(device), device, needed)
+    built = as_calibrated(build_table(start_table(device), device, needed), graph)
     here = LocalDevice(find_runtime(PYTORCH)).fingerprint
     path = tmp_path_factory.mktemp("table") / "table.json"
     replace(built, fingerprint=here).save(path)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
 from torch import Tensor, nn
 
+from graph_encoder.network import NetworkGraph
 from latency.runtimes import Artifact
-from latency.table import Fingerprint
+from latency.table import Calibration, Fingerprint, LatencyTable, network_key
 from latency.worker import Processor
 
 EMPTY_NS = 5_000
@@ -68,3 +70,9 @@ class IntegerFormulaDevice(FormulaDevice):
         is_integer = any(node.op_type == "QuantizeLinear" for node in graph.node)
         positions = 64 if len(weights[0].dims) == 4 else 1
         return EMPTY_NS + formula_ns(inputs, outputs, positions) / (3 if is_integer else 1)
+
+
+def as_calibrated(table: LatencyTable, graph: NetworkGraph) -> LatencyTable:
+    """The table as if whole networks had been timed and taken what the sum over their layers says."""
+    calibration = Calibration(offset=table.empty, n_networks=9, error=0.0, n_mixed=18)
+    return replace(table, calibrations={network_key(graph): calibration})
