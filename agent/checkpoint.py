@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -105,18 +104,6 @@ def load_checkpoint(folder: Path, notify: Notify = warn) -> dict[str, Any] | Non
         )
         raise CheckpointError(msg)
     return None
-
-
-def random_states() -> dict[str, Any]:
-    """State of the global generators, which Stable-Baselines3 draws from."""
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}  # noqa: NPY002
-
-
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Return the global generators to `random_states`."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
 
 
 def _checkpoints(folder: Path) -> list[Path]:

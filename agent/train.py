@@ -17,15 +17,14 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.vec_env import VecEnv
 
+from graph_encoder.randomness import random_states, set_random_states
 from pruning.files import CheckpointError
 
 from .checkpoint import (
     Notify,
     load_checkpoint,
-    random_states,
     read_state,
     save_checkpoint,
-    set_random_states,
     warn,
 )
 from .config import AgentConfig, Algorithm, DDPGConfig, PPOConfig, default_config

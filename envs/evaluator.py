@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from graph_encoder.batches import Batch, count_images, first_images, inputs_of
 from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import NetworkGraph
+from graph_encoder.randomness import kept_randomness
 from latency.cost import predict_cost
 from pruning.batch_norm import reestimate_batch_norm
 from pruning.calibration import CalibrationError, RangeMethod
@@ -28,7 +29,6 @@ from pruning.surgery import apply_policy
 from .action import nearest
 from .journal import Journal, JournalEntry, Purpose
 from .plans import noise_floor
-from .randomness import kept_randomness
 from .space import Counts, SearchSpace
 
 EvaluateFunction = Callable[[nn.Module], float]

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from envs.evaluator import EvaluateFunction, Evaluation
 from envs.journal import Journal, JournalEntry
-from envs.randomness import kept_randomness
 from envs.reward import GALEN, GALEN_BETA, RewardFunction, resolve_reward
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
+from graph_encoder.randomness import kept_randomness
 from latency.budget import BudgetLike, read_budgets
 from latency.decision import DENSITIES
 from latency.table import LatencyTable

@@ -13,12 +13,11 @@ import torch
 from agent.checkpoint import (
     SearchWarning,
     load_checkpoint,
-    random_states,
     read_state,
     save_checkpoint,
-    set_random_states,
     write_state,
 )
+from graph_encoder.randomness import random_states, set_random_states
 from pruning import files
 from pruning.files import CheckpointError, FileWriteError
 
