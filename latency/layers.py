@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,9 @@ class LayerKind:
         kernel: height and width of the kernel.
         stride: height and width of the stride.
         out_size: height and width of the output; rows and 1 for a linear layer.
-        group_outputs: output channels of one convolution group (1 in a depthwise convolution), 0 without groups.
+        group_outputs: output channels of one convolution group (1 in a depthwise convolution), where groups are removed
+            whole; 0 elsewhere.
+        conv_groups: convolution groups, where they all stay and lose channels within; 0 elsewhere.
         bits: of weights and activations.
     """
 
@@ -41,18 +43,24 @@ class LayerKind:
     stride: tuple[int, int] = (1, 1)
     out_size: tuple[int, int] = (1, 1)
     group_outputs: int = 0
+    conv_groups: int = 0
     bits: int = FULL_BITS
 
     def __str__(self) -> str:
         sizes = (self.kernel, self.stride, self.out_size)
         kernel, stride, out = ("x".join(map(str, size)) for size in sizes)
         groups = f", groups of {self.group_outputs}" if self.group_outputs else ""
+        groups += f", {self.conv_groups} groups" if self.conv_groups else ""
         shape = f" {kernel}, stride {stride}{groups}" if self.kind == "conv" else ""
         return f"{self.kind}{shape}, to {out}, {self.bits} bits"
 
     def groups(self, outputs: int) -> int:
         """Convolution groups of a layer with so many outputs."""
-        return outputs // self.group_outputs if self.group_outputs else 1
+        return outputs // self.group_outputs if self.group_outputs else self.conv_groups or 1
+
+    def is_possible(self, outputs: int) -> bool:
+        """Whether so many outputs fill whole convolution groups, or all groups alike."""
+        return outputs % (self.group_outputs or self.conv_groups or 1) == 0
 
 
 @dataclass(frozen=True)
@@ -81,21 +89,39 @@ def layers_of(graph: NetworkGraph) -> tuple[Layer, ...]:
     operators = {operator.name: operator for operator in graph.operators}
     found = []
     for term in graph.mac_terms:
-        kind = _kind(operators[term.owner], term)
+        kind = _kind(operators[term.owner], term, graph)
         if kind is not None:
             found.append(Layer(term.owner, kind, inputs=term.dims[1], outputs=term.dims[0]))
     return tuple(found)
 
 
-def _kind(operator: Operator, term: Term) -> LayerKind | None:
+def _kind(operator: Operator, term: Term, graph: NetworkGraph) -> LayerKind | None:
     if len(term.dims) != 2:
         return None
     if operator.kind == "linear":
         return LayerKind("linear", out_size=(term.factor, 1))
     if operator.kind not in ("conv", "depthwise_conv") or term.factor != math.prod(operator.kernel + operator.out_size):
         return None
-    group_outputs = operator.out_channels // operator.groups if operator.groups > 1 else 0
-    return LayerKind("conv", operator.kernel, operator.stride, operator.out_size, group_outputs)
+    kind = LayerKind("conv", operator.kernel, operator.stride, operator.out_size)
+    if operator.groups == 1:
+        return kind
+    group_outputs = operator.out_channels // operator.groups
+    if _loses_within_groups(operator, group_outputs, graph):
+        return replace(kind, conv_groups=operator.groups)
+    return replace(kind, group_outputs=group_outputs)
+
+
+def _loses_within_groups(operator: Operator, group_outputs: int, graph: NetworkGraph) -> bool:
+    """Whether a unit takes channels out of convolution groups that stay."""
+    for group in graph.prunable:
+        for member in group.members:
+            if member.tensor != operator.weight:
+                continue
+            unit = member.indices[0]
+            # Along the other dimension of the weight lie the inputs of each group.
+            if member.dim == 1 or len(torch.unique(unit // group_outputs)) * group_outputs != len(unit):
+                return True
+    return False
 
 
 def layer_input(kind: LayerKind, inputs: int, outputs: int) -> Tensor:

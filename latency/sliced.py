@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from onnx import numpy_helper
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def sliced_onnx(
         tensors[name].CopyFrom(numpy_helper.from_array(_without(tensors[name], removed[name]), name))
     for node in model.graph.node:
         if node.op_type in ("Conv", "Gemm") and node.input[1] in weights:
-            _fit(node, tensors, before)
+            _fit(node, tensors, before, removed.get(node.input[1], {}).get(0))
         elif node.op_type == "Reshape" and node.input[1] in tensors:
             _flatten_whatever_comes(tensors[node.input[1]])
     content: bytes = finish(model).SerializeToString()
@@ -78,14 +79,16 @@ def _without(tensor: Any, positions: Mapping[int, Tensor]) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def _fit(node: Any, tensors: Mapping[str, Any], before: Mapping[str, tuple[int, ...]]) -> None:
+def _fit(node: Any, tensors: Mapping[str, Any], before: Mapping[str, tuple[int, ...]], removed: Tensor | None) -> None:
     """Give a layer as many biases as it has outputs, and as many convolution groups as are left of them."""
     name = node.input[1]
     outputs, whole = tensors[name].dims[0], before[name][0]
-    if node.op_type == "Conv":
-        for attribute in node.attribute:
-            if attribute.name == "group" and attribute.i > 1 and tensors[name].dims[1] == before[name][1]:
-                attribute.i = attribute.i * outputs // whole
+    for attribute in node.attribute if removed is not None else ():
+        if attribute.name == "group" and attribute.i > 1:
+            size = whole // attribute.i
+            touched = len(torch.unique(removed // size))
+            # Groups that lose some of their channels stay.
+            attribute.i -= touched if touched * size == len(removed) else 0
     if len(node.input) > 2 and node.input[2] in tensors:
         # Made by the exporter from a batch norm, under a name of its own; its values do not matter to time.
         bias = tensors[node.input[2]]

@@ -27,15 +27,16 @@ from torch import Tensor
 from graph_encoder.network import LinearDim, NetworkGraph
 from pruning.files import write_atomic
 
-from .layers import Layer, LayerKind, empty_artifact, layer_artifact, layer_input, layers_of
+from .layers import LayerKind, empty_artifact, layer_artifact, layer_input, layers_of
 from .measure import LatencyReport, Variant, affinity, check_cpus, measure, torch_threads
 from .runtimes import Artifact, LatencyError, Runtime
 from .worker import Processor, Stopwatch, interleave
 
-FORMAT_VERSION = 3
-_READABLE = (1, 2, 3)
+FORMAT_VERSION = 4
+_READABLE = (1, 2, 3, 4)
 """Version 1 knew no networks of integers and floats together: its calibrations hold for floats. Versions 1 and 2 gave
-the name of the processor alone: their times are read, and hold for no device that could be checked."""
+the name of the processor alone: their times are read, and hold for no device that could be checked. Versions before 4
+knew no convolutions that keep their groups."""
 DIVISORS = (16, 8, 4, 1)
 """Counts are of the class of the first of these that divides them: whole vectors of 64, 32 and 16 bytes, or none."""
 STAIR = 16
@@ -501,12 +502,8 @@ def needed_kinds(
         for width in bits:
             inputs, outputs = counts.setdefault(replace(layer.kind, bits=width), (set(), set()))
             inputs.update(reachable_counts(layer.inputs, step_of, size_of))
-            outputs.update(_whole_groups(layer, reachable_counts(layer.outputs, step_of, size_of)))
+            outputs.update(filter(layer.kind.is_possible, reachable_counts(layer.outputs, step_of, size_of)))
     return {kind: (knots_of(inputs), knots_of(outputs)) for kind, (inputs, outputs) in counts.items()}
-
-
-def _whole_groups(layer: Layer, counts: Sequence[int]) -> list[int]:
-    return [count for count in counts if not layer.kind.group_outputs or count % layer.kind.group_outputs == 0]
 
 
 def start_table(device: Device, *, n_runs: int = 200) -> LatencyTable:

@@ -30,9 +30,18 @@ def test_layers_are_read_off_the_graph_and_what_no_table_times_is_left_out() -> 
     assert [(layer.name, layer.kind, layer.inputs.full, layer.outputs.full) for layer in layers] == [
         ("0", LayerKind("conv", (3, 3), (2, 2), (4, 4)), 3, 8),
         ("2", LayerKind("conv", (3, 3), (1, 1), (4, 4), group_outputs=1), 1, 8),
-        ("3", LayerKind("conv", (1, 1), (1, 1), (4, 4), group_outputs=6), 4, 12),
+        ("3", LayerKind("conv", (1, 1), (1, 1), (4, 4), conv_groups=2), 4, 12),
         ("6", LayerKind("linear"), 384, 5),
     ]
+
+
+def test_a_convolution_keeps_its_groups_where_they_lose_channels_within() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.Conv2d(12, 5, 1))
+    _, grouped, _ = layers_of(capture(model, torch.randn(2, 3, 4, 4)))
+    assert grouped.kind == LayerKind("conv", (3, 3), (1, 1), (4, 4), conv_groups=2)
+    # A unit is one channel of each group.
+    assert (grouped.inputs.full, [k for _, k in grouped.inputs.per_unit]) == (4, [1])
+    assert (grouped.outputs.full, [k for _, k in grouped.outputs.per_unit]) == (12, [2])
 
 
 @pytest.mark.parametrize(
@@ -41,6 +50,7 @@ def test_layers_are_read_off_the_graph_and_what_no_table_times_is_left_out() -> 
         (LayerKind("conv", (3, 3), (2, 2), (7, 5)), 3, 10, (1, 10, 7, 5)),
         (LayerKind("conv", (5, 5), (1, 1), (6, 6), group_outputs=1), 1, 9, (1, 9, 6, 6)),
         (LayerKind("conv", (1, 1), (1, 1), (4, 4), group_outputs=2), 3, 8, (1, 8, 4, 4)),
+        (LayerKind("conv", (3, 3), (1, 1), (4, 4), conv_groups=2), 3, 10, (1, 10, 4, 4)),
         (LayerKind("linear", out_size=(7, 1)), 6, 4, (7, 4)),
     ],
 )
@@ -60,6 +70,7 @@ def test_a_layer_alone_has_the_shape_that_it_has_in_its_network(
     [
         (LayerKind("conv", (3, 3), (1, 1), (6, 6), bits=8), 5, "QLinearConv"),
         (LayerKind("conv", (3, 3), (2, 2), (4, 4), group_outputs=1, bits=8), 1, "QLinearConv"),
+        (LayerKind("conv", (3, 3), (2, 2), (4, 4), conv_groups=2, bits=8), 3, "QLinearConv"),
         (LayerKind("linear", out_size=(1, 1), bits=8), 12, "QGemm"),
     ],
 )

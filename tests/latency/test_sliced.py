@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +39,12 @@ class Small(nn.Module):
         return self.head(x.mean(dim=(2, 3)))
 
 
+def within_groups() -> nn.Module:
+    """Its grouped convolution keeps its groups, and loses channels in each."""
+    grouped = nn.Conv2d(8, 12, 3, padding=1, groups=2)
+    return nn.Sequential(nn.Conv2d(3, 8, 1), grouped, nn.Conv2d(12, 4, 1), nn.Flatten(), nn.Linear(256, 5))
+
+
 class Padded(nn.Module):
     """Its forward pass holds a number of channels."""
 
@@ -54,8 +61,11 @@ def operators(model: onnx.ModelProto) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.slow
-def test_what_is_sliced_has_the_operators_and_shapes_of_what_is_exported(tmp_path: Path) -> None:
-    model, x = Small().eval(), torch.randn(2, 3, 8, 8)
+@pytest.mark.parametrize(("network", "named"), [(Small, {"stem", "wide"}), (within_groups, {"0", "1", "2"})])
+def test_what_is_sliced_has_the_operators_and_shapes_of_what_is_exported(
+    network: Callable[[], nn.Module], named: set[str], tmp_path: Path
+) -> None:
+    model, x = network().eval(), torch.randn(2, 3, 8, 8)
     graph = capture(model, x)
     cut = {group.name: group.size // 2 for group in graph.prunable}
     policy = CompressionPolicy({name: tuple(range(n)) for name, n in cut.items()}, {n: 2 * k for n, k in cut.items()})
@@ -66,7 +76,7 @@ def test_what_is_sliced_has_the_operators_and_shapes_of_what_is_exported(tmp_pat
     content = sliced_onnx(dense, graph, policy)
 
     assert content is not None
-    assert cut.keys() == {"stem", "wide"}
+    assert cut.keys() == named
     sliced = onnx.load_model_from_string(content)
     assert operators(sliced) == operators(exported)
     shapes = [sorted(tuple(t.dims) for t in m.graph.initializer) for m in (sliced, exported)]

@@ -96,6 +96,17 @@ def test_times_between_knots_of_one_class_by_hand() -> None:
     assert times(32, 32) == 4
 
 
+def test_a_table_holds_convolutions_whose_groups_lose_channels_within(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 24, 3, padding=1, groups=2), nn.Conv2d(24, 5, 1))
+    graph = capture(model, torch.randn(2, 3, 8, 8))
+    assert [group.size for group in graph.prunable] == [8, 12]  # one channel of each convolution group
+    built(graph, FormulaDevice()).save(tmp_path / "table.json")
+    latency = LatencyModel(graph, LatencyTable.load(tmp_path / "table.json"))
+    for first, second in [(8, 12), (1, 1), (3, 7), (4, 8)]:
+        told = formula_ns(3, 2 * first, 64) + formula_ns(first, 2 * second, 64) + formula_ns(2 * second, 5, 64)
+        assert latency(np.array([first, second])) == pytest.approx(EMPTY_NS + told, rel=1e-3, abs=4)
+
+
 def test_noise_that_makes_more_channels_cheaper_is_split() -> None:
     times = KindTimes(CONV, (16, 32, 48), (16,), np.array([[1.0], [3.0], [2.0]]))
     assert [times(count, 16) for count in (16, 32, 48)] == [1, 2.5, 2.5]
@@ -255,7 +266,7 @@ def test_a_table_that_knows_the_processor_by_name_alone_is_read_and_holds_for_no
     message = (
         "the table was measured with formula 1.0, 1 thread(s), on slide rule, and holds no more of the processor than "
         "that name, as tables of format versions 1 and 2 did; several processors share it, so build the table again, "
-        "in a new file (version 3)"
+        "in a new file (version 4)"
     )
     for found in (old, LatencyTable.load(tmp_path / "copy.json")):
         with pytest.raises(TableError, match=f"^{re.escape(message)}$"):
@@ -274,7 +285,7 @@ def test_a_table_without_a_layer_of_the_network_says_which(graph: NetworkGraph) 
     ("content", "message"),
     [
         ('{"format_version": 1}', "cannot read the latency table '{}': KeyError: 'kinds'; build it again"),
-        ('{"format_version": 9}', "the latency table '{}' has format version 9, this release reads 1, 2 and 3"),
+        ('{"format_version": 9}', "the latency table '{}' has format version 9, this release reads 1, 2, 3 and 4"),
         (None, "cannot read the latency table '{}': No such file or directory"),
     ],
 )
