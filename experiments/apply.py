@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from envs.action import decode
 from envs.evaluator import CandidateEvaluator
 from envs.journal import Journal
 from latency.cost import count_macs, count_params, predict_cost
-from latency.measure import measure
-from latency.runtimes import SPARSE
 from pruning.export import ExportError, export_onnx, save_compressed
 from pruning.policy import CompressionPolicy
 
@@ -31,8 +28,8 @@ from .problem import least_squares
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
 from .search import Watch, build_problem, importance_of, space_of_graph, tell_precision
-from .sparse_times import prepared_networks, variants_of
 from .subject import Subject, prepare_subject, report_dense
+from .turns import FinishedNetwork, time_in_turn
 
 COMPRESSED = "the compressed network"
 
@@ -195,28 +192,19 @@ def _times(
     device: TableDevice,
     display: RunDisplay,
 ) -> tuple[list[Latency], list[Latency]]:
-    """The compressed network and the dense one, in turns on each runtime that says something of them, if one does."""
-    settings = subject.config.measure
-    x = subject.example(settings.batch_size).cpu()
-    # PyTorch only simulates integers, and takes longer for it: that time says nothing.
-    is_simulated = any(layer.is_quantized for layer in policy.layers.values())
-    modules = {} if is_simulated else {DENSE: subject.model, COMPRESSED: network}
-    modules = {name: copy.deepcopy(module).cpu() for name, module in modules.items()}
-    is_sparse = bool(policy.sparse_layers) or (device.runtime is not None and device.runtime.name == SPARSE)
-    with tempfile.TemporaryDirectory() as scratch, device.in_force():
-        prepared = prepared_networks(modules, x, display) if is_sparse else {}
-        files = {}
+    """Times of the compressed network, and of the dense one, in turns."""
+    settings, dense_onnx = subject.config.measure, None
+    with tempfile.TemporaryDirectory() as scratch:
         if onnx:
-            files = {DENSE: Path(scratch) / ONNX_NAME, COMPRESSED: onnx}
+            dense_onnx = Path(scratch) / ONNX_NAME
             try:
-                export_onnx(subject.model, subject.example(2), files[DENSE])
+                export_onnx(subject.model, subject.example(2), dense_onnx)
             except ExportError as error:
                 display.say(f"warning: no times of ONNX files, as there is none of the dense network: {error}")
-                files = {}
-        timed = variants_of(modules, files, prepared, device.runtime)
-        if not timed:
-            return [], []
-        report = measure(timed, x, n_runs=settings.n_runs)
-    before = {entry.runtime: entry for entry in report.entries if entry.model == DENSE}
-    own = [Latency.of(entry, before.get(entry.runtime)) for entry in report.entries if entry.model == COMPRESSED]
-    return own, [Latency.of(entry, None) for entry in before.values()]
+                onnx = dense_onnx = None
+        networks = {
+            DENSE: FinishedNetwork(subject.model, CompressionPolicy(), dense_onnx),
+            COMPRESSED: FinishedNetwork(network, policy, onnx),
+        }
+        times = time_in_turn(networks, subject.example(settings.batch_size).cpu(), settings.n_runs, device, display)
+    return list(times[COMPRESSED].latencies), list(times[DENSE].latencies)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +13,6 @@ from torch import nn
 
 from envs.journal import ClockReading, Journal
 from latency.cost import count_macs, count_params, predict_cost
-from latency.measure import measure
-from latency.runtimes import SPARSE
 from pruning.export import save_compressed
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
@@ -29,15 +26,15 @@ from .images import MissingSplitError
 from .interrupt import StopFlag
 from .measured_budget import kept_by_the_clock
 from .methods import MethodSearch
-from .outcome import DENSE, Allowance, Latency, MethodOutcome, RunOutcome, budget_words
+from .outcome import DENSE, Allowance, MethodOutcome, RunOutcome, budget_words
 from .problem import SearchProblem
 from .progress import RunDisplay
 from .report import render_report
 from .run import MethodFolder, RunFolder
 from .scalars import log_final_metrics
-from .sparse_times import layer_forms, prepared_networks, variants_of
 from .subject import Subject
 from .training import tune
+from .turns import FinishedNetwork, time_in_turn
 
 
 @dataclass(frozen=True)
@@ -245,28 +242,17 @@ def _with_latencies(
     device: TableDevice,
     display: RunDisplay,
 ) -> list[MethodOutcome]:
-    """Time all networks in one interleaved run on the CPU, as the device does that they were searched for."""
     settings = subject.config.measure
-    x = subject.example(settings.batch_size).cpu()
-    # PyTorch only simulates integers, and takes longer for it: that time says nothing.
-    simulated = {f.name for f in finalists if any(layer.is_quantized for layer in f.policy.layers.values())}
-    networks = {f.name: copy.deepcopy(f.product).cpu() for f in finalists if f.name not in simulated}
-    onnx = {f.name: path for f in finalists if (path := folder.method(f.name).model / ONNX_NAME).exists()}
-    is_sparse = any(f.policy.sparse_layers for f in finalists if f.name in networks)
-    is_sparse |= device.runtime is not None and device.runtime.name == SPARSE
-    with device.in_force():
-        prepared = prepared_networks(networks, x, display) if is_sparse else {}
-        started = time.perf_counter()
-        report = measure(variants_of(networks, onnx, prepared, device.runtime), x, n_runs=settings.n_runs)
-    display.say(f"timed {len(finalists)} networks in turn, {time.perf_counter() - started:.1f} s")
-    dense = {entry.runtime: entry for entry in report.entries if entry.model == DENSE}
-    timed = []
-    for row in rows:
-        own = [entry for entry in report.entries if entry.model == row.method]
-        latencies = tuple(Latency.of(entry, dense.get(entry.runtime)) for entry in own)
-        forms = layer_forms(prepared[row.method]) if row.method in prepared else ()
-        timed.append(row.model_copy(update={"latencies": latencies, "layer_forms": forms}))
-    return timed
+    networks = {}
+    for finalist in finalists:
+        onnx = folder.method(finalist.name).model / ONNX_NAME
+        found = onnx if onnx.exists() else None
+        networks[finalist.name] = FinishedNetwork(finalist.product, finalist.policy, found)
+    timed = time_in_turn(networks, subject.example(settings.batch_size).cpu(), settings.n_runs, device, display)
+    return [
+        row.model_copy(update={"latencies": timed[row.method].latencies, "layer_forms": timed[row.method].layer_forms})
+        for row in rows
+    ]
 
 
 def _with_test_accuracy(

@@ -1,68 +1,13 @@
-"""Finished networks with zeros on our own plan: prepared for the clock, and told layer by layer in the report."""
+"""Finished networks with zeros on our own plan, told layer by layer in the report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from html import escape
-from pathlib import Path
 
-from torch import Tensor, nn
-
-from latency.measure import Variant
-from latency.runtimes import ONNXRUNTIME, PYTORCH, SPARSE, Artifact, LatencyError, Runtime, find_runtime, prepare_sparse
+from latency.runtimes import SPARSE
 from pruning.kernels.plan import DENSE_FORMS
-from pruning.sparse_network import SparseNetwork
 
-from .outcome import DENSE, LayerForm, MethodOutcome, RunOutcome, significant, sparse_speed
-from .progress import RunDisplay
-
-
-def prepared_networks(networks: Mapping[str, nn.Module], x: Tensor, display: RunDisplay) -> dict[str, SparseNetwork]:
-    """Networks as `sparsify` runs them, sparse or dense chosen layer by layer by the clock.
-
-    What cannot be prepared is named on the display and left out.
-
-    Args:
-        networks: in evaluation mode, on the CPU, by name.
-        x: their input.
-        display: told what was left out.
-    """
-    prepared = {}
-    try:
-        find_runtime(SPARSE)
-    except LatencyError as error:
-        display.say(f"warning: zeros are not timed: {error}")
-        return {}
-    for name, network in networks.items():
-        try:
-            prepared[name] = prepare_sparse(network.eval(), (x,))
-        except LatencyError as error:
-            display.say(f"warning: {name} is not timed with its zeros: {error}")
-    return prepared
-
-
-def variants_of(
-    networks: Mapping[str, nn.Module],
-    onnx: Mapping[str, Path],
-    prepared: Mapping[str, SparseNetwork],
-    searched_for: Runtime | None = None,
-) -> list[Variant]:
-    """All that is timed in one run: by name, modules, ONNX files, and what `prepared_networks` made.
-
-    The runtime that plans were searched for is timed too, if it is none of these three.
-    """
-    artifacts: dict[str, Mapping[str, Artifact]] = {PYTORCH: networks, ONNXRUNTIME: onnx, SPARSE: prepared}
-    if searched_for is not None:
-        artifacts.setdefault(searched_for.name, onnx if searched_for.takes == "onnx" else networks)
-    return [Variant(name, runtime, artifact) for runtime, own in artifacts.items() for name, artifact in own.items()]
-
-
-def layer_forms(network: SparseNetwork) -> tuple[LayerForm, ...]:
-    """What was chosen for each layer, as results.json holds it."""
-    return tuple(
-        LayerForm(layer=layer.layer, form=layer.form, density=layer.density, stored=layer.stored, reason=layer.reason)
-        for layer in network.report.layers
-    )
+from .outcome import DENSE, MethodOutcome, RunOutcome, significant, sparse_speed
 
 
 def sparse_sentences(outcome: RunOutcome) -> list[str]:

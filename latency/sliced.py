@@ -83,12 +83,12 @@ def _fit(node: Any, tensors: Mapping[str, Any], before: Mapping[str, tuple[int, 
     """Give a layer as many biases as it has outputs, and as many convolution groups as are left of them."""
     name = node.input[1]
     outputs, whole = tensors[name].dims[0], before[name][0]
-    for attribute in node.attribute if removed is not None else ():
-        if attribute.name == "group" and attribute.i > 1:
-            size = whole // attribute.i
-            touched = len(torch.unique(removed // size))
-            # Groups that lose some of their channels stay.
-            attribute.i -= touched if touched * size == len(removed) else 0
+    groups = next((attribute for attribute in node.attribute if attribute.name == "group"), None)
+    if removed is not None and groups is not None and groups.i > 1:
+        size = whole // groups.i
+        touched = len(torch.unique(removed // size))
+        # Groups that lose some of their channels stay.
+        groups.i -= touched if touched * size == len(removed) else 0
     if len(node.input) > 2 and node.input[2] in tensors:
         # Made by the exporter from a batch norm, under a name of its own; its values do not matter to time.
         bias = tensors[node.input[2]]

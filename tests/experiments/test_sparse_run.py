@@ -14,7 +14,8 @@ from experiments.outcome import Latency, LayerForm, RunOutcome, headings, missin
 from experiments.progress import RunDisplay
 from experiments.report import render_report
 from experiments.search import start_run
-from experiments.sparse_times import prepared_networks, sparse_sentences
+from experiments.sparse_times import sparse_sentences
+from experiments.turns import prepared_networks
 from pruning.kernels.native import library
 
 from .outcomes import outcome, row

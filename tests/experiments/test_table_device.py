@@ -18,7 +18,7 @@ from experiments.outcome import DENSE, Latency, RunOutcome, headings, missing_sp
 from experiments.progress import RunDisplay
 from experiments.report import render_report
 from experiments.search import start_run
-from experiments.sparse_times import variants_of
+from experiments.turns import variants_of
 from graph_encoder.capture import capture
 from latency.runtimes import PYTORCH, Artifact, OnnxRuntime, PyTorchEager, find_runtime
 from latency.table import LatencyTable, LocalDevice, TableError, build_table, needed_kinds, start_table
