@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from graph_encoder.randomness import kept_randomness
 from latency.cost import predict_cost
 from pruning.batch_norm import reestimate_batch_norm
 from pruning.calibration import CalibrationError, RangeMethod
+from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
 from pruning.quantize import quantize_layers
 from pruning.sparsity import apply_masks, sparse_weight
@@ -218,6 +219,7 @@ class CandidateEvaluator:
         self._known: dict[Key, JournalEntry] = {}
         self._unread: dict[Key, JournalEntry] = {}
         self._dense_outputs: Tensor | None = None
+        self._last_floats: tuple[str, nn.Module] | None = None
         self._expect(self._own_entries())
 
     @property
@@ -324,6 +326,23 @@ class CandidateEvaluator:
         Raises:
             CalibrationError: if the policy has bits and there are no images for ranges.
         """
+        if any(layer.is_quantized for layer in policy.layers.values()):
+            floats = self._in_floats(policy)
+            return quantize_layers(floats, policy.layers, self._range_images, method=self._calibration_method).eval()
+        return self._repaired(policy).eval()
+
+    def _in_floats(self, policy: CompressionPolicy) -> nn.Module:
+        """What ``policy`` leaves before it gets bits, not to be changed; plans that differ in bits alone share it."""
+        sparse = {name: policy.layers[name] for name in policy.sparse_layers}
+        zeros = {name: LayerPolicy(sparsity=layer.sparsity, density=layer.density) for name, layer in sparse.items()}
+        floats = replace(policy, layers=zeros)
+        if self._last_floats is None or self._last_floats[0] != floats.digest:
+            self._last_floats = None  # two networks need not be held at once
+            self._last_floats = floats.digest, self._repaired(floats)
+        return self._last_floats[1]
+
+    def _repaired(self, policy: CompressionPolicy) -> nn.Module:
+        """The network that ``policy``, which has no bits, leaves, reconstructed and with statistics re-estimated."""
         candidate = apply_policy(self.model, self.graph, policy)
         if self._channels_last:
             candidate = candidate.to(memory_format=torch.channels_last)
@@ -334,9 +353,7 @@ class CandidateEvaluator:
             apply_masks(candidate, masks)
         if self._calibration:
             reestimate_batch_norm(candidate, self._calibration, autocast=self._autocast)
-        if any(layer.is_quantized for layer in policy.layers.values()):
-            candidate = quantize_layers(candidate, policy.layers, self._range_images, method=self._calibration_method)
-        return candidate.eval()
+        return candidate
 
     def _compared_images(self, n_images: int) -> list[Batch]:
         """The first ``n_images`` calibration images, fewer if there are no more, in batches."""

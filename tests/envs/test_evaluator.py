@@ -2,7 +2,9 @@ import math
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from envs.journal import Journal
 from envs.space import SearchSpace
 from latency.budget import Budget
 from latency.decision import LayerDecision
+from pruning.batch_norm import reestimate_batch_norm
 from pruning.calibration import CalibrationError
 from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
@@ -41,14 +44,14 @@ def plans(space: SearchSpace, n: int, seed: int = 0) -> list[CompressionPolicy]:
 
 
 class Counted:
-    """An evaluate function that counts its calls."""
+    """A function that counts its calls."""
 
-    def __init__(self, evaluate: Callable[[nn.Module], float]) -> None:
-        self.evaluate, self.calls = evaluate, 0
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.calls = function, 0
 
-    def __call__(self, model: nn.Module) -> float:
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
         self.calls += 1
-        return self.evaluate(model)
+        return self.function(*arguments, **options)
 
 
 def test_score_is_that_of_the_network_built_and_leaves_the_dense_one_as_it_was(
@@ -86,6 +89,34 @@ def test_ranges_are_chosen_by_the_method_on_images_of_their_own(model: SmallNetw
 
     for x, options in ((ranges, {"range_images": [ranges]}), (images(8), {})):
         assert step_of_the_input(**options) == pytest.approx(float(x.max() - x.min()) / 255)
+
+
+def test_plans_that_differ_in_bits_alone_share_what_comes_before(
+    model: SmallNetwork, space: SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repaired = Counted(reestimate_batch_norm)
+    monkeypatch.setattr("envs.evaluator.reestimate_batch_norm", repaired)
+    half = decode(np.zeros(space.n), space)
+    zeros = LayerPolicy(sparsity="unstructured", density=0.5, weight_bits=8)
+    wanted = [
+        replace(plan, layers=layers)
+        for plan, layers in [
+            (half, {"conv1": LayerPolicy(weight_bits=2)}),
+            (half, {"conv1": LayerPolicy(weight_bits=8, act_bits=8), "inner": LayerPolicy(weight_bits=4)}),
+            (half, {"inner": zeros}),
+            (half, {"inner": replace(zeros, weight_bits=3)}),
+            (CompressionPolicy({}), {"conv1": LayerPolicy(weight_bits=2)}),
+            (half, {"conv1": LayerPolicy(weight_bits=2)}),
+        ]
+    ]
+    evaluator = make_evaluator(model, space)
+    built = [evaluator.build(policy).state_dict() for policy in wanted]
+
+    assert repaired.calls == 4  # channels, zeros, the whole network, channels again
+    for policy, found in zip(wanted, built, strict=True):
+        alone = make_evaluator(model, space).build(policy).state_dict()
+        assert alone.keys() == found.keys()
+        assert all(torch.equal(alone[name], tensor) for name, tensor in found.items())
 
 
 def test_a_plan_is_scored_once(model: SmallNetwork, space: SearchSpace) -> None:
