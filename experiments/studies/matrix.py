@@ -14,7 +14,7 @@ SEARCHERS: tuple[Method, ...] = ("ppo", "ddpg", "cem", "random")
 SHORTCUT_GROUPS = ["layer2.0.conv2", "layer3.0.conv2"]
 """Left dense beside the first layer, so that what is decided is the inner channels of the blocks, as in the papers."""
 JOINT_EVALUATIONS = 150
-JOINT_EPOCHS = 6
+JOINT_EPOCHS = 4
 """Epochs of fine-tuning, without bits, which are calibrated in the end."""
 JOINT_METHODS: tuple[Method, ...] = ("uniform", "greedy", "knapsack", "random", "cem", "ppo", "ddpg")
 JOINT_BUDGETS: dict[str, str | float] = {
@@ -147,6 +147,5 @@ def _timed(name: str, model: str, methods: Sequence[Method], options: dict[str, 
         "search.rounding": 8,
         "finetune.autocast": True,
         "finetune.dense_control": False,
-        "threads": 2,  # those of the table are its own
     }
     return Cell(name, own | options, is_timed=True)
