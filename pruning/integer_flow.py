@@ -55,14 +55,14 @@ def source_of(node: fx.Node, modules: Mapping[str, nn.Module], among: Container[
 
 def keeps_values(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the outputs are some of the input's values, often the same memory."""
-    kind = _kind(node, modules)
+    kind = kind_of(node, modules)
     if kind is F.pad:
         mode, value = _argument(node, 2, "mode", "constant"), _argument(node, 3, "value", 0)
         return bool(mode != "constant" or not value)
     return kind in _KEEPING and bool(node.all_input_nodes)
 
 
-def _kind(node: fx.Node, modules: Mapping[str, nn.Module]) -> Any:
+def kind_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Any:
     """What the node computes: a module's class, a function, or the name of a method."""
     if node.op == "call_module":
         return type(modules[str(node.target)])
@@ -71,7 +71,7 @@ def _kind(node: fx.Node, modules: Mapping[str, nn.Module]) -> Any:
 
 def is_join(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the node is a sum or a concatenation."""
-    return _kind(node, modules) in _JOINS
+    return kind_of(node, modules) in _JOINS
 
 
 class _Flow:
@@ -113,7 +113,7 @@ class _Flow:
         users = list(node.users)
         if len(users) != 1:
             return None
-        kind = _kind(users[0], self._modules)
+        kind = kind_of(users[0], self._modules)
         return users[0] if kind in kinds else None
 
     def _source(self, node: fx.Node) -> fx.Node:

@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from pruning import integer_network
-from pruning.integer_network import IntegerConv2d, in_integers, kernels_are_exact
+from pruning.integer_network import IntegerConv2d, ToIntegers, in_integers, kernels_are_exact
 from pruning.layer_policy import LayerPolicy
-from pruning.quantize import quantize_layers, quantized_layers
+from pruning.quantize import ActQuantizer, quantize_layers, quantized_layers
 
 INT8 = LayerPolicy(weight_bits=8, act_bits=8)
 with_kernels = pytest.mark.skipif(not kernels_are_exact(), reason="no exact integer kernels on this processor")
@@ -101,6 +101,54 @@ def test_a_batch_norm_is_computed_by_the_layer_before(affine: bool) -> None:
         assert isinstance(network, fx.GraphModule)
         assert not any(str(node.target) == "1" for node in network.graph.nodes)
         close(outputs(network, x), outputs(simulated, x))
+
+
+class Residual(nn.Module):
+    """What a sum writes is read by a layer of integers and by the next sum."""
+
+    def __init__(self, clip: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.conv1, self.conv2, self.last = (nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(4))
+        self.norm0, self.norm1, self.norm2 = (norm_of(3) for _ in range(3))
+        self.clip = clip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.clip(self.norm0(self.stem(x)))
+        x = self.clip(self.norm2(self.conv2(self.clip(self.norm1(self.conv1(x))))) + x)
+        last: Tensor = self.last(x)
+        return last + x
+
+
+@with_kernels
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("clip", [nn.ReLU(inplace=True), F.relu, torch.relu_, lambda x: x.relu(), nn.ReLU6(), F.relu6])
+def test_integers_flow_from_kernel_to_kernel(clip: Callable[[Tensor], Tensor], channels_last: bool) -> None:
+    x = noise(8, 3, 8, 8)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    names = ("stem", "conv1", "conv2", "last")
+    simulated = quantize_layers(Residual(clip).eval(), dict.fromkeys(names, INT8), [x]).eval()
+
+    network = in_integers(simulated)
+
+    assert isinstance(network, fx.GraphModule)
+    kinds = [type(network.get_submodule(str(n.target))) for n in network.graph.nodes if n.op == "call_module"]
+    # Integers are made of the images and of the sum alone, and norms and quantizers are gone.
+    assert kinds.count(IntegerConv2d) == 4 and kinds.count(ToIntegers) == 2
+    assert not {nn.BatchNorm2d, ActQuantizer} & set(kinds)
+    close(outputs(network, x), outputs(simulated, x))
+
+
+@with_kernels
+def test_integers_that_are_written_may_stand_for_values_below_zero() -> None:
+    torch.manual_seed(0)
+    x = noise(8, 3, 8, 8)
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(4, 2, 1))
+    simulated = quantize_layers(plain.eval(), dict.fromkeys(("0", "1", "3"), INT8), [x]).eval()
+
+    assert any(m.zero_point for m in simulated.modules() if isinstance(m, ActQuantizer))
+    close(outputs(in_integers(simulated), x), outputs(simulated, x))
 
 
 @with_kernels
