@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from graph_encoder.batches import Batch, count_images, first_images, inputs_of
+from graph_encoder.batches import Batch, count_images, first_images, inputs_of, tensors_of
 from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import NetworkGraph
 from graph_encoder.randomness import kept_randomness
@@ -504,7 +503,7 @@ class CandidateEvaluator:
 
     def _accuracy(self, model: nn.Module, fidelity: float) -> float:
         self._check_fidelity(fidelity)
-        with evaluation_mode(model), torch.inference_mode():
+        with evaluation_mode(model), torch.no_grad():
             returned = self._evaluate[fidelity](model)
         return check_accuracy(returned)
 
@@ -546,10 +545,10 @@ def _key(entry: JournalEntry) -> Key:
 def _outputs(model: nn.Module, images: Sequence[Batch]) -> Tensor:
     """All that ``model`` returns for each of the images, in a row each; what is of no image, as a loss, is left out."""
     rows = []
-    with evaluation_mode(model), torch.inference_mode():
+    with evaluation_mode(model), torch.no_grad():
         for batch in images:
             n_images = len(inputs_of(batch)[0])
-            leaves = [leaf for leaf in tree_leaves(model(*inputs_of(batch))) if isinstance(leaf, Tensor) and leaf.dim()]
+            leaves = [leaf for leaf in tensors_of(model(*inputs_of(batch))) if leaf.dim()]
             of_images = [leaf.reshape(n_images, -1).float() for leaf in leaves if len(leaf) == n_images]
             rows.append(torch.cat(of_images, dim=1))
     return torch.cat(rows)

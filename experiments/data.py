@@ -366,7 +366,7 @@ def make_judge(
     labels = split.labels.to(device)
 
     def judge(model: nn.Module) -> Tensor:
-        with evaluation_mode(model), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, autocast):
+        with evaluation_mode(model), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, autocast):
             network = in_integers(model)
             found = torch.cat([network(batch).argmax(dim=1) for batch in images])
         return (found == labels).cpu()

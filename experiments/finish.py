@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from envs.journal import ClockReading, Journal
+from graph_encoder.copies import copied
 from latency.cost import count_macs, count_params, predict_cost
 from pruning.export import save_compressed
 from pruning.files import write_atomic
@@ -157,7 +157,7 @@ def _tuned(
     recipe = subject.config.finetune
     if not recipe.epochs:
         return None
-    tuned = copy.deepcopy(network)
+    tuned = copied(network)
     if own.tuned_file.exists():
         tuned.load_state_dict(load_file(own.tuned_file))
         return tuned.eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from graph_encoder.copies import copied
 from latency.measure import Variant, measure
 from latency.runtimes import ONNXRUNTIME, PYTORCH, SPARSE, Artifact, LatencyError, Runtime, find_runtime, prepare_sparse
 from pruning.policy import CompressionPolicy
@@ -62,7 +62,7 @@ def time_in_turn(
     """
     # PyTorch only simulates integers, and takes longer for it: that time says nothing.
     modules = {
-        name: copy.deepcopy(network.module).cpu().eval()
+        name: copied(network.module).cpu().eval()
         for name, network in networks.items()
         if not any(layer.is_quantized for layer in network.policy.layers.values())
     }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 Batch = Tensor | tuple[Tensor, ...]
 """What ``forward`` takes, batch first: a tensor, or a tuple of tensors where it has several inputs."""
@@ -13,6 +15,11 @@ Batch = Tensor | tuple[Tensor, ...]
 def inputs_of(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The positional inputs of ``forward`` that a batch stands for."""
     return (batch,) if isinstance(batch, Tensor) else tuple(batch)
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """The tensors of all that ``forward`` returned, a tuple or a dictionary for one, in their order."""
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def count_images(batches: Iterable[Batch]) -> int:

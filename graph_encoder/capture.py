@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .batches import inputs_of
 from .groups import assemble
-from .modes import evaluation_mode
+from .modes import attributes_kept, evaluation_mode
 from .network import ForwardError, NetworkGraph, Operator, TraceError
 from .opaque import Opaque
 from .real_run import record_calls
@@ -44,7 +44,7 @@ def capture(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Netw
     """
     inputs = _as_tuple(example_inputs)
     _check_not_scripted(model)
-    with evaluation_mode(model):
+    with attributes_kept(model), evaluation_mode(model):
         return _capture(model, inputs)
 
 
@@ -208,6 +208,6 @@ def trace_operators(model: nn.Module, example_inputs: Tensor | Sequence[Tensor])
     Raises:
         TraceError: if the forward pass cannot run without values.
     """
-    with evaluation_mode(model):
+    with attributes_kept(model), evaluation_mode(model):
         run, _ = _run(model, _as_tuple(example_inputs), with_labels=False)
     return run.record.operators

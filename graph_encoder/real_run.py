@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from .copies import copied
 from .network import TraceError
 from .opaque import PLAIN, ModuleCall, TensorLike, summary_of
 from .shapes import tensors_in
@@ -34,7 +34,7 @@ def record_calls(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, tuple[
     Raises:
         TraceError: if the network does not run.
     """
-    model = copy.deepcopy(model)
+    model = copied(model)
     device = next((parameter.device for parameter in model.parameters()), inputs[0].device)
     first, second = (_calls(model, [_draw(x, seed).to(device) for x in inputs]) for seed in _DRAWS)
     return {name: _agreed(calls, second.get(name, [])) for name, calls in first.items()}

@@ -255,6 +255,28 @@ def _matmul(run: LabelPass, call: Call) -> Result:
     return [out], run.add_product(call, "matmul", *_per_label(run, macs, counted))
 
 
+@_rule("addmm", "baddbmm", "addbmm", "addmv")
+def _added_product(run: LabelPass, call: Call) -> Result:
+    first, second = call.args[1:3]
+    columns = int(second.shape[-1]) if second.dim() > 1 else 1
+    return _dense_product(run, call, first.numel() * columns // run.batch)
+
+
+@_rule("bilinear", "_trilinear")
+def _bilinear(run: LabelPass, call: Call) -> Result:
+    weight = call.args[1 if call.name == "_trilinear" else 2]
+    return _dense_product(run, call, call.outputs[0].numel() // (run.batch * int(weight.shape[-3])) * weight.numel())
+
+
+def _dense_product(run: LabelPass, call: Call, macs: int) -> Result:
+    """A product that counts, and whose operands stay as they are."""
+    if run.with_labels:
+        for tensor in call.args:
+            if isinstance(tensor, Tensor):
+                run.freeze(run.labels_or_constant(tensor), f"takes part in a product ({call.name})")
+    return [None], run.add_product(call, "matmul", macs, ())
+
+
 def _per_label(run: LabelPass, macs: int, counted: Tensor | None) -> tuple[int, tuple[Tensor, ...]]:
     """MACs of a product as a factor times the number of labels left, each counted once."""
     if counted is None:
@@ -349,6 +371,8 @@ def _reduction(run: LabelPass, call: Call) -> Result:
     labels = run.labels_or_constant(call.args[0])
     position = 2 if call.name in ("norm", "linalg_vector_norm") else 1
     given = call.get(position, "dim")
+    if isinstance(given, bool):  # `x.std(False)` is over everything
+        given = None
     dims = list(range(labels.dim())) if given is None or given == [] else [given] if isinstance(given, int) else given
     dims = sorted({int(d) % labels.dim() for d in dims}, reverse=True)
     if set(dims) & set(varying_dims(labels)):

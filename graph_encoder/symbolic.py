@@ -28,13 +28,30 @@ _FORWARD_HOOKS = (
 class _Tracer(fx.Tracer):
     """A tracer that has more leaves than the layers of torch.nn."""
 
-    def __init__(self, leaves: Collection[str] = ()) -> None:
+    def __init__(self, leaves: Collection[str] = (), *, takes_defaults: bool = False) -> None:
         super().__init__()
         self._leaf_names = leaves
+        self._takes_defaults = takes_defaults
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the trace holds a call of the module, and not what it does."""
         return module_qualified_name in self._leaf_names or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """What forward is called with: switches, such as ``mask=None``, as they are by default if so asked for."""
+        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+        if self._takes_defaults:
+            arguments = [_default_of(argument) for argument in arguments]
+        return function, arguments
+
+
+def _default_of(argument: Any) -> Any:
+    """The default of an argument of the root that is None, a truth value or a word; else the argument."""
+    if isinstance(argument, fx.Proxy) and argument.node.op == "placeholder" and argument.node.args:
+        (default,) = argument.node.args
+        if default is None or isinstance(default, bool | str):
+            return default
+    return argument
 
 
 def symbolic_trace(model: nn.Module, leaves: Collection[str] = ()) -> fx.GraphModule | None:
@@ -45,23 +62,28 @@ def symbolic_trace(model: nn.Module, leaves: Collection[str] = ()) -> fx.GraphMo
         leaves: qualified names of more modules to be leaves.
 
     Returns:
-        None if the forward pass cannot be traced, or does different things in training and in evaluation: a trace
-        freezes one of them.
+        None if the forward pass cannot be traced, or does different things in training and in evaluation, or with and
+        without an argument that may be left out (``mask=None``): a trace freezes one of them.
     """
-    traced, training = _trace(model, leaves, training=False), _trace(model, leaves, training=True)
-    if traced is None or training is None:
-        return None
-    return traced if str(training.graph) == str(traced.graph) else None
+    traced = _trace(model, leaves)
+    for other in ({"training": True}, {"takes_defaults": True}):
+        again = None if traced is None else _trace(model, leaves, **other)
+        if traced is None or again is None or str(again.graph) != str(traced.graph):
+            return None
+    return traced
 
 
-def _trace(model: nn.Module, leaves: Collection[str], *, training: bool) -> fx.GraphModule | None:
+def _trace(
+    model: nn.Module, leaves: Collection[str], *, training: bool = False, takes_defaults: bool = False
+) -> fx.GraphModule | None:
     own = set(model.__dict__)
     try:
         with evaluation_mode(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if training:
                 model.train()
-            traced = fx.GraphModule(model, _Tracer(leaves).trace(model), type(model).__name__)
+            graph = _Tracer(leaves, takes_defaults=takes_defaults).trace(model)
+            traced = fx.GraphModule(model, graph, type(model).__name__)
     except Exception:  # a Python forward can fail on proxies in any way; the caller falls back
         return None
     finally:
@@ -142,7 +164,7 @@ def rewrite(model: nn.Module, graph: NetworkGraph, kept: Mapping[int, Tensor]) -
         TraceError: if the module can no longer be traced as it was when it was captured.
     """
     # That it is the same in training and in evaluation was seen at capture.
-    traced = _trace(model, graph.opaque, training=False)
+    traced = _trace(model, graph.opaque)
     if traced is None:
         msg = "the network could be traced when it was captured and cannot be traced now; pass the network as captured"
         raise TraceError(msg)

@@ -158,7 +158,7 @@ class LabelPass(TorchDispatchMode):
             ForwardError: naming the module, where an operator cannot run without values.
             TraceError: if it returns what cannot be seen.
         """
-        self.batch = int(inputs[0].shape[0]) if inputs and inputs[0].dim() else 1
+        self.batch = next((int(tensor.shape[0]) for tensor in inputs if tensor.dim()), 1)
         for tensor in inputs:
             size = tuple(tensor.shape)
             index = self._add_operator(

@@ -15,6 +15,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _PATTERN = re.compile(
     r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(%|[kmgt])?\s*(macs|flops|params|bytes|b|bops|latency)?\s*", re.IGNORECASE
 )
+_BARE = re.compile(r"\s*[0-9]*\.?[0-9]+\s*")
 _TIME = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(ms|us|µs)\s*", re.IGNORECASE)
 _NS = {"ms": 10**6, "us": 10**3, "µs": 10**3}
 _KINDS: dict[str, CostKind] = {
@@ -90,11 +91,19 @@ class Budget(BaseModel):
                 )
                 raise BudgetError(msg)
             return cls(kind=kind, share=share)
+        if kind == "latency":
+            msg = f"budget '{text}' is a latency above 1 without a unit of time; write '{match[1]} ms', or a share"
+            raise BudgetError(msg)
         count = number * _UNITS[scale] / (FLOPS_PER_MAC if unit == "flops" else 1)
         if not unit:
             msg = (
                 f"budget '{text}' is above 1 and has no unit; write '{text} macs', '{text} flops', '{text} params', "
                 f"'{text} bytes', '{text} bops' or a share such as '50%'"
+            )
+            raise BudgetError(msg)
+        if count < 1:
+            msg = (
+                f"budget '{text}' is less than one of what is counted; nothing is left of a network that costs nothing"
             )
             raise BudgetError(msg)
         return cls(kind=kind, absolute=math.floor(count))
@@ -147,6 +156,12 @@ def read_budgets(value: BudgetLike) -> tuple[Budget, ...]:
 
 def _in_text(text: str) -> list[Budget]:
     parts = text.split(",")
+    if len(parts) > 1 and (bare := next((part.strip() for part in parts if _BARE.fullmatch(part)), None)):
+        msg = (
+            f"'{text}': '{bare}' has neither a unit nor a percent sign; commas separate budgets, so write numbers "
+            "without them, and each share as '50% macs'"
+        )
+        raise BudgetError(msg)
     try:
         return [Budget.parse(part.strip()) for part in parts]
     except BudgetError as error:

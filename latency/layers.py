@@ -133,7 +133,7 @@ def layer_input(kind: LayerKind, inputs: int, outputs: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (kind.out_size[0], inputs)
     if kind.kind == "conv":
-        height, width = (size * stride for size, stride in zip(kind.out_size, kind.stride, strict=True))
+        height, width = (_read(*sizes) for sizes in zip(kind.out_size, kind.stride, kind.kernel, strict=True))
         channels = inputs * kind.groups(outputs)
         is_last = kind.bits == EIGHT_BITS
         shape = (1, height, width, channels) if is_last else (1, channels, height, width)  # type: ignore[assignment]
@@ -147,7 +147,7 @@ def layer_module(kind: LayerKind, inputs: int, outputs: int) -> nn.Module:
     if kind.kind == "linear":
         return nn.Linear(inputs, outputs).eval()
     groups = kind.groups(outputs)
-    padding = tuple(size // 2 for size in kind.kernel)
+    padding = tuple((size - 1) // 2 for size in kind.kernel)
     conv = nn.Conv2d(inputs * groups, outputs, kind.kernel, kind.stride, padding=padding, groups=groups)  # type: ignore[arg-type]
     return nn.Sequential(conv, nn.ReLU()).eval()
 
@@ -163,7 +163,7 @@ def layer_onnx(kind: LayerKind, inputs: int, outputs: int) -> bytes:
     weight_shape = (outputs, inputs) if kind.kind == "linear" else (outputs, inputs, *kind.kernel)
     # Equal weights would be as good: time does not depend on values, but for denormal ones.
     weight = np.random.default_rng(0).standard_normal(weight_shape, dtype=np.float32)
-    out_shape = [kind.out_size[0], outputs] if kind.kind == "linear" else [1, outputs, *_conv_size(kind)]
+    out_shape = [kind.out_size[0], outputs] if kind.kind == "linear" else [1, outputs, *kind.out_size]
     if kind.bits == EIGHT_BITS:
         tensors = _integer_tensors(weight, outputs)
         reads, writes = ("x", "y") if kind.kind == "linear" else ("x_first", "y_first")
@@ -186,7 +186,7 @@ def layer_onnx(kind: LayerKind, inputs: int, outputs: int) -> bytes:
 def _layer_nodes(kind: LayerKind, outputs: int, reads: list[str], writes: str) -> list[Any]:
     if kind.kind == "linear":
         return [helper.make_node("Gemm", reads, [writes], transB=1)]
-    pads = [size // 2 for size in kind.kernel]
+    pads = [(size - 1) // 2 for size in kind.kernel]
     conv: dict[str, Any] = {"kernel_shape": kind.kernel, "strides": kind.stride, "pads": pads + pads}
     return [
         helper.make_node("Conv", reads, ["c"], group=kind.groups(outputs), **conv),
@@ -212,12 +212,9 @@ def _integer_tensors(weight: NDArray[np.float32], outputs: int) -> list[Any]:
     return [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
 
 
-def _conv_size(kind: LayerKind) -> list[int]:
-    """Size that a convolution padded by half its kernel writes: one more where the kernel is even."""
-    return [
-        (size * stride + 2 * (kernel // 2) - kernel) // stride + 1
-        for size, stride, kernel in zip(kind.out_size, kind.stride, kind.kernel, strict=True)
-    ]
+def _read(out_size: int, stride: int, kernel: int) -> int:
+    """Size that a convolution padded by half its kernel, rounded down where that is even, reads to write another."""
+    return out_size * stride if kernel % 2 else (out_size - 1) * stride + 2
 
 
 def _onnx_network(

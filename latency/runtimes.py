@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from graph_encoder.copies import copied
 from pruning.kernels.lowering import LoweringError
 from pruning.kernels.native import library
 from pruning.sparse_network import SparseNetwork, SparseNetworkError, sparsify
@@ -211,7 +211,7 @@ class Sparse(Runtime):
             msg = f"the runtime '{self.name}' takes a torch.nn.Module, got {type(artifact).__name__}"
             raise LatencyError(msg)
         is_prepared = isinstance(artifact, SparseNetwork)
-        prepared = artifact if is_prepared else prepare_sparse(copy.deepcopy(artifact).eval(), inputs)
+        prepared = artifact if is_prepared else prepare_sparse(copied(artifact).eval(), inputs)
         return lambda: prepared(*inputs)
 
 
@@ -295,7 +295,7 @@ def _channels_last(
     if not isinstance(artifact, nn.Module):
         msg = f"the runtime '{name}' takes a torch.nn.Module, got {type(artifact).__name__}"
         raise LatencyError(msg)
-    timed = copy.deepcopy(artifact).eval().to(device)
+    timed = copied(artifact).eval().to(device)
     if not any(x.dim() == 4 for x in inputs):
         return timed, tuple(x.to(device) for x in inputs)
     layout = torch.channels_last

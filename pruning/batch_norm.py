@@ -39,7 +39,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocas
                 norm.reset_running_stats()
                 norm.train()
                 norm.momentum = None
-            with torch.inference_mode():
+            with torch.no_grad():  # tensors that forward keeps are for training too
                 for batch in batches:
                     inputs = inputs_of(batch)
                     with torch.autocast(inputs[0].device.type, torch.bfloat16, autocast):

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from graph_encoder.batches import Batch, inputs_of
 from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import ChannelGroup, Member, NetworkGraph
 
@@ -19,7 +20,7 @@ def rank_units(
     graph: NetworkGraph,
     criterion: Criterion = "l1",
     *,
-    batches: Iterable[tuple[Tensor, Tensor]] | None = None,
+    batches: Iterable[tuple[Batch, Tensor]] | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Score the units of every group that may be pruned.
@@ -101,14 +102,14 @@ def _per_unit(scores: Tensor, member: Member) -> Tensor:
 
 
 def _gradient_products(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module, batches: Iterable[tuple[Batch, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
 ) -> Iterator[dict[str, Tensor]]:
     """Weight times gradient by every name of each parameter, frozen ones too, batch by batch."""
     names = {id(p): name for name, p in model.named_parameters()}
     own = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     for inputs, targets in batches:
         with evaluation_mode(model), torch.enable_grad():
-            outputs = torch.func.functional_call(model, own, (inputs,))
+            outputs = torch.func.functional_call(model, own, inputs_of(inputs))
             gradients = torch.autograd.grad(loss(outputs, targets), list(own.values()), allow_unused=True)
         pairs = zip(own.items(), gradients, strict=True)
         products = {name: torch.zeros_like(p) if g is None else p.detach() * g for (name, p), g in pairs}

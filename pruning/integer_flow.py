@@ -22,11 +22,13 @@ _CLIPS: frozenset[Any] = frozenset(
 _KEEPING: frozenset[Any] = frozenset(
     {nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d}
     | {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.dropout, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle}
-    | {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, operator.getitem}
+    | {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze}
     | {torch.chunk, torch.split, "chunk", "split", "flatten", "reshape", "view", "permute", "transpose", "squeeze"}
     | {"unsqueeze", "contiguous", "expand"}
 )
 """Operators whose outputs are some of their input's values, so that they leave a grid as it is."""
+_PARTS: frozenset[Any] = frozenset({torch.chunk, torch.split, "chunk", "split"})
+"""Operators that return several parts of their input."""
 _JOINS: frozenset[Any] = frozenset(
     {operator.add, operator.iadd, torch.add, torch.cat, torch.concat, torch.concatenate, "add", "add_"}
 )
@@ -56,6 +58,11 @@ def source_of(node: fx.Node, modules: Mapping[str, nn.Module], among: Container[
 def keeps_values(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the outputs are some of the input's values, often the same memory."""
     kind = kind_of(node, modules)
+    if kind is operator.getitem:
+        # An integer may choose from a tuple of anything, an LSTM's for one: only parts of one tensor have its grid.
+        source, index = node.args
+        assert isinstance(source, fx.Node)
+        return not isinstance(index, int) or kind_of(source, modules) in _PARTS
     if kind is F.pad:
         mode, value = _argument(node, 2, "mode", "constant"), _argument(node, 3, "value", 0)
         return bool(mode != "constant" or not value)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
-from graph_encoder.batches import inputs_of
+from graph_encoder.batches import inputs_of, tensors_of
+from graph_encoder.copies import copied
 from graph_encoder.network import NetworkGraph, TraceError
 
 from .batch_norm import reestimate_batch_norm
@@ -22,6 +21,8 @@ TOLERANCE = 1e-4
 """Largest difference of outputs allowed, as a share of the output's scale."""
 RESPONSE = 1e-2
 """Least difference, on the same scale, that other inputs must make to the outputs for a comparison to mean anything."""
+_NOTHING = 1e-6
+"""Share of the largest output's scale that the others' are taken to have at least."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Proof:
     Attributes:
         subject: group name, or ``"all groups"``.
         removed: units removed.
-        error: largest difference between removed and masked, divided by the largest masked output; infinite if the
-            smaller network does not run or has other outputs, NaN if there was nothing to compare.
+        error: largest difference between removed and masked, divided by the largest value of that output; infinite if
+            the smaller network does not run or has other outputs, NaN if there was nothing to compare.
         message: why no comparison was possible, empty otherwise.
     """
 
@@ -75,8 +76,8 @@ def prove(
     """Compare removing with masking, on random units of all offered groups together and of each alone.
 
     The comparison is made on a copy whose batch norms have the statistics of these inputs, and on the inputs beside
-    their negatives: with statistics that do not fit, as those of random weights, signals die out on the way, and
-    whatever is removed makes no difference.
+    others, for floats their negatives: with statistics that do not fit, as those of random weights, signals die out on
+    the way, and whatever is removed makes no difference. Each output is compared on a scale of its own.
 
     Args:
         model: the captured network; untouched.
@@ -88,8 +89,9 @@ def prove(
     Returns:
         One result for all groups, then one a group.
     """
-    inputs = tuple(torch.cat([x, -x if x.is_floating_point() else x]) for x in inputs_of(example_inputs))
-    model = copy.deepcopy(model)
+    # Of integers nothing is known but that those of another row are inputs too.
+    inputs = tuple(torch.cat([x, -x if x.is_floating_point() else x.roll(1, 0)]) for x in inputs_of(example_inputs))
+    model = copied(model)
     reestimate_batch_norm(model, [inputs])
     subjects: list[tuple[str, list[str] | None]] = [("all groups", None)]
     if each_group:
@@ -122,10 +124,13 @@ def leave_refuted_dense(
     inputs = tuple(_with_noise(x[:2], generator).to(device) for x in inputs_of(example_inputs))
     while graph.prunable:
         together = prove(model, graph, inputs, generator=generator, each_group=False)[0]
-        if not together.is_refuted:
+        if together.holds:
             break
+        # Where there was nothing to compare, one group may be to blame for it, and hide what others do.
         alone = prove(model, graph, inputs, generator=generator)[1:]
         refuted = {proof.subject: proof for proof in alone if proof.is_refuted}
+        if not refuted and not together.is_refuted:
+            break
         if not refuted:
             msg = (
                 f"removing channels of several groups at once is not what silencing them is ({_why(together)}), though "
@@ -168,18 +173,24 @@ def _prove(
         return Proof(subject, n_removed, math.inf, "the outputs changed their shapes")
     if not all(t.isfinite().all() for t in [*small, *wide]):
         return Proof(subject, n_removed, math.nan, "the outputs hold NaN or infinity")
-    scale = max(float(t.abs().max()) for t in wide)
-    if max(_response(t) for t in wide) < RESPONSE * scale:
+    scales = [float(t.abs().max()) for t in wide]
+    # What is all but nothing beside another output is the rounding of larger numbers.
+    scales = [max(scale, _NOTHING * max(scales), 1e-30) for scale in scales]
+    compared = [
+        float((one - other).abs().max()) / scale
+        for one, other, scale in zip(small, wide, scales, strict=True)
+        if _response(other) >= RESPONSE * scale
+    ]
+    if not compared:
         return Proof(subject, n_removed, math.nan, "the outputs hardly depend on the inputs: nothing to compare")
-    worst = max(float((a - b).abs().max()) for a, b in zip(small, wide, strict=True))
-    return Proof(subject, n_removed, worst / max(scale, 1e-30))
+    return Proof(subject, n_removed, max(compared))
 
 
 def _response(output: Tensor) -> float:
-    """Largest difference between what the inputs and what their negatives give."""
+    """Largest difference between what the inputs and what the others give."""
     half = output.shape[0] // 2
     return float((output[:half] - output[half:]).abs().max())
 
 
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    return [leaf.double() for leaf in tree_flatten(model(*inputs))[0] if isinstance(leaf, Tensor)]
+    return [output.double() for output in tensors_of(model(*inputs))]

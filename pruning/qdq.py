@@ -6,7 +6,6 @@ file, and ONNX Runtime's own quantizer puts QuantizeLinear and DequantizeLinear 
 
 from __future__ import annotations
 
-import copy
 import functools
 import tempfile
 from collections import Counter
@@ -27,6 +26,8 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 from torch import Tensor, fx, nn
 
+from graph_encoder.batches import tensors_of
+from graph_encoder.copies import copied
 from graph_encoder.symbolic import symbolic_trace
 
 from .integer_flow import tensors_to_quantize
@@ -127,7 +128,7 @@ def integer_model(model: nn.Module, export: Callable[[nn.Module], onnx.ModelProt
             activations; untouched.
         export: makes an ONNX model of a module.
     """
-    marked = copy.deepcopy(model)
+    marked = copied(model)
     marks = _put_marks(marked)
     proto = export(marked)
     found = _Reader(proto, marks)
@@ -177,10 +178,10 @@ def marked_network(model: nn.Module, export: Callable[[nn.Module], onnx.ModelPro
         model: network in full precision; untouched.
         export: makes an ONNX model of a module.
     """
-    traced = symbolic_trace(copy.deepcopy(model))
+    traced = symbolic_trace(copied(model))
     if traced is None:
         return None
-    marked = symbolic_trace(copy.deepcopy(model))
+    marked = symbolic_trace(copied(model))
     assert marked is not None
     for node in tensors_to_quantize(marked, set(quantizable_layers(model))):
         readers = list(node.users)
@@ -428,7 +429,7 @@ def integer_report(content: bytes, model: nn.Module, images: tuple[Tensor, ...])
     """
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     feed = {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), images, strict=True)}
-    found = [np.asarray(output) for output in session.run(None, feed)]
+    found = [np.asarray(output, dtype=np.float32) for output in session.run(None, feed)]
     expected, plain = _outputs(model, images), _outputs(without_quantizers(model), images)
     same = [_largest(one) == _largest(other) for one, other in zip(expected, found, strict=True)]
     optimised = _optimised(content)
@@ -468,8 +469,7 @@ def _integer_runs(graph: onnx.GraphProto) -> Counter[str]:
 
 def _outputs(model: nn.Module, images: tuple[Tensor, ...]) -> list[NDArray[np.float32]]:
     with torch.inference_mode():
-        outputs = model(*images)
-    return [output.numpy() for output in ([outputs] if isinstance(outputs, Tensor) else outputs)]
+        return [output.float().numpy() for output in tensors_of(model(*images))]
 
 
 def _relative_difference(found: list[NDArray[np.float32]], expected: list[NDArray[np.float32]]) -> float:

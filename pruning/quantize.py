@@ -6,7 +6,6 @@ can go on changing them; what a layer computes is what integers would give.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from graph_encoder.batches import Batch, inputs_of
+from graph_encoder.copies import copied
 from graph_encoder.modes import evaluation_mode
 from graph_encoder.symbolic import symbolic_trace
 
@@ -258,7 +258,7 @@ class SharedWeightQuantizer(nn.Module):
 
 def _positive(step: Tensor) -> Tensor:
     # A learned step that crosses zero would turn the grid over; its magnitude is what counts.
-    return step.abs().clamp(min=_SMALLEST_STEP)
+    return step.abs().clamp(min=max(_SMALLEST_STEP, torch.finfo(step.dtype).tiny))
 
 
 class QuantizedLayer(nn.Module):
@@ -436,27 +436,27 @@ def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy]) -> nn
         PolicyError: if a layer is not there, or cannot be quantized.
     """
     layers = {name: layer for name, layer in layers.items() if layer.is_quantized}
-    copied = copy.deepcopy(model)
-    modules = dict(copied.named_modules(remove_duplicate=False))
+    quantized = copied(model)
+    modules = dict(quantized.named_modules(remove_duplicate=False))
     _check(layers, modules)
-    are_whole_tensors = is_deployable(layers) and any(map(is_integer, layers.values())) and not has_hooks(copied)
-    traced = symbolic_trace(copied) if are_whole_tensors else None
+    are_whole_tensors = is_deployable(layers) and any(map(is_integer, layers.values())) and not has_hooks(quantized)
+    traced = symbolic_trace(quantized) if are_whole_tensors else None
     if traced is not None:
         integer = {name for name, layer in layers.items() if is_integer(layer)}
         _quantize_tensors(traced, integer)
-        copied = traced
+        quantized = traced
     done: set[int] = set()
     for name, policy in layers.items():
         layer = modules[name]
         if id(layer) not in done:
             _quantize_layer(layer, name, policy, reads_quantized=traced is not None and is_integer(policy))
             done.add(id(layer))
-    return copied
+    return quantized
 
 
 def without_quantizers(model: nn.Module) -> nn.Module:
     """A copy of a quantized network without bits: its weights, or what they were trained to where they share values."""
-    plain = copy.deepcopy(model)
+    plain = copied(model)
     kinds: dict[type[nn.Module], Any] = {quantized: kind for kind, quantized in _QUANTIZED.items()}
     for layer in quantized_layers(plain).values():
         if isinstance(layer.weight_quantizer, SharedWeightQuantizer):
@@ -557,7 +557,7 @@ def _quantize_tensors(traced: fx.GraphModule, integer: set[str]) -> None:
         {node.name: ActQuantizer(INTEGER_BITS, f"the output of '{node.name}'").to(device) for node in chosen}
     )
     for node in chosen:
-        readers = list(node.users)
+        readers = [reader for reader in node.users if reader.op != "output"]
         with traced.graph.inserting_after(node):
             quantized = traced.graph.call_module(f"act_quantizers.{node.name}", (node,))
         for reader in readers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from graph_encoder.batches import inputs_of
+from graph_encoder.copies import copied
 from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import ChannelGroup, NetworkGraph
 
@@ -93,7 +93,7 @@ def regroup(
     """
     layer_masks(model, layers)
     inputs = inputs_of(example_inputs)
-    moved = copy.deepcopy(model)
+    moved = copied(model)
     orders: dict[str, Tensor] = {}
     refused: dict[str, str] = {}
     for group in graph.prunable:
@@ -206,7 +206,7 @@ def _above(sums: Tensor, thresholds: Tensor) -> Tensor:
 
 def _change(model: nn.Module, group: ChannelGroup, order: Tensor, inputs: tuple[Tensor, ...]) -> float:
     """Largest change of the outputs, relative to the largest output, if the units were moved."""
-    trial = copy.deepcopy(model)
+    trial = copied(model)
     # With statistics that do not fit the inputs, signals die out on the way, and nothing makes a difference.
     reestimate_batch_norm(trial, [inputs])
     with evaluation_mode(trial), torch.inference_mode():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graph_encoder.copies import copied
 from graph_encoder.network import NetworkGraph
 from graph_encoder.resize import removed_positions, resize_attributes, slice_tensor
 from graph_encoder.symbolic import rewrite
@@ -39,12 +39,12 @@ def apply_policy(model: nn.Module, graph: NetworkGraph, policy: CompressionPolic
     removed = removed_positions(graph, masks)
     # Tensors are shared while the modules are copied, so that no dense weight is copied only to be sliced.
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    copied = copy.deepcopy(model, {id(tensor): tensor for _, tensor in tensors})
+    smaller = copied(model, shared=[tensor for _, tensor in tensors])
     if graph.rewritten_groups & masks.keys():
-        copied = rewrite(copied, graph, masks)
-    _replace_tensors(copied, removed)
-    zero_weights(copied, policy.layers)
-    return copied
+        smaller = rewrite(smaller, graph, masks)
+    _replace_tensors(smaller, removed)
+    zero_weights(smaller, policy.layers)
+    return smaller
 
 
 def _replace_tensors(model: nn.Module, removed: Mapping[str, Mapping[int, Tensor]]) -> None:
@@ -83,7 +83,7 @@ def mask_policy(model: nn.Module, graph: NetworkGraph, policy: CompressionPolicy
         graph: its graph.
         policy: the units that stay.
     """
-    masked = copy.deepcopy(model)
+    masked = copied(model)
     removed = removed_positions(graph, policy.masks(graph))
     with torch.no_grad():
         for name, tensor in [*masked.named_parameters(), *masked.named_buffers()]:

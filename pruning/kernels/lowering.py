@@ -7,7 +7,6 @@ them, and activations and residual additions become part of the layer whose outp
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec
+
+from graph_encoder.copies import copied
 
 from .operators import Add, Concat, Convolution, Foreign, Linear, Operator, Pad, Pool, Reshape, Scale, Slice, Weighted
 from .reference import ACTIVATIONS
@@ -56,7 +57,7 @@ def lower(model: nn.Module, inputs: Sequence[Tensor]) -> Lowered:
     """
     try:
         # A graph for inference without anything that works in place; composite operators stay whole.
-        program = torch.export.export(copy.deepcopy(model), tuple(inputs)).run_decompositions({})
+        program = torch.export.export(copied(model), tuple(inputs)).run_decompositions({})
     except Exception as error:  # the exporter raises whatever the step at fault raises
         msg = (
             f"{type(model).__name__} cannot be exported, so it cannot run as one plan: "

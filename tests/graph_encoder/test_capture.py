@@ -318,3 +318,79 @@ def test_channels_that_a_product_sums_no_further_are_all_offered() -> None:
 
     assert offered(graph) == {"value": 12}
     assert graph.skipped["key"] == "is multiplied by a bare parameter in 'the network'"
+
+
+class Grid(nn.Module):
+    """Keeps what it made for images of the last size, in an attribute, a buffer and a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3)
+        self.grid: Tensor | None = None
+        self.register_buffer("scale", None, persistent=False)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.grid is None or self.grid.shape[-1] != h.shape[-1]:
+            self.grid = torch.linspace(-1, 1, h.shape[-1], device=x.device)
+            self.scale = self.grid.abs() + 1
+            self.seen.append(self.grid)
+        return self.last((h + self.grid) * self.scale).mean((2, 3))
+
+
+def test_what_forward_keeps_is_not_left_on_the_network() -> None:
+    model, x = Grid().eval(), torch.randn(2, 3, 8, 8)
+    hooked: list[nn.Module] = []
+    handle = model.register_forward_hook(lambda module, *_: hooked.append(module))
+
+    assert capture(model, x).prunable
+    trace_operators(model, x)
+
+    assert model.grid is None and model.scale is None and not model.seen
+    assert model(x).isfinite().all()  # not from tensors without values
+    capture(model, x)
+    assert model.grid is not None and model.grid.device.type == "cpu"
+    handle.remove()
+    hooked.clear()
+    model(x)
+    assert not hooked
+
+
+class Added(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(x.new_zeros(1, 1, 1), x, x.transpose(1, 2))
+
+
+class Mixing(nn.Module):
+    """Products with a sum or of three operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(6, 8)), nn.Parameter(torch.ones(8))
+        self.linear, self.pairs = nn.Linear(8, 5), nn.Bilinear(5, 5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(torch.addmm(self.bias, x, self.weight))
+        return self.pairs(y, y)
+
+
+def test_products_with_a_sum_and_of_three_operands_count() -> None:
+    assert capture(Added(), torch.randn(2, 7, 6)).macs == 7 * 7 * 6
+    graph = capture(Mixing(), torch.randn(4, 6))
+    assert graph.macs == 6 * 8 + 8 * 5 + 7 * 5 * 5
+    assert graph.skipped["linear"] == "takes part in a product (bilinear) in 'pairs'"
+
+
+class Moment(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 4)
+
+    def forward(self, time: Tensor, x: Tensor) -> Tensor:
+        h = self.first(x) + time
+        return self.last(h / h.std(False))
+
+
+def test_the_batch_is_that_of_the_first_input_that_has_one() -> None:
+    assert capture(Moment(), (torch.tensor(0.5), torch.randn(4, 4))).macs == 128

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from latency.budget import Budget, BudgetError
+from latency.budget import Budget, BudgetError, read_budgets
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,14 @@ def test_parse(text: str | float, expected: Budget) -> None:
             "budget '62.7M' is above 1 and has no unit; write '62.7M macs', '62.7M flops', '62.7M params', "
             "'62.7M bytes', '62.7M bops' or a share such as '50%'",
         ),
+        ("3 latency", "budget '3 latency' is a latency above 1 without a unit of time; write '3 ms', or a share"),
+        *(
+            (
+                text,
+                f"budget '{text}' is less than one of what is counted; nothing is left of a network that costs nothing",
+            )
+            for text in ("0M macs", "1.5 flops")
+        ),
     ],
 )
 def test_parse_says_what_is_wrong(text: str, message: str) -> None:
@@ -75,3 +83,12 @@ def test_share_and_number_exclude_each_other() -> None:
         ValueError, match=r"a budget is either a share or an absolute number, got share=0.5, absolute=7"
     ):
         Budget(share=0.5, absolute=7)
+
+
+def test_a_decimal_comma_is_no_second_budget() -> None:
+    message = (
+        "'1,5 MB': '1' has neither a unit nor a percent sign; commas separate budgets, so write numbers without them, "
+        "and each share as '50% macs'"
+    )
+    with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+        read_budgets("1,5 MB")

@@ -51,6 +51,8 @@ def test_a_convolution_keeps_its_groups_where_they_lose_channels_within() -> Non
         (LayerKind("conv", (5, 5), (1, 1), (6, 6), group_outputs=1), 1, 9, (1, 9, 6, 6)),
         (LayerKind("conv", (1, 1), (1, 1), (4, 4), group_outputs=2), 3, 8, (1, 8, 4, 4)),
         (LayerKind("conv", (3, 3), (1, 1), (4, 4), conv_groups=2), 3, 10, (1, 10, 4, 4)),
+        (LayerKind("conv", (4, 4), (2, 2), (4, 4)), 3, 10, (1, 10, 4, 4)),
+        (LayerKind("conv", (2, 16), (1, 16), (5, 1)), 3, 10, (1, 10, 5, 1)),
         (LayerKind("linear", out_size=(7, 1)), 6, 4, (7, 4)),
     ],
 )

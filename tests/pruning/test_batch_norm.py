@@ -27,3 +27,22 @@ def test_no_batches_is_an_error() -> None:
         ValueError, match=r"^batch-norm statistics were to be re-estimated on no batches; hand in at least"
     ):
         reestimate_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), [])
+
+
+def test_what_forward_keeps_can_be_trained_with() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.scale = nn.BatchNorm2d(3), nn.Parameter(torch.ones(()))
+            self.grid: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.grid is None:
+                self.grid = torch.linspace(-1, 1, x.shape[-1])
+            out: torch.Tensor = self.norm(x) * (self.scale * self.grid)
+            return out
+
+    model, x = Keeping(), torch.randn(2, 3, 4, 4)
+    reestimate_batch_norm(model, [x])
+    model(x).sum().backward()
+    assert model.scale.grad is not None

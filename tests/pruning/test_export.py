@@ -433,3 +433,46 @@ def test_plain_program_that_makes_no_sense_is_named(tmp_path: Path, program_file
     rewritten(program_file, path, lambda records: edit_json(records, "models/model.json", wrong))
     with pytest.raises(ExportError, match=f"cannot rebuild the program '{path}': .*; export the network again"):
         load_program(path)
+
+
+class Several(nn.Module):
+    """Logits, the features that they are made of, and a decision, as a dictionary with a list in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        features = self.conv(x).relu()
+        logits = self.linear(features.flatten(2).amax(2))
+        return {"logits": logits, "maps": [features, 2 * features], "positive": logits > 0}
+
+
+def test_outputs_of_any_structure_are_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, x = Several().eval(), torch.randn(4, 3, 8, 8)
+
+    assert export_onnx(network, x, tmp_path / "floats.onnx") is None
+    export_program(network, x, tmp_path / "floats.pt2")
+    eight = LayerPolicy(weight_bits=8, act_bits=8)
+    quantized = quantize_layers(network, {"conv": eight, "linear": eight}, [x]).eval()
+    report = export_onnx(quantized, x, tmp_path / "integers.onnx", images=x)
+
+    assert report is not None and report.layers == 2
+    # Only those who read the features inside read them rounded.
+    assert len(quantized(x)["maps"][0].unique()) > 256 >= len(quantized(x)["maps"][1].unique())
+
+
+def test_tensors_are_loaded_in_the_type_that_they_were_saved_in(tmp_path: Path) -> None:
+    dense, x = Residual().half().eval(), torch.randn(2, 3, 8, 8).half()
+    graph = capture(dense, x)
+    policy = CompressionPolicy({"inner": (0, 1, 2)}, {"inner": 12})
+    small = apply_policy(dense, graph, policy)
+    save_compressed(small, policy, tmp_path, constructor="Residual", example_inputs=x)
+
+    loaded = load_compressed(tmp_path, Residual)
+
+    assert torch.equal(loaded(x), small(x))
+    assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in small.state_dict().items()
+    }

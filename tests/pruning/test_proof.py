@@ -118,3 +118,59 @@ def test_groups_that_are_refuted_together_alone_are_an_error() -> None:
 
     with pytest.raises(TraceError, match=r"^removing channels of several groups at once is not what silencing them is"):
         leave_refuted_dense(model, capture(model, x), x)
+
+
+class Tokens(nn.Module):
+    """Reads integers, and computes with a width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first, self.last = nn.Embedding(20, 8), nn.Linear(8, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.first(self.embed(x).mean(1))
+        return self.last(h * h.shape[1] ** -0.5)
+
+
+class Boxes(nn.Module):
+    """Two outputs, of which one is ten thousand times as large; the other follows from a width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.boxes = nn.Linear(8, 16), nn.Linear(16, 5), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h: Tensor = self.first(x)
+        return {"logits": self.last(h * h.shape[1] ** -0.5), "boxes": 1e4 * self.boxes(x)}
+
+
+class Divided(nn.Module):
+    """Nothing can be said of one group, whose silenced channels are divided by zero; another follows from a width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale, self.second = nn.Linear(8, 12), nn.Parameter(torch.full((12,), 2.0)), nn.Linear(12, 16)
+        self.last = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.second(self.first(x) / self.scale)
+        return self.last(h * h.shape[1] ** -0.5)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "dense"),
+    [
+        (Tokens(), torch.arange(12).reshape(2, 6), "first"),
+        (Boxes(), torch.randn(2, 8), "first"),
+        (Divided(), torch.randn(2, 8), "second"),
+    ],
+)
+def test_a_width_in_a_number_is_seen_whatever_goes_in_and_comes_out(model: nn.Module, x: Tensor, dense: str) -> None:
+    graph = capture(model, x)
+    assert dense in {group.name for group in graph.prunable}
+
+    left = leave_refuted_dense(model, graph, x)
+
+    assert left.group(dense).reason.startswith("removing is not what silencing is")
+    others = {group.name for group in graph.prunable} - {dense}
+    assert {group.name for group in left.prunable} == others

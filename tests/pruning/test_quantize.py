@@ -434,3 +434,59 @@ def test_layer_that_never_runs_is_named(residual: nn.Module) -> None:
         "calibration saw nothing of what 'spare' reads: it did not run as a module of its own on the calibration "
         "batches; leave the layer out of the policy"
     )
+
+
+class Optional(nn.Module):
+    """What it does without an argument is not what it does with one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, sharp: bool = False) -> Tensor:
+        h = self.first(x).relu()
+        if mask is not None:
+            h = h * mask
+        y: Tensor = self.last(h).mean((2, 3))
+        return (4 * y).softmax(1) if sharp else y
+
+
+def test_arguments_that_may_be_left_out_are_left_out() -> None:
+    network = Optional().eval()
+    quantized = quantize_layers(network, {"first": INT8, "last": INT8}, [IMAGES])
+
+    for arguments, options in [((), {}), ((torch.tensor(0.5),), {}), ((), {"sharp": True})]:
+        torch.testing.assert_close(
+            quantized(IMAGES, *arguments, **options), network(IMAGES, *arguments, **options), rtol=0, atol=0.01
+        )
+
+
+class Last(nn.Module):
+    """An integer layer reads one of the tensors that another module returns."""
+
+    def __init__(self, inner: nn.Module, width: int) -> None:
+        super().__init__()
+        self.inner, self.linear = inner, nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x, x, x)[0] if isinstance(self.inner, nn.MultiheadAttention) else self.inner(x)[0]
+        logits: Tensor = self.linear(out[:, -1])
+        return logits
+
+
+@pytest.mark.parametrize("inner", [nn.LSTM(4, 6, batch_first=True), nn.GRU(4, 6), nn.MultiheadAttention(4, 2)])
+def test_a_layer_may_read_one_tensor_of_several(inner: nn.Module) -> None:
+    x = noise(3, 7, 4)
+    network = Last(inner, 4 if isinstance(inner, nn.MultiheadAttention) else 6).eval()
+    quantized = quantize_layers(network, {"linear": INT8}, [x]).eval()
+    torch.testing.assert_close(quantized(x), network(x), rtol=0, atol=0.02)
+
+
+def test_channels_of_zeros_in_half_precision_stay_zeros() -> None:
+    network = nn.Sequential(nn.Linear(4, 3)).half()
+    network[0].weight.data[0] = 0
+    x = noise(5, 4).half()
+    out = quantize_layers(network, {"0": LayerPolicy(weight_bits=8)}, [x])(x)
+    assert torch.equal(out[:, 0], network[0].bias[:1].expand(5))
+    assert out.isfinite().all()

@@ -114,3 +114,28 @@ def test_policy_that_does_not_fit_is_refused_with_every_misfit() -> None:
     )
     with pytest.raises(PolicyError, match=message):
         apply_policy(model, graph, policy)
+
+
+def test_tensors_that_follow_from_others_are_no_hindrance() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+            self.features: list[torch.Tensor] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.features = [self.first(x)]
+            out: torch.Tensor = self.last(self.features[0])
+            return out
+
+    model, x = Keeping(), torch.randn(2, 3, 8, 8)
+    graph = capture(model, x)
+    model(x)
+    assert not model.features[0].is_leaf
+    policy = CompressionPolicy({"first": (0, 2)}, {"first": 8})
+
+    small = apply_policy(model, graph, policy)
+
+    assert small(x).shape == model(x).shape
+    assert all(proof.holds for proof in prove(model, graph, x, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(mask_policy(model, graph, policy)(x), small(x), rtol=0, atol=1e-5)
