@@ -121,6 +121,8 @@ def run_baseline(
         random_search(scorer, n_decisions, generator)
     if scorer.known_in_a_row >= MOST_KNOWN:
         tell_exhausted(scorer.evaluations, n_evaluations)
+    elif not scorer.is_spent:
+        tell_exhausted(scorer.evaluations, n_evaluations, f"most of the {len(scorer.episodes)} plans were known before")
     best = max(scorer.episodes, key=lambda episode: episode.reward)
     return BaselineResult(
         rewards=tuple(episode.reward for episode in scorer.episodes),

@@ -171,13 +171,20 @@ class StandardisedRewards(VecEnvWrapper):
             self.scale = spread_or_one(self._ledger.rewards)
 
 
-def tell_exhausted(evaluations: float, n_evaluations: int) -> None:
-    """Log that a search ended before its evaluations were spent."""
+def tell_exhausted(evaluations: float, n_evaluations: int, known: str = "") -> None:
+    """Log that a search ended before its evaluations were spent.
+
+    Args:
+        evaluations: spent.
+        n_evaluations: granted.
+        known: how little was new in the end; by default, that the last `MOST_KNOWN` plans were known.
+    """
     logger.warning(
-        "the search ends after %g of %d evaluations: the last %d plans it proposed were all known",
+        "the search ends after %g of %d evaluations: %s. Few plans fit a budget in a small network or with coarse "
+        "rounding; a lower search.rounding makes more of them",
         evaluations,
         n_evaluations,
-        MOST_KNOWN,
+        known or f"the last {MOST_KNOWN} plans it proposed were all known",
     )
 
 

@@ -625,7 +625,7 @@ def check_validation_is_unseen(
 
 
 def check_calibration_is_like_training(dense: float, reestimated: float, n_images: int) -> str | None:
-    """Warn when re-estimating batch-norm statistics alone costs the dense network accuracy.
+    """Warn when re-estimating batch-norm statistics alone changes the accuracy of the dense network.
 
     Args:
         dense: accuracy of the dense network as it is, in ``[0, 1]``.
@@ -633,9 +633,17 @@ def check_calibration_is_like_training(dense: float, reestimated: float, n_image
         n_images: images that both were scored on.
 
     Returns:
-        The warning, or None if less is lost than one point or the standard error of an accuracy.
+        The warning, or None if less is lost than one point or the standard error of an accuracy, or gained than twice
+        as much.
     """
-    if dense - reestimated <= max(0.01, math.sqrt(dense * (1 - dense) / n_images)):
+    noticed = max(0.01, math.sqrt(dense * (1 - dense) / n_images))
+    if reestimated - dense > 2 * noticed:
+        return (
+            f"with batch-norm statistics re-estimated the dense network scores {reestimated:.2%} in place of "
+            f"{dense:.2%}: its own statistics do not fit its weights or these images, and plans, whose statistics are "
+            f"re-estimated, look better beside it than they are. Compare them with {reestimated:.2%}"
+        )
+    if dense - reestimated <= noticed:
         return None
     return (
         f"with batch-norm statistics re-estimated the dense network scores {reestimated:.2%} in place of {dense:.2%}, "

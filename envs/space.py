@@ -475,7 +475,7 @@ def _check_bound(space: SearchSpace, bound: Bound) -> None:
         raise BudgetError(msg)
     others = [in_words(other.limit, other.cost.kind) for other in space.bounds if other is not bound]
     within = f" within {' and '.join(others)}" if others and isinstance(bound.cost, LatencyModel) else ""
-    bits = "" if has_bits or not isinstance(bound.cost, LatencyModel) else ", or decide bits too"
+    bits = "" if has_bits or kind not in ("latency", "bytes", "bops") else ", or decide bits too"
     msg = (
         f"{asked} {in_words(dense, kind)}) cannot be met: with every decision at its least{within} the network "
         f"still costs {in_words(lowest, kind)} ({lowest / dense:.1%}). Pass at least {in_words(lowest, kind)}"
@@ -507,7 +507,7 @@ def _needed(table: LatencyTable | None) -> LatencyTable:
     if table is None:
         msg = (
             "a budget of latency is projected with a table of this device, and there is none; make one with `secateur "
-            "latency build` and name it with --latency-table (latency.table)"
+            "latency build` and name it with --latency-table (latency.table), or hand it to `secateur.compress`"
         )
         raise BudgetError(msg)
     return table

@@ -19,7 +19,7 @@ from pruning.policy import CompressionPolicy
 from .agents import plan_by_agent, search_by_agent
 from .clock import TableDevice
 from .config import ConfigError, RunConfig
-from .exported_files import ONNX_NAME, write_exported
+from .exported_files import ONNX_NAME, describe_images, write_exported
 from .interrupt import StopFlag
 from .machine import set_up_device
 from .methods import ranked_plans
@@ -157,7 +157,8 @@ def _saved(
             f"'secateur finetune {out}'"
         )
     images = subject.range_images()[0]
-    onnx = write_exported(network, COMPRESSED, example, out, images, subject.config.measure, display)
+    metadata = describe_images(subject.config.data, subject.data.classes)
+    onnx = write_exported(network, COMPRESSED, example, out, images, subject.config.measure, display, metadata)
     device = TableDevice.of(subject.config.latency.table)
     own, dense = _times(subject, network, policy, onnx, device, display)
     has_zeros = bool(policy.sparse_layers)

@@ -172,7 +172,13 @@ def apply(
 ) -> None:
     """Apply a saved policy to its network, or a trained agent, frozen, to another one."""
     from .apply import apply_saved
+    from .config import ConfigError
 
+    planned = {"--budget": budget, "--criterion": criterion, "--rounding": rounding}
+    given = [name for name, value in planned.items() if value is not None]
+    if given and source.suffix == ".json":
+        msg = f"{' and '.join(given)}: for agents, which plan; the policy '{source}' is a plan, and is applied as it is"
+        raise ConfigError(msg)
     options = {
         "model.name": model,
         "model.weights": weights,
@@ -213,6 +219,7 @@ def finetune(
     from .standalone_training import finetune_saved
 
     options = {
+        "model.name": model,
         "model.weights": weights,
         "data.source": data,
         "finetune.epochs": epochs,
@@ -221,7 +228,7 @@ def finetune(
         "threads": threads,
     }
     resolved = _configuration(config, options, settings)
-    _tell(as_json, lambda display, stop: finetune_saved(source, model, resolved, out, display, stop), resolved)
+    _tell(as_json, lambda display, stop: finetune_saved(source, resolved, out, display, stop), resolved)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from envs.evaluator import EvaluateFunction, Evaluation
 from envs.journal import Journal, JournalEntry
@@ -201,6 +202,12 @@ def compress(
         msg = "the criterion 'taylor' needs labelled batches; pass what pruning.importance.rank_units makes of them"
         raise ConfigError(msg)
     model = _uncompiled(model)
+    if not batches and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        _warn(
+            "the network has batch norms and no calibration: every plan is scored with the statistics of the whole "
+            "network, far below what it is worth; pass a few hundred training images as calibration",
+            stacklevel=3,
+        )
     graph = leave_refuted_dense(model, capture(model, example_inputs), example_inputs)
     space = space_by(settings, graph, importance or rank_units(model, graph, criterion), budgets, table)
     scoring = Scoring(

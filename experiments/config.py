@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
@@ -465,6 +466,11 @@ def _fault(model: type[BaseModel], detail: ErrorDetails) -> str:
         return _sentence(detail)
     if detail["type"] == "value_error":
         return f"{where}: {_sentence(detail)}"  # ours, which quotes what was found
+    if detail["type"] == "literal_error":
+        allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        return f"{where}: '{detail['input']}' is not allowed{_nearest(str(detail['input']), allowed)}"
+    if detail["type"] in ("tuple_type", "list_type"):
+        return f"{where}: {_sentence(detail)}; found {detail['input']!r}, write a list: [{detail['input']}]"
     if detail["type"] != "extra_forbidden":
         return f"{where}: {_sentence(detail)}; found {detail['input']!r}"
     *parents, key = detail["loc"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from pruning.program_archive import ArchiveError
 from pruning.qdq import IntegerReport
 
 from .config import MeasureConfig
+from .data import DataRecipe
 from .progress import RunDisplay
 
 ONNX_NAME, PROGRAM_NAME = "model.onnx", "model.pt2"
@@ -25,6 +28,7 @@ def write_exported(
     images: Tensor,
     settings: MeasureConfig,
     display: RunDisplay,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path | None:
     """Write a network as ONNX and as an exported program, each where the settings ask for it.
 
@@ -38,6 +42,7 @@ def write_exported(
         images: a batch of real images, on which integers are compared with PyTorch's simulation of them.
         settings: which files are asked for.
         display: told how many layers run in integers, and what went wrong.
+        metadata: what `describe_images` says.
 
     Returns:
         The ONNX file, None if it was not written.
@@ -48,7 +53,7 @@ def write_exported(
     onnx: Path | None = None
     if settings.onnx:
         try:
-            integers = export_onnx(network, example, folder / ONNX_NAME, images=images)
+            integers = export_onnx(network, example, folder / ONNX_NAME, images=images, metadata=metadata)
         except ExportError as error:
             display.say(f"warning: {name} is not written as ONNX: {error}")
         else:
@@ -61,6 +66,16 @@ def write_exported(
         except (ExportError, ArchiveError) as error:
             display.say(f"warning: {name} is not written as an exported program: {error}")
     return onnx
+
+
+def describe_images(data: DataRecipe, classes: Sequence[str]) -> dict[str, str]:
+    """What whoever runs the ONNX file has to know of images and classes, as properties of the file."""
+    return {
+        "secateur.images": "float32 (N, C, H, W): values from 0 to 1, less mean, over std, channel by channel",
+        "secateur.mean": json.dumps(data.mean),
+        "secateur.std": json.dumps(data.std),
+        "secateur.classes": json.dumps(list(classes)),
+    }
 
 
 def _tell_integers(integers: IntegerReport, name: str, display: RunDisplay) -> None:

@@ -20,7 +20,7 @@ from pruning.quantize import calibrate
 
 from .clock import TableDevice
 from .config import RunConfig
-from .exported_files import ONNX_NAME, write_exported
+from .exported_files import ONNX_NAME, describe_images, write_exported
 from .figures import Plan
 from .images import MissingSplitError
 from .interrupt import StopFlag
@@ -32,9 +32,12 @@ from .progress import RunDisplay
 from .report import render_report
 from .run import MethodFolder, RunFolder
 from .scalars import log_final_metrics
-from .subject import Subject
+from .subject import Subject, near_chance
 from .training import tune
 from .turns import FinishedNetwork, time_in_turn
+
+NOTICED = 0.01
+"""Share of the validation images that fine-tuning may lose without a word."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def finish_run(
     finalists = _finalists(folder, subject, problem, searches, display, stop)
     _save_products(folder, subject, finalists, display, stop)
     rows = [_row(folder, subject, problem, finalist) for finalist in finalists]
+    for warning in _doubts(rows, subject.chance):
+        display.say(f"warning: {warning}")
     device = TableDevice.of(subject.config.latency.table)
     rows = _with_latencies(folder, rows, finalists, subject, device, display)
     rows, n_test = _with_test_accuracy(folder, rows, finalists, subject, display)
@@ -82,6 +87,26 @@ def finish_run(
     _log_metrics(folder, subject.config, outcome)
     write_atomic(folder.results_file, outcome.model_dump_json(indent=2).encode())
     return rebuild_report(folder, display)
+
+
+def _doubts(rows: Sequence[MethodOutcome], chance: float) -> list[str]:
+    """What is wrong with networks that are about to be reported."""
+    doubts, best = [], 0.0
+    for row in rows:
+        before, after = row.validation_accuracy, row.tuned_validation_accuracy
+        if after is not None and before is not None and after < before - NOTICED:
+            doubts.append(
+                f"fine-tuning lowered {row.method} from {before:.1%} to {after:.1%}; lower finetune.learning_rate, "
+                "raise finetune.epochs, or check the augmentation (data.flip, data.crop_padding)"
+            )
+        if row.method != DENSE:
+            best = max(best, after or before or 0.0)
+    if best < near_chance(chance):
+        doubts.append(
+            f"no compressed network is clearly better than guessing ({chance:.1%}): the best is right on {best:.1%} of "
+            "the validation images; raise the budget or finetune.epochs"
+        )
+    return doubts
 
 
 def rebuild_report(folder: RunFolder, display: RunDisplay) -> RunOutcome:
@@ -186,13 +211,13 @@ def _save_products(
 ) -> None:
     """Write every network of the table as files that others can read; ONNX is made where the exporter can."""
     constructor, example = subject.config.model.name, subject.example(2)
-    images = subject.range_images()[0]
+    images, metadata = subject.range_images()[0], describe_images(subject.config.data, subject.data.classes)
     with display.stage("saving networks", len(finalists), "network") as stage:
         for finalist in finalists:
             target = folder.method(finalist.name).model
             if not (target / "manifest.json").exists():
                 settings = subject.config.measure
-                write_exported(finalist.product, finalist.name, example, target, images, settings, display)
+                write_exported(finalist.product, finalist.name, example, target, images, settings, display, metadata)
                 save_compressed(
                     finalist.product, finalist.policy, target, constructor=constructor, example_inputs=example
                 )
@@ -217,7 +242,7 @@ def _row(folder: RunFolder, subject: Subject, problem: SearchProblem, finalist: 
         onnx_bytes=onnx.stat().st_size if onnx.exists() else None,
     )
     if search is None:
-        return row
+        return row.model_copy(update={"cost": space.cost.dense})
     return row.model_copy(
         update={
             "evaluations": search.evaluations,
@@ -290,6 +315,7 @@ def _outcome(
     n_test: int,
 ) -> RunOutcome:
     config, space = subject.config, problem.space
+    asked = next((budget.limit(space.cost.dense) for budget in config.budget if budget.kind == space.cost.kind), None)
     return RunOutcome(
         model=config.model.name,
         data=Path(config.data.source).name,
@@ -297,6 +323,7 @@ def _outcome(
         budget_kind=space.cost.kind,
         cost_limit=space.limit if space.limit is not None else space.cost.dense,
         dense_cost=space.cost.dense,
+        asked_limit=asked if space.limit is not None and asked is not None and space.limit < asked else None,
         further_budgets=tuple(
             Allowance(kind=bound.cost.kind, limit=bound.limit, dense_cost=bound.cost.dense)
             for bound in space.bounds[1:]

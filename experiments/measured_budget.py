@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
@@ -28,9 +29,9 @@ from .subject import Subject
 
 MOST_PROJECTIONS = 3
 """Times that a plan which comes out slower than the table said is made smaller."""
-ROUNDS_OF_READINGS = (ROUNDS, 4 * ROUNDS)
-"""Rounds of a plan's first reading, and of the one that follows unless the first one's interval lies within the budget:
-four times as many halve the interval."""
+ROUNDS_OF_READINGS = (ROUNDS, 4 * ROUNDS, 8 * ROUNDS)
+"""Rounds of a plan's first reading; of the one that follows unless the first one's interval lies within the budget, for
+four times as many halve the interval; and of a third where the two intervals lie apart."""
 
 TimeShare = Callable[[CompressionPolicy, int], Comparison]
 """Times a plan's network against the dense one, in turns, so many rounds; `LatencyError` if it cannot."""
@@ -85,6 +86,7 @@ def spent_by_the_clock(
     if measured.unmeasured or measured.policy == plan:
         return problem
     limit = space.cost_of(measured.policy, bound.cost)
+    _tell_of_disturbance(measured.readings, display)
     display.say(
         f"the table asks too little of the start plan: for the budget of {measured.allowed:.1%} of the dense latency, "
         f"searches spend {limit / bound.cost.dense:.1%} by the table"
@@ -121,6 +123,7 @@ def kept_by_the_clock(
     if plan.unmeasured:
         display.say(f"warning: {name} is not measured: {plan.unmeasured}")
         return plan
+    _tell_of_disturbance(plan.readings, display)
     last, n_more = plan.readings[-1], len({reading.digest for reading in plan.readings}) - 1
     smaller = f", after {n_more} smaller {'plan' if n_more == 1 else 'plans'}" if n_more else ""
     display.say(
@@ -135,6 +138,16 @@ def kept_by_the_clock(
     return plan
 
 
+def _tell_of_disturbance(readings: Sequence[ClockReading], display: RunDisplay) -> None:
+    for one, other in pairwise(readings):
+        if one.digest == other.digest and _lie_apart(one, other):
+            display.say(
+                f"warning: two readings of one plan disagree, {one.measured:.1%} ({one.low:.1%} to {one.high:.1%}) and "
+                f"{other.measured:.1%} ({other.low:.1%} to {other.high:.1%}): other programs kept the machine busy. "
+                "Budgets of latency are kept on a quiet machine alone"
+            )
+
+
 def within_measured_budget(
     policy: CompressionPolicy, space: SearchSpace, time_share: TimeShare, journal: Journal, name: str
 ) -> MeasuredPlan:
@@ -145,8 +158,9 @@ def within_measured_budget(
 
     A reading is enough if the interval that holds its true median at 95 % lies within the limit. Else it is taken again
     with more rounds, for how much smaller a plan is made follows from it; anew and not on top, for readings that end
-    where they happen to look good are not those of the network. The median of the last one decides: half of all plans
-    at the limit are over it, and no number of rounds would tell.
+    where they happen to look good are not those of the network. Two readings whose intervals lie apart were not both of
+    the network: something else kept the machine busy, and a third is taken. The median of the last one decides: half of
+    all plans at the limit are over it, and no number of rounds would tell.
 
     Args:
         policy: plan within the budget by the table.
@@ -163,10 +177,12 @@ def within_measured_budget(
     readings: list[ClockReading] = []
     try:
         for n_smaller in range(MOST_PROJECTIONS + 1):
+            own: list[ClockReading] = []
             for reading in _readings(policy, space, time_share, journal, name):
-                readings.append(reading)
-                if reading.high <= allowed:
+                own.append(reading)
+                if reading.high <= allowed or (len(own) > 1 and not _lie_apart(*own[-2:])):
                     break
+            readings.extend(own)
             smaller = math.floor(limit * readings[-1].predicted / readings[-1].measured)
             if readings[-1].measured <= allowed or n_smaller == MOST_PROJECTIONS or smaller < space.lowest_of(cost):
                 break
@@ -174,6 +190,11 @@ def within_measured_budget(
     except LatencyError as error:
         return MeasuredPlan(policy, tuple(readings), allowed, unmeasured=str(error))
     return MeasuredPlan(policy, tuple(readings), allowed)
+
+
+def _lie_apart(one: ClockReading, other: ClockReading) -> bool:
+    """Whether no ratio lies in the intervals of both."""
+    return one.high < other.low or other.high < one.low
 
 
 def _readings(

@@ -56,6 +56,12 @@ def render_report(outcome: RunOutcome, plans: Sequence[Plan], configuration: str
     )
 
 
+_SLOWER = (
+    ": slower than the dense network, as happens where channel counts are no multiples of 4 or 8; --rounding 8 or a "
+    "budget of latency avoids it"
+)
+
+
 def verdict(outcome: RunOutcome) -> str:
     """Who won, in a sentence that holds whoever it is."""
     rows = [row for row in outcome.rows if row.method != DENSE]
@@ -115,7 +121,7 @@ def _cards(outcome: RunOutcome) -> str:
         if speed.verdict == "unclear":
             cards.append(("unclear", f"{label}: the times overlap with the dense network's"))
         else:
-            slower = ": slower than the dense network" if speed.verdict == "slower" else ""
+            slower = _SLOWER if speed.verdict == "slower" else ""
             cards.append((f"{significant(1 / speed.ratio, 2)}x", f"{label}{slower}"))
     return "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in cards
@@ -204,7 +210,9 @@ def _comparison(outcome: RunOutcome) -> str:
     text = "All searching methods start from the same plan"
     # The finalists count pro rata, so that equal grants may differ by less than one.
     if all(row.evaluations > most - 1 for row in searching):
-        return f"{text} and spend the same number of evaluations."
+        asked = outcome.granted_evaluations
+        early = f", {most:.4g} of {asked} granted: all ended early" if asked and most < asked - 1 else ""
+        return f"{text} and spend the same number of evaluations{early}."
     spent = ", ".join(f"{row.method} {row.evaluations:.4g} ({row.plans} different plans)" for row in searching)
     granted = f", of {outcome.granted_evaluations} granted" if outcome.granted_evaluations else ""
     why = "A method that proposes little but known plans ends early."
@@ -212,6 +220,12 @@ def _comparison(outcome: RunOutcome) -> str:
 
 
 def _close_note(outcome: RunOutcome, plans: Sequence[Plan]) -> str:
+    if outcome.asked_limit is not None:
+        spent, asked = (limit / outcome.dense_cost for limit in (outcome.cost_limit, outcome.asked_limit))
+        return (
+            f" The start plan was over the budget on the clock, so searches spent {spent:.1%} of the dense latency by "
+            f"the table in place of {asked:.1%}."
+        )
     if not outcome.has_budget or near_limit(plans, outcome.cost_limit):
         return ""
     over = "another budget" if outcome.further_budgets else "it"

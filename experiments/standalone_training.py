@@ -19,7 +19,7 @@ from pruning.quantize import calibrate
 
 from .config import ConfigError, RunConfig
 from .data import ImageData, TrainBatches, labelled_batches, make_evaluate, normalise
-from .exported_files import write_exported
+from .exported_files import describe_images, write_exported
 from .interrupt import StopFlag
 from .machine import set_up_device
 from .models import build_model, check_outputs, load_weights
@@ -56,15 +56,13 @@ def train_named(config: RunConfig, out: Path, display: RunDisplay, stop: StopFla
     return {"weights": str(out), "validation_accuracy": evaluate(model)}
 
 
-def finetune_saved(
-    source: Path, model_name: str | None, config: RunConfig, out: Path, display: RunDisplay, stop: StopFlag
-) -> dict[str, Any]:
+def finetune_saved(source: Path, config: RunConfig, out: Path, display: RunDisplay, stop: StopFlag) -> dict[str, Any]:
     """Fine-tune a compressed network that was saved, and save the result as it was, with its channels, zeros and bits.
 
     Args:
         source: folder of the compressed network, or of the run's method that made it.
-        model_name: what builds the dense network; none takes the name in the folder, unless that is a function.
-        config: data, recipe, device; for distillation also the dense network's weights.
+        config: data, recipe, device, what builds the dense network (if it is not named there, the name in the folder is
+            taken, unless that is a function); for distillation also the dense network's weights.
         out: folder to write.
         display: shows each epoch.
         stop: looked at after each epoch.
@@ -82,7 +80,9 @@ def finetune_saved(
     if not recipe.epochs:
         msg = "finetune.epochs is 0, so there is nothing to do; pass --epochs"
         raise ConfigError(msg)
-    if model_name is None and is_reference(manifest.constructor):
+    # Named in a configuration of the user's own, or by an option.
+    named = config.model.name if "name" in config.model.model_fields_set else None
+    if named is None and is_reference(manifest.constructor):
         msg = (
             f"'{source}' was made from '{manifest.constructor}'; a file must not choose what code runs, so pass "
             f"--model {manifest.constructor} if you trust it"
@@ -99,7 +99,7 @@ def finetune_saved(
     device = set_up_device(config.device, config.threads)
     data = ImageData(config.data)
     n_classes, n_channels = len(data.classes), data.train.images.shape[1]
-    name = model_name or manifest.constructor
+    name = named or manifest.constructor
 
     def dense() -> nn.Module:
         return build_model(name, n_classes, n_channels)
@@ -143,7 +143,8 @@ def finetune_saved(
     example = manifest.examples()
     save_compressed(model, policy, out, constructor=manifest.constructor, example_inputs=example)
     shutil.rmtree(scratch, ignore_errors=True)
-    write_exported(model, "the fine-tuned network", example, out, images[0].cpu(), config.measure, display)
+    metadata = describe_images(config.data, data.classes)
+    write_exported(model, "the fine-tuned network", example, out, images[0].cpu(), config.measure, display, metadata)
     return {"network": str(out), "validation_accuracy_before": before, "validation_accuracy": evaluate(model)}
 
 

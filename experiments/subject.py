@@ -180,6 +180,11 @@ def _tell_images_left_out(config: RunConfig, graph: NetworkGraph, display: RunDi
         )
 
 
+def near_chance(chance: float) -> float:
+    """Accuracy below which a network is as good as guessing."""
+    return chance + min(chance, (1 - chance) / 4)
+
+
 def report_dense(subject: Subject, display: RunDisplay) -> float:
     """Say the dense accuracy on the validation images, and warn if they look like training images.
 
@@ -191,13 +196,20 @@ def report_dense(subject: Subject, display: RunDisplay) -> float:
     display.say(
         f"dense accuracy: {percent(accuracy)} on {n_validation:,} validation images (chance {percent(subject.chance)})"
     )
-    floor = subject.chance + min(subject.chance, (1 - subject.chance) / 4)
+    floor = near_chance(subject.chance)
     if accuracy < floor:
+        todo = (
+            "Check the weights, the normalisation (data.mean, data.std), and that the class folders sort into the "
+            "order that the network was trained with"
+        )
+        if subject.config.model.weights is None:
+            todo = (
+                f"It was trained here, for {subject.config.train.epochs} epochs: train it longer or otherwise "
+                "(train.epochs, train.learning_rate, train.batch_size), or pass --weights"
+            )
         msg = (
             f"the dense network scores {percent(accuracy)} on the validation images, where guessing scores "
-            f"{percent(subject.chance)}; below {percent(floor)} there is nothing to compress. Check the weights, the "
-            "normalisation (data.mean, data.std), and that the class folders sort into the order that the network was "
-            "trained with"
+            f"{percent(subject.chance)}; below {percent(floor)} there is nothing to compress. {todo}"
         )
         raise NearChanceError(msg)
     seen = make_evaluate(

@@ -75,7 +75,8 @@ def build_named(
             table.save(out)
         network = TimedNetwork.build(model, shape, n_classes, rounding)
         needed = needed_kinds(network.graph, network.steps, bits)
-        say(f"{model}: {len(needed)} kinds of layer")
+        size = "x".join(map(str, network.example.shape[1:]))
+        say(f"{model}, {size} (--shape), {n_classes} outputs (--classes): {len(needed)} kinds of layer")
         table = build_table(
             table,
             device,

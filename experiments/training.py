@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,8 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from graph_encoder.modes import evaluation_mode
+from pruning.batch_norm import reestimate_batch_norm
 from pruning.files import CheckpointError, write_atomic
 from pruning.finetune import finetune
 from pruning.quantize import quantized_layers, without_quantizers
@@ -26,6 +29,10 @@ from .interrupt import StopFlag
 from .progress import RunDisplay
 from .run import locked
 
+SETTLING_STEPS = 100
+"""Steps after which running statistics of batch norms, which forget a tenth at each, have followed the weights."""
+SETTLING_BATCHES = 10
+"""Batches that they are taken from anew after fewer steps."""
 QUANTIZED_RATE = 0.1
 """Peak learning rate of the epochs with bits that follow others without, as a share of theirs."""
 
@@ -118,6 +125,11 @@ def tune(
         rate *= QUANTIZED_RATE
     if with_bits:
         train(model, with_bits, rate, title, last, without)
+    steps = tuning.epochs * len(batches)
+    if steps < SETTLING_STEPS and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        display.say(f"{title}: {steps} steps are too few for batch norms to follow the weights; re-estimated")
+        drawn = itertools.islice(batches(tuning.epochs), SETTLING_BATCHES)
+        reestimate_batch_norm(model, [images for images, _ in drawn])
     model.eval()
 
 

@@ -275,7 +275,8 @@ class KindTimes:
             held = ", ".join(f"{k}" for k in knots)
             msg = (
                 f"the table does not hold a layer ({self.kind}) that {verb} {count} channels; it was measured at "
-                f"{held}. Round channel counts as it was built, or build it with a finer rounding"
+                f"{held}. Round channel counts as it was built, or build it with a finer rounding; if it was built for "
+                "another network, 'secateur latency build' into the same file adds this one"
             )
             raise TableError(msg)
         return divisor
@@ -401,7 +402,10 @@ class LatencyTable:
         found = self.kinds.get(kind)
         if found is None or found.missing():
             state = "does not hold" if found is None else "is not finished for"
-            msg = f"the table {state} the layer kind '{kind}'; build it for this network"
+            msg = (
+                f"the table {state} the layer kind '{kind}'; 'secateur latency build' into the same file, for this "
+                "model with its shape and number of classes, adds what is missing"
+            )
             raise TableError(msg)
         return found
 
@@ -443,6 +447,9 @@ class LatencyTable:
         """
         try:
             content = json.loads(Path(path).read_text())
+            if not isinstance(content, dict) or not content.keys() >= {"format_version", "kinds"}:
+                msg = f"'{path}' is no latency table; 'secateur latency build --model ... --out TABLE' makes one"
+                raise TableError(msg)
             if (version := content["format_version"]) not in _READABLE:
                 readable = f"{', '.join(map(str, _READABLE[:-1]))} and {_READABLE[-1]}"
                 msg = f"the latency table '{path}' has format version {version}, this release reads {readable}"

@@ -183,7 +183,12 @@ def read_manifest(folder: Path | str) -> Manifest:
 
 
 def export_onnx(
-    model: nn.Module, example_inputs: Inputs, path: Path | str, *, images: Inputs | None = None
+    model: nn.Module,
+    example_inputs: Inputs,
+    path: Path | str,
+    *,
+    images: Inputs | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> IntegerReport | None:
     """Write the network as ONNX with a free batch dimension, once its outputs agree with PyTorch's.
 
@@ -194,6 +199,7 @@ def export_onnx(
         example_inputs: inputs, batch first.
         path: file to write (.onnx).
         images: real inputs on which an integer network is compared with PyTorch's simulation; a few dozen will do.
+        metadata: properties to write into the file, for whoever runs it.
 
     Returns:
         How many layers the runtime computes in integers and how far they agree; None for a network without any.
@@ -208,7 +214,7 @@ def export_onnx(
         _check_deployable(name, layer.policy)
     frozen, inputs = _frozen(model), _batch(example_inputs, 2)
     if not any(is_integer(layer.policy) for layer in layers.values()):
-        content = _to_onnx(_in_half_precision(frozen), inputs).SerializeToString()
+        content = _with_metadata(_to_onnx(_in_half_precision(frozen), inputs), metadata)
         _check_outputs(_session(content), frozen, example_inputs, "ONNX", HALF_TOLERANCE if layers else TOLERANCE)
         write_atomic(path, content)
         return None
@@ -218,7 +224,8 @@ def export_onnx(
             f"on; pass a batch of real inputs as `images`"
         )
         raise ExportError(msg)
-    content = integer_model(_in_half_precision(frozen), lambda marked: _to_onnx(marked, inputs)).SerializeToString()
+    proto = integer_model(_in_half_precision(frozen), lambda marked: _to_onnx(marked, inputs))
+    content = _with_metadata(proto, metadata)
     report = integer_report(content, frozen, tuple(x.cpu() for x in inputs_of(images)))
     allowed = max(INTEGER_TOLERANCE, report.rounding)
     if not report.error <= allowed:
@@ -230,6 +237,12 @@ def export_onnx(
         raise ExportError(msg)
     write_atomic(path, content)
     return report
+
+
+def _with_metadata(proto: onnx.ModelProto, metadata: Mapping[str, str] | None) -> bytes:
+    onnx.helper.set_model_props(proto, dict(metadata or {}))
+    content: bytes = proto.SerializeToString()
+    return content
 
 
 def export_marked(model: nn.Module, example_inputs: Inputs) -> MarkedNetwork | None:

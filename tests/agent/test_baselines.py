@@ -64,7 +64,8 @@ def test_a_baseline_ends_a_hundred_plans_after_the_last_new_one(
     assert len(result.rewards) == len(plans) == 100 + max(plans.index(plan) + 1 for plan in plans)
     assert env.evaluations == len(set(plans)) == 4
     assert caplog.messages == [
-        "the search ends after 4 of 300 evaluations: the last 100 plans it proposed were all known"
+        "the search ends after 4 of 300 evaluations: the last 100 plans it proposed were all known. Few plans fit a "
+        "budget in a small network or with coarse rounding; a lower search.rounding makes more of them"
     ]
 
 

@@ -21,6 +21,8 @@ from secateur import Budget, BudgetError
 from .tiny import network
 
 PROJECT = Path(secateur.__file__).parent
+NO_CALIBRATION = "the network has batch norms and no calibration"
+pytestmark = pytest.mark.filterwarnings(f"ignore:{NO_CALIBRATION}")
 
 
 def small_net() -> nn.Module:
@@ -479,3 +481,9 @@ def test_the_first_layer_may_be_pruned_if_asked_for() -> None:
         return found.policy.keep_ratios()
 
     assert set(compressed(protect_first=False)) > set(compressed(protect_first=True))
+
+
+def test_batch_norms_without_calibration_are_warned_about() -> None:
+    with pytest.warns(UserWarning, match=NO_CALIBRATION) as told:
+        secateur.compress(small_net(), images(), evaluate=share_of_channels, budget="60%", method="uniform")
+    assert [warning.filename for warning in told] == [__file__]

@@ -69,6 +69,6 @@ def test_unknown_method_is_refused_with_those_allowed() -> None:
         load_config(None, {"search.calibration_method": "median"})
 
     assert str(caught.value) == (
-        "the options: search.calibration_method: input should be 'minmax', 'percentile', 'entropy', 'mse' or 'lsq'; "
-        "found 'median'"
+        "the options: search.calibration_method: 'median' is not allowed; did you mean 'minmax'? Allowed: minmax, "
+        "percentile, entropy, mse, lsq"
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -386,15 +387,21 @@ def test_run_in_place_of_one_of_its_networks_is_told(command: Command, finished_
 
 
 def test_folder_does_not_choose_what_code_runs(command: Command, finished_run: Path, tmp_path: Path) -> None:
-    source = finished_run / "methods" / "uniform" / "model"
+    source, own = finished_run / "methods" / "uniform" / "model", tmp_path / "own.yaml"
+    config = yaml.safe_load((finished_run / "config.yaml").read_text())
+    del config["model"]
+    own.write_text(yaml.safe_dump(config))
 
-    done = command("finetune", source, finished_run / "config.yaml", "--epochs", "1", "--out", tmp_path / "out")
+    done = command("finetune", source, own, "--epochs", "1", "--out", tmp_path / "out")
 
     assert (done.code, done.err) == (
         1,
         f"error: '{source}' was made from 'tests.experiments.tiny:network'; a file must not choose what code runs, so "
         "pass --model tests.experiments.tiny:network if you trust it\n",
     )
+    # A configuration that is handed in is the user's word.
+    named = command("finetune", source, finished_run / "config.yaml", "--epochs", "1", "--out", tmp_path / "out")
+    assert named.code == 0
 
 
 def test_training_writes_weights_that_a_search_takes(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:

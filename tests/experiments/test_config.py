@@ -107,7 +107,7 @@ def test_every_fault_is_told_with_its_place_and_what_was_found(tmp_path: Path) -
 
     assert str(caught.value).splitlines() == [
         f"{path}: search.evaluations: input should be greater than or equal to 1; found 0",
-        f"{path}: search.criterion: input should be 'l1', 'l2', 'fpgm', 'taylor' or 'bn_scale'; found 'l3'",
+        f"{path}: search.criterion: 'l3' is not allowed; did you mean 'l2'? Allowed: l1, l2, fpgm, taylor, bn_scale",
     ]
 
 

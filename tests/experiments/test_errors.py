@@ -27,6 +27,8 @@ from secateur import TraceError
 from .stopping import StopWhen
 from .tiny import network
 
+pytestmark = pytest.mark.filterwarnings("ignore:the network has batch norms and no calibration")
+
 # ruff: noqa: E501 - a message reads better in one piece
 
 Command = Callable[..., Any]
@@ -229,8 +231,8 @@ def test_mistyped_method_names_what_is_allowed(command: Command) -> None:
 
     assert (done.code, done.err) == (
         1,
-        "error: the options: search.methods.1: input should be 'uniform', 'magnitude', 'sensitivity', 'greedy', "
-        "'knapsack', 'random', 'cem', 'ppo' or 'ddpg'; found 'pppo'\n",
+        "error: the options: search.methods.1: 'pppo' is not allowed; did you mean 'ppo'? Allowed: uniform, magnitude, "
+        "sensitivity, greedy, knapsack, random, cem, ppo, ddpg\n",
     )
 
 

@@ -140,7 +140,8 @@ def test_a_latency_budget_without_a_table_names_the_option(command: Command) -> 
     assert done.code == 1
     assert done.out.splitlines()[-1] == (
         "budget refused  a budget of latency is projected with a table of this device, and there is none; make one "
-        "with `secateur latency build` and name it with --latency-table (latency.table)"
+        "with `secateur latency build` and name it with --latency-table (latency.table), or hand it to "
+        "`secateur.compress`"
     )
 
 

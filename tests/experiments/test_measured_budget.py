@@ -54,7 +54,7 @@ def beside_bytes(space: SearchSpace) -> SearchSpace:
     return replace(space, bounds=(*space.bounds, *counted.bounds))
 
 
-FIRST, SECOND = ROUNDS_OF_READINGS
+FIRST, SECOND, THIRD = ROUNDS_OF_READINGS
 
 
 def by_the_table(space: SearchSpace, policy: CompressionPolicy) -> float:
@@ -129,6 +129,22 @@ def test_how_much_smaller_a_plan_is_made_follows_from_the_finer_reading(space: S
 
     assert measured.is_within
     assert by_the_table(space, measured.policy) > 0.9 * measured.allowed
+
+
+def test_a_third_reading_decides_where_two_lie_apart(space: SearchSpace) -> None:
+    policy, asked = space.policy(start_plan(space)), []
+
+    # Something else keeps the machine busy during the second.
+    def clock(plan: CompressionPolicy, rounds: int) -> Comparison:
+        asked.append(rounds)
+        share = by_the_table(space, plan) / by_the_table(space, policy)
+        return found({FIRST: 0.62, SECOND: 0.78, THIRD: 0.63}[rounds] * share, rounds)
+
+    measured = kept(policy, space, clock)
+
+    assert asked[:3] == [FIRST, SECOND, THIRD]
+    assert measured.is_within
+    assert by_the_table(space, measured.policy) > 0.8 * measured.allowed  # 0.77 by the second
 
 
 @pytest.mark.parametrize(("median", "n_plans"), [(0.61, 2), (0.59, 1)])

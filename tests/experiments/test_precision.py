@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from envs.journal import Journal
+from experiments import training
 from experiments.config import ConfigError, RunConfig
 from experiments.data import ImageData, TrainBatches, make_judge, normalise
 from experiments.interrupt import Interrupted, StopFlag
@@ -20,6 +21,7 @@ from experiments.search import build_problem, importance_of, tell_precision
 from experiments.subject import Subject
 from experiments.training import tune
 from graph_encoder.capture import capture
+from pruning.batch_norm import reestimate_batch_norm
 from pruning.files import CheckpointError
 from pruning.finetune import FinetuneReport, finetune
 from pruning.layer_policy import LayerPolicy
@@ -72,6 +74,7 @@ def test_candidates_are_scored_in_bfloat16_only_where_no_bits_are_decided(
     assert said == ([] if is_on else [NOT_FOR_SCORES])
 
 
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("bits", [8, 32])
 def test_networks_with_bits_are_finetuned_in_single_precision(
     tiny_config: Callable[..., RunConfig], tmp_path: Path, bits: int
@@ -145,6 +148,12 @@ class Tuning:
 
 
 @pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps are enough for batch norms."""
+    monkeypatch.setattr(training, "SETTLING_STEPS", 0)
+
+
+@pytest.fixture
 def tuning(
     tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[int | None], Tuning]:
@@ -156,6 +165,7 @@ def tuning(
     return of_recipe
 
 
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize(("with_bits", "rates"), [(0, [0.02]), (1, [0.02, 0.002]), (3, [0.02]), (None, [0.02])])
 @pytest.mark.parametrize("layer", [FOUR, HALF_OF_THEM, replace(FOUR, quantizer="kmeans")])
 def test_the_last_epochs_alone_can_be_trained_with_bits(
@@ -184,6 +194,7 @@ def test_the_last_epochs_alone_can_be_trained_with_bits(
         assert all(torch.equal(whole.state_dict()[name], tensor) for name, tensor in ranges.items())
 
 
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("with_bits", [0, 1, 3])
 def test_fine_tuning_that_was_stopped_ends_as_if_it_was_not(
     tuning: Callable[[int | None], Tuning], with_bits: int
@@ -250,3 +261,23 @@ def test_networks_with_bits_are_judged_in_integers_and_left_as_they_were(
 class FirstClass(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.tensor([1.0, 0.0, 0.0]).expand(len(x), 3)
+
+
+def test_batch_norms_follow_the_weights_after_however_few_steps(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config, said = tiny_config(finetune__epochs=1, finetune__learning_rate=0.5), []
+    batches = TrainBatches(ImageData(config.data).train, config.data, batch_size=8, seed=0)
+    torch.manual_seed(0)
+    model = network(3, 1)
+
+    with RunDisplay(quiet=True) as display:
+        display.say = said.append  # type: ignore[method-assign]
+        tune(model, batches, config.finetune, 0, "it", display, StopFlag(), scratch=tmp_path / "training")
+
+    steps = len(batches)
+    assert f"it: {steps} steps are too few for batch norms to follow the weights; re-estimated" in said
+    found = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    reestimate_batch_norm(model, [images for images, _ in batches(1)][:10])
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found[name], tensor)

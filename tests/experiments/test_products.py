@@ -102,9 +102,7 @@ def test_finetuning_a_saved_network_keeps_its_channels_zeros_and_bits(
     folder, config, _ = product
     config = tiny_config(finetune__epochs=1, finetune__quantized_epochs=with_bits, measure__onnx=True)
     out = tmp_path / "tuned"
-    _, said = told(
-        lambda display: finetune_saved(folder, "tests.experiments.tiny:network", config, out, display, StopFlag())
-    )
+    _, said = told(lambda display: finetune_saved(folder, config, out, display, StopFlag()))
 
     before, after = loaded(folder), loaded(out)
     for name in POLICY.sparse_layers:
@@ -129,8 +127,7 @@ def test_fine_tuning_that_was_stopped_is_not_taken_for_another_networks(
 
     def tuned(seed: int, out: str, stop: StopFlag) -> Path:
         with RunDisplay(quiet=True) as display:
-            reference = "tests.experiments.tiny:network"
-            finetune_saved(tmp_path / str(seed), reference, config, tmp_path / out, display, stop)
+            finetune_saved(tmp_path / str(seed), config, tmp_path / out, display, stop)
         return tmp_path / out / "model.safetensors"
 
     with pytest.raises(Interrupted):
@@ -159,8 +156,7 @@ def test_simulated_bits_leave_only_the_onnx_file_and_the_times_out(
     ]
 
     config, out = tiny_config(finetune__epochs=1, measure__onnx=True), tmp_path / "tuned"
-    name = "tests.experiments.tiny:network"
-    facts, said = told(lambda display: finetune_saved(tmp_path / "applied", name, config, out, display, StopFlag()))
+    facts, said = told(lambda display: finetune_saved(tmp_path / "applied", config, out, display, StopFlag()))
     assert f"warning: the fine-tuned network is not written as ONNX: {why}" in " ".join(said)
     assert (out / "manifest.json").exists() and not (out / "model.onnx").exists()
     assert facts["validation_accuracy"] > 0

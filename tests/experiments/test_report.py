@@ -187,7 +187,7 @@ def test_a_network_that_is_slower_is_called_so_in_table_and_report() -> None:
     note = "Slower than the dense network on eager: ppo takes 1.2 of the dense network's time (quartiles 1.15 to 1.25)."
     assert speed_notes(found) == [note]
     assert escape(note) in page
-    assert "<b>0.83x</b><span>measured speed, eager: slower than the dense network</span>" in page
+    assert "<b>0.83x</b><span>measured speed, eager: slower than the dense network, as happens where" in page
     eager = found.model_copy(
         update={
             "rows": tuple(
