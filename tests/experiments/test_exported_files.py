@@ -1,11 +1,18 @@
+import json
+import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
+import secateur
 from experiments.config import MeasureConfig
-from experiments.exported_files import write_exported
+from experiments.data import DataRecipe, normalise
+from experiments.exported_files import describe_images, write_exported
 from experiments.progress import RunDisplay
 from pruning.qdq import IntegerReport
 from secateur import load_program
@@ -60,3 +67,28 @@ def test_layers_that_do_not_fuse_are_named(tmp_path: Path, monkeypatch: pytest.M
         "warning: ppo has 8-bit layers that ONNX Runtime computes in floats, as it has no integer kernel where they "
         "stand: body.2, head",
     ]
+
+
+def test_an_onnx_file_tells_what_the_readme_reads_off_it(tmp_path: Path) -> None:
+    recipe = DataRecipe(source="bundled", mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    model, values = network(3, 3).eval(), torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    x = normalise(values, recipe)
+    with RunDisplay(quiet=True) as display:
+        metadata = describe_images(recipe, ("cat", "dog", "owl"))
+        write_exported(model, "it", x[:2], tmp_path, x, MeasureConfig(), display, metadata)
+    readme = (Path(secateur.__file__).parent / "README.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "InferenceSession" in block)
+    told: list[list[str]] = []
+    names: dict[str, Any] = {
+        "onnxruntime": onnxruntime,
+        "json": json,
+        "np": np,
+        "images": values.numpy(),
+        "print": told.append,
+    }
+
+    exec(code.replace("runs/mine/methods/ppo/model", str(tmp_path)), names)
+
+    with torch.no_grad():
+        assert told == [[("cat", "dog", "owl")[i] for i in model(x).argmax(1)]]
+    torch.testing.assert_close(torch.from_numpy(names["logits"]), model(x).detach(), rtol=1e-3, atol=1e-4)
