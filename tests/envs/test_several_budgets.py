@@ -265,8 +265,8 @@ def test_zeros_alone_are_refused_where_latency_is_the_only_budget(table: Latency
         ),
         (
             "62,700,000 macs",
-            "'62,700,000 macs': budget '62' is above 1 and has no unit; write '62 macs', '62 flops', '62 params', "
-            "'62 bytes', '62 bops' or a share such as '50%' (commas separate budgets; write numbers without them)",
+            "'62,700,000 macs': '62' has neither a unit nor a percent sign; commas separate budgets, so write numbers "
+            "without them, and each share as '50% macs'",
         ),
     ],
 )
@@ -282,7 +282,7 @@ def test_the_budget_that_cannot_be_met_is_named_with_its_least() -> None:
     message = (
         f"a budget of {limit:,} bytes ({limit / dense:.1%} of the dense {dense:,} bytes) cannot be met: with every "
         f"decision at its least the network still costs {lowest:,} bytes ({lowest / dense:.1%}). Pass at least "
-        f"{lowest:,} bytes, or {SPARE_LESS}, or {KEEP_LESS}"
+        f"{lowest:,} bytes, or {SPARE_LESS}, or {KEEP_LESS}, or decide bits too"
     )
     with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
         mixed_space("50% macs, 0.1% bytes", [])

@@ -128,7 +128,8 @@ def test_only_counts_that_rounding_allows_are_measured_and_predicted(graph: Netw
     assert model(np.array([24, 16])) == pytest.approx(EMPTY_NS + by_formula(24, 16), rel=1e-3, abs=4)
     message = (
         "the table does not hold a layer (conv 3x3, stride 1x1, to 8x8, 32 bits) that writes 12 channels; it was "
-        "measured at 8, 16, 24, 32, 40. Round channel counts as it was built, or build it with a finer rounding"
+        "measured at 8, 16, 24, 32, 40. Round channel counts as it was built, or build it with a finer rounding; if it "
+        "was built for another network, 'secateur latency build' into the same file adds this one"
     )
     with pytest.raises(TableError, match=f"^{re.escape(message)}$"):
         model(np.array([12, 16]))
@@ -275,7 +276,8 @@ def test_a_table_that_knows_the_processor_by_name_alone_is_read_and_holds_for_no
 
 def test_a_table_without_a_layer_of_the_network_says_which(graph: NetworkGraph) -> None:
     message = (
-        "the table does not hold the layer kind 'conv 3x3, stride 1x1, to 8x8, 32 bits'; build it for this network"
+        "the table does not hold the layer kind 'conv 3x3, stride 1x1, to 8x8, 32 bits'; 'secateur latency build' into "
+        "the same file, for this model with its shape and number of classes, adds what is missing"
     )
     with pytest.raises(TableError, match=f"^{re.escape(message)}$"):
         LatencyModel(graph, start_table(FormulaDevice()))
@@ -285,6 +287,10 @@ def test_a_table_without_a_layer_of_the_network_says_which(graph: NetworkGraph) 
     ("content", "message"),
     [
         ('{"format_version": 1}', "cannot read the latency table '{}': KeyError: 'kinds'; build it again"),
+        (
+            '{"ratio": 1}',
+            "'{}' is no latency table; 'secateur latency build --model ... --out TABLE' makes one",
+        ),
         ('{"format_version": 9}', "the latency table '{}' has format version 9, this release reads 1, 2, 3 and 4"),
         (None, "cannot read the latency table '{}': No such file or directory"),
     ],
