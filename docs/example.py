@@ -3,6 +3,7 @@
 Everything specific to this example is in `digits`, `Net` and `train`; put your own in their place.
 """
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, learning_rate: float) -> None:
     """Your own loop; this one is as plain as can be."""
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
+    # Batch-norm statistics follow the weights only where these come to rest.
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(images) / 64))
     generator = torch.Generator().manual_seed(0)
     model.train()
     for _ in range(epochs):
@@ -59,6 +62,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, learnin
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()
+            schedule.step()
     model.eval()
 
 
