@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from envs.evaluator import EvaluateFunction, Evaluation
 from envs.journal import Journal, JournalEntry
@@ -21,6 +20,7 @@ from graph_encoder.randomness import kept_randomness
 from latency.budget import BudgetLike, read_budgets
 from latency.decision import DENSITIES
 from latency.table import LatencyTable
+from pruning.batch_norm import batch_norms
 from pruning.calibration import RangeMethod
 from pruning.importance import Criterion, rank_units
 from pruning.policy import CompressionPolicy
@@ -202,7 +202,7 @@ def compress(
         msg = "the criterion 'taylor' needs labelled batches; pass what pruning.importance.rank_units makes of them"
         raise ConfigError(msg)
     model = _uncompiled(model)
-    if not batches and any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if not batches and batch_norms(model):
         _warn(
             "the network has batch norms and no calibration: every plan is scored with the statistics of the whole "
             "network, far below what it is worth; pass a few hundred training images as calibration",

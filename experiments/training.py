@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from graph_encoder.modes import evaluation_mode
-from pruning.batch_norm import reestimate_batch_norm
+from pruning.batch_norm import batch_norms, reestimate_batch_norm
 from pruning.files import CheckpointError, write_atomic
 from pruning.finetune import finetune
 from pruning.quantize import quantized_layers, without_quantizers
@@ -126,7 +125,7 @@ def tune(
     if with_bits:
         train(model, with_bits, rate, title, last, without)
     steps = tuning.epochs * len(batches)
-    if steps < SETTLING_STEPS and any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if steps < SETTLING_STEPS and batch_norms(model):
         display.say(f"{title}: {steps} steps are too few for batch norms to follow the weights; re-estimated")
         drawn = itertools.islice(batches(tuning.epochs), SETTLING_BATCHES)
         reestimate_batch_norm(model, [images for images, _ in drawn])

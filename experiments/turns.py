@@ -62,7 +62,7 @@ def time_in_turn(
     """
     # PyTorch only simulates integers, and takes longer for it: that time says nothing.
     modules = {
-        name: copied(network.module).cpu().eval()
+        name: copied(network.module).cpu()
         for name, network in networks.items()
         if not any(layer.is_quantized for layer in network.policy.layers.values())
     }

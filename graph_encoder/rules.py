@@ -262,9 +262,9 @@ def _added_product(run: LabelPass, call: Call) -> Result:
     return _dense_product(run, call, first.numel() * columns // run.batch)
 
 
-@_rule("bilinear", "_trilinear")
+@_rule("bilinear")
 def _bilinear(run: LabelPass, call: Call) -> Result:
-    weight = call.args[1 if call.name == "_trilinear" else 2]
+    weight = call.args[2]
     return _dense_product(run, call, call.outputs[0].numel() // (run.batch * int(weight.shape[-3])) * weight.numel())
 
 

@@ -12,6 +12,11 @@ from graph_encoder.batches import Batch, inputs_of
 from graph_encoder.modes import evaluation_mode
 
 
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms of ``model`` that keep statistics."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+
+
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocast: bool = False) -> None:
     """Replace the running statistics of all batch norms by averages over ``batches``, in place.
 
@@ -28,7 +33,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocas
 
     Source: EagleEye (Li et al. 2020), section 3.3, "adaptive batch normalization".
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = batch_norms(model)
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
