@@ -177,12 +177,11 @@ def within_measured_budget(
     readings: list[ClockReading] = []
     try:
         for n_smaller in range(MOST_PROJECTIONS + 1):
-            own: list[ClockReading] = []
+            before = len(readings)
             for reading in _readings(policy, space, time_share, journal, name):
-                own.append(reading)
-                if reading.high <= allowed or (len(own) > 1 and not _lie_apart(*own[-2:])):
+                readings.append(reading)
+                if reading.high <= allowed or (len(readings) > before + 1 and not _lie_apart(*readings[-2:])):
                     break
-            readings.extend(own)
             smaller = math.floor(limit * readings[-1].predicted / readings[-1].measured)
             if readings[-1].measured <= allowed or n_smaller == MOST_PROJECTIONS or smaller < space.lowest_of(cost):
                 break

@@ -109,7 +109,7 @@ def check_named(
     checked = CheckedTable(model, image, table, seed, integers, np.array(predicted) / 1e6, measured / 1e6)
     within = np.percentile(np.abs(checked.errors), [50, 75])
     say(
-        f"half of the plans are predicted to {within[0]:.1%} of their time, three quarters to {within[1]:.1%}; what a "
+        f"half of the plans are predicted within {within[0]:.1%} of their time, three quarters within {within[1]:.1%}; what a "
         "search finds is measured too, and made smaller where the table asked too little"
     )
     if found.n_mixed and not integers:
