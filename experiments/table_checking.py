@@ -109,8 +109,8 @@ def check_named(
     checked = CheckedTable(model, image, table, seed, integers, np.array(predicted) / 1e6, measured / 1e6)
     within = np.percentile(np.abs(checked.errors), [50, 75])
     say(
-        f"half of the plans are predicted within {within[0]:.1%} of their time, three quarters within {within[1]:.1%}; what a "
-        "search finds is measured too, and made smaller where the table asked too little"
+        f"half of the plans are predicted within {within[0]:.1%} of their time, three quarters within "
+        f"{within[1]:.1%}; what a search finds is measured too, and made smaller where the table asked too little"
     )
     if found.n_mixed and not integers:
         say("the table knows layers of 8 bits as well; --integers checks it with those")
