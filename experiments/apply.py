@@ -27,7 +27,7 @@ from .outcome import ANOTHER_DEVICE, DENSE, Latency, speeds_that_count, unsure_s
 from .problem import least_squares
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
-from .search import Watch, build_problem, importance_of, space_of_graph, tell_precision
+from .search import Watch, build_problem, importance_of, space_of_graph, tell_precision, with_range
 from .subject import Subject, prepare_subject, report_dense
 from .turns import FinishedNetwork, time_in_turn
 
@@ -71,6 +71,7 @@ def apply_saved(
         if not config.budget:
             msg = "an agent plans for a budget; pass --budget"
             raise ConfigError(msg)
+        config = with_range(config)
         subject = prepare_subject(
             config, device, display, stop, check=lambda subject: space_of_graph(config, subject.graph)
         )
@@ -103,7 +104,7 @@ def _apply_agent(
     problem = build_problem(subject, importance_of(subject), Journal())
     evaluator = problem.evaluator("agent", lambda _: None)
     settings = subject.config.search
-    tell_precision(settings, display)
+    tell_precision(settings, subject.device, display)
     config, policy = plan_by_agent(
         source, problem, evaluator, settings, lambda message: display.say(f"warning: {message}")
     )

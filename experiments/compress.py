@@ -40,7 +40,7 @@ from .config import (
 )
 from .identity import search_identity
 from .methods import search_with
-from .problem import PROBES, OnEvaluation, Scoring, SearchProblem, least_squares, probe, space_by
+from .problem import PROBES, OnEvaluation, Scoring, SearchProblem, least_squares, probe, settle_range, space_by
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def compress(
     sparsity: str = "unstructured",
     densities: Sequence[int] = DENSITIES,
     bits: Sequence[int] = (8, 32),
+    reduce_range: bool | None = None,
     calibration_method: RangeMethod = "mse",
     table: LatencyTable | None = None,
     criterion: Criterion = "l1",
@@ -132,6 +133,9 @@ def compress(
         sparsity: pattern of the zeros: ``"unstructured"``, ``"block4"``, ``"block8"``, ``"block16"``, ``"2:4"``.
         densities: percents of a layer's weights that may stay, ascending; 100 leaves a layer as it is.
         bits: bits that may be chosen, ascending; 32 leaves a layer as it is.
+        reduce_range: let 8-bit weights beside 8-bit activations take half of their levels, so that no sum of two
+            products saturates on x86 processors without VNNI; by default as the processor of the table, else this one,
+            needs it.
         calibration_method: how ranges of activations are chosen, on the first of ``calibration``: ``"minmax"``,
             ``"percentile"``, ``"entropy"``, ``"mse"``, or ``"lsq"`` before training.
         table: times of the network's layers, for a budget of latency; see ``secateur latency build``.
@@ -177,6 +181,7 @@ def compress(
         "sparsity": sparsity,
         "densities": densities,
         "bits": bits,
+        "reduce_range": reduce_range,
         "calibration_method": calibration_method,
         "rounding": rounding,
         "min_keep_ratio": min_keep_ratio,
@@ -185,7 +190,7 @@ def compress(
     }
     if target is not None or reward == GALEN:
         asked |= {"reward": GALEN, "target": target, "beta": beta}
-    settings = validated(SearchSettings, asked, "compress")
+    settings = settle_range(validated(SearchSettings, asked, "compress"), table)
     if (settings.target is not None) != (reward == GALEN) or (settings.target and budget is not None):
         msg = f"the reward '{GALEN}' aims at a target and takes no budget; pass the three together: reward='{GALEN}', "
         msg += "target='20% latency', budget=None"
@@ -246,6 +251,8 @@ def compress(
             reconstruct=reconstruct,
             reward=f"{reward} {beta:g} {target}" if settings.target else getattr(reward, "__qualname__", reward),
             n_images=n_images,
+            # Named where it is, so that journals from before it could be go on.
+            **({"reduce_range": True} if settings.reduce_range else {}),
         )
     # Agents seed the global generators, which are the caller's.
     with Journal(journal, search=identity) as opened, kept_randomness():

@@ -86,6 +86,9 @@ class SearchSettings(_Section):
     bits: tuple[int, ...] = (8, FULL_BITS)
     """Bits that may be chosen, ascending; 8 and 32 are what runtimes compute with, below 8 is simulated. 32 leaves a
     layer as it is: without it, every layer is quantized."""
+    reduce_range: bool | None = None
+    """Let 8-bit weights beside 8-bit activations take half of their levels, so that no sum of two products saturates on
+    x86 processors without VNNI; unset goes by the processor of the latency table, else by this one."""
     start: Start = "sensitivity"
     """The plan that every searching method starts from; the probes it takes count as evaluations of each."""
     show_sensitivity: bool = False

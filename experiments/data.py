@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
-from graph_encoder.modes import evaluation_mode
+from graph_encoder.modes import evaluation_mode, mixed_precision
 from pruning.integer_network import in_integers
 
 from .image_folder import first_image, image_names, read_image_folder
@@ -351,7 +351,7 @@ def make_judge(
         n_images: how many to use, drawn without replacement; all if None or more than there are.
         batch_size: images a forward pass.
         device: where the images stay; the networks must be there too.
-        autocast: run the network in bfloat16 where PyTorch deems it safe.
+        autocast: run the network in bfloat16 where PyTorch deems it safe and the device has it.
         seed: of the draw of ``n_images``.
 
     Returns:
@@ -366,7 +366,7 @@ def make_judge(
     labels = split.labels.to(device)
 
     def judge(model: nn.Module) -> Tensor:
-        with evaluation_mode(model), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, autocast):
+        with evaluation_mode(model), torch.no_grad(), mixed_precision(device.type, autocast):
             network = in_integers(model)
             found = torch.cat([network(batch).argmax(dim=1) for batch in images])
         return (found == labels).cpu()

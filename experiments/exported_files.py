@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pruning.export import ExportError, export_onnx, export_program
 from pruning.program_archive import ArchiveError
-from pruning.qdq import IntegerReport
+from pruning.qdq import EXACT_SUMS, IntegerReport
 
 from .config import MeasureConfig
 from .data import DataRecipe
@@ -18,6 +18,8 @@ from .progress import RunDisplay
 
 ONNX_NAME, PROGRAM_NAME = "model.onnx", "model.pt2"
 """The files in the folder of a network."""
+NOTICED_SATURATION = 0.05
+"""Difference of an integer file's outputs, by sums that saturate, that is told."""
 
 
 def write_exported(
@@ -84,6 +86,13 @@ def _tell_integers(integers: IntegerReport, name: str, display: RunDisplay) -> N
         f"{name} as ONNX: {integers.fused_layers} of {integers.layers} 8-bit layers run in integers{others}; "
         f"the same class as in PyTorch for {integers.agreement:.1%} of {integers.images} images"
     )
+    if integers.saturated > max(NOTICED_SATURATION, 2 * integers.error):
+        display.say(
+            f"warning: {name} differs by {integers.saturated:.1%} of its outputs where this processor runs it, as x86 "
+            "without VNNI adds pairs of products in 16 bits: give its layers reduce_range (search.reduce_range), open "
+            f"the file with {' '.join(f'{name}={value}' for name, value in EXACT_SUMS.items())}, which is right and "
+            "slower, or run it on another processor"
+        )
     if integers.unfused:
         display.say(
             f"warning: {name} has 8-bit layers that ONNX Runtime computes in floats, as it has no integer kernel "

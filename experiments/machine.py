@@ -79,7 +79,7 @@ def usable_cores() -> int:
 def describe_machine(device: torch.device) -> Machine:
     """The machine as it is now."""
     return Machine(
-        processor=cpu_name(),
+        processor=f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         cores=os.cpu_count() or 1,
         system=platform.platform(),
         python=platform.python_version(),

@@ -35,6 +35,7 @@ from latency.cost import CostModel
 from latency.decision import layer_decisions
 from latency.predict import LatencyModel
 from latency.table import LatencyTable, TableError
+from latency.worker import Processor
 from pruning.calibration import RangeMethod
 from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
@@ -216,6 +217,7 @@ def space_by(
         LatencyError: if the table lacks a layer of the network.
         ConfigError: if there is nothing to decide, or a protected group is not there.
     """
+    settings = settle_range(settings, table)
     try:
         space = SearchSpace.build(
             graph,
@@ -229,6 +231,7 @@ def space_by(
                 sparsity=settings.sparsity,
                 densities=settings.densities,
                 bits=settings.bits,
+                reduce_range=bool(settings.reduce_range),
                 protect_first=settings.protect_first,
             ),
             sparsity=settings.sparsity,
@@ -246,6 +249,18 @@ def space_by(
     if space.timed is not None:
         _check_calibrated(space.timed.cost)
     return space
+
+
+def settle_range(settings: SearchSettings, table: LatencyTable | None) -> SearchSettings:
+    """Settings that say whether 8-bit weights take half of their levels.
+
+    Where that was left open, they do if bits are decided and the processor saturates that the network is for: the
+    table's, else this machine's.
+    """
+    if settings.reduce_range is not None:
+        return settings
+    processor = table.fingerprint.processor if table else Processor.here()
+    return settings.model_copy(update={"reduce_range": settings.decides_bits and processor.saturates})
 
 
 def _check_calibrated(cost: CostModel | LatencyModel) -> None:

@@ -17,6 +17,7 @@ from envs.evaluator import Evaluation
 from envs.journal import Journal, JournalError
 from envs.reward import RewardFunction, resolve_reward
 from envs.space import SearchSpace
+from graph_encoder.modes import has_bfloat16
 from graph_encoder.network import NetworkGraph
 from latency.table import LatencyTable
 from pruning.files import FileWriteError, is_disk_full, write_atomic
@@ -30,11 +31,12 @@ from .machine import describe_machine, set_up_device
 from .measured_budget import spent_by_the_clock
 from .methods import MethodSearch, check_enough, search_with
 from .outcome import RunOutcome, percent
-from .problem import Scoring, SearchProblem, evaluations_to_probe, least_squares, probe, space_by
+from .problem import Scoring, SearchProblem, evaluations_to_probe, least_squares, probe, settle_range, space_by
 from .progress import RunDisplay, Stage, count
 from .run import RunBusyError, RunFolder
 from .scalars import EvaluationScalars
 from .subject import Subject, prepare_subject, report_dense
+from .training import NO_BFLOAT16
 from .user_function import call, is_reference, load_function
 
 
@@ -72,7 +74,7 @@ def create_run(config: RunConfig, root: Path, command: Sequence[str]) -> RunFold
         RunError: if the folder exists.
     """
     machine = describe_machine(set_up_device(config.device, config.threads))
-    return RunFolder.create(root, config, machine, command)
+    return RunFolder.create(root, with_range(config), machine, command)
 
 
 def resume_run(root: Path, display: RunDisplay, stop: StopFlag) -> RunOutcome:
@@ -140,7 +142,7 @@ def _carry_out(
     if journal.recovered:
         display.say(f"warning: {journal.recovered}")
     problem = build_problem(subject, _saved_importance(folder, subject), journal)
-    tell_precision(config.search, display)
+    tell_precision(config.search, device, display)
     display.plan(_planned_work(config, problem))
     problem = _probed(problem, subject, display, stop)
     searched = spent_by_the_clock(problem, subject, problem.evaluator("", lambda _: None), display)
@@ -190,9 +192,16 @@ def build_problem(subject: Subject, importance: dict[str, torch.Tensor], journal
     return SearchProblem(subject.model, subject.graph, space, scoring, journal, settings.seed)
 
 
-def tell_precision(settings: SearchSettings, display: RunDisplay) -> None:
-    """Say so where candidates are scored in another precision than was asked for."""
-    if settings.autocast and not settings.scores_in_bfloat16:
+def tell_precision(settings: SearchSettings, device: torch.device, display: RunDisplay) -> None:
+    """Say so where candidates are scored in another precision than was asked for, or 8 bits are fewer."""
+    if settings.decides_bits and settings.reduce_range:
+        display.say(
+            "search.reduce_range: weights of 8 bits take half of their levels, as x86 processors without VNNI add "
+            "pairs of products in 16 bits"
+        )
+    if settings.autocast and not has_bfloat16(device.type):
+        display.say(f"search.autocast: candidates are scored in single precision, as {NO_BFLOAT16}")
+    elif settings.autocast and not settings.scores_in_bfloat16:
         display.say(
             "search.autocast: statistics are re-estimated in bfloat16, and candidates are not scored in it, as bits "
             "are decided, and bfloat16 rounds about as much as 8 bits do"
@@ -201,8 +210,16 @@ def tell_precision(settings: SearchSettings, display: RunDisplay) -> None:
 
 def search_space(config: RunConfig, graph: NetworkGraph, importance: Mapping[str, torch.Tensor]) -> SearchSpace:
     """What a run may decide, see `space_by`."""
-    table = LatencyTable.load(config.latency.table) if config.latency.table else None
-    return space_by(config.search, graph, importance, config.budget, table)
+    return space_by(config.search, graph, importance, config.budget, _table(config))
+
+
+def with_range(config: RunConfig) -> RunConfig:
+    """The configuration with `SearchSettings.reduce_range` settled, so that it stays what it is on any machine."""
+    return config.model_copy(update={"search": settle_range(config.search, _table(config))})
+
+
+def _table(config: RunConfig) -> LatencyTable | None:
+    return LatencyTable.load(config.latency.table) if config.latency.table else None
 
 
 def space_of_graph(config: RunConfig, graph: NetworkGraph) -> SearchSpace:

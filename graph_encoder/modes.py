@@ -1,9 +1,11 @@
-"""Putting a network into evaluation mode for a while, and leaving no trace of a run."""
+"""How a network is run: in which mode and precision, and leaving no trace."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -45,3 +47,23 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def mixed_precision(device_type: str, asked: bool) -> torch.autocast:
+    """Autocast to bfloat16 where it is asked for and the device has kernels for it, see `has_bfloat16`."""
+    return torch.autocast(device_type, torch.bfloat16, asked and has_bfloat16(device_type))
+
+
+@functools.cache
+def has_bfloat16(device_type: str) -> bool:
+    """Whether PyTorch has kernels for convolutions in bfloat16 there.
+
+    On x86 processors without AVX-512 it has none and takes plain loops, a hundred times slower than in float32.
+
+    Args:
+        device_type: as in `torch.device.type`; of another one than ``cpu`` and ``cuda`` it is assumed.
+    """
+    if device_type == "cpu":
+        # What convolutions themselves ask before they choose a kernel; no public function says so.
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device_type != "cuda" or torch.cuda.is_bf16_supported()

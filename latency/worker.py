@@ -110,6 +110,7 @@ def onnx_call(model: bytes | str, inputs: Sequence[Any], threads: int) -> Callab
     return lambda: session.run(None, feed)
 
 
+_X86 = ("x86_64", "amd64", "x86", "i386", "i686")
 _ON_X86 = {"sse4_2", "avx", "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512dq", "avx512bw", "avx512vl"}
 _ON_X86 |= {"avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"}
 _ON_ARM = {"neon", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "svei8mm", "svebf16", "sme", "sme2"}
@@ -137,6 +138,14 @@ class Processor:
     model: str = ""
     features: tuple[str, ...] = ()
     cores: int = 0
+
+    @property
+    def saturates(self) -> bool:
+        """Whether runtimes add pairs of 8-bit products in 16 bits there, where large ones are cut off.
+
+        x86 without VNNI does; with what the system does not say, it is taken to.
+        """
+        return self.architecture.lower() in _X86 and not {"avx_vnni", "avx512_vnni"}.intersection(self.features)
 
     @classmethod
     def here(cls) -> "Processor":

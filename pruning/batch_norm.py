@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from graph_encoder.batches import Batch, inputs_of
-from graph_encoder.modes import evaluation_mode
+from graph_encoder.modes import evaluation_mode, mixed_precision
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -26,7 +26,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocas
     Args:
         model: the network.
         batches: inputs on the model's device, of equal batch size; tuples where forward takes several.
-        autocast: run the network in bfloat16 where PyTorch deems it safe; statistics stay in float32.
+        autocast: run the network in bfloat16 where PyTorch deems it safe and the device has it
+            (`graph_encoder.modes.has_bfloat16`); statistics stay in float32.
 
     Raises:
         ValueError: if there is no batch.
@@ -47,7 +48,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocas
             with torch.no_grad():  # tensors that forward keeps are for training too
                 for batch in batches:
                     inputs = inputs_of(batch)
-                    with torch.autocast(inputs[0].device.type, torch.bfloat16, autocast):
+                    with mixed_precision(inputs[0].device.type, autocast):
                         model(*inputs)
                     n_batches += 1
         finally:

@@ -231,8 +231,7 @@ def export_onnx(
     if not report.error <= allowed:
         msg = (
             f"the integer ONNX of {type(model).__name__} differs from PyTorch's simulation by {report.error:.2e} of "
-            f"the outputs (root mean square over {report.images} images), allowed {allowed:.2e}; nothing was written. "
-            f"`pruning.qdq.saturates` says whether this processor adds 8-bit products in 16 bits"
+            f"the outputs (root mean square over {report.images} images), allowed {allowed:.2e}; nothing was written"
         )
         raise ExportError(msg)
     write_atomic(path, content)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graph_encoder.modes import evaluation_mode
+from graph_encoder.modes import evaluation_mode, mixed_precision
 
 from .files import CheckpointError, load_checked, write_atomic
 from .quantize import step_sizes
@@ -99,8 +99,8 @@ def finetune(
         teacher: network to distil from, on the same device; put into evaluation mode meanwhile.
         distillation_weight: ``w`` above; needs a teacher unless it is 0.
         temperature: ``T`` above.
-        autocast: compute in bfloat16 where PyTorch deems it safe; weights stay in float32, and quantized layers compute
-            in it.
+        autocast: compute in bfloat16 where PyTorch deems it safe and the device has it
+            (`graph_encoder.modes.has_bfloat16`); weights stay in float32, and quantized layers compute in it.
         seed: of dropout and whatever else the model draws; the batches have their own.
         first_epoch: number of the first epoch for what is drawn, where others came before; the schedule starts anew.
         checkpoint: file in which the state is kept after each epoch, with the one before beside it.
@@ -225,7 +225,7 @@ def _train_epoch(
             x = x.contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        with torch.enable_grad(), mixed_precision(device.type, autocast):
             logits = model(x).float()
             loss = objective(x, logits, y)
         value = loss.item()

@@ -129,8 +129,9 @@ def in_integers(model: nn.Module) -> nn.Module:
     """``model``, in evaluation mode, for inference, with its 8-bit convolutions over images in integer kernels.
 
     It is handed back as it is where none can be: whole tensors have to be quantized (`insert_quantizers` says when),
-    the network be on the CPU, and PyTorch have integer kernels whose sums do not saturate (x86 with VNNI). Layers with
-    hooks stay simulated, and so does a network that changes a tensor in place that something else reads.
+    the network be on the CPU, and PyTorch have integer kernels whose sums do not saturate: x86 with VNNI, or without
+    it weights of a reduced range. Layers with hooks stay simulated, and so does a network that changes a tensor in
+    place that something else reads.
 
     Returns:
         A network that shares everything with ``model`` but these layers, whose weights and batch norms are those of
@@ -138,23 +139,27 @@ def in_integers(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, fx.GraphModule) or has_hooks(model):
         return model
-    layers = _layers_with_a_kernel(model)
-    return _converted(model, layers) if layers and kernels_are_exact() else model
+    found = _layers_with_a_kernel(model)
+    layers = {name: one for name, one in found.items() if kernels_are_exact(one[0].policy.reduce_range)}
+    return _converted(model, layers) if layers else model
 
 
 @functools.cache
-def kernels_are_exact() -> bool:
+def kernels_are_exact(reduce_range: bool) -> bool:
     """Whether PyTorch has integer kernels here, and their sums are right where all products are the largest.
 
     Tried out on a layer of one group and on a depthwise one, 3x3, with a zero point and without.
+
+    Args:
+        reduce_range: whether weights take half of their levels.
     """
     try:
-        return all(_is_exact(groups, lowest) for groups in (1, 64) for lowest in (0.0, -1.0))
+        return all(_is_exact(groups, lowest, reduce_range) for groups in (1, 64) for lowest in (0.0, -1.0))
     except (AttributeError, RuntimeError, TypeError):  # no such operator, none for this processor, or other arguments
         return False
 
 
-def _is_exact(groups: int, lowest: float) -> bool:
+def _is_exact(groups: int, lowest: float, reduce_range: bool) -> bool:
     images = torch.ones(1, 64, 4, 4, dtype=torch.float32)
     images[..., 0, 0] = lowest
     plain = nn.Sequential()
@@ -164,7 +169,8 @@ def _is_exact(groups: int, lowest: float) -> bool:
             layer = skip_init(nn.Conv2d, 64, 64, 3, padding=1, bias=False, groups=groups, dtype=torch.float32)
             layer.weight.fill_(1.0)[::2].neg_()
             plain.append(layer).append(nn.ReLU())
-        network = quantize_layers(plain, dict.fromkeys("02", LayerPolicy(weight_bits=8, act_bits=8)), [images])
+        policy = LayerPolicy(weight_bits=8, act_bits=8, reduce_range=reduce_range)
+        network = quantize_layers(plain, dict.fromkeys("02", policy), [images])
         assert isinstance(network, fx.GraphModule)
         layers = _layers_with_a_kernel(network)
         return len(layers) == 2 and torch.allclose(_converted(network, layers)(images), network(images), 1e-4, 1e-3)

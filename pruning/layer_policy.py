@@ -34,6 +34,7 @@ LAYER_SCHEMA: dict[str, Any] = {
         "weight_bits": {"description": "bits of a weight", "enum": list(BITS)},
         "act_bits": {"description": "bits of a value that the layer reads", "enum": list(BITS)},
         "quantizer": {"description": "how weights are quantized", "enum": list(QUANTIZERS)},
+        "reduce_range": {"description": "8-bit weights from -63 to 63 in place of -127 to 127", "type": "boolean"},
     },
 }
 """JSON Schema of one layer's entry in a policy file; what is left out has its default."""
@@ -54,6 +55,8 @@ class LayerPolicy:
         weight_bits: one of `BITS`.
         act_bits: the same, of the values that the layer reads.
         quantizer: ``"linear"``, or ``"kmeans"`` for weights that share ``2 ** weight_bits`` values.
+        reduce_range: weights of 8 bits take half of their levels, -63 to 63, so that a sum of two products of bytes
+            fits into the 16 bits that x86 processors without VNNI add them in.
     """
 
     sparsity: str = "dense"
@@ -61,6 +64,7 @@ class LayerPolicy:
     weight_bits: int = FULL_BITS
     act_bits: int = FULL_BITS
     quantizer: str = "linear"
+    reduce_range: bool = False
 
     def __post_init__(self) -> None:
         self._check_sparsity()
@@ -73,6 +77,15 @@ class LayerPolicy:
             raise PolicyError(msg)
         if self.quantizer == "kmeans" and self.weight_bits > 8:
             msg = f"quantizer 'kmeans' shares at most 256 values, and weight_bits is {self.weight_bits}; pass 8 or less"
+            raise PolicyError(msg)
+        if type(self.reduce_range) is not bool:
+            msg = f"reduce_range is {self.reduce_range!r}; it must be true or false"
+            raise PolicyError(msg)
+        if self.reduce_range and (self.weight_bits, self.quantizer) != (8, "linear"):
+            msg = (
+                f"reduce_range is for linear weights of 8 bits, and these are {self.quantizer} with "
+                f"{self.weight_bits}; leave it out"
+            )
             raise PolicyError(msg)
 
     def _check_sparsity(self) -> None:

@@ -539,8 +539,10 @@ def _weight_quantizer(policy: LayerPolicy, weight: Tensor) -> nn.Module:
         return nn.Identity()
     if policy.weight_bits == HALF_BITS:
         return HalfPrecision()
-    kind = SharedWeightQuantizer if policy.quantizer == "kmeans" else LinearWeightQuantizer
-    return kind(policy.weight_bits, weight)
+    if policy.quantizer == "kmeans":
+        return SharedWeightQuantizer(policy.weight_bits, weight)
+    # Half the levels of a symmetric grid are those of one bit fewer.
+    return LinearWeightQuantizer(policy.weight_bits - policy.reduce_range, weight)
 
 
 def _act_quantizer(bits: int, place: str) -> nn.Module:

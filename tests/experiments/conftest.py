@@ -51,6 +51,13 @@ def tiny_config() -> Callable[..., RunConfig]:
 
 
 @pytest.fixture
+def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that computes in bfloat16, whatever this one is."""
+    for module in ("graph_encoder.modes", "experiments.search", "experiments.training"):
+        monkeypatch.setattr(f"{module}.has_bfloat16", lambda _: True)
+
+
+@pytest.fixture
 def tiny_yaml(tmp_path: Path, tiny_config: Callable[..., RunConfig]) -> Path:
     """The same as a file for the command."""
     path = tmp_path / "tiny.yaml"

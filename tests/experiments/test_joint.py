@@ -2,17 +2,20 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import secateur
+from envs.journal import JournalError
 from experiments.config import ConfigError, RunConfig, load_config
 from experiments.interrupt import StopFlag
 from experiments.outcome import RunOutcome, headings, table_cells
 from experiments.progress import RunDisplay
-from experiments.search import resume_run, start_run
+from experiments.search import create_run, resume_run, start_run
+from latency.worker import Processor
 from pruning.export import load_compressed
 from pruning.quantize import quantized_layers
 from pruning.stored_size import parameter_bytes
@@ -85,6 +88,58 @@ def test_a_run_under_several_budgets_keeps_and_shows_each(
     for column in ("MACs", "bytes", "bit operations"):
         assert cells[column].endswith("%)")
     assert "bit operations" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_range_of_eight_bits_goes_by_the_processor_and_stays_with_the_run(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_vnni = Processor("a processor", "x86_64", "", ("avx2",), 2)
+    with_vnni = replace(without_vnni, features=("avx2", "avx_vnni"))
+    bits = {"search__decide": ["channels", "bits"], "search__methods": ["uniform"], "budget": "20% bytes"}
+
+    def settled(processor: Processor, **options: object) -> bool | None:
+        monkeypatch.setattr(Processor, "here", classmethod(lambda _: processor))
+        root = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        return create_run(tiny_config(**bits | options), root, ["secateur"]).config.search.reduce_range
+
+    assert settled(with_vnni) is False
+    assert settled(without_vnni, search__decide=["channels"], budget="50%") is False
+    assert settled(without_vnni, search__reduce_range=False) is False
+    assert settled(without_vnni) is True
+
+    monkeypatch.setattr(Processor, "here", classmethod(lambda _: with_vnni))
+    said: list[str] = []
+    with RunDisplay(quiet=True) as display:
+        display.say = said.append  # type: ignore[method-assign]
+        resume_run(tmp_path / "run3", display, StopFlag())
+
+    policy = secateur.CompressionPolicy.load(tmp_path / "run3" / "methods" / "uniform" / "policy.json")
+    integers = [layer for layer in policy.layers.values() if layer.weight_bits == layer.act_bits == 8]
+    assert integers and all(layer.reduce_range for layer in integers)
+    assert any(line.startswith("search.reduce_range: weights of 8 bits take half of their levels") for line in said)
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_compress_lets_eight_bits_take_half_their_levels_where_the_processor_needs_it(
+    asked: bool | None, tmp_path: Path
+) -> None:
+    arguments = {
+        "evaluate": lambda _: 0.5,
+        "budget": "30% bytes",
+        "calibration": [torch.rand(16, 1, 8, 8)],
+        "method": "uniform",
+        "decide": ["bits"],
+        "bits": (8,),
+        "journal": tmp_path / "journal.jsonl",
+    }
+    model = network(num_classes=3, in_channels=1).eval()
+
+    found = secateur.compress(model, torch.zeros(1, 1, 8, 8), reduce_range=asked, **arguments)
+
+    expected = Processor.here().saturates if asked is None else asked
+    assert {layer.reduce_range for layer in found.policy.layers.values()} == {expected}
+    with pytest.raises(JournalError, match="is of another search: reduce_range"):
+        secateur.compress(model, torch.zeros(1, 1, 8, 8), reduce_range=not expected, **arguments)
 
 
 def test_resuming_a_finished_joint_search_replays_its_journal(joint_run: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where bits are decided or trained, autocast is left out of scores and of training, and said to be."""
+"""Where bits are decided or trained, or the processor has no bfloat16, autocast is left out, and said to be."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,6 +21,7 @@ from experiments.search import build_problem, importance_of, tell_precision
 from experiments.subject import Subject
 from experiments.training import tune
 from graph_encoder.capture import capture
+from graph_encoder.modes import has_bfloat16
 from pruning.batch_norm import reestimate_batch_norm
 from pruning.files import CheckpointError
 from pruning.finetune import FinetuneReport, finetune
@@ -35,6 +36,8 @@ NOT_FOR_SCORES = (
     "search.autocast: statistics are re-estimated in bfloat16, and candidates are not scored in it, as bits "
     "are decided, and bfloat16 rounds about as much as 8 bits do"
 )
+
+NO_KERNELS = "as PyTorch has no kernels in bfloat16 for this processor, and would take a hundred times as long"
 
 
 class Recorder(nn.Module):
@@ -51,6 +54,7 @@ class Recorder(nn.Module):
         return logits
 
 
+@pytest.mark.usefixtures("with_bfloat16")
 @pytest.mark.parametrize(
     ("decide", "is_on"),
     [(["channels"], True), (["channels", "density"], True), (["channels", "bits"], False), (["act_bits"], False)],
@@ -66,7 +70,7 @@ def test_candidates_are_scored_in_bfloat16_only_where_no_bits_are_decided(
 
     with RunDisplay(quiet=True) as display:
         display.say = said.append  # type: ignore[method-assign]
-        tell_precision(config.search, display)
+        tell_precision(config.search, torch.device("cpu"), display)
     subject.evaluate_on_search_images()(recorder)
 
     assert recorder.seen == {is_on}
@@ -74,7 +78,7 @@ def test_candidates_are_scored_in_bfloat16_only_where_no_bits_are_decided(
     assert said == ([] if is_on else [NOT_FOR_SCORES])
 
 
-@pytest.mark.usefixtures("settled")
+@pytest.mark.usefixtures("settled", "with_bfloat16")
 @pytest.mark.parametrize("bits", [8, 32])
 def test_networks_with_bits_are_finetuned_in_single_precision(
     tiny_config: Callable[..., RunConfig], tmp_path: Path, bits: int
@@ -92,6 +96,41 @@ def test_networks_with_bits_are_finetuned_in_single_precision(
     assert recorder.seen == {bits == 32}
     words = "fine-tuning it: in single precision, as bfloat16 would round about as much as the network's bits do"
     assert said[:-1] == ([] if bits == 32 else [words])  # the last line tells what the training came to
+
+
+def test_a_processor_without_bfloat16_computes_in_single_precision(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("graph_encoder.modes", "experiments.search", "experiments.training"):
+        monkeypatch.setattr(f"{module}.has_bfloat16", lambda _: False)
+    config = tiny_config(search__autocast=True, finetune__epochs=1, finetune__autocast=True)
+    model, said = Recorder(network(3, 1)), []
+    data = ImageData(config.data)
+    graph = capture(model.eval(), torch.zeros(2, 1, 8, 8))
+    subject = Subject(config, data, model, graph, torch.device("cpu"))
+
+    with RunDisplay(quiet=True) as display:
+        display.say = said.append  # type: ignore[method-assign]
+        tell_precision(config.search, subject.device, display)
+        subject.evaluate_on_search_images()(model)
+        reestimate_batch_norm(model, subject.calibration(), autocast=True)
+        batches, scratch = TrainBatches(data.train, config.data, batch_size=120), tmp_path / "training"
+        tune(model, batches, config.finetune, 0, "fine-tuning it", display, StopFlag(), scratch=scratch)
+
+    assert model.seen == {False}
+    assert said[:2] == [
+        f"search.autocast: candidates are scored in single precision, {NO_KERNELS}",
+        f"fine-tuning it: in single precision, {NO_KERNELS}",
+    ]
+
+
+def test_bfloat16_is_there_where_convolutions_have_a_kernel_for_it() -> None:
+    images, weight = (torch.ones(1, 8, 6, 6, dtype=torch.bfloat16), torch.ones(8, 8, 3, 3, dtype=torch.bfloat16))
+    with torch.profiler.profile() as profile:
+        torch.conv2d(images, weight)
+
+    ran = {event.name for event in profile.events()}
+    assert has_bfloat16("cpu") == ("aten::mkldnn_convolution" in ran), ran
 
 
 PER_EPOCH = 2
@@ -165,7 +204,7 @@ def tuning(
     return of_recipe
 
 
-@pytest.mark.usefixtures("settled")
+@pytest.mark.usefixtures("settled", "with_bfloat16")
 @pytest.mark.parametrize(("with_bits", "rates"), [(0, [0.02]), (1, [0.02, 0.002]), (3, [0.02]), (None, [0.02])])
 @pytest.mark.parametrize("layer", [FOUR, HALF_OF_THEM, replace(FOUR, quantizer="kmeans")])
 def test_the_last_epochs_alone_can_be_trained_with_bits(
@@ -194,7 +233,7 @@ def test_the_last_epochs_alone_can_be_trained_with_bits(
         assert all(torch.equal(whole.state_dict()[name], tensor) for name, tensor in ranges.items())
 
 
-@pytest.mark.usefixtures("settled")
+@pytest.mark.usefixtures("settled", "with_bfloat16")
 @pytest.mark.parametrize("with_bits", [0, 1, 3])
 def test_fine_tuning_that_was_stopped_ends_as_if_it_was_not(
     tuning: Callable[[int | None], Tuning], with_bits: int

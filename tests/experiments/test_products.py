@@ -23,7 +23,7 @@ from pruning.policy import CompressionPolicy
 from .stopping import StopAfter
 from .tiny import network
 
-INT8 = {"weight_bits": 8, "act_bits": 8}
+INT8 = {"weight_bits": 8, "act_bits": 8, "reduce_range": True}
 POLICY = CompressionPolicy(
     {"3": tuple(range(12)), "6": tuple(range(4, 16))},
     {"3": 16, "6": 16},

@@ -53,6 +53,7 @@ class Precision(nn.Module):
         return torch.eye(3)[torch.zeros(len(x), dtype=torch.long)]
 
 
+@pytest.mark.usefixtures("with_bfloat16")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_candidates_are_scored_in_the_precision_of_the_settings_and_finalists_in_full(
     autocast: bool, tiny_config: Configured

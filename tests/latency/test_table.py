@@ -33,6 +33,7 @@ from latency.table import (
     start_table,
 )
 from latency.worker import Processor, allowed_cpus
+from pruning.qdq import saturates
 
 from .synthetic import EMPTY_NS, FormulaDevice, IntegerFormulaDevice, formula_ns
 
@@ -218,6 +219,12 @@ def test_processors_are_told_apart_by_what_linux_says_beside_the_name() -> None:
     big_little = "implementer 0x41 variant 0x1 part 0xd05, implementer 0x41 variant 0x1 part 0xd0b"
     assert Processor("aarch64", "aarch64", big_little, ("asimd", "asimddp"), 2) == ROCKCHIP
     assert Processor.of_cpuinfo("", "riscv64", 4) == Processor("riscv64", "riscv64", "", (), 4)
+
+
+def test_x86_without_vnni_adds_pairs_of_products_in_sixteen_bits() -> None:
+    unknown = Processor("Intel64 Family 6", "AMD64")
+    assert [one.saturates for one in (MILAN, TURIN, ROCKCHIP, unknown)] == [True, False, False, True]
+    assert Processor.here().saturates == saturates()
 
 
 def test_this_processor_says_what_it_is() -> None:

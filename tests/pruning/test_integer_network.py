@@ -1,6 +1,7 @@
 """Networks of 8 bits through PyTorch's integer kernels compute what fake quantization does."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,8 +14,11 @@ from pruning.integer_network import IntegerConv2d, ToIntegers, in_integers, kern
 from pruning.layer_policy import LayerPolicy
 from pruning.quantize import ActQuantizer, quantize_layers, quantized_layers
 
-INT8 = LayerPolicy(weight_bits=8, act_bits=8)
-with_kernels = pytest.mark.skipif(not kernels_are_exact(), reason="no exact integer kernels on this processor")
+INT8 = LayerPolicy(weight_bits=8, act_bits=8, reduce_range=not kernels_are_exact(reduce_range=False))
+"""With all levels where the processor can add their products."""
+with_kernels = pytest.mark.skipif(
+    not kernels_are_exact(INT8.reduce_range), reason="no exact integer kernels on this processor"
+)
 
 
 def noise(*shape: int) -> Tensor:
@@ -293,7 +297,7 @@ def test_kernels_are_tried_out_whatever_the_default_type(monkeypatch: pytest.Mon
     monkeypatch.setattr(IntegerConv2d, "forward", fail)
     torch.set_default_dtype(torch.float64)
     try:
-        assert not kernels_are_exact.__wrapped__()
+        assert not kernels_are_exact.__wrapped__(reduce_range=True)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -301,7 +305,7 @@ def test_kernels_are_tried_out_whatever_the_default_type(monkeypatch: pytest.Mon
 def test_trying_the_kernels_out_draws_nothing() -> None:
     before = torch.get_rng_state()
 
-    kernels_are_exact.__wrapped__()
+    kernels_are_exact.__wrapped__(reduce_range=True)
 
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -316,9 +320,25 @@ def test_a_network_without_such_layers_is_handed_back() -> None:
         assert in_integers(simulated) is simulated
 
 
+@with_kernels
+def test_layers_whose_sums_would_saturate_stay_simulated_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    reduced = LayerPolicy(weight_bits=8, act_bits=8, reduce_range=True)
+    simulated = quantize_layers(
+        sequence(), {"0": replace(reduced, reduce_range=False), "3": reduced}, [noise(8, 3, 8, 8)]
+    ).eval()
+    monkeypatch.setattr(integer_network, "kernels_are_exact", lambda reduce_range: reduce_range)
+
+    converted = in_integers(simulated)
+
+    assert len(list(integer_layers(converted))) == 1
+    images = noise(4, 3, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(converted(images), simulated(images), rtol=1e-3, atol=1e-3)
+
+
 def test_without_exact_kernels_a_network_stays_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     simulated = quantize_layers(sequence(), {"0": INT8}, [noise(8, 3, 8, 8)])
-    monkeypatch.setattr(integer_network, "kernels_are_exact", lambda: False)
+    monkeypatch.setattr(integer_network, "kernels_are_exact", lambda _: False)
 
     assert in_integers(simulated) is simulated
 
@@ -333,4 +353,4 @@ def test_kernels_that_fail_or_saturate_are_found_out(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(IntegerConv2d, "__init__", lambda layer, *_: nn.Module.__init__(layer))
     monkeypatch.setattr(IntegerConv2d, "forward", compute)
 
-    assert not kernels_are_exact.__wrapped__()
+    assert not kernels_are_exact.__wrapped__(reduce_range=True)

@@ -54,6 +54,15 @@ def test_density_of_n_of_m_is_n_over_m() -> None:
             {"quantizer": "kmeans", "weight_bits": 16},
             "quantizer 'kmeans' shares at most 256 values, and weight_bits is 16; pass 8 or less",
         ),
+        ({"reduce_range": 1}, "reduce_range is 1; it must be true or false"),
+        (
+            {"weight_bits": 7, "reduce_range": True},
+            "reduce_range is for linear weights of 8 bits, and these are linear with 7; leave it out",
+        ),
+        (
+            {"weight_bits": 8, "quantizer": "kmeans", "reduce_range": True},
+            "reduce_range is for linear weights of 8 bits, and these are kmeans with 8; leave it out",
+        ),
     ],
 )
 def test_bad_layer_is_refused_in_words(entry: dict[str, Any], message: str) -> None:
@@ -102,7 +111,7 @@ def test_digest_depends_on_the_decision_and_not_on_its_order() -> None:
         (
             {"layers": {"c": {"bits": 8}}},
             "layer 'c' of 'p.json' must be an object with no other entries than sparsity, density, weight_bits, "
-            "act_bits, quantizer",
+            "act_bits, quantizer, reduce_range",
         ),
         (
             {"groups": {"a": {"size": 4, "kept": [3, 1]}}},
@@ -225,6 +234,7 @@ def test_a_written_policy_is_what_the_schema_describes(policy: CompressionPolicy
             {"layers": {"a": {"weight_bits": 9}}},
             "policy.layers.a.weight_bits: none of [1, 2, 3, 4, 5, 6, 7, 8, 16, 32]",
         ),
+        ({"layers": {"a": {"weight_bits": 8, "reduce_range": 1}}}, "policy.layers.a.reduce_range: not of type boolean"),
         ({"layers": {"a": {"quantizer": "log"}}}, "policy.layers.a.quantizer: none of ['linear', 'kmeans']"),
         (
             {"layers": {"a": {"sparsity": "block3"}}},
