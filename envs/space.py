@@ -92,6 +92,7 @@ class SearchSpace:
         prior: offsets of the start plan's places, shape ``(n,)``: the plan of an action of zeros.
         span: how far an action of 1 moves a place.
         sparsity: pattern of the zeros where a density is below one.
+        reduce_range: whether 8 bits of weights beside 8 of activations take half of their levels.
     """
 
     graph: NetworkGraph
@@ -104,6 +105,7 @@ class SearchSpace:
     prior: Ratios
     span: float = 0.5
     sparsity: str = "unstructured"
+    reduce_range: bool = False
 
     @classmethod
     def build(
@@ -117,6 +119,7 @@ class SearchSpace:
         channels: bool = True,
         layers: Sequence[LayerDecision] = (),
         sparsity: str = "unstructured",
+        reduce_range: bool = False,
         rounding: int | Mapping[str, int] | None = None,
         min_keep_ratio: float = 0.1,
         protect_first: bool = True,
@@ -139,6 +142,7 @@ class SearchSpace:
             layers: choices inside layers to decide beside them.
             sparsity: pattern of the zeros where a density is below one. A block has to divide the channels that a
                 sparse layer writes, the M of N:M those that it reads: groups keep counts that leave it so.
+            reduce_range: whether 8 bits of weights beside 8 of activations take half of their levels.
             rounding: units a group keeps are a multiple of this, for all groups or by name; by default 8 where a
                 group has 128 units or more, else 1.
             min_keep_ratio: least share of a group that stays; at least one unit always does.
@@ -184,6 +188,7 @@ class SearchSpace:
             prior=np.zeros(len(ladders)),
             span=span,
             sparsity=sparsity,
+            reduce_range=reduce_range,
         )
         _check_reachable(space)
         _check_seen(space)
@@ -379,7 +384,7 @@ class SearchSpace:
         return CompressionPolicy(
             kept={name: tuple(np.sort(self.ranking[name][:count]).tolist()) for name, count in cut.items()},
             sizes={name: self.graph.group(name).size for name in cut},
-            layers=layer_policies(self.layers, levels, self.sparsity),
+            layers=layer_policies(self.layers, levels, self.sparsity, reduce_range=self.reduce_range),
         )
 
     def cost_of(self, policy: CompressionPolicy, cost: CostModel | LatencyModel | None = None) -> int:

@@ -134,8 +134,8 @@ class SearchSettings(_Section):
     batch_size: int = Field(default=250, ge=1)
     """Images a forward pass while scoring."""
     autocast: bool = False
-    """Re-estimate statistics and score candidates in bfloat16; where bits are decided the former alone, since its own
-    rounding is about that of 8 bits."""
+    """Re-estimate statistics and score candidates in bfloat16, if the device has kernels for it; where bits are decided
+    the former alone, since its own rounding is about that of 8 bits."""
 
     @field_validator("target", mode="before")
     @classmethod
@@ -170,6 +170,11 @@ class SearchSettings(_Section):
     def decides_bits(self) -> bool:
         """Whether bits are among what is decided inside layers."""
         return bool({"bits", "weight_bits", "act_bits"} & set(self.decide))
+
+    @property
+    def decides_integers(self) -> bool:
+        """Whether plans hold layers of 8 bits, and bits that runtimes compute with alone."""
+        return "bits" in self.decide and 8 in self.bits and min(self.bits) == 8
 
     @property
     def scores_in_bfloat16(self) -> bool:
@@ -212,7 +217,7 @@ class TrainConfig(_Section):
     batch_size: int = Field(default=128, ge=1)
     """Images a step."""
     autocast: bool = False
-    """Train in bfloat16; without effect on epochs in which layers have bits."""
+    """Train in bfloat16, if the device has kernels for it; without effect on epochs in which layers have bits."""
 
 
 class FinetuneConfig(TrainConfig):

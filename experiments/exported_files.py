@@ -88,10 +88,10 @@ def _tell_integers(integers: IntegerReport, name: str, display: RunDisplay) -> N
     )
     if integers.saturated > max(NOTICED_SATURATION, 2 * integers.error):
         display.say(
-            f"warning: {name} differs by {integers.saturated:.1%} of its outputs where this processor runs it, as x86 "
-            "without VNNI adds pairs of products in 16 bits: give its layers reduce_range (search.reduce_range), open "
-            f"the file with {' '.join(f'{name}={value}' for name, value in EXACT_SUMS.items())}, which is right and "
-            "slower, or run it on another processor"
+            f"warning: {name} as ONNX differs from PyTorch by {integers.saturated:.1%} of the outputs on this "
+            "processor, as x86 without VNNI adds pairs of products in 16 bits: give its layers of 8 bits "
+            f"reduce_range (search.reduce_range), open the file with the session options {EXACT_SUMS}, which is right "
+            "and slower, or run it on another processor"
         )
     if integers.unfused:
         display.say(

@@ -27,6 +27,7 @@ class Machine(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     processor: str
+    instructions: str = ""  # that PyTorch computes with, AVX2 for one; records did not always say so
     cores: int
     system: str
     python: str
@@ -38,7 +39,9 @@ class Machine(BaseModel):
 
     def differences(self, other: Machine) -> list[str]:
         """What sets ``other`` apart from this machine, of the things that change a run's numbers."""
-        names = ("device", "threads", "processor", "commit")
+        names = ["device", "threads", "processor", "commit"]
+        if self.instructions and other.instructions:
+            names.append("instructions")
         mine, theirs = (
             {name: getattr(m, name) for name in names} | {p: m.packages.get(p, "none") for p in PACKAGES}
             for m in (self, other)
@@ -79,7 +82,8 @@ def usable_cores() -> int:
 def describe_machine(device: torch.device) -> Machine:
     """The machine as it is now."""
     return Machine(
-        processor=f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
+        processor=cpu_name(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
         cores=os.cpu_count() or 1,
         system=platform.platform(),
         python=platform.python_version(),

@@ -217,7 +217,6 @@ def space_by(
         LatencyError: if the table lacks a layer of the network.
         ConfigError: if there is nothing to decide, or a protected group is not there.
     """
-    settings = settle_range(settings, table)
     try:
         space = SearchSpace.build(
             graph,
@@ -231,10 +230,10 @@ def space_by(
                 sparsity=settings.sparsity,
                 densities=settings.densities,
                 bits=settings.bits,
-                reduce_range=bool(settings.reduce_range),
                 protect_first=settings.protect_first,
             ),
             sparsity=settings.sparsity,
+            reduce_range=bool(settings.reduce_range),
             rounding=settings.rounding,
             min_keep_ratio=settings.min_keep_ratio,
             protect_first=settings.protect_first,
@@ -252,15 +251,14 @@ def space_by(
 
 
 def settle_range(settings: SearchSettings, table: LatencyTable | None) -> SearchSettings:
-    """Settings that say whether 8-bit weights take half of their levels.
+    """Settings that say whether 8-bit weights take half of their levels, where plans may be run in integers.
 
-    Where that was left open, they do if bits are decided and the processor saturates that the network is for: the
-    table's, else this machine's.
+    Where that was left open, they do if the processor saturates that the network is for: the table's, else this one.
     """
-    if settings.reduce_range is not None:
+    if settings.reduce_range is not None or not settings.decides_integers:
         return settings
     processor = table.fingerprint.processor if table else Processor.here()
-    return settings.model_copy(update={"reduce_range": settings.decides_bits and processor.saturates})
+    return settings.model_copy(update={"reduce_range": processor.saturates})
 
 
 def _check_calibrated(cost: CostModel | LatencyModel) -> None:

@@ -32,7 +32,7 @@ SETTLING_STEPS = 100
 """Steps after which running statistics of batch norms, which forget a tenth at each, have followed the weights."""
 SETTLING_BATCHES = 10
 """Batches that they are taken from anew after fewer steps."""
-NO_BFLOAT16 = "PyTorch has no kernels in bfloat16 for this processor, and would take a hundred times as long"
+NO_BFLOAT16 = "PyTorch has no kernels in bfloat16 for this processor, and would take many times as long"
 QUANTIZED_RATE = 0.1
 """Peak learning rate of the epochs with bits that follow others without, as a share of theirs."""
 

@@ -58,7 +58,8 @@ def mixed_precision(device_type: str, asked: bool) -> torch.autocast:
 def has_bfloat16(device_type: str) -> bool:
     """Whether PyTorch has kernels for convolutions in bfloat16 there.
 
-    On x86 processors without AVX-512 it has none and takes plain loops, a hundred times slower than in float32.
+    On x86 processors without AVX-512 it has none and takes plain loops: a step of training a ResNet-56 takes twelve
+    times as long as in float32.
 
     Args:
         device_type: as in `torch.device.type`; of another one than ``cpu`` and ``cuda`` it is assumed.

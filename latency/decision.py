@@ -29,14 +29,11 @@ class LayerDecision:
         choice: what the number is.
         levels: what it may be, ascending: percents of the weights for a density, bits otherwise. Where that of the
             untouched layer, `FULL_DENSITY` or `FULL_BITS`, is not among them, no plan leaves the layer as it is.
-        reduce_range: whether 8 bits of weights beside 8 of activations are to take half of their levels, see
-            `pruning.layer_policy.LayerPolicy`.
     """
 
     layer: str
     choice: LayerChoice
     levels: tuple[int, ...]
-    reduce_range: bool = False
 
     def __post_init__(self) -> None:
         allowed = range(1, FULL_DENSITY + 1) if self.choice == "density" else BITS
@@ -75,7 +72,6 @@ def layer_decisions(
     sparsity: str = "unstructured",
     densities: Sequence[int] = DENSITIES,
     bits: Sequence[int] = (8, FULL_BITS),
-    reduce_range: bool = False,
     protect_first: bool = True,
 ) -> tuple[LayerDecision, ...]:
     """The choices that the layers of a network offer, layer by layer in the network's order.
@@ -90,7 +86,6 @@ def layer_decisions(
         sparsity: pattern of the zeros, as in `pruning.layer_policy.LayerPolicy`.
         densities: percents of the weights that may stay, ascending; N:M has its own instead.
         bits: bit-widths, ascending; without `FULL_BITS` every layer is quantized.
-        reduce_range: whether weights of integer layers take half of their levels.
         protect_first: leave the first layer dense.
 
     Raises:
@@ -110,7 +105,7 @@ def layer_decisions(
         at_end = [level for level in bits if level >= EIGHT_BITS] or [EIGHT_BITS]
         for choice in choices:
             if choice != "density":
-                found.append(LayerDecision(layer, choice, tuple(at_end if is_end else bits), reduce_range))
+                found.append(LayerDecision(layer, choice, tuple(at_end if is_end else bits)))
             elif not stays_dense:
                 found.append(LayerDecision(layer, choice, tuple(densities)))
     return tuple(decision for decision in found if decision.levels != (decision.size,))
@@ -125,7 +120,7 @@ def _divides(pattern: LayerPolicy, operator: Operator) -> bool:
 
 
 def layer_policies(
-    decisions: Sequence[LayerDecision], levels: Mapping[str, int], sparsity: str
+    decisions: Sequence[LayerDecision], levels: Mapping[str, int], sparsity: str, *, reduce_range: bool = False
 ) -> dict[str, LayerPolicy]:
     """What levels mean for each layer; layers that they leave untouched are left out.
 
@@ -133,9 +128,9 @@ def layer_policies(
         decisions: the choices.
         levels: by name of the decision; those left out are at the top.
         sparsity: pattern of the zeros where a density is below one.
+        reduce_range: whether 8 bits of weights beside 8 of activations take half of their levels, see `LayerPolicy`.
     """
     chosen: dict[str, dict[str, int]] = {}
-    reduced = {decision.layer for decision in decisions if decision.reduce_range}
     for decision in decisions:
         level = levels.get(decision.name, decision.size)
         if level < decision.size:
@@ -148,6 +143,6 @@ def layer_policies(
         share = 1.0 if density == FULL_DENSITY or LayerPolicy(sparsity).n_of_m else density / FULL_DENSITY
         pattern = "dense" if density == FULL_DENSITY else sparsity
         weight_bits, act_bits = (values.get(what, FULL_BITS) for what in ("weight_bits", "act_bits"))
-        halved = layer in reduced and weight_bits == act_bits == EIGHT_BITS
+        halved = reduce_range and weight_bits == act_bits == EIGHT_BITS
         policies[layer] = LayerPolicy(pattern, share, weight_bits, act_bits, reduce_range=halved)
     return policies

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,16 @@ def interleave(timers: Sequence[Timer], n_runs: int, n_warmup: int) -> tuple[lis
     return elapsed, waited
 
 
-def onnx_call(model: bytes | str, inputs: Sequence[Any], threads: int) -> Callable[[], object]:
+def onnx_call(
+    model: bytes | str, inputs: Sequence[Any], threads: int, settings: Mapping[str, str] | None = None
+) -> Callable[[], object]:
     """A call of an ONNX model on the CPU.
 
     Args:
         model: content or path of the file.
         inputs: NumPy arrays, in the order of the model's inputs.
         threads: threads inside an operator; operators run one after the other.
+        settings: further entries of the session's configuration.
     """
     import onnxruntime
 
@@ -104,13 +107,14 @@ def onnx_call(model: bytes | str, inputs: Sequence[Any], threads: int) -> Callab
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Its idle threads would spin on the cores that the next call in the round is timed on.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    for name, value in {"session.force_spinning_stop": "1", **(settings or {})}.items():
+        options.add_session_config_entry(name, value)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     feed = {entry.name: value for entry, value in zip(session.get_inputs(), inputs, strict=True)}
     return lambda: session.run(None, feed)
 
 
-_X86 = ("x86_64", "amd64", "x86", "i386", "i686")
+_X86 = ("", "x86_64", "amd64", "x86", "i386", "i686")
 _ON_X86 = {"sse4_2", "avx", "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512dq", "avx512bw", "avx512vl"}
 _ON_X86 |= {"avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"}
 _ON_ARM = {"neon", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "svei8mm", "svebf16", "sme", "sme2"}
@@ -143,7 +147,7 @@ class Processor:
     def saturates(self) -> bool:
         """Whether runtimes add pairs of 8-bit products in 16 bits there, where large ones are cut off.
 
-        x86 without VNNI does; with what the system does not say, it is taken to.
+        x86 without VNNI does; a processor of which too little is known is taken to.
         """
         return self.architecture.lower() in _X86 and not {"avx_vnni", "avx512_vnni"}.intersection(self.features)
 

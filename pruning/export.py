@@ -27,7 +27,7 @@ from .half_precision import InHalfPrecision, has_half_precision
 from .layer_policy import LayerPolicy
 from .policy import CompressionPolicy
 from .program_archive import vetted_copy
-from .qdq import IntegerReport, MarkedNetwork, integer_model, integer_report, marked_network
+from .qdq import IntegerReport, MarkedNetwork, integer_model, integer_report, marked_network, saturates
 from .quantize import HALF_BITS, INTEGER_BITS, insert_quantizers, is_integer, quantized_layers
 from .surgery import apply_policy
 
@@ -206,7 +206,8 @@ def export_onnx(
 
     Raises:
         ExportError: if the network cannot be exported, has bits that no runtime has, or ONNX Runtime's outputs differ
-            by more than `TOLERANCE` (for integers `INTEGER_TOLERANCE`, or what rounding changes if that is more).
+            by more than `TOLERANCE` (for integers `INTEGER_TOLERANCE`, or what rounding changes if that is more, with
+            sums that do not saturate; what they do here is `IntegerReport.saturated`).
         FileWriteError: if the file cannot be written.
     """
     path, layers = Path(path), quantized_layers(model)
@@ -233,6 +234,8 @@ def export_onnx(
             f"the integer ONNX of {type(model).__name__} differs from PyTorch's simulation by {report.error:.2e} of "
             f"the outputs (root mean square over {report.images} images), allowed {allowed:.2e}; nothing was written"
         )
+        if saturates() and report.error == report.saturated:
+            msg += ". This processor adds pairs of 8-bit products in 16 bits: layers with reduce_range avoid that"
         raise ExportError(msg)
     write_atomic(path, content)
     return report
@@ -293,7 +296,8 @@ def _check_bits(model: nn.Module, policy: CompressionPolicy) -> None:
 
 
 def _bits(layer: LayerPolicy) -> str:
-    return f"{layer.weight_bits}-bit {layer.quantizer} weights and {layer.act_bits}-bit activations"
+    levels = " of half the range" if layer.reduce_range else ""
+    return f"{layer.weight_bits}-bit {layer.quantizer} weights{levels} and {layer.act_bits}-bit activations"
 
 
 def _in_half_precision(model: nn.Module) -> nn.Module:

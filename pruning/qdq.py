@@ -71,7 +71,7 @@ class IntegerReport:
         kernels: integer kernels in that graph, by operator (``QLinearAdd`` and so on too).
         conversions: QuantizeLinear and DequantizeLinear that are left in it.
         error: root mean square of the difference to PyTorch's simulation on the given images, relative to that of the
-            simulation's outputs, with sums of products that do not saturate (`EXACT_SUMS`).
+            simulation's outputs, with sums of products that do not saturate where the runtime can (`EXACT_SUMS`).
         saturated: the same as the runtime computes here by default: ``error`` where nothing saturates.
         rounding: the same for the difference between the simulation and the network in full precision.
         agreement: share of these images with the same largest output, by default here.
@@ -475,7 +475,7 @@ def _integer_runs(graph: onnx.GraphProto) -> Counter[str]:
 def _exact_outputs_of_file(content: bytes, images: tuple[Tensor, ...]) -> list[NDArray[np.float32]]:
     try:
         return _outputs_of_file(content, images, EXACT_SUMS)
-    except RuntimeFailure:  # it stores such weights as other integers, and fails where two layers share one
+    except RuntimeFailure:  # signed weights are stored as unsigned, which fails where two layers share one
         return _outputs_of_file(content, images, {})
 
 

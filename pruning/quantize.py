@@ -542,7 +542,7 @@ def _weight_quantizer(policy: LayerPolicy, weight: Tensor) -> nn.Module:
     if policy.quantizer == "kmeans":
         return SharedWeightQuantizer(policy.weight_bits, weight)
     # Half the levels of a symmetric grid are those of one bit fewer.
-    return LinearWeightQuantizer(policy.weight_bits - policy.reduce_range, weight)
+    return LinearWeightQuantizer(7 if policy.reduce_range else policy.weight_bits, weight)
 
 
 def _act_quantizer(bits: int, place: str) -> nn.Module:

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from latency.measure import cpu_name
@@ -26,7 +27,7 @@ from pruning.export import export_onnx
 from pruning.files import write_atomic
 from pruning.finetune import finetune
 from pruning.layer_policy import LayerPolicy
-from pruning.qdq import saturates
+from pruning.qdq import EXACT_SUMS, saturates
 from pruning.quantize import quantize_layers
 
 from ..data import DataRecipe, ImageData, SplitRecipe, TrainBatches, make_evaluate, normalise
@@ -40,21 +41,25 @@ NETWORKS = {
     "resnet20": "resnet20-cifar10.safetensors",
 }
 METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "entropy", "mse")
+ALL_LEVELS = "-127 to 127"
+LEVELS = {ALL_LEVELS: False, "-63 to 63": True}
+"""Of 8-bit weights, and whether that is a reduced range."""
 N_CALIBRATION = 256
 CALLS_OF_A_TURN = 5
 EXAMPLE = torch.zeros(1, 3, 32, 32)
-EXPLANATION = """Accuracies are on the even-numbered test images. Latencies are of single images in ONNX Runtime, both
-networks in turn in one process, five calls a turn: what slows the machine down slows both. A ratio is one of medians,
-with the quartiles of the ratios turn by turn. Processor time, which one thread has, leaves out the time in which other
-processes ran."""
+EXPLANATION = """Accuracies are on the even-numbered test images. Latencies are of single images in ONNX Runtime, all
+files in turn in one process, five calls a turn: what slows the machine down slows all. A ratio is one of medians, with
+the quartiles of the ratios turn by turn. Processor time, which one thread has, leaves out the time in which other
+processes ran. Differences to PyTorch's simulation are by sums that do not saturate, and as ONNX Runtime computes here
+by default, which is also what the file's accuracy and class are of."""
 
 
-def uniform_bits(model: nn.Module, bits: int) -> dict[str, LayerPolicy]:
+def uniform_bits(model: nn.Module, bits: int, *, reduce_range: bool = False) -> dict[str, LayerPolicy]:
     """So many bits for every convolution and linear layer; at least 8 for the first and the last, as is usual."""
     names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     outer = {names[0], names[-1]}
     own = {name: max(bits, 8) if name in outer else bits for name in names}
-    return {name: LayerPolicy(weight_bits=n, act_bits=n) for name, n in own.items()}
+    return {name: LayerPolicy(weight_bits=n, act_bits=n, reduce_range=reduce_range) for name, n in own.items()}
 
 
 def accuracies(model: nn.Module, data: ImageData, options: argparse.Namespace) -> dict[str, Callable[[], float]]:
@@ -85,17 +90,19 @@ def calibration_images(data: ImageData, seed: int) -> Tensor:
     return normalise(data.train.images[chosen], data.recipe)
 
 
-def export_both(model: nn.Module, data: ImageData, folder: Path, name: str, seed: int) -> dict[str, Any]:
-    """Write the network in single precision and in integers; accuracy and fused kernels of the latter."""
+def export_all(model: nn.Module, data: ImageData, folder: Path, name: str, seed: int) -> dict[str, dict[str, Any]]:
+    """Write the network in single precision and in integers; what the integers are worth, by the levels of weights."""
     export_onnx(model, EXAMPLE, folder / f"{name}-fp32.onnx")
-    quantized = quantize_layers(model, uniform_bits(model, 8), [calibration_images(data, seed)])
     images = normalise(data.validation.images[:N_CALIBRATION], data.recipe).contiguous()
-    report = export_onnx(quantized, EXAMPLE, folder / f"{name}-int8.onnx", images=images)
-    assert report is not None
-    return asdict(report) | {
-        "fused_layers": report.fused_layers,
-        "accuracy": onnx_accuracy(folder / f"{name}-int8.onnx", data),
-    }
+    evaluate, found = make_evaluate(data.validation, data.recipe), {}
+    for levels, reduce_range in LEVELS.items():
+        path, bits = folder / f"{name}, {levels}.onnx", uniform_bits(model, 8, reduce_range=reduce_range)
+        quantized = quantize_layers(model, bits, [calibration_images(data, seed)])
+        report = export_onnx(quantized, EXAMPLE, path, images=images)
+        assert report is not None
+        scored = {"simulated": evaluate(quantized), "accuracy": onnx_accuracy(path, data)}
+        found[levels] = asdict(report) | {"fused_layers": report.fused_layers} | scored
+    return found
 
 
 def onnx_accuracy(path: Path, data: ImageData, batch_size: int = 50) -> float:
@@ -110,26 +117,34 @@ def onnx_accuracy(path: Path, data: ImageData, batch_size: int = 50) -> float:
     return n_right / len(data.validation)
 
 
-def latency_ratio(folder: Path, name: str, threads: int, rounds: int) -> dict[str, float]:
-    """How many times faster the integers are, by the clock and, with one thread, by processor time."""
-    files = (str(folder / f"{name}-{kind}.onnx") for kind in ("fp32", "int8"))
-    turns = [_turn(onnx_call(file, [EXAMPLE.numpy()], threads)) for file in files]
+def latency_ratios(folder: Path, name: str, threads: int, rounds: int) -> dict[str, dict[str, float]]:
+    """How many times faster than floats integers are, by the clock and, with one thread, by processor time."""
+    files: dict[str, tuple[str, dict[str, str]]] = {"fp32": (f"{name}-fp32.onnx", {})}
+    files |= {levels: (f"{name}, {levels}.onnx", {}) for levels in LEVELS}
+    if saturates():
+        files[f"{ALL_LEVELS}, exact sums"] = (f"{name}, {ALL_LEVELS}.onnx", EXACT_SUMS)
+    turns = [
+        _turn(onnx_call(str(folder / file), [EXAMPLE.numpy()], threads, settings)) for file, settings in files.values()
+    ]
     wall, processor = np.array(interleave(turns, rounds, n_warmup=5)) / 1e6 / CALLS_OF_A_TURN
-    lower, upper = np.percentile(wall[0] / wall[1], [25, 75])
-    fp32, int8 = np.median(wall, axis=1)
-    found = {"ratio": fp32 / int8, "lower": lower, "upper": upper, "fp32_ms": fp32, "int8_ms": int8}
-    if threads == 1:
-        lower, upper = np.percentile(processor[0] / processor[1], [25, 75])
-        fp32, int8 = np.median(processor, axis=1)
-        found |= {"processor": fp32 / int8, "processor_lower": lower, "processor_upper": upper}
-    return {key: float(value) for key, value in found.items()}
+    found = {}
+    for row, what in enumerate(files):
+        own = {"ms": np.median(wall[row]), **_ratio(wall, row, "clock")}
+        found[what] = own | (_ratio(processor, row, "processor") if threads == 1 else {})
+    return {what: {key: float(value) for key, value in own.items()} for what, own in found.items()}
+
+
+def _ratio(times: NDArray[np.float64], row: int, clock: str) -> dict[str, np.floating]:
+    lower, upper = np.percentile(times[0] / times[row], [25, 75])
+    medians = np.median(times, axis=1)
+    return {clock: medians[0] / medians[row], f"{clock}_lower": lower, f"{clock}_upper": upper}
 
 
 def _turn(call: Callable[[], object]) -> Timer:
     """Several calls, by the clock and by this thread's processor time."""
 
     def timed() -> tuple[int, int]:
-        call()  # brings the weights back into the caches, from which the other network's turn has driven them
+        call()  # brings the weights back into the caches, from which the other files' turns have driven them
         wall, processor = time.perf_counter_ns(), time.thread_time_ns()
         for _ in range(CALLS_OF_A_TURN):
             call()
@@ -157,24 +172,26 @@ def page(found: Sequence[tuple[str, dict[str, Any]]], options: argparse.Namespac
         [row, *(f"{100 * facts[row]:.2f}" if row in facts else "" for _, facts in found)]
         for row in ("fp32", *(f"int8 {method}" for method in METHODS), "4 bits mse", "4 bits trained")
     ]
-    scored.append(["int8 mse, the ONNX file", *(f"{100 * facts['export']['accuracy']:.2f}" for _, facts in found)])
+    scored = [[row, *values] for row, *values in scored if any(values)]
     integers, latencies = [], []
     for name, facts in found:
-        export = facts["export"]
-        kernels = ", ".join(f"{n} {kind}" for kind, n in export["kernels"].items())
-        layers, left = f"{export['layers']}, {export['fused_layers']}", str(export["conversions"])
-        shares = (f"{100 * export[key]:.1f} %" for key in ("error", "agreement"))
-        integers.append([name, layers, kernels, left, *shares])
-        for threads, entry in facts["latency"].items():
-            wall = f"{entry['ratio']:.2f} ({entry['lower']:.2f} to {entry['upper']:.2f})"
-            used = "{processor:.2f} ({processor_lower:.2f} to {processor_upper:.2f})" if "processor" in entry else ""
-            latencies.append([name, threads, wall, used.format(**entry), f"{entry['int8_ms']:.2f}"])
-    heads = ["integers", "layers, fused", "kernels", "Q/DQ left", "difference to PyTorch", "same class"]
+        for levels, export in facts["files"].items():
+            kernels = ", ".join(f"{n} {kind}" for kind, n in export["kernels"].items())
+            layers, left = f"{export['layers']}, {export['fused_layers']}", str(export["conversions"])
+            shares = (f"{100 * export[key]:.1f} %" for key in ("error", "saturated", "agreement"))
+            worth = (f"{100 * export[key]:.2f}" for key in ("simulated", "accuracy"))
+            integers.append([name, levels, *worth, *shares, layers, left, kernels])
+        for threads, entries in facts["ratios"].items():
+            for what, entry in list(entries.items())[1:]:
+                clocks = [_in_quartiles(entry, clock) for clock in ("clock", "processor")]
+                latencies.append([name, what, threads, *clocks, f"{entry['ms']:.2f}"])
+    compared = ("difference to PyTorch", "as computed here", "same class")
+    heads = ["integers", "weights", "simulated, %", "file, %", *compared, "layers, fused", "Q/DQ left", "kernels"]
     clock = ["by the clock: medians (quartiles)", "by processor time", "int8, ms"]
     tables = [
         Table(["accuracy, %", *(name for name, _ in found)], scored),
-        Table(heads, integers, words=("kernels",)),
-        Table(["fp32 : int8", "threads", *clock], latencies),
+        Table(heads, integers, words=("weights", "kernels")),
+        Table(["fp32 : int8", "weights", "threads", *clock], latencies, words=("weights",)),
     ]
     versions = f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}"
     head = [
@@ -189,6 +206,12 @@ def page(found: Sequence[tuple[str, dict[str, Any]]], options: argparse.Namespac
     return "\n\n".join([*head, *(table.markdown() for table in tables)]) + "\n"
 
 
+def _in_quartiles(entry: Mapping[str, float], clock: str) -> str:
+    if clock not in entry:
+        return ""
+    return f"{entry[clock]:.2f} ({entry[f'{clock}_lower']:.2f} to {entry[f'{clock}_upper']:.2f})"
+
+
 def measure(name: str, data: ImageData, options: argparse.Namespace, *, timing: bool) -> dict[str, Any]:
     """Files and latencies of one network, or its accuracies; what an earlier sitting measured is read from its file."""
     path = options.out / f"{name}.json"
@@ -196,11 +219,13 @@ def measure(name: str, data: ImageData, options: argparse.Namespace, *, timing: 
     model = build_model(name, num_classes=10).eval()
     load_weights(model, options.models / NETWORKS[name])
     steps: dict[str, Callable[[], Any]] = {
-        "export": lambda: export_both(model, data, options.out, name, options.seed),
-        "latency": lambda: {str(n): latency_ratio(options.out, name, n, options.rounds) for n in (1, 2)},
+        "files": lambda: export_all(model, data, options.out, name, options.seed),
+        "ratios": lambda: {str(n): latency_ratios(options.out, name, n, options.rounds) for n in (1, 2)},
     }
     if not timing:
-        steps = {} if options.no_accuracy else {**accuracies(model, data, options)}
+        steps = {**accuracies(model, data, options)}
+        if options.no_accuracy:
+            steps = {"fp32": steps["fp32"]}
         if name not in options.train:
             steps.pop("4 bits trained", None)
     for step, measured in steps.items():
@@ -222,7 +247,7 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=12_800, help="of that training, each seen once")
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--rounds", type=int, default=200, help="turns of each network when it is timed")
-    parser.add_argument("--no-accuracy", action="store_true", help="measure no accuracies beside those known already")
+    parser.add_argument("--no-accuracy", action="store_true", help="only of floats and of the integers' files")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     data = read_data(options)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from envs.action import counts_of
 from envs.evaluator import CandidateEvaluator
 from envs.journal import Journal
+from graph_encoder.modes import has_bfloat16
 from pruning.files import write_atomic
 
 from ..config import RunConfig, load_config, parse_setting
@@ -30,7 +31,7 @@ from ..pages import Table
 from ..problem import SearchProblem
 from ..progress import RunDisplay
 from ..rank_correlation import spearman
-from ..search import build_problem, importance_of, space_of_graph
+from ..search import build_problem, importance_of, space_of_graph, with_range
 from ..subject import prepare_subject
 
 SPREAD = 0.5
@@ -67,6 +68,9 @@ def main(
 ) -> None:
     """Score random plans in single precision and in bfloat16, or in integers where bits are decided."""
     options = dict(parse_setting(text) for text in settings or [])
+    if not load_config(config, options).search.decides_bits and not has_bfloat16("cpu"):
+        msg = "PyTorch has no kernels in bfloat16 for this processor, so there is nothing to compare"
+        raise typer.BadParameter(msg)
     with RunDisplay() as display:
         problems = [
             _problem(load_config(config, options | {"search.autocast": autocast}), display)
@@ -99,7 +103,7 @@ def main(
 
 
 def _problem(config: RunConfig, display: RunDisplay) -> SearchProblem:
-    device = set_up_device(config.device, config.threads)
+    device, config = set_up_device(config.device, config.threads), with_range(config)
     subject = prepare_subject(
         config, device, display, StopFlag(), check=lambda subject: space_of_graph(config, subject.graph)
     )

@@ -87,8 +87,8 @@ class _Layout:
             return 1
         pixels = (self.size[2] - 1) * self.row + self.size[3]
         distance = _round_up(self.head + max(pixels + self.head, _round_up(pixels, LANES)), LANES)
-        # Channels a multiple of 4 KiB apart would all fall into the same few sets of the first-level cache.
-        return distance + LANES if distance % 1024 == 0 else distance
+        # Channels an even number of cache lines apart would share sets of the first-level cache; small ones fill all.
+        return distance + LANES if distance >= 8 * LANES and distance % (2 * LANES) == 0 else distance
 
     @property
     def image(self) -> int:

@@ -53,8 +53,18 @@ def tiny_config() -> Callable[..., RunConfig]:
 @pytest.fixture
 def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that computes in bfloat16, whatever this one is."""
+    _set_bfloat16(monkeypatch, is_there=True)
+
+
+@pytest.fixture
+def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that does not."""
+    _set_bfloat16(monkeypatch, is_there=False)
+
+
+def _set_bfloat16(monkeypatch: pytest.MonkeyPatch, *, is_there: bool) -> None:
     for module in ("graph_encoder.modes", "experiments.search", "experiments.training"):
-        monkeypatch.setattr(f"{module}.has_bfloat16", lambda _: True)
+        monkeypatch.setattr(f"{module}.has_bfloat16", lambda _: is_there)
 
 
 @pytest.fixture

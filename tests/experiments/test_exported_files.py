@@ -52,6 +52,21 @@ def test_network_that_is_no_program_is_passed_over_with_the_reason(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("error", "saturated"), [(0.01, 0.04), (0.06, 0.1)])
+def test_what_saturation_hardly_changes_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float, saturated: float
+) -> None:
+    report = IntegerReport(3, (), 0, {"QLinearConv": 3}, 4, error, saturated, 0.02, 0.99, 8)
+    monkeypatch.setattr("experiments.exported_files.export_onnx", lambda *_args, **_options: report)
+    said: list[str] = []
+    with RunDisplay(quiet=True) as display:
+        display.say = said.append  # type: ignore[method-assign]
+        x = torch.zeros(1, 1, 8, 8)
+        write_exported(network(3, 1), "ppo", x, tmp_path, x, MeasureConfig(), display)
+
+    assert not [line for line in said if line.startswith("warning")]
+
+
 def test_layers_that_do_not_fuse_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = IntegerReport(3, ("body.2", "head"), 2, {"QLinearConv": 3}, 4, 0.01, 0.1, 0.02, 0.99, 8)
     monkeypatch.setattr("experiments.exported_files.export_onnx", lambda *_args, **_options: report)
@@ -64,9 +79,10 @@ def test_layers_that_do_not_fuse_are_named(tmp_path: Path, monkeypatch: pytest.M
     assert said == [
         "ppo as ONNX: 1 of 3 8-bit layers run in integers (and 2 more, which the runtime quantizes by itself); the "
         "same class as in PyTorch for 99.0% of 8 images",
-        "warning: ppo differs by 10.0% of its outputs where this processor runs it, as x86 without VNNI adds pairs of "
-        "products in 16 bits: give its layers reduce_range (search.reduce_range), open the file with "
-        "session.x64quantprecision=1, which is right and slower, or run it on another processor",
+        "warning: ppo as ONNX differs from PyTorch by 10.0% of the outputs on this processor, as x86 without VNNI adds "
+        "pairs of products in 16 bits: give its layers of 8 bits reduce_range (search.reduce_range), open the file "
+        "with the session options {'session.x64quantprecision': '1'}, which is right and slower, or run it on another "
+        "processor",
         "warning: ppo has 8-bit layers that ONNX Runtime computes in floats, as it has no integer kernel where they "
         "stand: body.2, head",
     ]

@@ -12,8 +12,10 @@ import secateur
 from envs.journal import JournalError
 from experiments.config import ConfigError, RunConfig, load_config
 from experiments.interrupt import StopFlag
+from experiments.machine import describe_machine
 from experiments.outcome import RunOutcome, headings, table_cells
 from experiments.progress import RunDisplay
+from experiments.run import RunFolder
 from experiments.search import create_run, resume_run, start_run
 from latency.worker import Processor
 from pruning.export import load_compressed
@@ -90,37 +92,72 @@ def test_a_run_under_several_budgets_keeps_and_shows_each(
     assert "bit operations" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_the_range_of_eight_bits_goes_by_the_processor_and_stays_with_the_run(
-    tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+BITS = {"search__decide": ["channels", "bits"], "search__methods": ["uniform"], "budget": "20% bytes"}
+WITHOUT_VNNI = Processor("a processor", "x86_64", "", ("avx2",), 2)
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "settled"),
+    [
+        (("avx2",), {}, True),
+        (("avx2", "avx_vnni"), {}, False),
+        (("avx2",), {"search__reduce_range": False}, False),
+        (("avx2", "avx_vnni"), {"search__reduce_range": True}, True),
+        (("avx2",), {"search__decide": ["channels"], "budget": "50%"}, None),
+        (("avx2",), {"search__decide": ["weight_bits", "act_bits"], "budget": "20% bops"}, None),
+        (("avx2",), {"search__bits": [4, 8, 32]}, None),
+        (("avx2",), {"search__bits": [16, 32], "budget": "60% bytes"}, None),
+    ],
+)
+def test_the_range_of_eight_bits_goes_by_this_processor_if_integers_are_decided(
+    tiny_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    features: tuple[str, ...],
+    options: dict[str, object],
+    settled: bool | None,
 ) -> None:
-    without_vnni = Processor("a processor", "x86_64", "", ("avx2",), 2)
-    with_vnni = replace(without_vnni, features=("avx2", "avx_vnni"))
-    bits = {"search__decide": ["channels", "bits"], "search__methods": ["uniform"], "budget": "20% bytes"}
+    here = replace(WITHOUT_VNNI, features=features)
+    monkeypatch.setattr(Processor, "here", classmethod(lambda _: here))
 
-    def settled(processor: Processor, **options: object) -> bool | None:
-        monkeypatch.setattr(Processor, "here", classmethod(lambda _: processor))
-        root = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        return create_run(tiny_config(**bits | options), root, ["secateur"]).config.search.reduce_range
+    run = create_run(tiny_config(**BITS | options), tmp_path / "run", ["secateur"])
 
-    assert settled(with_vnni) is False
-    assert settled(without_vnni, search__decide=["channels"], budget="50%") is False
-    assert settled(without_vnni, search__reduce_range=False) is False
-    assert settled(without_vnni) is True
+    assert RunFolder.open(run.root).config.search.reduce_range is settled
 
-    monkeypatch.setattr(Processor, "here", classmethod(lambda _: with_vnni))
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_range_of_eight_bits_stays_with_the_run_on_another_processor(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_on: bool
+) -> None:
+    create_run(tiny_config(**BITS | {"search__reduce_range": is_on}), tmp_path / "run", ["secateur"])
+    other = replace(WITHOUT_VNNI, features=("avx2", "avx_vnni") if is_on else ("avx2",))
+    monkeypatch.setattr(Processor, "here", classmethod(lambda _: other))
     said: list[str] = []
     with RunDisplay(quiet=True) as display:
         display.say = said.append  # type: ignore[method-assign]
-        resume_run(tmp_path / "run3", display, StopFlag())
+        resume_run(tmp_path / "run", display, StopFlag())
 
-    policy = secateur.CompressionPolicy.load(tmp_path / "run3" / "methods" / "uniform" / "policy.json")
+    policy = secateur.CompressionPolicy.load(tmp_path / "run" / "methods" / "uniform" / "policy.json")
     integers = [layer for layer in policy.layers.values() if layer.weight_bits == layer.act_bits == 8]
-    assert integers and all(layer.reduce_range for layer in integers)
-    assert any(line.startswith("search.reduce_range: weights of 8 bits take half of their levels") for line in said)
+    assert {layer.reduce_range for layer in integers} == {is_on}
+    assert any(line.startswith("search.reduce_range: weights of 8 bits take half") for line in said) == is_on
+
+
+def test_a_run_from_before_the_range_was_settled_keeps_all_levels(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(**BITS)
+    RunFolder.create(tmp_path / "run", config, describe_machine(torch.device("cpu")), ["secateur"])
+    monkeypatch.setattr(Processor, "here", classmethod(lambda _: WITHOUT_VNNI))
+    with RunDisplay(quiet=True) as display:
+        resume_run(tmp_path / "run", display, StopFlag())
+
+    policy = secateur.CompressionPolicy.load(tmp_path / "run" / "methods" / "uniform" / "policy.json")
+    assert {layer.reduce_range for layer in policy.layers.values()} == {False}
 
 
 @pytest.mark.parametrize("asked", [None, False, True])
-def test_compress_lets_eight_bits_take_half_their_levels_where_the_processor_needs_it(
+def test_compress_goes_by_the_processor_too_and_ties_its_journal_to_the_range(
     asked: bool | None, tmp_path: Path
 ) -> None:
     arguments = {

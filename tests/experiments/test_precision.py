@@ -37,7 +37,7 @@ NOT_FOR_SCORES = (
     "are decided, and bfloat16 rounds about as much as 8 bits do"
 )
 
-NO_KERNELS = "as PyTorch has no kernels in bfloat16 for this processor, and would take a hundred times as long"
+NO_KERNELS = "as PyTorch has no kernels in bfloat16 for this processor, and would take many times as long"
 
 
 class Recorder(nn.Module):
@@ -99,10 +99,8 @@ def test_networks_with_bits_are_finetuned_in_single_precision(
 
 
 def test_a_processor_without_bfloat16_computes_in_single_precision(
-    tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, without_bfloat16: None
 ) -> None:
-    for module in ("graph_encoder.modes", "experiments.search", "experiments.training"):
-        monkeypatch.setattr(f"{module}.has_bfloat16", lambda _: False)
     config = tiny_config(search__autocast=True, finetune__epochs=1, finetune__autocast=True)
     model, said = Recorder(network(3, 1)), []
     data = ImageData(config.data)
@@ -125,7 +123,7 @@ def test_a_processor_without_bfloat16_computes_in_single_precision(
 
 
 def test_bfloat16_is_there_where_convolutions_have_a_kernel_for_it() -> None:
-    images, weight = (torch.ones(1, 8, 6, 6, dtype=torch.bfloat16), torch.ones(8, 8, 3, 3, dtype=torch.bfloat16))
+    images, weight = torch.ones(1, 8, 6, 6, dtype=torch.bfloat16), torch.ones(8, 8, 3, 3, dtype=torch.bfloat16)
     with torch.profiler.profile() as profile:
         torch.conv2d(images, weight)
 

@@ -7,10 +7,20 @@ import torch
 
 from experiments.config import ConfigError, RunConfig, SearchSettings
 from experiments.methods import check_enough
-from experiments.problem import evaluations_to_probe, probe, space_by
+from experiments.problem import evaluations_to_probe, probe, settle_range, space_by
 from graph_encoder.capture import capture
 from latency.budget import Budget
-from latency.table import Calibration, TableError, build_table, needed_kinds, network_key, start_table
+from latency.table import (
+    Calibration,
+    Fingerprint,
+    LatencyTable,
+    TableError,
+    build_table,
+    needed_kinds,
+    network_key,
+    start_table,
+)
+from latency.worker import Processor
 from pruning.importance import rank_units
 from tests.latency.synthetic import IntegerFormulaDevice, as_calibrated
 
@@ -38,6 +48,18 @@ def test_probes_take_the_evaluations_that_are_foreseen(
 
     foreseen = evaluations_to_probe(problem.space, share, problem.scoring.n_images, n_calibration)
     assert probed.probe_evaluations == pytest.approx(foreseen)
+
+
+def test_the_range_of_eight_bits_goes_by_the_device_that_the_table_is_of(
+    tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_config(search__decide=["bits"], budget="20% bytes").search
+    without, with_it = (Processor("a processor", "x86_64", "", features, 2) for features in ((), ("avx_vnni",)))
+    for here, there, expected in ((with_it, without, True), (without, with_it, False)):
+        monkeypatch.setattr(Processor, "here", classmethod(lambda _, here=here: here))
+        table = LatencyTable(Fingerprint(there, "onnxruntime", "1.0", 1), 1.0, 0.0)
+        assert settle_range(settings, table).reduce_range is expected
+        assert settle_range(settings, None).reduce_range is not expected
 
 
 @pytest.mark.parametrize(

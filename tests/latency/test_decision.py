@@ -67,11 +67,12 @@ def test_levels_become_policies_and_untouched_layers_are_left_out() -> None:
 
 
 def test_weights_of_integer_layers_take_half_of_their_levels_where_asked() -> None:
-    decisions = layer_decisions(graph(), ["density", "weight_bits", "act_bits"], bits=(6, 8, 32), reduce_range=True)
+    decisions = layer_decisions(graph(), ["density", "weight_bits", "act_bits"], bits=(6, 8, 32))
     found = layer_policies(
         decisions,
         {"1:density": 30, "1:weight_bits": 8, "1:act_bits": 8, "3:weight_bits": 8, "3:act_bits": 6, "5:act_bits": 8},
         "unstructured",
+        reduce_range=True,
     )
     assert found == {
         "1": LayerPolicy("unstructured", 0.3, 8, 8, reduce_range=True),

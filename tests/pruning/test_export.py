@@ -8,6 +8,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,18 @@ def test_channels_and_bits_are_saved_and_loaded_as_one(tmp_path: Path, layers: d
     assert loaded.inner.out_channels == 5
     assert torch.equal(loaded(IMAGES), model(IMAGES))
     assert not torch.allclose(model(IMAGES), small(IMAGES), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("of_network", [True, False])
+def test_network_with_another_range_than_its_policy_is_not_saved(tmp_path: Path, of_network: bool) -> None:
+    whole = LayerPolicy(weight_bits=8, act_bits=8)
+    half = replace(whole, reduce_range=True)
+    own, asked = (half, whole) if of_network else (whole, half)
+    model, policy = quantize_layers(Residual(), {"stem": own}, [IMAGES]), CompressionPolicy(layers={"stem": asked})
+
+    with pytest.raises(ExportError, match="8-bit linear weights of half the range and 8-bit activations"):
+        save_compressed(model, policy, tmp_path, constructor="tests:Residual", example_inputs=EXAMPLE)
+    assert not list(tmp_path.iterdir())
 
 
 def test_network_with_other_bits_than_its_policy_is_not_saved(tmp_path: Path) -> None:

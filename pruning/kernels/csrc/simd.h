@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -122,6 +122,10 @@ inline __attribute__((always_inline)) Vector activate(Vector v, int64_t activati
 inline Vector load_some(const float* from, int64_t count) {
 #if defined(__AVX512F__)
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+#elif defined(__AVX__)
+  alignas(64) static const int32_t SET_THEN_CLEAR[2 * LANES] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  const IntVector mask = load_lanes(SET_THEN_CLEAR + LANES - count);
+  return _mm256_maskload_ps(from, reinterpret_cast<__m256i>(mask));
 #else
   Vector vector{};
   for (int64_t i = 0; i < count; ++i) vector[i] = from[i];
@@ -132,6 +136,20 @@ inline Vector load_some(const float* from, int64_t count) {
 inline void store_some(float* to, Vector vector, int64_t count) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), vector);
+#elif defined(__AVX__)
+  // By halves: a masked store takes some processors as long as a dozen others.
+  __m128 half = _mm256_castps256_ps128(vector);
+  if (count & 4) {
+    _mm_storeu_ps(to, half);
+    half = _mm256_extractf128_ps(vector, 1);
+    to += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(to), half);
+    half = _mm_movehl_ps(half, half);
+    to += 2;
+  }
+  if (count & 1) _mm_store_ss(to, half);
 #else
   for (int64_t i = 0; i < count; ++i) to[i] = vector[i];
 #endif

@@ -74,35 +74,62 @@ void block_tile(const Operands& operands, const Destination& destination) {
 
 // The columns in which exactly the rows of PATTERN are non-zero, then those of the next pattern. Sorting columns by
 // pattern turns a branch for each weight into straight code with each load used as often as the pattern has rows.
-template <int PATTERN, int NV>
-inline __attribute__((always_inline)) void add_patterns(Vector (&sums)[ROWS][NV], const float* x,
+// Only the rows from FIRST on that `sums` holds are looked at.
+template <int PATTERN, int FIRST, int HELD, int NV>
+inline __attribute__((always_inline)) void add_patterns(Vector (&sums)[HELD][NV], const float* x,
                                                         const int32_t*& offsets, const float*& values,
                                                         const int32_t* counts) {
   if constexpr (PATTERN < PATTERNS) {
-    constexpr int WEIGHTS = __builtin_popcount(PATTERN);
-    for (int32_t left = counts[PATTERN]; left > 0; --left, ++offsets, values += WEIGHTS) {
-      const float* from = x + *offsets;
-      SECATEUR_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        Vector pixels = load(from + v * LANES);
-        if constexpr (WEIGHTS > 1) SECATEUR_KEEP(pixels);
-        int weight = 0;
+    constexpr int WEIGHTS = __builtin_popcount(PATTERN), USED = PATTERN >> FIRST & ((1 << HELD) - 1);
+    if constexpr (USED == 0) {
+      offsets += counts[PATTERN];
+      values += counts[PATTERN] * WEIGHTS;
+    } else {
+      for (int32_t left = counts[PATTERN]; left > 0; --left, ++offsets, values += WEIGHTS) {
+        const float* from = x + *offsets;
         SECATEUR_UNROLL
-        for (int row = 0; row < ROWS; ++row)
-          if (PATTERN >> row & 1) sums[row][v] += pixels * values[weight++];
+        for (int v = 0; v < NV; ++v) {
+          Vector pixels = load(from + v * LANES);
+          if constexpr (__builtin_popcount(USED) > 1) SECATEUR_KEEP(pixels);
+          int weight = 0;
+          SECATEUR_UNROLL
+          for (int row = 0; row < ROWS; ++row) {
+            if (!(PATTERN >> row & 1)) continue;
+            if (row >= FIRST && row < FIRST + HELD) sums[row - FIRST][v] += pixels * values[weight];
+            ++weight;
+          }
+        }
       }
     }
-    add_patterns<PATTERN + 1>(sums, x, offsets, values, counts);
+    add_patterns<PATTERN + 1, FIRST>(sums, x, offsets, values, counts);
   }
+}
+
+template <int FIRST, int HELD, int NV>
+inline __attribute__((always_inline)) void add_rows(const Operands& operands, Destination d) {
+  if (FIRST >= d.rows) return;
+  Vector sums[HELD][NV] = {};
+  const int32_t* offsets = operands.offsets;
+  const float* values = operands.values;
+  add_patterns<1, FIRST>(sums, operands.x, offsets, values, operands.counts);
+  d.rows -= FIRST;
+  d.to += FIRST * d.stride;
+  if (d.bias) d.bias += FIRST;
+  if (d.from) d.from += FIRST * d.from_stride;
+  finish(sums, d);
 }
 
 template <int NV>
 void pattern_tile(const Operands& operands, const Destination& destination) {
-  Vector sums[ROWS][NV] = {};
-  const int32_t* offsets = operands.offsets;
-  const float* values = operands.values;
-  add_patterns<1>(sums, operands.x, offsets, values, operands.counts);
-  finish(sums, destination);
+  add_rows<0, ROWS, NV>(operands, destination);
+}
+
+// Two rows and then the other two: fewer sums for each vector, so that tiles can be twice as wide, and what a loop
+// costs to begin and to end is paid half as often.
+template <int NV>
+void pattern_tile_by_halves(const Operands& operands, const Destination& destination) {
+  add_rows<0, ROWS / 2, NV>(operands, destination);
+  add_rows<ROWS / 2, ROWS / 2, NV>(operands, destination);
 }
 
 // By number of vectors, from one on. The sums, one vector of pixels for each and a weight have to fit the registers.
@@ -114,7 +141,8 @@ constexpr Tile PATTERN_ROWS[] = {pattern_tile<1>, pattern_tile<2>, pattern_tile<
                                  pattern_tile<5>, pattern_tile<6>, pattern_tile<7>};
 #else
 constexpr Tile FOUR_ROWS[] = {block_tile<4, 1>, block_tile<4, 2>, block_tile<4, 3>};
-constexpr Tile PATTERN_ROWS[] = {pattern_tile<1>, pattern_tile<2>, pattern_tile<3>};
+constexpr Tile PATTERN_ROWS[] = {pattern_tile<1>, pattern_tile<2>, pattern_tile<3>, pattern_tile_by_halves<4>,
+                                 pattern_tile_by_halves<5>, pattern_tile_by_halves<6>};
 #endif
 
 // The tiles for one format: how many rows each sums, and the most vectors it can.
