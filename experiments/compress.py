@@ -135,7 +135,7 @@ def compress(
         bits: bits that may be chosen, ascending; 32 leaves a layer as it is.
         reduce_range: let 8-bit weights beside 8-bit activations take half of their levels, so that no sum of two
             products saturates on x86 processors without VNNI; by default as the processor of the table, else this one,
-            needs it.
+            needs it, if ``"bits"`` are decided and none are fewer than 8.
         calibration_method: how ranges of activations are chosen, on the first of ``calibration``: ``"minmax"``,
             ``"percentile"``, ``"entropy"``, ``"mse"``, or ``"lsq"`` before training.
         table: times of the network's layers, for a budget of latency; see ``secateur latency build``.
@@ -252,7 +252,7 @@ def compress(
             reconstruct=reconstruct,
             reward=f"{reward} {beta:g} {target}" if settings.target else getattr(reward, "__qualname__", reward),
             n_images=n_images,
-            # Named where it is, so that journals from before it could be go on.
+            # Named only where it is, so that it parts no other journals.
             **({"reduce_range": True} if settings.reduce_range else {}),
         )
     # Agents seed the global generators, which are the caller's.

@@ -88,7 +88,8 @@ class SearchSettings(_Section):
     layer as it is: without it, every layer is quantized."""
     reduce_range: bool | None = None
     """Let 8-bit weights beside 8-bit activations take half of their levels, so that no sum of two products saturates on
-    x86 processors without VNNI; unset goes by the processor of the latency table, else by this one."""
+    x86 processors without VNNI; unset goes by the processor of the latency table, else by this one, if bits are decided
+    together and none are fewer than 8."""
     start: Start = "sensitivity"
     """The plan that every searching method starts from; the probes it takes count as evaluations of each."""
     show_sensitivity: bool = False
@@ -174,7 +175,7 @@ class SearchSettings(_Section):
     @property
     def decides_integers(self) -> bool:
         """Whether plans hold layers of 8 bits, and bits that runtimes compute with alone."""
-        return "bits" in self.decide and 8 in self.bits and min(self.bits) == 8
+        return "bits" in self.decide and min(self.bits, default=0) == 8
 
     @property
     def scores_in_bfloat16(self) -> bool:

@@ -67,4 +67,4 @@ def has_bfloat16(device_type: str) -> bool:
     if device_type == "cpu":
         # What convolutions themselves ask before they choose a kernel; no public function says so.
         return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return device_type != "cuda" or torch.cuda.is_bf16_supported()
+    return device_type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

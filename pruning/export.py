@@ -234,8 +234,8 @@ def export_onnx(
             f"the integer ONNX of {type(model).__name__} differs from PyTorch's simulation by {report.error:.2e} of "
             f"the outputs (root mean square over {report.images} images), allowed {allowed:.2e}; nothing was written"
         )
-        if saturates() and report.error == report.saturated:
-            msg += ". This processor adds pairs of 8-bit products in 16 bits: layers with reduce_range avoid that"
+        if saturates() and not all(layer.policy.reduce_range for layer in layers.values() if is_integer(layer.policy)):
+            msg += ". This processor adds pairs of 8-bit products in 16 bits, which reduce_range of a layer allows for"
         raise ExportError(msg)
     write_atomic(path, content)
     return report

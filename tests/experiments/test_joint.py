@@ -156,10 +156,11 @@ def test_a_run_from_before_the_range_was_settled_keeps_all_levels(
     assert {layer.reduce_range for layer in policy.layers.values()} == {False}
 
 
-@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize(("asked", "expected"), [(None, True), (False, False), (True, True)])
 def test_compress_goes_by_the_processor_too_and_ties_its_journal_to_the_range(
-    asked: bool | None, tmp_path: Path
+    asked: bool | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Processor, "here", classmethod(lambda _: WITHOUT_VNNI))
     arguments = {
         "evaluate": lambda _: 0.5,
         "budget": "30% bytes",
@@ -173,7 +174,6 @@ def test_compress_goes_by_the_processor_too_and_ties_its_journal_to_the_range(
 
     found = secateur.compress(model, torch.zeros(1, 1, 8, 8), reduce_range=asked, **arguments)
 
-    expected = Processor.here().saturates if asked is None else asked
     assert {layer.reduce_range for layer in found.policy.layers.values()} == {expected}
     with pytest.raises(JournalError, match="is of another search: reduce_range"):
         secateur.compress(model, torch.zeros(1, 1, 8, 8), reduce_range=not expected, **arguments)

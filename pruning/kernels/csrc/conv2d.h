@@ -44,12 +44,16 @@ struct Convolution {
   int64_t map_pixels() const { return (shape.out_height - 1) * planes.pitch + shape.out_width; }
   int64_t tasks() const { return shape.batch * planes.strips(shape) * channel_parts * tile_parts; }
 
+  // Tiles may not read beyond the last pixel, as what lies there is someone else's.
+  bool is_input_bounded() const { return planes.in_place && !x.has_slack; }
+
   // Sums of a strip of `rows` can live in the output itself if its rows are as far apart as those of the planes, and if
-  // what tiles write beyond the strip's last pixel is nobody's.
+  // what tiles write beyond the strip's last pixel is nobody's. Where the last tile has to move back over the one
+  // before it, what both compute has to be the same, whichever is first.
   bool is_home(int64_t rows) const {
     if (planes.pitch != out.row || out.column != 1) return false;
     if (residual.data && (residual.row != out.row || residual.has_slack < out.has_slack)) return false;
-    if (out.has_slack) return planes.strips(shape) == 1;
+    if (out.has_slack && !is_input_bounded()) return planes.strips(shape) == 1;
     const int64_t pixels = rows * out.row;
     return pixels >= LANES && (pixels % LANES == 0 || (weight.chunks == 1 && is_clamp()));
   }
@@ -193,7 +197,7 @@ inline bool run_convolution(const Convolution& c, int64_t task) {
     packed = buffer;
   }
   const bool is_home = c.is_home(rows);
-  const bool is_bounded = (c.planes.in_place && !c.x.has_slack) || (is_home && !c.out.has_slack);
+  const bool is_bounded = c.is_input_bounded() || (is_home && !c.out.has_slack);
   const int64_t first_group = c.weight.groups * channel_part / c.channel_parts;
   const int64_t last_group = c.weight.groups * (channel_part + 1) / c.channel_parts;
   float* out = c.out.data + image * c.out.image + first_row * c.out.row;

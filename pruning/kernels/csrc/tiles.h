@@ -124,8 +124,8 @@ void pattern_tile(const Operands& operands, const Destination& destination) {
   add_rows<0, ROWS, NV>(operands, destination);
 }
 
-// Two rows and then the other two: fewer sums for each vector, so that tiles can be twice as wide, and what a loop
-// costs to begin and to end is paid half as often.
+// Two rows and then the other two: fewer sums for each vector, so that tiles can be twice as wide. Patterns with rows in
+// both halves are run through twice, and still fewer loops begin and end for as many pixels.
 template <int NV>
 void pattern_tile_by_halves(const Operands& operands, const Destination& destination) {
   add_rows<0, ROWS / 2, NV>(operands, destination);

@@ -79,6 +79,35 @@ def test_a_convolution_in_a_plan_is_as_exact_as_torch(native: Library, geometry:
     assert_as_exact_as_torch(found, compute(operators, inputs), exact)
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("size", [(1024, 128, 7, 7), (256, 64, 30, 30), (600, 96, 5, 13)])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tiles_that_overlap_at_the_end_of_a_map_are_summed_and_activated_once(
+    native: Library,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    size: tuple[int, int, int, int],
+    activation: str,
+    threads: int,
+) -> None:
+    """The plan's own input is read where it lies, and nothing beyond it, so the last tile moves back."""
+    in_channels, out_channels, height, width = size
+    generator = torch.Generator().manual_seed(0)
+    block = 1 if form in ("dense", "unstructured") else FORMATS[form]
+    weight, _ = sparse((out_channels, in_channels, 1, 1), block, 1 if form == "dense" else 0.7, generator)
+    window = ((1, 1), (0, 0), (1, 1), 1)
+    bias, out = torch.randn(out_channels, generator=generator), (1, out_channels, height, width)
+    one = Convolution("layer", ("x",), "y", out, weight, bias, activation, *window)
+    inputs = {"x": noise(1, in_channels, height, width)}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+    found = run(native, [one], inputs, form)
+
+    exact = compute(in_double([one]), {"x": inputs["x"].double()})
+    assert_as_exact_as_torch(found, compute([one], inputs), exact)
+
+
 WINOGRAD_SIZES = {
     "one block": Geometry((2, 37, 14, 13)),
     "several blocks": Geometry((1, 130, 31, 28), out_channels=16),
