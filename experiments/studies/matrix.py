@@ -81,7 +81,11 @@ def matrix(agent: Method) -> Iterator[Cell]:
     for method in ("ppo", "ddpg"):
         layerwise = {"search.environment": "layerwise", "search.evaluations": LAYERWISE_EVALUATIONS}
         yield _search("resnet56-layerwise", method, 0, layerwise)
-    yield _tuned("resnet56", agent, epochs=30, seed=0)
+    # Apart, so that each ends within one sitting.
+    for method in ("uniform", agent):
+        one = _tuned("resnet56", method, epochs=30, seed=0)
+        own = {"search.methods": [method], "finetune.dense_control": method == "uniform"}
+        yield replace(one, name=f"tuned-resnet56-{method}-seed0", options=one.options | own)
     yield from joint(agent)
 
 

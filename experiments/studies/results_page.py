@@ -85,7 +85,7 @@ before batch norms are re-estimated.""",
 _TUNED_20 = """15 epochs for each network, the dense one too: SGD with Nesterov momentum, cosine schedule, the same
 batches. Differences in points, with 95 % intervals: over the seeds (pairs of runs, Student's t), and over the test
 images (pairs of verdicts on the same image, averaged over the seeds, normal)."""
-_TUNED_56 = "30 epochs for each network, the dense one too; one seed."
+_TUNED_56 = "30 epochs for each network, the dense one too; one seed, in two cells, the dense network beside uniform."
 _TRANSFER = (
     "A frozen agent on another network",
     """An agent trained on ResNet-20 (300 evaluations from the uniform plan, without sensitivities, seed 0), its
@@ -155,41 +155,61 @@ def _test_accuracies(cells: Cells, table: str, method: str) -> dict[str, float]:
 
 
 def _tuned_table(cells: Cells, table: str) -> list[str]:
+    """Networks that were fine-tuned alike; those of one seed may lie in several cells."""
     names = [name for name in cells.names if name.startswith(f"{table}-")]
-    done = [name for name in names if name in cells.outcomes]
-    if not done:
+    found = _tuned_rows(cells, names)
+    if not found:
         return []
-    methods = [row.method for row in cells.outcomes[done[0]].rows]
     lines = []
-    for method in methods:
-        rows = cells.rows(done, method)
-        own = [row.tuned_test_accuracy for row in rows]
+    for method in sorted(found, key=lambda method: (method != DENSE, method != "uniform")):
+        rows = [row for _, row in found[method].values()]
         lines.append(
             [
                 method,
                 spread([row.test_accuracy for row in rows]),
-                spread(own),
-                *_paired(cells, done, own),
-                *(_paired_by_image(cells, done, method, other) for other in ("uniform", DENSE)),
+                spread([row.tuned_test_accuracy for row in rows]),
+                *(_paired(found, method, other) for other in ("uniform", DENSE)),
+                *(_paired_by_image(cells, found, method, other) for other in ("uniform", DENSE)),
             ]
         )
     others = [f"against {other}, {over}" for over in ("seeds", "images") for other in ("uniform", DENSE)]
     heads = ["network", "before", "fine-tuned", *others]
-    return [f"{len(done)} of {len(names)} seeds.", Table(heads, lines).markdown()]
+    n_done = len(set.intersection(*(set(rows) for rows in found.values())))
+    n_seeds = len({name.rpartition("-seed")[2] for name in names})
+    return [f"{n_done} of {n_seeds} seeds.", Table(heads, lines).markdown()]
 
 
-def _paired(cells: Cells, names: Sequence[str], own: Sequence[float | None]) -> list[str]:
-    """Differences from uniform and from the dense network, seed by seed."""
-    texts = []
-    for other in ("uniform", DENSE):
-        theirs = [row.tuned_test_accuracy for row in cells.rows(names, other)]
-        texts.append(interval([a - b for a, b in zip(own, theirs, strict=True) if a is not None and b is not None]))
-    return texts
+_TunedRows = dict[str, dict[str, tuple[str, MethodOutcome]]]
+"""By method and seed: the cell, and the method's row in it."""
 
 
-def _paired_by_image(cells: Cells, names: Sequence[str], method: str, other: str) -> str:
+def _tuned_rows(cells: Cells, names: Sequence[str]) -> _TunedRows:
+    found: _TunedRows = {}
+    for name in names:
+        for row in cells.outcomes[name].rows if name in cells.outcomes else ():
+            if row.tuned_test_accuracy is not None:
+                found.setdefault(row.method, {})[name.rpartition("-seed")[2]] = name, row
+    return found
+
+
+def _pairs(found: _TunedRows, method: str, other: str) -> list[tuple[tuple[str, MethodOutcome], ...]]:
+    theirs = found.get(other, {})
+    return [(own, theirs[seed]) for seed, own in found[method].items() if seed in theirs]
+
+
+def _paired(found: _TunedRows, method: str, other: str) -> str:
+    """Difference in points from ``other``, seed by seed."""
+    differences = []
+    for (_, one), (_, two) in _pairs(found, method, other):
+        assert one.tuned_test_accuracy is not None and two.tuned_test_accuracy is not None
+        differences.append(one.tuned_test_accuracy - two.tuned_test_accuracy)
+    return interval(differences)
+
+
+def _paired_by_image(cells: Cells, found: _TunedRows, method: str, other: str) -> str:
     """Difference in points from ``other`` with a 95 % interval over the test images."""
-    differences = [cells.judged(name, method) - cells.judged(name, other) for name in names]
+    pairs = _pairs(found, method, other)
+    differences = [cells.judged(one, method) - cells.judged(two, other) for (one, _), (two, _) in pairs]
     mean = np.mean(differences, axis=0) if differences else np.zeros(0)
     if len(mean) < 2 or not mean.any():
         return "-"

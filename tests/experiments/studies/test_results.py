@@ -7,6 +7,7 @@ import typer
 
 from experiments.data import DataError
 from experiments.interrupt import StopFlag
+from experiments.outcome import RunOutcome
 from experiments.progress import RunDisplay
 from experiments.run import RunBusyError, RunFolder, locked
 from experiments.studies import records, results
@@ -56,7 +57,7 @@ def test_matrix_holds_every_method_and_seed_once_and_the_most_telling_first() ->
     assert len(set(NAMES)) == len(NAMES)
     assert NAMES[:3] == ["resnet56-uniform-seed0", "resnet56-sensitivity-seed0", "resnet56-magnitude-seed0"]
     assert [f"tuned-resnet20-seed{seed}" in NAMES for seed in range(6)] == [True] * 5 + [False]
-    assert NAMES.index("resnet18_cifar-joint") == NAMES.index("tuned-resnet56-seed0") + 1
+    assert NAMES.index("resnet18_cifar-joint") == NAMES.index("tuned-resnet56-ppo-seed0") + 1
 
 
 @pytest.mark.parametrize("cell", [SEARCH, APPLIED], ids=lambda cell: cell.name)
@@ -171,7 +172,7 @@ def test_an_agent_is_missing_where_only_the_record_of_its_cell_is_left(tmp_path:
 def test_what_was_not_run_has_no_section_and_is_named_at_the_end(tmp_path: Path) -> None:
     finish(tmp_path, "resnet56-ppo-seed0", {}, ppo=0.82)
     judged = {"ppo": "10", "uniform": "10", "dense": "10"}
-    finish(tmp_path, "tuned-resnet56-seed0", judged, uniform=0.8, ppo=0.82)
+    finish(tmp_path, "tuned-resnet56-ppo-seed0", judged, uniform=0.8, ppo=0.82)
     finish(tmp_path, "resnet18_cifar-joint", {}, dense=0.9, ppo=0.82)
     facts = {"accuracy": 0.87, "machine": json.loads(outcome().model_dump_json())["machine"]}
     (tmp_path / "resnet56-reconstructed-ppo-seed0").mkdir()
@@ -192,13 +193,13 @@ def test_what_was_not_run_has_no_section_and_is_named_at_the_end(tmp_path: Path)
     assert listed == [
         "resnet56-ppo-seed0",
         "resnet56-reconstructed-ppo-seed0",
-        "tuned-resnet56-seed0",
+        "tuned-resnet56-ppo-seed0",
         "resnet18_cifar-joint",
     ]
     assert last.startswith(f"Not run, {len(NAMES) - 4} of {len(NAMES)} cells: resnet56-uniform (seed 0, 1, 2), ")
     assert "resnet56-ppo (seed 1, 2)" in last
     assert "transfer-resnet56" in last
-    assert "tuned-resnet56" not in last
+    assert "tuned-resnet56-ppo" not in last
 
 
 def test_mean_and_spread_are_over_the_seeds_that_were_run(tmp_path: Path) -> None:
@@ -234,6 +235,23 @@ def test_fine_tuned_networks_are_compared_seed_by_seed(tmp_path: Path) -> None:
     assert cells[3] == "+2.00 [-10.71, +14.71]"
     # Of four images two were won, one by both seeds and one by one: 0, 0.5, 1, 0, with a standard error of 0.239.
     assert cells[5] == "+37.50 [-9.41, +84.41]"
+
+
+def test_fine_tuned_networks_of_one_seed_may_lie_in_two_cells(tmp_path: Path) -> None:
+    finish(tmp_path, "tuned-resnet56-uniform-seed0", {"uniform": "1100", "dense": "1111"}, uniform=0.80)
+    alone = section(render_page(tmp_path, NAMES, "ppo"), "resnet56 after fine-tuning")
+    finish(tmp_path, "tuned-resnet56-ppo-seed0", {"ppo": "1110"}, ppo=0.83)
+    path = tmp_path / "tuned-resnet56-ppo-seed0" / "results.json"
+    found = RunOutcome.load(path)
+    dense = found.row("dense").model_copy(update={"tuned_test_accuracy": None})  # not fine-tuned there
+    path.write_text(found.model_copy(update={"rows": (dense, found.row("ppo"))}).model_dump_json())
+    both = section(render_page(tmp_path, NAMES, "ppo"), "resnet56 after fine-tuning")
+
+    assert [line.split(" | ")[0] for line in alone if line.startswith("| ")][2:] == ["| dense", "| uniform"]
+    cells = next(line for line in both if line.startswith("| ppo")).split(" | ")
+    assert cells[:5] == ["| ppo", "83.00 %", "93.00 %", "+3.00", "+2.00"]
+    # One of four images was won, and one was lost.
+    assert cells[5].startswith("+25.00 [") and cells[6].startswith("-25.00 [")
 
 
 def test_reconstructed_plans_stand_beside_the_same_plans_without(tmp_path: Path) -> None:
