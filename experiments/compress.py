@@ -156,8 +156,7 @@ def compress(
         journal: file in which every evaluation is recorded; a second call with the same file and arguments goes on
             where the first one stopped. The file keeps methods and seeds apart and lets ``evaluations`` grow; for
             another network, other weights, calibration or arguments it is refused (``reduce_range`` left out is that of
-            the processor). Whether ``evaluate`` is still the
-            same function on the same images cannot be seen from here.
+            the processor). Whether ``evaluate`` is still the same function on the same images cannot be seen from here.
         on_evaluation: told of each evaluation.
 
     Raises:

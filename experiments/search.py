@@ -193,7 +193,7 @@ def build_problem(subject: Subject, importance: dict[str, torch.Tensor], journal
 
 
 def tell_precision(settings: SearchSettings, device: torch.device, display: RunDisplay) -> None:
-    """Say so where candidates are scored in another precision than was asked for, or 8 bits are fewer."""
+    """Say so where scores are in another precision than was asked for, or 8-bit weights have fewer levels."""
     if settings.reduce_range and settings.decides_bits:
         display.say(
             "search.reduce_range: weights of 8 bits take half of their levels, as x86 processors without VNNI add "

@@ -147,7 +147,8 @@ class Processor:
     def saturates(self) -> bool:
         """Whether runtimes add pairs of 8-bit products in 16 bits there, where large ones are cut off.
 
-        x86 without VNNI does; a processor of which too little is known is taken to.
+        x86 without VNNI does; a processor of which too little is known is taken to. On this one
+        `pruning.qdq.saturates` tries it out.
         """
         return self.architecture.lower() in _X86 and not {"avx_vnni", "avx512_vnni"}.intersection(self.features)
 

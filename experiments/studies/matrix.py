@@ -66,7 +66,7 @@ def matrix(agent: Method) -> Iterator[Cell]:
         agent: the method whose plans are fine-tuned and which is carried to another network.
     """
     yield from _searches("resnet56", seed=0)
-    yield _tuned("resnet20", agent, epochs=15, seed=0)
+    yield _tuned("resnet20", ["uniform", agent], epochs=15, seed=0)
     teaching = {"model.name": "resnet20", "search.methods": [agent], "search.for_transfer": True}
     teacher = Cell("transfer-resnet20", teaching)
     yield teacher
@@ -74,7 +74,7 @@ def matrix(agent: Method) -> Iterator[Cell]:
     yield from _searches("resnet56", seed=1)
     yield from _searches("resnet56", seed=2)
     for seed in range(1, 5):
-        yield _tuned("resnet20", agent, epochs=15, seed=seed)
+        yield _tuned("resnet20", ["uniform", agent], epochs=15, seed=seed)
     for seed in range(3):
         for method in (*SEARCHERS[:3], "sensitivity", "uniform"):
             yield _reconstructed("resnet56", method, seed)
@@ -83,9 +83,7 @@ def matrix(agent: Method) -> Iterator[Cell]:
         yield _search("resnet56-layerwise", method, 0, layerwise)
     # Apart, so that each ends within one sitting.
     for method in ("uniform", agent):
-        one = _tuned("resnet56", method, epochs=30, seed=0)
-        own = {"search.methods": [method], "finetune.dense_control": method == "uniform"}
-        yield replace(one, name=f"tuned-resnet56-{method}-seed0", options=one.options | own)
+        yield _tuned(f"resnet56-{method}", [method], epochs=30, seed=0, dense_control=method == "uniform")
     yield from joint(agent)
 
 
@@ -133,9 +131,10 @@ def _reconstructed(model: str, method: Method, seed: int) -> Cell:
     return Cell(f"{model}-reconstructed-{method}-seed{seed}", options, plan=(f"{model}-{method}-seed{seed}", method))
 
 
-def _tuned(model: str, agent: Method, epochs: int, seed: int) -> Cell:
-    own = {"model.name": model, "search.methods": ["uniform", agent], "search.seed": seed}
-    return Cell(f"tuned-{model}-seed{seed}", own | {"finetune.epochs": epochs, "finetune.autocast": True})
+def _tuned(table: str, methods: Sequence[Method], epochs: int, seed: int, *, dense_control: bool = True) -> Cell:
+    own = {"model.name": table.partition("-")[0], "search.methods": list(methods), "search.seed": seed}
+    tuning = {"finetune.epochs": epochs, "finetune.autocast": True, "finetune.dense_control": dense_control}
+    return Cell(f"tuned-{table}-seed{seed}", own | tuning)
 
 
 def _timed(name: str, model: str, methods: Sequence[Method], options: dict[str, Any]) -> Cell:

@@ -302,6 +302,21 @@ def test_sums_of_the_largest_products_are_right_in_half_the_range_and_told_where
     assert (saturated[False] > 0.1) == saturates()
 
 
+def test_float_layer_between_layers_of_half_the_range_does_not_saturate(tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+    with torch.no_grad():
+        for layer in plain[::2]:
+            layer.weight.fill_(0.5)[::2].neg_()
+    images = 1 + torch.rand(8, 32, 8, 8, generator=torch.Generator().manual_seed(0))
+    policy = LayerPolicy(weight_bits=8, act_bits=8, reduce_range=True)
+    quantized = quantize_layers(plain.eval(), dict.fromkeys("04", policy), [images])
+
+    report = export_onnx(quantized, images[:1], tmp_path / "model.onnx", images=images)
+
+    assert report is not None and report.others == 1
+    assert report.saturated < 0.02
+
+
 def test_integers_are_not_exported_without_images_to_compare_on(tmp_path: Path) -> None:
     assert refused({"stem": INT8}, tmp_path, images=None) == (
         "Mixed has 8-bit layers, and no images were given to compare the integers with PyTorch on; pass a batch "
