@@ -27,7 +27,7 @@ from .outcome import ANOTHER_DEVICE, DENSE, Latency, speeds_that_count, unsure_s
 from .problem import least_squares
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
-from .search import Watch, build_problem, importance_of, space_of_graph, tell_precision, with_range
+from .search import Watch, build_problem, importance_of, settled_here, space_of_graph, tell_precision
 from .subject import Subject, prepare_subject, report_dense
 from .turns import FinishedNetwork, time_in_turn
 
@@ -71,7 +71,7 @@ def apply_saved(
         if not config.budget:
             msg = "an agent plans for a budget; pass --budget"
             raise ConfigError(msg)
-        config = with_range(config)
+        config = settled_here(config, device, display)
         subject = prepare_subject(
             config, device, display, stop, check=lambda subject: space_of_graph(config, subject.graph)
         )
@@ -80,7 +80,7 @@ def apply_saved(
     if evaluations:
         msg = "--evaluations refines the plan of an agent; a policy is applied as it is"
         raise ConfigError(msg)
-    policy = CompressionPolicy.load(source)
+    policy, config = CompressionPolicy.load(source), settled_here(config, device, display)
     subject = prepare_subject(config, device, display, stop, check=lambda subject: policy.masks(subject.graph))
     report_dense(subject, display)
     settings = config.search

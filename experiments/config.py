@@ -135,8 +135,8 @@ class SearchSettings(_Section):
     batch_size: int = Field(default=250, ge=1)
     """Images a forward pass while scoring."""
     autocast: bool = False
-    """Re-estimate statistics and score candidates in bfloat16, if the device has kernels for it; where bits are decided
-    the former alone, since its own rounding is about that of 8 bits."""
+    """Re-estimate statistics and score candidates in bfloat16, if that is faster on the device; where bits are decided
+    the former alone, since its own rounding is about that of 8 bits. Settled when the run is created."""
 
     @field_validator("target", mode="before")
     @classmethod
@@ -218,7 +218,7 @@ class TrainConfig(_Section):
     batch_size: int = Field(default=128, ge=1)
     """Images a step."""
     autocast: bool = False
-    """Train in bfloat16, if the device has kernels for it; without effect on epochs in which layers have bits."""
+    """Train in bfloat16, if that is faster on the device; without effect on epochs in which layers have bits."""
 
 
 class FinetuneConfig(TrainConfig):

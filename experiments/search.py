@@ -36,7 +36,7 @@ from .progress import RunDisplay, Stage, count
 from .run import RunBusyError, RunFolder
 from .scalars import EvaluationScalars
 from .subject import Subject, prepare_subject, report_dense
-from .training import NO_BFLOAT16
+from .training import why_not_bfloat16
 from .user_function import call, is_reference, load_function
 
 
@@ -54,7 +54,7 @@ def start_run(config: RunConfig, root: Path, command: Sequence[str], display: Ru
         RunError: if the folder exists.
         Interrupted: if a signal came in; `resume_run` continues.
     """
-    folder = create_run(config, root, command)
+    folder = create_run(config, root, command, display)
     display.say(f"run folder: {root} ({config.device}, {count(folder.machine.threads, 'thread')})")
     try:
         return resume_run(root, display, stop)
@@ -67,14 +67,14 @@ def start_run(config: RunConfig, root: Path, command: Sequence[str], display: Ru
         raise
 
 
-def create_run(config: RunConfig, root: Path, command: Sequence[str]) -> RunFolder:
-    """Make the folder of a run; `resume_run` carries it out.
+def create_run(config: RunConfig, root: Path, command: Sequence[str], display: RunDisplay) -> RunFolder:
+    """Make the folder of a run, with its configuration as `settled_here`; `resume_run` carries it out.
 
     Raises:
         RunError: if the folder exists.
     """
-    machine = describe_machine(set_up_device(config.device, config.threads))
-    return RunFolder.create(root, with_range(config), machine, command)
+    device = set_up_device(config.device, config.threads)
+    return RunFolder.create(root, settled_here(config, device, display), describe_machine(device), command)
 
 
 def resume_run(root: Path, display: RunDisplay, stop: StopFlag) -> RunOutcome:
@@ -200,7 +200,7 @@ def tell_precision(settings: SearchSettings, device: torch.device, display: RunD
             "pairs of products in 16 bits"
         )
     if settings.autocast and not has_bfloat16(device.type):
-        display.say(f"search.autocast: candidates are scored in single precision, as {NO_BFLOAT16}")
+        display.say(_in_single_precision(device))
     elif settings.autocast and not settings.scores_in_bfloat16:
         display.say(
             "search.autocast: statistics are re-estimated in bfloat16, and candidates are not scored in it, as bits "
@@ -211,6 +211,22 @@ def tell_precision(settings: SearchSettings, device: torch.device, display: RunD
 def search_space(config: RunConfig, graph: NetworkGraph, importance: Mapping[str, torch.Tensor]) -> SearchSpace:
     """What a run may decide, see `space_by`."""
     return space_by(config.search, graph, importance, config.budget, _table(config))
+
+
+def settled_here(config: RunConfig, device: torch.device, display: RunDisplay) -> RunConfig:
+    """The configuration with what was left to this processor settled, so that it stays what it is on any machine.
+
+    That is `with_range`, and no `SearchSettings.autocast` where it would take longer, which is said.
+    """
+    config = with_range(config)
+    if not (config.search.autocast and why_not_bfloat16(device)):
+        return config
+    display.say(_in_single_precision(device))
+    return config.model_copy(update={"search": config.search.model_copy(update={"autocast": False})})
+
+
+def _in_single_precision(device: torch.device) -> str:
+    return f"search.autocast: candidates are scored in single precision, as {why_not_bfloat16(device)}"
 
 
 def with_range(config: RunConfig) -> RunConfig:

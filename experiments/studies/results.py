@@ -158,7 +158,7 @@ class Sitting:
         if not (folder / "config.yaml").exists():
             command = ["python", "-m", "experiments.studies.results", "--only", cell.name]
             self.prepare(cell, display, stop)
-            self._share_probes(create_run(self._above_floor(cell, display, stop), folder, command))
+            self._share_probes(create_run(self._above_floor(cell, display, stop), folder, command, display))
         resume_run(folder, display, stop)
         if cell.is_timed:
             runs = [str(folder), *([str(self.root / cell.beside)] if cell.beside else [])]

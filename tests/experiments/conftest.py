@@ -52,19 +52,27 @@ def tiny_config() -> Callable[..., RunConfig]:
 
 @pytest.fixture
 def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that computes in bfloat16, whatever this one is."""
-    _set_bfloat16(monkeypatch, is_there=True)
+    """A processor that is faster in bfloat16, whatever this one is."""
+    _set_bfloat16(monkeypatch, is_there=True, pays=True)
+
+
+@pytest.fixture
+def with_slow_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that computes in bfloat16 and is slower with it."""
+    _set_bfloat16(monkeypatch, is_there=True, pays=False)
 
 
 @pytest.fixture
 def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that does not."""
-    _set_bfloat16(monkeypatch, is_there=False)
+    _set_bfloat16(monkeypatch, is_there=False, pays=False)
 
 
-def _set_bfloat16(monkeypatch: pytest.MonkeyPatch, *, is_there: bool) -> None:
+def _set_bfloat16(monkeypatch: pytest.MonkeyPatch, *, is_there: bool, pays: bool) -> None:
     for module in ("graph_encoder.modes", "experiments.search", "experiments.training"):
         monkeypatch.setattr(f"{module}.has_bfloat16", lambda _: is_there)
+    for module in ("pruning.finetune", "experiments.training"):
+        monkeypatch.setattr(f"{module}.bfloat16_pays", lambda _: pays)
 
 
 @pytest.fixture

@@ -120,7 +120,8 @@ def test_the_range_of_eight_bits_goes_by_this_processor_if_integers_are_decided(
     here = replace(WITHOUT_VNNI, features=features)
     monkeypatch.setattr(Processor, "here", classmethod(lambda _: here))
 
-    run = create_run(tiny_config(**BITS | options), tmp_path / "run", ["secateur"])
+    with RunDisplay(quiet=True) as display:
+        run = create_run(tiny_config(**BITS | options), tmp_path / "run", ["secateur"], display)
 
     assert RunFolder.open(run.root).config.search.reduce_range is settled
 
@@ -129,7 +130,9 @@ def test_the_range_of_eight_bits_goes_by_this_processor_if_integers_are_decided(
 def test_the_range_of_eight_bits_stays_with_the_run_on_another_processor(
     tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_on: bool
 ) -> None:
-    create_run(tiny_config(**BITS | {"search__reduce_range": is_on}), tmp_path / "run", ["secateur"])
+    config = tiny_config(**BITS | {"search__reduce_range": is_on})
+    with RunDisplay(quiet=True) as display:
+        create_run(config, tmp_path / "run", ["secateur"], display)
     other = replace(WITHOUT_VNNI, features=("avx2", "avx_vnni") if is_on else ("avx2",))
     monkeypatch.setattr(Processor, "here", classmethod(lambda _: other))
     said: list[str] = []

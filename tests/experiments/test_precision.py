@@ -1,4 +1,4 @@
-"""Where bits are decided or trained, or the processor has no bfloat16, autocast is left out, and said to be."""
+"""Where bits are decided or trained, or bfloat16 is slow or not there, autocast is left out, and said to be."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,11 +17,13 @@ from experiments.config import ConfigError, RunConfig
 from experiments.data import ImageData, TrainBatches, make_judge, normalise
 from experiments.interrupt import Interrupted, StopFlag
 from experiments.progress import RunDisplay
-from experiments.search import build_problem, importance_of, tell_precision
+from experiments.run import RunFolder
+from experiments.search import build_problem, create_run, importance_of, tell_precision
 from experiments.subject import Subject
 from experiments.training import tune
+from graph_encoder import modes
 from graph_encoder.capture import capture
-from graph_encoder.modes import has_bfloat16
+from graph_encoder.modes import bfloat16_pays, has_bfloat16
 from pruning.batch_norm import reestimate_batch_norm
 from pruning.files import CheckpointError
 from pruning.finetune import FinetuneReport, finetune
@@ -38,6 +40,7 @@ NOT_FOR_SCORES = (
 )
 
 NO_KERNELS = "as PyTorch has no kernels in bfloat16 for this processor, and would take many times as long"
+IS_SLOW = "as convolutions in bfloat16 take longer on this processor"
 
 
 class Recorder(nn.Module):
@@ -120,6 +123,67 @@ def test_a_processor_without_bfloat16_computes_in_single_precision(
         f"search.autocast: candidates are scored in single precision, {NO_KERNELS}",
         f"fine-tuning it: in single precision, {NO_KERNELS}",
     ]
+
+
+@pytest.mark.usefixtures("with_slow_bfloat16", "settled")
+def test_where_bfloat16_is_slower_a_run_is_in_single_precision_and_says_so(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = tiny_config(search__autocast=True, finetune__epochs=1, finetune__autocast=True)
+    model, said = Recorder(network(3, 1)), []
+    batches = TrainBatches(ImageData(config.data).train, config.data, batch_size=120)
+
+    with RunDisplay(quiet=True) as display:
+        display.say = said.append  # type: ignore[method-assign]
+        create_run(config, tmp_path / "run", ["secateur"], display)
+        scratch = tmp_path / "training"
+        tune(model, batches, config.finetune, 0, "fine-tuning it", display, StopFlag(), scratch=scratch)
+
+    # It stays so where the run is continued on a processor that is faster with it.
+    assert not RunFolder.open(tmp_path / "run").config.search.autocast
+    assert model.seen == {False}
+    assert said[:2] == [
+        f"search.autocast: candidates are scored in single precision, {IS_SLOW}",
+        f"fine-tuning it: in single precision, {IS_SLOW}",
+    ]
+
+
+@pytest.mark.usefixtures("with_bfloat16")
+def test_where_bfloat16_is_faster_a_run_takes_it(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    said: list[str] = []
+    with RunDisplay(quiet=True) as display:
+        display.say = said.append  # type: ignore[method-assign]
+        run = create_run(tiny_config(search__autocast=True), tmp_path / "run", ["secateur"], display)
+
+    assert run.config.search.autocast
+    assert not said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "pays"), [({"bfloat16": 1.0, "float32": 2.0}, True), ({"bfloat16": 2.0, "float32": 1.2}, False)]
+)
+def test_bfloat16_pays_where_the_best_of_its_times_is_shorter(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], pays: bool
+) -> None:
+    tried: list[str] = []
+
+    def timed(dtype: torch.dtype) -> float:
+        tried.append(str(dtype).removeprefix("torch."))
+        # The first of each waits for the other's memory, as a clock sees it.
+        return 5.0 if len(tried) < 3 else seconds[tried[-1]]
+
+    monkeypatch.setattr(modes, "has_bfloat16", lambda _: True)
+    monkeypatch.setattr(modes, "_seconds_to_convolve", timed)
+
+    assert bfloat16_pays.__wrapped__("cpu") is pays
+    assert tried[:4] == ["bfloat16", "float32"] * 2
+
+
+def test_what_has_no_kernels_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modes, "has_bfloat16", lambda _: False)
+    monkeypatch.setattr(modes, "_seconds_to_convolve", lambda _: pytest.fail("it would take very long"))
+
+    assert not bfloat16_pays.__wrapped__("cpu")
 
 
 def test_bfloat16_is_there_where_convolutions_have_a_kernel_for_it() -> None:
