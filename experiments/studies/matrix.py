@@ -44,6 +44,7 @@ class Cell:
         agent: name of the cell whose trained agent is applied, frozen, in place of a search.
         plan: name of the cell whose plan is applied in place of a search, with least-squares reconstruction, and the
             method that found it. Nothing is chosen there, so it is scored on the test images at once.
+        searched: name of the cell that searched the same, whose plans are taken in place of another search.
         is_timed: its budget is one of latency, or what it saves is compared by latency: the networks are timed in a
             process of their own when it is finished.
         beside: name of the cell whose networks are timed in the same rounds.
@@ -54,6 +55,7 @@ class Cell:
     options: dict[str, Any]
     agent: str = ""
     plan: tuple[str, Method] | None = None
+    searched: str = ""
     is_timed: bool = False
     beside: str = ""
     above_floor: float = 0.0
@@ -81,9 +83,7 @@ def matrix(agent: Method) -> Iterator[Cell]:
     for method in ("ppo", "ddpg"):
         layerwise = {"search.environment": "layerwise", "search.evaluations": LAYERWISE_EVALUATIONS}
         yield _search("resnet56-layerwise", method, 0, layerwise)
-    # Apart, so that each ends within one sitting.
-    for method in ("uniform", agent):
-        yield _tuned(f"resnet56-{method}", [method], epochs=30, seed=0, dense_control=method == "uniform")
+    yield from _tuned_apart("resnet56", ["uniform", agent], epochs=30, seed=0)
     yield from joint(agent)
 
 
@@ -131,10 +131,26 @@ def _reconstructed(model: str, method: Method, seed: int) -> Cell:
     return Cell(f"{model}-reconstructed-{method}-seed{seed}", options, plan=(f"{model}-{method}-seed{seed}", method))
 
 
-def _tuned(table: str, methods: Sequence[Method], epochs: int, seed: int, *, dense_control: bool = True) -> Cell:
-    own = {"model.name": table.partition("-")[0], "search.methods": list(methods), "search.seed": seed}
-    tuning = {"finetune.epochs": epochs, "finetune.autocast": True, "finetune.dense_control": dense_control}
-    return Cell(f"tuned-{table}-seed{seed}", own | tuning)
+def _tuned(model: str, methods: Sequence[Method], epochs: int, seed: int) -> Cell:
+    own = {"model.name": model, "search.methods": list(methods), "search.seed": seed}
+    tuning = {"finetune.epochs": epochs, "finetune.autocast": True, "finetune.dense_control": True}
+    return Cell(f"tuned-{model}-seed{seed}", own | tuning)
+
+
+def _tuned_apart(model: str, methods: Sequence[Method], epochs: int, seed: int) -> Iterator[Cell]:
+    """The same, a cell for each network, so that each ends within one sitting; what was searched is not again."""
+    for method in methods:
+        whole = _tuned(model, [method], epochs, seed)
+        yield replace(
+            whole,
+            name=f"tuned-{model}-{method}-seed{seed}",
+            options=whole.options | {"finetune.dense_control": False},
+            searched=f"{model}-{method}-seed{seed}",
+        )
+    # Of everything that is allowed uniform pruning removes nothing: the dense control.
+    control = _tuned(model, ["uniform"], epochs, seed)
+    options = control.options | {"budget": "100%", "finetune.dense_control": False}
+    yield replace(control, name=f"tuned-{model}-dense-seed{seed}", options=options)
 
 
 def _timed(name: str, model: str, methods: Sequence[Method], options: dict[str, Any]) -> Cell:

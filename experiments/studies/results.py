@@ -25,6 +25,7 @@ from envs.journal import Journal
 from latency.budget import Budget
 from pruning.files import write_atomic
 from pruning.layer_policy import FULL_BITS
+from pruning.policy import CompressionPolicy
 
 from ..apply import apply_saved
 from ..config import Method, RunConfig, load_config
@@ -32,6 +33,7 @@ from ..floor import find_floors
 from ..image_folder import split_lists
 from ..interrupt import Interrupted, StopFlag, stop_on_signals
 from ..machine import describe_machine, set_up_device
+from ..methods import MethodSearch
 from ..outcome import Speed
 from ..problem import PROBES
 from ..progress import RunDisplay
@@ -126,8 +128,12 @@ class Sitting:
         return (self.records / cell.name).is_dir()
 
     def missing(self, cell: Cell) -> Path | None:
-        """The plan or the agent that it applies, or the run that it is timed beside, where that is not there yet."""
-        source = RunFolder(self.root / cell.beside).results_file if cell.beside else self._applied_in(cell)
+        """The plan or the agent that it takes, or the run that it is timed beside, where that is not there yet."""
+        source = self._applied_in(cell)
+        if cell.beside:
+            source = RunFolder(self.root / cell.beside).results_file
+        elif cell.searched:
+            source = RunFolder(self.records / cell.searched).results_file
         return None if source is None or source.exists() else source
 
     def carry_out(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
@@ -158,7 +164,10 @@ class Sitting:
         if not (folder / "config.yaml").exists():
             command = ["python", "-m", "experiments.studies.results", "--only", cell.name]
             self.prepare(cell, display, stop)
-            self._share_probes(create_run(self._above_floor(cell, display, stop), folder, command, display))
+            run = create_run(self._above_floor(cell, display, stop), folder, command, display)
+            self._share_probes(run)
+            if cell.searched:
+                self._take_searches(RunFolder(self.records / cell.searched), run)
         resume_run(folder, display, stop)
         if cell.is_timed:
             runs = [str(folder), *([str(self.root / cell.beside)] if cell.beside else [])]
@@ -194,6 +203,21 @@ class Sitting:
             return RunFolder(self.records / name).method(method).policy_file
         # Agents are too large for records.
         return RunFolder(self.root / cell.agent).method(self.agent).agent_file if cell.agent else None
+
+    def _take_searches(self, record: RunFolder, run: RunFolder) -> None:
+        """Put what the methods of another cell found in place of searching again."""
+        for row in record.outcome().rows:
+            if row.method not in run.config.search.methods:
+                continue
+            policy, own = CompressionPolicy.load(record.method(row.method).policy_file), run.method(row.method)
+            same = row.model_dump(include=set(MethodSearch.model_fields))
+            found = MethodSearch(
+                **same,
+                kept={name: len(kept) for name, kept in policy.kept.items()},
+                layers={name: layer.to_plain() for name, layer in policy.layers.items()},
+            )
+            policy.save(own.policy_file)
+            write_atomic(own.search_file, found.model_dump_json(indent=2).encode())
 
     def _share_probes(self, run: RunFolder) -> None:
         """Copy the sensitivity probes of a run that asks the same question, so that they are made once."""

@@ -49,9 +49,9 @@ each test image; do not edit. What has no finished cell has no section yet: the 
 missing, and `docs/results/2026-11-22.md` holds earlier readings, without plans. Half of the multiply-adds are removed,
 rounding 1, the residual streams dense (`search.protected`: layer2.0.conv2, layer3.0.conv2), where a section says
 nothing else. The searches score on even-numbered files of the test folder, in bfloat16 (`search.autocast`) unless bits
-are decided; accuracies are those of the odd-numbered ones, read once when a cell was finished. The images went through
-JPEG, so compare differences with published ones, not absolutes. A cell that has a record is not run again; with
-`--records FOLDER --page FILE` `python -m experiments.studies.results` runs it beside them."""
+are decided or it is slower; accuracies are those of the odd-numbered ones, read once when a cell was finished. The
+images went through JPEG, so compare differences with published ones, not absolutes. A cell that has a record is not run
+again; with `--records FOLDER --page FILE` `python -m experiments.studies.results` runs it beside them."""
 
 _SEARCH_TABLES = (
     (
@@ -180,15 +180,19 @@ def _tuned_table(cells: Cells, table: str) -> list[str]:
 
 
 _TunedRows = dict[str, dict[str, tuple[str, MethodOutcome]]]
-"""By method and seed: the cell, and the method's row in it."""
+"""By method and seed: the cell, and the row in it. What was allowed everything is the dense network, by any method."""
 
 
 def _tuned_rows(cells: Cells, names: Sequence[str]) -> _TunedRows:
     found: _TunedRows = {}
     for name in names:
-        for row in cells.outcomes[name].rows if name in cells.outcomes else ():
+        if name not in cells.outcomes:
+            continue
+        outcome = cells.outcomes[name]
+        for row in outcome.rows:
             if row.tuned_test_accuracy is not None:
-                found.setdefault(row.method, {})[name.rpartition("-seed")[2]] = name, row
+                method = DENSE if row.macs == outcome.row(DENSE).macs else row.method
+                found.setdefault(method, {})[name.rpartition("-seed")[2]] = name, row
     return found
 
 
@@ -209,7 +213,9 @@ def _paired(found: _TunedRows, method: str, other: str) -> str:
 def _paired_by_image(cells: Cells, found: _TunedRows, method: str, other: str) -> str:
     """Difference in points from ``other`` with a 95 % interval over the test images."""
     pairs = _pairs(found, method, other)
-    differences = [cells.judged(one, method) - cells.judged(two, other) for (one, _), (two, _) in pairs]
+    differences = [
+        cells.judged(one, own.method) - cells.judged(two, theirs.method) for (one, own), (two, theirs) in pairs
+    ]
     mean = np.mean(differences, axis=0) if differences else np.zeros(0)
     if len(mean) < 2 or not mean.any():
         return "-"

@@ -7,6 +7,7 @@ import typer
 
 from experiments.data import DataError
 from experiments.interrupt import StopFlag
+from experiments.methods import MethodSearch
 from experiments.outcome import RunOutcome
 from experiments.progress import RunDisplay
 from experiments.run import RunBusyError, RunFolder, locked
@@ -16,6 +17,8 @@ from experiments.studies.results import Sitting
 from experiments.studies.results_cells import interval, spread
 from experiments.studies.results_page import render_page
 from latency.budget import BudgetError
+from pruning.layer_policy import LayerPolicy
+from pruning.policy import CompressionPolicy
 
 from ..outcomes import outcome, row
 
@@ -57,7 +60,7 @@ def test_matrix_holds_every_method_and_seed_once_and_the_most_telling_first() ->
     assert len(set(NAMES)) == len(NAMES)
     assert NAMES[:3] == ["resnet56-uniform-seed0", "resnet56-sensitivity-seed0", "resnet56-magnitude-seed0"]
     assert [f"tuned-resnet20-seed{seed}" in NAMES for seed in range(6)] == [True] * 5 + [False]
-    assert NAMES.index("resnet18_cifar-joint") == NAMES.index("tuned-resnet56-ppo-seed0") + 1
+    assert NAMES.index("resnet18_cifar-joint") == NAMES.index("tuned-resnet56-dense-seed0") + 1
 
 
 @pytest.mark.parametrize("cell", [SEARCH, APPLIED], ids=lambda cell: cell.name)
@@ -162,6 +165,33 @@ def test_a_plan_is_applied_from_the_record_of_the_cell_that_found_it(tmp_path: P
     assert sitting.missing(cell) is None
 
 
+def test_what_was_searched_is_taken_from_the_record_and_not_searched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell, sitting, record = CELLS["tuned-resnet56-ppo-seed0"], sitting_at(tmp_path), tmp_path / "records" / SEARCH.name
+    assert sitting.missing(cell) == record / "results.json"
+    finish(tmp_path / "records", SEARCH.name, {"ppo": "10"}, cem=0.7, ppo=0.8)
+    layers = {"conv2": LayerPolicy(weight_bits=8, act_bits=8)}
+    policy = CompressionPolicy({"conv1": (0, 3, 5)}, {"conv1": 6}, layers)
+    policy.save(RunFolder(record).method("ppo").policy_file)
+    seen: list[MethodSearch] = []
+
+    def resume(folder: Path, *_: object) -> None:
+        seen.append(MethodSearch.model_validate_json(RunFolder(folder).method("ppo").search_file.read_text()))
+
+    monkeypatch.setattr(results, "resume_run", resume)
+
+    assert sitting.missing(cell) is None
+    carry_out(sitting, cell)
+
+    (found,) = seen
+    assert (found.method, found.evaluations, found.search_accuracy, found.validation_accuracy) == ("ppo", 10, 0.8, 0.8)
+    assert found.kept == {"conv1": 3}
+    assert found.layers == {"conv2": layers["conv2"].to_plain()}
+    assert CompressionPolicy.load(RunFolder(tmp_path / cell.name).method("ppo").policy_file) == policy
+    assert [path.name for path in (tmp_path / cell.name / "methods").iterdir()] == ["ppo"]
+
+
 def test_an_agent_is_missing_where_only_the_record_of_its_cell_is_left(tmp_path: Path) -> None:
     finish(tmp_path / "records", "transfer-resnet20", {}, ppo=0.8)
     agent = tmp_path / "transfer-resnet20" / "methods" / "ppo" / "agent.pt"
@@ -237,18 +267,29 @@ def test_fine_tuned_networks_are_compared_seed_by_seed(tmp_path: Path) -> None:
     assert cells[5] == "+37.50 [-9.41, +84.41]"
 
 
-def test_fine_tuned_networks_of_one_seed_may_lie_in_two_cells(tmp_path: Path) -> None:
-    finish(tmp_path, "tuned-resnet56-uniform-seed0", {"uniform": "1100", "dense": "1111"}, uniform=0.80)
-    alone = section(render_page(tmp_path, NAMES, "ppo"), "resnet56 after fine-tuning")
-    finish(tmp_path, "tuned-resnet56-ppo-seed0", {"ppo": "1110"}, ppo=0.83)
-    path = tmp_path / "tuned-resnet56-ppo-seed0" / "results.json"
-    found = RunOutcome.load(path)
-    dense = found.row("dense").model_copy(update={"tuned_test_accuracy": None})  # not fine-tuned there
-    path.write_text(found.model_copy(update={"rows": (dense, found.row("ppo"))}).model_dump_json())
-    both = section(render_page(tmp_path, NAMES, "ppo"), "resnet56 after fine-tuning")
+def test_networks_may_be_fine_tuned_in_cells_of_their_own(tmp_path: Path) -> None:
+    def finish_alone(name: str, method: str, accuracy: float, judged: str, macs: int) -> None:
+        finish(tmp_path, f"tuned-resnet56-{name}-seed0", {method: judged}, **{method: accuracy})
+        path = tmp_path / f"tuned-resnet56-{name}-seed0" / "results.json"
+        found = RunOutcome.load(path)
+        dense = found.row("dense").model_copy(update={"tuned_test_accuracy": None})  # not fine-tuned there
+        tuned = found.row(method).model_copy(update={"macs": macs})
+        path.write_text(found.model_copy(update={"rows": (dense, tuned)}).model_dump_json())
 
-    assert [line.split(" | ")[0] for line in alone if line.startswith("| ")][2:] == ["| dense", "| uniform"]
-    cells = next(line for line in both if line.startswith("| ppo")).split(" | ")
+    finish_alone("uniform", "uniform", 0.80, "1100", 500)
+    finish_alone("ppo", "ppo", 0.83, "1110", 500)
+    two = section(render_page(tmp_path, NAMES, "ppo"), "resnet56 after fine-tuning")
+    # Uniform pruning that may keep everything.
+    finish_alone("dense", "uniform", 0.81, "1111", 1000)
+    all_three = section(render_page(tmp_path, NAMES, "ppo"), "resnet56 after fine-tuning")
+
+    assert [line.split(" | ")[0] for line in two if line.startswith("| ")][2:] == ["| uniform", "| ppo"]
+    assert [line.split(" | ")[0] for line in all_three if line.startswith("| ")][2:] == [
+        "| dense",
+        "| uniform",
+        "| ppo",
+    ]
+    cells = next(line for line in all_three if line.startswith("| ppo")).split(" | ")
     assert cells[:5] == ["| ppo", "83.00 %", "93.00 %", "+3.00", "+2.00"]
     # One of four images was won, and one was lost.
     assert cells[5].startswith("+25.00 [") and cells[6].startswith("-25.00 [")
