@@ -38,29 +38,38 @@ Config = Annotated[
     ),
 ]
 Model = Annotated[
-    str | None, typer.Option(help="torchvision name, small_resnet, resnet20, resnet56, ... or package.module:function.")
+    str | None,
+    typer.Option(help="torchvision name, small_resnet (default), resnet20, resnet56, ... or package.module:function."),
 ]
-Weights = Annotated[Path | None, typer.Option(help="Trained weights: safetensors, or .pt/.pth read weights-only.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Trained weights: safetensors, or .pt/.pth read weights-only; trained first if not given."),
+]
 Data = Annotated[
-    str | None, typer.Option(help="bundled, cifar10, cifar100, an image folder or archive, or package.module:function.")
+    str | None,
+    typer.Option(help="bundled (default), cifar10, cifar100, an image folder or archive, or package.module:function."),
 ]
 Download = Annotated[bool | None, typer.Option("--download", help="Let torchvision fetch CIFAR if it is not there.")]
 BudgetText = Annotated[
     str | None,
     typer.Option(
-        "--budget", help="50%, 30% params, 62.7M macs, 40% latency, several by commas (50%, 20% bytes), or none."
+        "--budget",
+        help="50% (default), 30% params, 62.7M macs, 40% latency, several by commas (50%, 20% bytes), or none.",
     ),
 ]
 Table = Annotated[
     Path | None, typer.Option("--latency-table", help="Times of the layers on the device, from 'latency build'.")
 ]
-Evaluations = Annotated[int | None, typer.Option(help="Evaluations of each method.")]
-Criterion = Annotated[str | None, typer.Option(help="Importance: l1, l2, fpgm, taylor or bn_scale.")]
-Rounding = Annotated[int | None, typer.Option(help="Keep multiples of so many channels.")]
-Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of search, data order and training.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 for OMP_NUM_THREADS if it is set, else one a core.")]
+Evaluations = Annotated[int | None, typer.Option(help="Evaluations of each method; 300 by default.")]
+Criterion = Annotated[str | None, typer.Option(help="Importance: l1 (default), l2, fpgm, taylor or bn_scale.")]
+Rounding = Annotated[
+    int | None, typer.Option(help="Keep multiples of so many channels; by default 8 from 128 on, else 1.")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of search, data order and training; 0 by default.")]
+Device = Annotated[str | None, typer.Option(help="cpu (default), cuda, cuda:1 or mps.")]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads; 0 (default) for OMP_NUM_THREADS if it is set, else one a core.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Any other key of the configuration: --set search.finalists=5.")
@@ -82,16 +91,24 @@ def search(
     latency_table: Table = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Of uniform,magnitude,sensitivity,greedy,knapsack,random,cem,ppo,ddpg; separated by commas."),
+        typer.Option(
+            help="Of uniform,magnitude,sensitivity,greedy,knapsack,random,cem,ppo,ddpg, separated by commas; by "
+            "default all but greedy and knapsack."
+        ),
     ] = None,
     evaluations: Evaluations = None,
-    environment: Annotated[str | None, typer.Option(help="network (a whole plan at once) or layerwise.")] = None,
+    environment: Annotated[
+        str | None, typer.Option(help="network (default: a whole plan at once) or layerwise.")
+    ] = None,
     criterion: Criterion = None,
     rounding: Rounding = None,
     reconstruct: Annotated[
-        bool | None, typer.Option("--reconstruct/--no-reconstruct", help="Fit pruned layers by least squares.")
+        bool | None,
+        typer.Option("--reconstruct/--no-reconstruct", help="Fit pruned layers by least squares; not by default."),
     ] = None,
-    finetune_epochs: Annotated[int | None, typer.Option(help="Fine-tuning of every method's plan; 0 for none.")] = None,
+    finetune_epochs: Annotated[
+        int | None, typer.Option(help="Epochs of fine-tuning of every method's plan; 0 (default) for none.")
+    ] = None,
     seed: Seed = None,
     device: Device = None,
     threads: Threads = None,
@@ -202,12 +219,16 @@ def apply(
 def finetune(
     source: Annotated[Path, typer.Argument(help="Folder of a compressed network, or of a run's method.")],
     config: Config = None,
-    model: Model = None,
+    model: Annotated[
+        str | None, typer.Option(help="As for search; by default the one that the folder names, if it is no function.")
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="Weights of the dense network, for finetune.distillation_weight.")
     ] = None,
     data: Data = None,
-    epochs: Epochs = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training images; to be given here or in the configuration.")
+    ] = None,
     seed: Seed = None,
     device: Device = None,
     threads: Threads = None,
@@ -237,7 +258,7 @@ def train(
     model: Model = None,
     data: Data = None,
     download: Download = None,
-    epochs: Epochs = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images; 10 by default.")] = None,
     seed: Seed = None,
     device: Device = None,
     threads: Threads = None,
@@ -266,8 +287,10 @@ def check(
     model: Annotated[str, typer.Argument(help="torchvision name, small_resnet, ... or package.module:function.")],
     shape: Annotated[str | None, typer.Option(help="Channels, height and width of an image: 3,224,224.")] = None,
     classes: Annotated[int, typer.Option(help="Outputs of the network.")] = 10,
-    weights: Weights = None,
-    budget: BudgetText = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Trained weights, as for search; random ones if not given.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="As for search; none if not given.")] = None,
     latency_table: Table = None,
     rounding: Rounding = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, inputs and removals.")] = 0,

@@ -11,9 +11,11 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from typer.main import get_command
 
 from experiments.apply import agent_verdict
-from experiments.config import RunConfig
+from experiments.cli import app
+from experiments.config import METHODS, RunConfig
 from experiments.interrupt import StopFlag
 from experiments.outcome import RunOutcome, Speed
 from experiments.progress import RunDisplay
@@ -474,3 +476,24 @@ def test_split_divides_by_the_numbers_in_the_names(command: Command, tmp_path: P
     assert done.out.splitlines() == [str(tmp_path / "test-even.txt"), str(tmp_path / "test-odd.txt")]
     assert json.loads(for_scripts.out) == done.out.splitlines()
     assert (tmp_path / "test-even.txt").read_text().split() == ["cat/00.png", "cat/02.png"]
+
+
+def test_help_names_the_defaults_of_the_configuration() -> None:
+    config, options = RunConfig(), {option.name: option.help for option in get_command(app).commands["search"].params}
+    of_search, others = config.search, {"greedy", "knapsack"}
+
+    assert f"{config.model.name} (default)" in options["model"]
+    assert f"{config.data.source} (default)" in options["data"]
+    assert options["budget"].startswith(f"{config.budget[0].share:.0%} (default), 30% params")
+    assert f"; {of_search.evaluations} by default" in options["evaluations"]
+    assert f"{of_search.environment} (default: " in options["environment"]
+    assert f"{of_search.criterion} (default)" in options["criterion"]
+    assert ("not by default" in options["reconstruct"]) is not of_search.reconstruct
+    assert f"; {of_search.seed} by default" in options["seed"]
+    assert f"{config.device} (default)" in options["device"]
+    assert f"{config.threads} (default)" in options["threads"]
+    assert f"{config.finetune.epochs} (default)" in options["finetune_epochs"]
+    assert set(METHODS) == {*of_search.methods, *others}
+    assert options["methods"].endswith("by default all but greedy and knapsack.")
+    train = {option.name: option.help for option in get_command(app).commands["train"].params}
+    assert f"; {config.train.epochs} by default" in train["epochs"]
