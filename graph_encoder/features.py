@@ -211,10 +211,10 @@ def _operator_row(
     row = {
         "log_in_channels": math.log2(max(operator.in_channels, 1)) / 8,
         "log_out_channels": math.log2(max(operator.out_channels, 1)) / 8,
-        "log_kernel_area": math.log2(operator.kernel[0] * operator.kernel[1]) / 4,
-        "log_stride": math.log2(operator.stride[0] * operator.stride[1]) / 2,
+        "log_kernel_area": math.log2(math.prod(operator.kernel)) / 4,
+        "log_stride": math.log2(math.prod(operator.stride)) / 2,
         "log_groups": math.log2(max(operator.groups, 1)) / 8,
-        "log_out_positions": math.log2(max(operator.out_size[0] * operator.out_size[1], 1)) / 8,
+        "log_out_positions": math.log2(max(math.prod(operator.out_size), 1)) / 8,
         "depth": index / max(len(graph.operators) - 1, 1),
         **_cost_features(graph, [operator], times),
     }

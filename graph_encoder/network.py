@@ -80,10 +80,12 @@ class Operator:
         kind: one of `KINDS`.
         in_channels: channels read, of one image.
         out_channels: channels written, of one image.
-        kernel: height and width of the kernel, ``(1, 1)`` where there is none.
-        stride: height and width of the stride.
+        kernel: size of the kernel in each dimension of space, ``(1, 1)`` where there is none.
+        stride: of the kernel, likewise.
+        dilation: of the kernel, likewise.
         groups: convolution groups.
-        out_size: height and width of the output; tokens and 1 for a sequence, ``(1, 1)`` for a vector.
+        out_size: size of the output in each dimension of space, length alone where it is a map of one; tokens and 1 for
+            a sequence, ``(1, 1)`` for a vector.
         macs: multiply-adds for a batch of one.
         params: elements of the weight and the bias.
         weight: qualified name of the weight parameter, empty for a join.
@@ -95,10 +97,11 @@ class Operator:
     kind: str
     in_channels: int
     out_channels: int
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
-    out_size: tuple[int, int] = (1, 1)
+    out_size: tuple[int, ...] = (1, 1)
     macs: int = 0
     params: int = 0
     weight: str = ""

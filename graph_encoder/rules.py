@@ -53,9 +53,15 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return (int(values[0]), int(values[-1])) if values else (1, 1)
+def _window(call: Call, weight: Tensor, stride: Any, dilation: Any) -> dict[str, tuple[int, ...]]:
+    """What a convolution does in space, and what comes out there; one number may stand for all dimensions."""
+    kernel = tuple(map(int, weight.shape[2:]))
+    stride, dilation = (
+        (value,) * len(kernel) if isinstance(value, int) else tuple(map(int, value)) * (len(kernel) // len(value))
+        for value in (stride, dilation)
+    )
+    out_size = tuple(call.outputs[0].shape[2:])
+    return {"kernel": kernel, "stride": stride, "dilation": dilation, "out_size": out_size}
 
 
 # -------------------------------------------------------------------- weighted operators
@@ -65,11 +71,12 @@ def _pair(value: Any) -> tuple[int, int]:
 def _convolution(run: LabelPass, call: Call) -> Result:
     x, weight, bias = call.args[0], call.args[1], call.get(2, "bias")
     if call.name == "convolution":
-        stride, transposed, groups = call.args[3], call.args[6], int(call.args[8])
+        stride, dilation, transposed, groups = call.args[3], call.args[5], call.args[6], int(call.args[8])
         if transposed:
-            return _transposed(run, call, x, weight, bias, stride, groups)
+            return _transposed(run, call, x, weight, bias, stride, dilation, groups)
     else:
-        stride, groups = call.get(3, "stride", 1), int(call.get(6, "groups", 1))
+        stride, dilation = call.get(3, "stride", 1), call.get(5, "dilation", 1)
+        groups = int(call.get(6, "groups", 1))
     out_width, in_width = int(weight.shape[0]), int(weight.shape[1])
     kernel = math.prod(weight.shape[2:])
     positions = math.prod(call.outputs[0].shape[2:]) * int(call.outputs[0].shape[0]) // run.batch
@@ -102,7 +109,7 @@ def _convolution(run: LabelPass, call: Call) -> Result:
     kind = "depthwise_conv" if groups == channels and groups > 1 else "conv"
     sources = run.add_weighted(
         call, weight, bias, kind, positions * kernel, (out_dim, in_dim), in_channels=channels, out_channels=out_width,
-        kernel=_pair(weight.shape[2:]), stride=_pair(stride), groups=groups,
+        groups=groups, **_window(call, weight, stride, dilation),
     )  # fmt: skip
     return [labels], sources
 
@@ -110,11 +117,12 @@ def _convolution(run: LabelPass, call: Call) -> Result:
 @_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _conv_transpose(run: LabelPass, call: Call) -> Result:
     x, weight, bias = call.args[0], call.args[1], call.get(2, "bias")
-    return _transposed(run, call, x, weight, bias, call.get(3, "stride", 1), int(call.get(6, "groups", 1)))
+    stride, groups, dilation = call.get(3, "stride", 1), int(call.get(6, "groups", 1)), call.get(7, "dilation", 1)
+    return _transposed(run, call, x, weight, bias, stride, dilation, groups)
 
 
 def _transposed(
-    run: LabelPass, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, groups: int
+    run: LabelPass, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, dilation: Any, groups: int
 ) -> Result:
     in_width, out_width = int(weight.shape[0]), int(weight.shape[1])
     kernel = math.prod(weight.shape[2:])
@@ -137,7 +145,7 @@ def _transposed(
             run.freeze(read, "is read by a grouped transposed convolution")
     sources = run.add_weighted(
         call, weight, bias, "conv", positions * kernel, (out_dim, in_dim), in_channels=in_width,
-        out_channels=out_width * groups, kernel=_pair(weight.shape[2:]), stride=_pair(stride), groups=groups,
+        out_channels=out_width * groups, groups=groups, **_window(call, weight, stride, dilation),
     )  # fmt: skip
     return [labels], sources
 

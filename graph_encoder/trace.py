@@ -415,9 +415,10 @@ class LabelPass(TorchDispatchMode):
         name = _layer_name(weight_name) or f"{self.here()}.{kind}".lstrip(".")
         macs = factor * math.prod(len(d) if isinstance(d, Tensor) else d for d in dims)
         params = weight.numel() + (bias.numel() if bias is not None else 0)
+        values.setdefault("out_size", _out_size(tuple(call.outputs[0].shape)))
         index = self._add_operator(
             name, kind, call.sources, macs=macs, params=params, weight=weight_name, layer_type=self._layer_type(weight),
-            out_size=_out_size(tuple(call.outputs[0].shape)), **values,
+            **values,
         )  # fmt: skip
         unique = self.record.operators[index].name
         self.record.multiplies.append(Multiply(unique, factor, dims))
@@ -444,11 +445,26 @@ class LabelPass(TorchDispatchMode):
             return call.sources
         size = tuple(call.outputs[0].shape)
         name = f"{self.here()}.{kind}".lstrip(".")
-        widest = max(_channels(tuple(t.shape)) for t in operands)
+        if any(map(self._is_line, operands)):
+            widest, channels, out_size = max(t.shape[1] for t in operands if t.dim() > 1), size[1], size[2:]
+        else:
+            widest, channels, out_size = (
+                max(_channels(tuple(t.shape)) for t in operands),
+                _channels(size),
+                _out_size(size),
+            )
         index = self._add_operator(
-            name, kind, call.sources, in_channels=widest, out_channels=_channels(size), out_size=_out_size(size)
+            name, kind, call.sources, in_channels=widest, out_channels=channels, out_size=out_size
         )
         return frozenset({index})
+
+    def _is_line(self, tensor: Tensor) -> bool:
+        """Whether channels come before positions, as one-dimensional convolutions write them, and not after tokens."""
+        shadow = self._shadows.get(id(tensor))
+        if shadow is None or tensor.dim() != 3:
+            return False
+        wrote = [self.record.operators[index] for index in shadow.sources]
+        return any(len(operator.out_size) == 1 and operator.out_channels == tensor.shape[1] for operator in wrote)
 
     def _layer_type(self, weight: Tensor) -> str:
         holder, _, own = (self.name_of(weight) or "").rpartition(".")

@@ -21,6 +21,7 @@ from .decision import EIGHT_BITS
 from .runtimes import Artifact, LatencyError
 
 _OPSET, _IR_VERSION = 17, 10
+_CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 @dataclass(frozen=True, order=True)
@@ -29,34 +30,53 @@ class LayerKind:
 
     Attributes:
         kind: ``"conv"`` or ``"linear"``.
-        kernel: height and width of the kernel.
-        stride: height and width of the stride.
-        out_size: height and width of the output; rows and 1 for a linear layer.
+        kernel: size of the kernel in each dimension of space, one to three of them.
+        stride: of the kernel, likewise.
+        out_size: size of the output, likewise; rows and 1 for a linear layer.
         group_outputs: output channels of one convolution group (1 in a depthwise convolution), where groups are removed
             whole; 0 elsewhere.
         conv_groups: convolution groups, where they all stay and lose channels within; 0 elsewhere.
         bits: of weights and activations.
+        dilation: of the kernel, as its size; empty where there is none.
     """
 
     kind: str
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    out_size: tuple[int, int] = (1, 1)
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    out_size: tuple[int, ...] = (1, 1)
     group_outputs: int = 0
     conv_groups: int = 0
     bits: int = FULL_BITS
+    dilation: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         sizes = (self.kernel, self.stride, self.out_size)
         kernel, stride, out = ("x".join(map(str, size)) for size in sizes)
         groups = f", groups of {self.group_outputs}" if self.group_outputs else ""
         groups += f", {self.conv_groups} groups" if self.conv_groups else ""
-        shape = f" {kernel}, stride {stride}{groups}" if self.kind == "conv" else ""
+        dilation = f", dilation {'x'.join(map(str, self.dilation))}" if self.dilation else ""
+        shape = f" {kernel}, stride {stride}{dilation}{groups}" if self.kind == "conv" else ""
         return f"{self.kind}{shape}, to {out}, {self.bits} bits"
 
     def groups(self, outputs: int) -> int:
         """Convolution groups of a layer with so many outputs."""
         return outputs // self.group_outputs if self.group_outputs else self.conv_groups or 1
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """Half of what the kernel spans beside its middle, rounded down where that is uneven."""
+        return tuple(reach // 2 for reach in self._reach)
+
+    @property
+    def in_size(self) -> tuple[int, ...]:
+        """Size that a convolution with that padding reads to write `out_size`."""
+        sizes = zip(self.out_size, self.stride, self._reach, strict=True)
+        return tuple((out - 1) * stride + 2 if reach % 2 else out * stride for out, stride, reach in sizes)
+
+    @property
+    def _reach(self) -> tuple[int, ...]:
+        dilation = self.dilation or (1,) * len(self.kernel)
+        return tuple(step * (size - 1) for size, step in zip(self.kernel, dilation, strict=True))
 
     def is_possible(self, outputs: int) -> bool:
         """Whether so many outputs fill whole convolution groups, or all groups alike."""
@@ -83,8 +103,8 @@ class Layer:
 def layers_of(graph: NetworkGraph) -> tuple[Layer, ...]:
     """The convolutions and linear layers of ``graph``, in full precision and network order.
 
-    Joins, attention and transposed or three-dimensional convolutions are not among them: a table takes what they
-    cost from whole networks (`latency.table.Calibration`).
+    Joins, attention and transposed convolutions are not among them: a table takes what they cost from whole networks
+    (`latency.table.Calibration`).
     """
     operators = {operator.name: operator for operator in graph.operators}
     found = []
@@ -102,7 +122,9 @@ def _kind(operator: Operator, term: Term, graph: NetworkGraph) -> LayerKind | No
         return LayerKind("linear", out_size=(term.factor, 1))
     if operator.kind not in ("conv", "depthwise_conv") or term.factor != math.prod(operator.kernel + operator.out_size):
         return None
-    kind = LayerKind("conv", operator.kernel, operator.stride, operator.out_size)
+    is_dilated = any(step > 1 for size, step in zip(operator.kernel, operator.dilation, strict=True) if size > 1)
+    dilation = operator.dilation if is_dilated else ()
+    kind = LayerKind("conv", operator.kernel, operator.stride, operator.out_size, dilation=dilation)
     if operator.groups == 1:
         return kind
     group_outputs = operator.out_channels // operator.groups
@@ -125,18 +147,17 @@ def _loses_within_groups(operator: Operator, group_outputs: int, graph: NetworkG
 
 
 def layer_input(kind: LayerKind, inputs: int, outputs: int) -> Tensor:
-    """An input of a layer, batch of one: shape ``(1, channels, height, width)``, or ``(rows, channels)``.
+    """An input of a layer, batch of one: shape ``(1, channels, *space)``, or ``(rows, channels)``.
 
     Floats, or bytes for a layer of `EIGHT_BITS`: inside a network of integers it reads what another one wrote. There
-    the channels come last, ``(1, height, width, channels)``.
+    the channels come last, ``(1, *space, channels)``.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (kind.out_size[0], inputs)
+    shape: tuple[int, ...] = (kind.out_size[0], inputs)
     if kind.kind == "conv":
-        height, width = (_read(*sizes) for sizes in zip(kind.out_size, kind.stride, kind.kernel, strict=True))
         channels = inputs * kind.groups(outputs)
         is_last = kind.bits == EIGHT_BITS
-        shape = (1, height, width, channels) if is_last else (1, channels, height, width)  # type: ignore[assignment]
+        shape = (1, *kind.in_size, channels) if is_last else (1, channels, *kind.in_size)
     if kind.bits == EIGHT_BITS:
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     return torch.randn(shape, generator=generator)
@@ -147,8 +168,8 @@ def layer_module(kind: LayerKind, inputs: int, outputs: int) -> nn.Module:
     if kind.kind == "linear":
         return nn.Linear(inputs, outputs).eval()
     groups = kind.groups(outputs)
-    padding = tuple((size - 1) // 2 for size in kind.kernel)
-    conv = nn.Conv2d(inputs * groups, outputs, kind.kernel, kind.stride, padding=padding, groups=groups)  # type: ignore[arg-type]
+    window = {"stride": kind.stride, "padding": kind.padding, "dilation": kind.dilation or 1}
+    conv = _CONVOLUTIONS[len(kind.kernel)](inputs * groups, outputs, kind.kernel, groups=groups, **window)
     return nn.Sequential(conv, nn.ReLU()).eval()
 
 
@@ -175,8 +196,9 @@ def layer_onnx(kind: LayerKind, inputs: int, outputs: int) -> bytes:
             helper.make_node("QuantizeLinear", ["y_float", "y_scale", "y_zero"], [writes]),
         ]
         if kind.kind == "conv":
-            nodes.insert(0, helper.make_node("Transpose", ["x"], ["x_first"], perm=(0, 3, 1, 2)))
-            nodes.append(helper.make_node("Transpose", ["y_first"], ["y"], perm=(0, 2, 3, 1)))
+            space = range(1, len(kind.kernel) + 1)
+            nodes.insert(0, helper.make_node("Transpose", ["x"], ["x_first"], perm=(0, len(space) + 1, *space)))
+            nodes.append(helper.make_node("Transpose", ["y_first"], ["y"], perm=(0, *(i + 1 for i in space), 1)))
             out_shape = [1, *out_shape[2:], outputs]
         return _onnx_network(nodes, tensors, list(x.shape), out_shape, TensorProto.UINT8)
     tensors = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.zeros(outputs, np.float32), "b")]
@@ -186,8 +208,9 @@ def layer_onnx(kind: LayerKind, inputs: int, outputs: int) -> bytes:
 def _layer_nodes(kind: LayerKind, outputs: int, reads: list[str], writes: str) -> list[Any]:
     if kind.kind == "linear":
         return [helper.make_node("Gemm", reads, [writes], transB=1)]
-    pads = [(size - 1) // 2 for size in kind.kernel]
-    conv: dict[str, Any] = {"kernel_shape": kind.kernel, "strides": kind.stride, "pads": pads + pads}
+    conv: dict[str, Any] = {"kernel_shape": kind.kernel, "strides": kind.stride, "pads": kind.padding * 2}
+    if kind.dilation:
+        conv["dilations"] = kind.dilation
     return [
         helper.make_node("Conv", reads, ["c"], group=kind.groups(outputs), **conv),
         helper.make_node("Relu", ["c"], [writes]),
@@ -210,11 +233,6 @@ def _integer_tensors(weight: NDArray[np.float32], outputs: int) -> list[Any]:
         "y_zero": np.uint8(0),
     }
     return [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
-
-
-def _read(out_size: int, stride: int, kernel: int) -> int:
-    """Size that a convolution padded by half its kernel, rounded down where that is even, reads to write another."""
-    return out_size * stride if kernel % 2 else (out_size - 1) * stride + 2
 
 
 def _onnx_network(

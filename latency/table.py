@@ -32,11 +32,11 @@ from .measure import LatencyReport, Variant, affinity, check_cpus, measure, torc
 from .runtimes import Artifact, LatencyError, Runtime
 from .worker import Processor, Stopwatch, interleave
 
-FORMAT_VERSION = 4
-_READABLE = (1, 2, 3, 4)
+FORMAT_VERSION = 5
+_READABLE = (1, 2, 3, 4, 5)
 """Version 1 knew no networks of integers and floats together: its calibrations hold for floats. Versions 1 and 2 gave
 the name of the processor alone: their times are read, and hold for no device that could be checked. Versions before 4
-knew no convolutions that keep their groups."""
+knew no convolutions that keep their groups, and those before 5 none that are dilated or not of two dimensions."""
 DIVISORS = (16, 8, 4, 1)
 """Counts are of the class of the first of these that divides them: whole vectors of 64, 32 and 16 bytes, or none."""
 STAIR = 16
@@ -482,7 +482,8 @@ def _read_kind(entry: dict[str, Any]) -> KindTimes:
     if ratios.shape != (len(inputs), len(outputs)):
         msg = f"times of shape {ratios.shape} for {len(inputs)} x {len(outputs)} channel counts"
         raise ValueError(msg)
-    entry |= {name: tuple(entry[name]) for name in ("kernel", "stride", "out_size")}
+    entry.setdefault("dilation", ())
+    entry |= {name: tuple(entry[name]) for name in ("kernel", "stride", "out_size", "dilation")}
     return KindTimes(LayerKind(**entry), inputs, outputs, ratios)
 
 

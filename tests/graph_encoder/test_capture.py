@@ -394,3 +394,31 @@ class Moment(nn.Module):
 
 def test_the_batch_is_that_of_the_first_input_that_has_one() -> None:
     assert capture(Moment(), (torch.tensor(0.5), torch.randn(4, 4))).macs == 128
+
+
+class Line(nn.Module):
+    """A residual block over a signal, with attention over its positions where ``by_tokens``."""
+
+    def __init__(self, *, by_tokens: bool) -> None:
+        super().__init__()
+        self.by_tokens = by_tokens
+        self.stem = nn.Conv1d(3, 8, 5, stride=2, padding=2)
+        self.inner = nn.Conv1d(8, 8, 3, padding=2, dilation=2)
+        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        if self.by_tokens:
+            x = x.transpose(1, 2)
+            return self.head((x + self.mix(x)).mean(1))
+        return self.head((x + self.inner(x)).mean(-1))
+
+
+@pytest.mark.parametrize(("by_tokens", "size"), [(False, (10,)), (True, (10, 1))])
+def test_maps_of_one_dimension_are_told_from_tokens(by_tokens: bool, size: tuple[int, ...]) -> None:
+    operators = {each.name: each for each in capture(Line(by_tokens=by_tokens), torch.randn(2, 3, 20)).operators}
+
+    join, stem = operators["add"], operators["stem"]
+    assert (stem.kernel, stem.stride, stem.dilation, stem.out_size) == ((5,), (2,), (1,), (10,))
+    assert (join.in_channels, join.out_channels, join.out_size) == (8, 8, size)
+    assert by_tokens or operators["inner"].dilation == (2,)

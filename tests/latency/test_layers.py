@@ -44,6 +44,28 @@ def test_a_convolution_keeps_its_groups_where_they_lose_channels_within() -> Non
     assert (grouped.outputs.full, [k for _, k in grouped.outputs.per_unit]) == (12, [2])
 
 
+def test_convolutions_of_one_and_three_dimensions_and_dilated_ones_are_layers_too() -> None:
+    line = nn.Sequential(nn.Conv1d(3, 8, 5, padding=4, dilation=2), nn.Conv1d(8, 8, 3, stride=2, padding=1, groups=8))
+    map_ = nn.Sequential(nn.Conv2d(3, 8, (3, 1), padding=(2, 0), dilation=2), nn.Conv2d(8, 4, 1, dilation=3))
+    volume = nn.Sequential(nn.Conv3d(3, 8, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)))
+
+    found = [
+        [layer.kind for layer in layers_of(capture(model, torch.randn(2, 3, *size)))]
+        for model, size in ((line, (20,)), (map_, (8, 6)), (volume, (4, 8, 6)))
+    ]
+
+    assert found == [
+        [
+            LayerKind("conv", (5,), (1,), (20,), dilation=(2,)),
+            LayerKind("conv", (3,), (2,), (10,), group_outputs=1),
+        ],
+        # Of a single position nothing is spread.
+        [LayerKind("conv", (3, 1), (1, 1), (8, 6), dilation=(2, 2)), LayerKind("conv", (1, 1), (1, 1), (8, 6))],
+        [LayerKind("conv", (1, 3, 3), (1, 2, 2), (4, 4, 3))],
+    ]
+    assert str(found[0][0]) == "conv 5, stride 1, dilation 2, to 20, 32 bits"
+
+
 @pytest.mark.parametrize(
     ("kind", "inputs", "outputs", "shape"),
     [
@@ -53,6 +75,11 @@ def test_a_convolution_keeps_its_groups_where_they_lose_channels_within() -> Non
         (LayerKind("conv", (3, 3), (1, 1), (4, 4), conv_groups=2), 3, 10, (1, 10, 4, 4)),
         (LayerKind("conv", (4, 4), (2, 2), (4, 4)), 3, 10, (1, 10, 4, 4)),
         (LayerKind("conv", (2, 16), (1, 16), (5, 1)), 3, 10, (1, 10, 5, 1)),
+        (LayerKind("conv", (3, 3), (2, 1), (7, 5), dilation=(4, 2)), 3, 10, (1, 10, 7, 5)),
+        (LayerKind("conv", (4, 3), (2, 1), (7, 5), dilation=(3, 1)), 3, 10, (1, 10, 7, 5)),
+        (LayerKind("conv", (5,), (1,), (12,), dilation=(2,)), 3, 10, (1, 10, 12)),
+        (LayerKind("conv", (3,), (2,), (6,), group_outputs=1), 1, 10, (1, 10, 6)),
+        (LayerKind("conv", (1, 3, 4), (1, 2, 2), (4, 3, 2)), 3, 10, (1, 10, 4, 3, 2)),
         (LayerKind("linear", out_size=(7, 1)), 6, 4, (7, 4)),
     ],
 )
@@ -73,6 +100,9 @@ def test_a_layer_alone_has_the_shape_that_it_has_in_its_network(
         (LayerKind("conv", (3, 3), (1, 1), (6, 6), bits=8), 5, "QLinearConv"),
         (LayerKind("conv", (3, 3), (2, 2), (4, 4), group_outputs=1, bits=8), 1, "QLinearConv"),
         (LayerKind("conv", (3, 3), (2, 2), (4, 4), conv_groups=2, bits=8), 3, "QLinearConv"),
+        (LayerKind("conv", (3, 3), (1, 1), (6, 6), bits=8, dilation=(2, 2)), 5, "QLinearConv"),
+        (LayerKind("conv", (3,), (1,), (12,), bits=8), 5, "QLinearConv"),
+        (LayerKind("conv", (3, 3, 3), (1, 1, 1), (4, 4, 4), bits=8), 5, "QLinearConv"),
         (LayerKind("linear", out_size=(1, 1), bits=8), 12, "QGemm"),
     ],
 )

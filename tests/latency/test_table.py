@@ -298,7 +298,7 @@ def test_a_table_without_a_layer_of_the_network_says_which(graph: NetworkGraph) 
             '{"ratio": 1}',
             "'{}' is no latency table; 'secateur latency build --model ... --out TABLE' makes one",
         ),
-        ('{"format_version": 9}', "the latency table '{}' has format version 9, this release reads 1, 2, 3 and 4"),
+        ('{"format_version": 9}', "the latency table '{}' has format version 9, this release reads 1, 2, 3, 4 and 5"),
         (None, "cannot read the latency table '{}': No such file or directory"),
     ],
 )
