@@ -22,7 +22,7 @@ from pruning.proof import Proof, leave_refuted_dense, prove
 
 from .config import RunConfig
 from .floor import LatencyFloors, find_floors
-from .models import build_model, image_sizes, load_weights
+from .models import build_model, input_sizes, load_weights
 from .outcome import amount, budget_words
 from .search import space_of_graph
 
@@ -135,7 +135,7 @@ def check_named(
 
     Args:
         name: of the model, as for `build_model`.
-        shape: of an image, as for `image_sizes`.
+        shape: of an input, as for `input_sizes`.
         n_classes: outputs.
         weights: trained weights; none draws them by ``seed``.
         seed: of weights, inputs and the units removed in the proof.
@@ -145,26 +145,26 @@ def check_named(
 
     Raises:
         ConfigError: if nothing can be decided.
-        ModelError: if there is no such network, the weights do not fit it, or the shape is not three numbers.
+        ModelError: if there is no such network, the weights do not fit it, or the shape is not understood.
         TraceError: if the network cannot be captured.
         TableError: if the table does not hold the layers of the network.
     """
     config = config or RunConfig()
-    channels, height, width = image_sizes(name, shape)
+    sizes = input_sizes(name, shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(name, n_classes, channels).eval()
+        model = build_model(name, n_classes, sizes[0]).eval()
     if weights:
         load_weights(model, weights)
     generator = torch.Generator().manual_seed(seed)
-    report = check_network(model, torch.randn(2, channels, height, width, generator=generator), seed=seed)
+    report = check_network(model, torch.randn(2, *sizes, generator=generator), seed=seed)
     try:
         if config.latency.table is None:
             if not budgets:
                 return report
             asked = config.model_copy(update={"budget": tuple(budgets)})
             return replace(report, met=_least_words(space_of_graph(asked, report.graph)))
-        images = torch.randn(N_IMAGES, channels, height, width, generator=generator)
+        images = torch.randn(N_IMAGES, *sizes, generator=generator)
         floors = find_floors(model, report.graph, config, budgets, images)
     except BudgetError as error:
         return replace(report, refusal=str(error))

@@ -74,6 +74,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Any other key of the configuration: --set search.finalists=5.")
 ]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        help="Channels, height and width of an image; by default 3,32,32 for bundled networks, else 3,224,224. Of a "
+        "signal channels and length."
+    ),
+]
 RequireSpeedup = Annotated[
     bool, typer.Option("--require-speedup", help="End with code 3 unless all networks are faster than the dense one.")
 ]
@@ -285,7 +292,7 @@ def train(
 @app.command()
 def check(
     model: Annotated[str, typer.Argument(help="torchvision name, small_resnet, ... or package.module:function.")],
-    shape: Annotated[str | None, typer.Option(help="Channels, height and width of an image: 3,224,224.")] = None,
+    shape: Shape = None,
     classes: Annotated[int, typer.Option(help="Outputs of the network.")] = 10,
     weights: Annotated[
         Path | None, typer.Option(help="Trained weights, as for search; random ones if not given.")
@@ -327,7 +334,6 @@ latency = typer.Typer(help="Measured latency: of layers, as tables, and of what 
 app.add_typer(latency, name="latency")
 
 Networks = Annotated[list[str], typer.Option("--model", help="As for search; may be given several times.")]
-Shape = Annotated[str | None, typer.Option(help="Channels, height and width of an image: 3,224,224.")]
 Classes = Annotated[int, typer.Option(help="Outputs of the network.")]
 Host = Annotated[
     str | None, typer.Option(help="Measure on another machine, as ssh calls it; it needs Python and onnxruntime.")

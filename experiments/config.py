@@ -136,7 +136,7 @@ class SearchSettings(_Section):
     """Images a forward pass while scoring."""
     autocast: bool = False
     """Re-estimate statistics and score candidates in bfloat16, if that is faster on the device; where bits are decided
-    the former alone, since its own rounding is about that of 8 bits. Settled when the run is created."""
+    the former alone, since its own rounding is about that of 8 bits."""
 
     @field_validator("target", mode="before")
     @classmethod

@@ -45,25 +45,27 @@ def model_names() -> list[str]:
     return [*_BUILT_IN, *torchvision.models.list_models(module=torchvision.models)]
 
 
-def image_sizes(name: str, shape: str | None) -> tuple[int, int, int]:
-    """Channels, height and width of an image, from a text such as ``3,224,224``.
+def input_sizes(name: str, shape: str | None) -> tuple[int, ...]:
+    """Channels of an input and its size in each dimension of space, from a text such as ``3,224,224``.
 
     Args:
         name: of the network; without a shape the bundled ones read 32 pixels, and all others 224.
-        shape: the text, numbers apart by commas or an x.
+        shape: the text, one to four numbers apart by commas or an x: a signal has two.
 
     Raises:
-        ModelError: if the text is not three numbers.
+        ModelError: if the text is anything else.
     """
     if shape is None:
         side = 32 if name in _BUILT_IN else 224
         return 3, side, side
     parts = shape.replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        msg = f"shape '{shape}' is not understood; give channels, height and width, for example 3,224,224"
+    if len(parts) > 4 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        msg = (
+            f"shape '{shape}' is not understood; give channels, height and width, for example 3,224,224 (of a signal "
+            "channels and length)"
+        )
         raise ModelError(msg)
-    channels, height, width = map(int, parts)
-    return channels, height, width
+    return tuple(map(int, parts))
 
 
 def build_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:

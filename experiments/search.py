@@ -31,12 +31,12 @@ from .machine import describe_machine, set_up_device
 from .measured_budget import spent_by_the_clock
 from .methods import MethodSearch, check_enough, search_with
 from .outcome import RunOutcome, percent
+from .precision import NO_KERNELS, settle_precision
 from .problem import Scoring, SearchProblem, evaluations_to_probe, least_squares, probe, settle_range, space_by
 from .progress import RunDisplay, Stage, count
 from .run import RunBusyError, RunFolder
 from .scalars import EvaluationScalars
 from .subject import Subject, prepare_subject, report_dense
-from .training import why_not_bfloat16
 from .user_function import call, is_reference, load_function
 
 
@@ -200,7 +200,7 @@ def tell_precision(settings: SearchSettings, device: torch.device, display: RunD
             "pairs of products in 16 bits"
         )
     if settings.autocast and not has_bfloat16(device.type):
-        display.say(_in_single_precision(device))
+        display.say(f"search.autocast: candidates are scored in single precision, as {NO_KERNELS}")
     elif settings.autocast and not settings.scores_in_bfloat16:
         display.say(
             "search.autocast: statistics are re-estimated in bfloat16, and candidates are not scored in it, as bits "
@@ -216,17 +216,9 @@ def search_space(config: RunConfig, graph: NetworkGraph, importance: Mapping[str
 def settled_here(config: RunConfig, device: torch.device, display: RunDisplay) -> RunConfig:
     """The configuration with what was left to this processor settled, so that it stays what it is on any machine.
 
-    That is `with_range`, and no `SearchSettings.autocast` where it would take longer, which is said.
+    That is the range of 8 bits (`with_range`) and the precision (`settle_precision`).
     """
-    config = with_range(config)
-    if not (config.search.autocast and why_not_bfloat16(device)):
-        return config
-    display.say(_in_single_precision(device))
-    return config.model_copy(update={"search": config.search.model_copy(update={"autocast": False})})
-
-
-def _in_single_precision(device: torch.device) -> str:
-    return f"search.autocast: candidates are scored in single precision, as {why_not_bfloat16(device)}"
+    return settle_precision(with_range(config), device, display)
 
 
 def with_range(config: RunConfig) -> RunConfig:

@@ -23,6 +23,7 @@ from .exported_files import describe_images, write_exported
 from .interrupt import StopFlag
 from .machine import set_up_device
 from .models import build_model, check_outputs, load_weights
+from .precision import settle_precision
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
 from .training import train_from_scratch, tune
@@ -44,6 +45,7 @@ def train_named(config: RunConfig, out: Path, display: RunDisplay, stop: StopFla
         raise ConfigError(msg)
     refuse_existing(out)
     device = set_up_device(config.device, config.threads)
+    config = settle_precision(config, device, display)
     data = ImageData(config.data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.search.seed)
@@ -97,6 +99,7 @@ def finetune_saved(source: Path, config: RunConfig, out: Path, display: RunDispl
         raise ConfigError(msg)
     refuse_existing(out)
     device = set_up_device(config.device, config.threads)
+    recipe = settle_precision(config, device, display).finetune
     data = ImageData(config.data)
     n_classes, n_channels = len(data.classes), data.train.images.shape[1]
     name = named or manifest.constructor

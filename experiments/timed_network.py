@@ -25,7 +25,7 @@ from pruning.layer_policy import FULL_BITS
 from pruning.policy import CompressionPolicy
 from pruning.qdq import MarkedNetwork
 
-from .models import build_model, image_sizes
+from .models import build_model, input_sizes
 
 _PLAN_SEED = 1
 _MIXING_SEED = 2
@@ -46,14 +46,14 @@ class TimedNetwork:
         """Build and capture the network called ``name``; every prunable group may lose units.
 
         Raises:
-            ModelError: if there is no such network, or the shape is not three numbers.
+            ModelError: if there is no such network, or the shape is not understood.
             TraceError: if the network cannot be captured.
         """
-        channels, height, width = image_sizes(name, shape)
+        sizes = input_sizes(name, shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = _with_random_statistics(build_model(name, n_classes, channels).eval())
-        example = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+            model = _with_random_statistics(build_model(name, n_classes, sizes[0]).eval())
+        example = torch.randn(1, *sizes, generator=torch.Generator().manual_seed(0))
         graph = capture(model, example)
         importance = {group.name: np.arange(group.size, 0, -1) for group in graph.prunable}
         return cls(name, model, example, graph, SearchSpace.build(

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from graph_encoder.modes import bfloat16_pays, evaluation_mode, has_bfloat16
+from graph_encoder.modes import evaluation_mode, has_bfloat16
 from pruning.batch_norm import batch_norms, reestimate_batch_norm
 from pruning.files import CheckpointError, write_atomic
 from pruning.finetune import finetune
@@ -25,6 +25,7 @@ from .config import FinetuneConfig, RunConfig, TrainConfig
 from .data import ImageData, TrainBatches, normalise
 from .images import cache_folder
 from .interrupt import StopFlag
+from .precision import NO_KERNELS
 from .progress import RunDisplay
 from .run import locked
 
@@ -34,13 +35,6 @@ SETTLING_BATCHES = 10
 """Batches that they are taken from anew after fewer steps."""
 QUANTIZED_RATE = 0.1
 """Peak learning rate of the epochs with bits that follow others without, as a share of theirs."""
-
-
-def why_not_bfloat16(device: torch.device) -> str:
-    """What keeps a run in single precision where it was asked for bfloat16; empty if nothing does."""
-    if not has_bfloat16(device.type):
-        return "PyTorch has no kernels in bfloat16 for this processor, and would take many times as long"
-    return "" if bfloat16_pays(device.type) else "convolutions in bfloat16 take longer on this processor"
 
 
 def tune(
@@ -93,8 +87,8 @@ def tune(
         is_quantized = bool(quantized_layers(network))
         if tuning.autocast and is_quantized:
             display.say(f"{what}: in single precision, as bfloat16 would round about as much as the network's bits do")
-        elif tuning.autocast and (reason := why_not_bfloat16(next(network.parameters()).device)):
-            display.say(f"{what}: in single precision, as {reason}")
+        elif tuning.autocast and not has_bfloat16(next(network.parameters()).device.type):
+            display.say(f"{what}: in single precision, as {NO_KERNELS}")
         with ExitStack() as stack:
             if sparse_layers:
                 stack.enter_context(hold_zeros(network, sparse_layers))

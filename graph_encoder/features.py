@@ -26,10 +26,10 @@ SENSITIVITY_KEEP_RATIOS = (0.3, 0.6)
 _SHAPE = (
     "log_in_channels",  # log2 of the channels read, over 8 (256 channels are 1)
     "log_out_channels",  # log2 of the channels written, or of the units of a group, over 8
-    "log_kernel_area",  # log2 of height times width, over 4
-    "log_stride",  # log2 of the stride's area, over 2 (a stride of 2 is 1)
+    "log_kernel_area",  # log2 of the positions of the kernel, over 4
+    "log_stride",  # log2 of the strides' product, over 2 (a stride of 2 in height and width is 1)
     "log_groups",  # log2 of the convolution groups, over 8
-    "log_out_positions",  # log2 of output height times width, over 8
+    "log_out_positions",  # log2 of the positions of the output, over 8
     "depth",  # place in execution order, 0 to 1
 )
 _COST = (

@@ -84,8 +84,8 @@ class Operator:
         stride: of the kernel, likewise.
         dilation: of the kernel, likewise.
         groups: convolution groups.
-        out_size: size of the output in each dimension of space, length alone where it is a map of one; tokens and 1 for
-            a sequence, ``(1, 1)`` for a vector.
+        out_size: size of the output in each dimension of space; tokens and 1 for a sequence, ``(1, 1)`` for a vector.
+            An input of shape ``(N, C, L)`` is taken for a sequence.
         macs: multiply-adds for a batch of one.
         params: elements of the weight and the bias.
         weight: qualified name of the weight parameter, empty for a join.

@@ -445,26 +445,22 @@ class LabelPass(TorchDispatchMode):
             return call.sources
         size = tuple(call.outputs[0].shape)
         name = f"{self.here()}.{kind}".lstrip(".")
-        if any(map(self._is_line, operands)):
-            widest, channels, out_size = max(t.shape[1] for t in operands if t.dim() > 1), size[1], size[2:]
-        else:
-            widest, channels, out_size = (
-                max(_channels(tuple(t.shape)) for t in operands),
-                _channels(size),
-                _out_size(size),
-            )
+        is_line = any(map(self._is_line, operands))
+        widest = max(_channels(tuple(t.shape), is_line=is_line) for t in operands)
+        channels, out_size = _channels(size, is_line=is_line), _out_size(size, is_line=is_line)
         index = self._add_operator(
             name, kind, call.sources, in_channels=widest, out_channels=channels, out_size=out_size
         )
         return frozenset({index})
 
     def _is_line(self, tensor: Tensor) -> bool:
-        """Whether channels come before positions, as one-dimensional convolutions write them, and not after tokens."""
+        """Whether positions follow the channels, as one-dimensional convolutions write them, and are no tokens."""
         shadow = self._shadows.get(id(tensor))
         if shadow is None or tensor.dim() != 3:
             return False
-        wrote = [self.record.operators[index] for index in shadow.sources]
-        return any(len(operator.out_size) == 1 and operator.out_channels == tensor.shape[1] for operator in wrote)
+        # Tokens are such a map transposed. Other widths come of what is no operator: gates, chunks, pooling.
+        lines = [op for index in shadow.sources if len((op := self.record.operators[index]).out_size) == 1]
+        return any(tensor.shape[2] != line.out_channels or tensor.shape[1] == line.out_channels for line in lines)
 
     def _layer_type(self, weight: Tensor) -> str:
         holder, _, own = (self.name_of(weight) or "").rpartition(".")
@@ -567,14 +563,14 @@ def _layer_name(parameter: str) -> str:
     return parameter
 
 
-def _channels(shape: tuple[int, ...]) -> int:
-    """Channels by the usual layouts: (N, C), (N, tokens, C), (N, C, H, W)."""
+def _channels(shape: tuple[int, ...], *, is_line: bool = False) -> int:
+    """Channels by the usual layouts: (N, C), (N, tokens, C), or (N, C, positions) if ``is_line``, (N, C, H, W)."""
     if len(shape) < 2:
         return 1
-    return shape[-1] if len(shape) == 3 else shape[1]
+    return shape[-1] if len(shape) == 3 and not is_line else shape[1]
 
 
-def _out_size(shape: tuple[int, ...]) -> tuple[int, int]:
-    if len(shape) >= 4:
-        return (shape[2], math.prod(shape[3:]))
+def _out_size(shape: tuple[int, ...], *, is_line: bool = False) -> tuple[int, ...]:
+    if len(shape) >= 4 or (len(shape) == 3 and is_line):
+        return shape[2:]
     return (shape[1], 1) if len(shape) == 3 else (1, 1)

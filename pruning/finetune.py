@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graph_encoder.modes import bfloat16_pays, evaluation_mode, mixed_precision
+from graph_encoder.modes import evaluation_mode, mixed_precision
 
 from .files import CheckpointError, load_checked, write_atomic
 from .quantize import step_sizes
@@ -99,9 +99,9 @@ def finetune(
         teacher: network to distil from, on the same device; put into evaluation mode meanwhile.
         distillation_weight: ``w`` above; needs a teacher unless it is 0.
         temperature: ``T`` above.
-        autocast: compute in bfloat16 where PyTorch deems it safe and the device is faster with it
-            (`graph_encoder.modes.bfloat16_pays`); weights stay in float32, and quantized layers compute in it. A run
-            that is continued keeps to what it began with, where the device has bfloat16 at all.
+        autocast: compute in bfloat16 where PyTorch deems it safe and the device has it
+            (`graph_encoder.modes.has_bfloat16`; `graph_encoder.modes.bfloat16_pays` tells whether it is faster);
+            weights stay in float32, and quantized layers compute in it.
         seed: of dropout and whatever else the model draws; the batches have their own.
         first_epoch: number of the first epoch for what is drawn, where others came before; the schedule starts anew.
         checkpoint: file in which the state is kept after each epoch, with the one before beside it.
@@ -139,9 +139,7 @@ def finetune(
         "autocast": autocast,
         "seed": seed,
     } | ({"first_epoch": first_epoch} if first_epoch else {})
-    progress = _restore(checkpoint, settings, model, optimizer) if checkpoint else None
-    if progress is None:
-        progress = _Progress(in_bfloat16=autocast and bfloat16_pays(_device(model).type))
+    progress = _restore(checkpoint, settings, model, optimizer) if checkpoint else _Progress()
     resumed_epoch = len(progress.losses)
     objective = _Objective(teacher, distillation_weight, temperature, label_smoothing)
     modes = [(module, module.training) for module in model.modules()]
@@ -152,7 +150,7 @@ def finetune(
             model.train()
             drawn = batches(first_epoch + epoch)
             with _seeded(seed, first_epoch + epoch, _device(model)):
-                loss, accuracy = _train_epoch(model, drawn, optimizer, objective, rates, epoch, progress.in_bfloat16)
+                loss, accuracy = _train_epoch(model, drawn, optimizer, objective, rates, epoch, autocast)
             if evaluate is not None:
                 accuracy = evaluate(model)
             progress = progress.plus(loss, accuracy, time.perf_counter() - started)
@@ -180,18 +178,12 @@ def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Progress:
-    in_bfloat16: bool
     losses: tuple[float, ...] = ()
     accuracies: tuple[float, ...] = ()
     seconds: float = 0.0
 
     def plus(self, loss: float, accuracy: float, seconds: float) -> "_Progress":
-        return replace(
-            self,
-            losses=(*self.losses, loss),
-            accuracies=(*self.accuracies, accuracy),
-            seconds=self.seconds + seconds,
-        )
+        return _Progress((*self.losses, loss), (*self.accuracies, accuracy), self.seconds + seconds)
 
 
 @dataclass(frozen=True)
@@ -223,7 +215,7 @@ def _train_epoch(
     objective: _Objective,
     rates: list[float],
     epoch: int,
-    in_bfloat16: bool,
+    autocast: bool,
 ) -> tuple[float, float]:
     """One pass over the batches: mean loss and share of right answers."""
     device = _device(model)
@@ -234,7 +226,7 @@ def _train_epoch(
             x = x.contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.enable_grad(), mixed_precision(device.type, in_bfloat16):
+        with torch.enable_grad(), mixed_precision(device.type, autocast):
             logits = model(x).float()
             loss = objective(x, logits, y)
         value = loss.item()
@@ -285,7 +277,6 @@ def _save(
 ) -> None:
     content = {
         "settings": settings,
-        "in_bfloat16": progress.in_bfloat16,
         "losses": progress.losses,
         "accuracies": progress.accuracies,
         "seconds": progress.seconds,
@@ -299,8 +290,8 @@ def _save(
 
 def _restore(
     checkpoint: Path, settings: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
-) -> _Progress | None:
-    """Continue from the newest checkpoint that can be read; None if there is none."""
+) -> _Progress:
+    """Continue from the newest checkpoint that can be read; from the start if there is none."""
     existing = [path for path in (checkpoint, _previous(checkpoint)) if path.exists()]
     failures: list[str] = []
     for path in existing:
@@ -315,13 +306,11 @@ def _restore(
         _check_same_groups(path, content["optimizer"], optimizer)
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
-        # Earlier checkpoints do not say it: they took what was asked for.
-        in_bfloat16 = content.get("in_bfloat16", settings["autocast"])
-        return _Progress(in_bfloat16, tuple(content["losses"]), tuple(content["accuracies"]), content["seconds"])
+        return _Progress(tuple(content["losses"]), tuple(content["accuracies"]), content["seconds"])
     if failures:
         msg = f"no checkpoint to go on from: {'; '.join(failures)}; delete them to train from the start"
         raise CheckpointError(msg)
-    return None
+    return _Progress()
 
 
 def _check_same_run(path: Path, content: dict[str, Any], settings: dict[str, Any]) -> None:

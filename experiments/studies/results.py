@@ -164,10 +164,9 @@ class Sitting:
         if not (folder / "config.yaml").exists():
             command = ["python", "-m", "experiments.studies.results", "--only", cell.name]
             self.prepare(cell, display, stop)
-            run = create_run(self._above_floor(cell, display, stop), folder, command, display)
-            self._share_probes(run)
-            if cell.searched:
-                self._take_searches(RunFolder(self.records / cell.searched), run)
+            self._share_probes(create_run(self._above_floor(cell, display, stop), folder, command, display))
+        if cell.searched:
+            _take_searches(RunFolder(self.records / cell.searched), RunFolder(folder))
         resume_run(folder, display, stop)
         if cell.is_timed:
             runs = [str(folder), *([str(self.root / cell.beside)] if cell.beside else [])]
@@ -204,21 +203,6 @@ class Sitting:
         # Agents are too large for records.
         return RunFolder(self.root / cell.agent).method(self.agent).agent_file if cell.agent else None
 
-    def _take_searches(self, record: RunFolder, run: RunFolder) -> None:
-        """Put what the methods of another cell found in place of searching again."""
-        for row in record.outcome().rows:
-            if row.method not in run.config.search.methods:
-                continue
-            policy, own = CompressionPolicy.load(record.method(row.method).policy_file), run.method(row.method)
-            same = row.model_dump(include=set(MethodSearch.model_fields))
-            found = MethodSearch(
-                **same,
-                kept={name: len(kept) for name, kept in policy.kept.items()},
-                layers={name: layer.to_plain() for name, layer in policy.layers.items()},
-            )
-            policy.save(own.policy_file)
-            write_atomic(own.search_file, found.model_dump_json(indent=2).encode())
-
     def _share_probes(self, run: RunFolder) -> None:
         """Copy the sensitivity probes of a run that asks the same question, so that they are made once."""
         journal = Journal(run.journal_file)
@@ -228,6 +212,23 @@ class Sitting:
                 for entry in probes:
                     journal.append(entry)
                 return
+
+
+def _take_searches(record: RunFolder, run: RunFolder) -> None:
+    """Put what the methods of another cell found in place of searching again, where that is not done yet."""
+    outcome = record.outcome()
+    for method in run.config.search.methods:
+        own = run.method(method)
+        if own.search_file.exists():
+            continue
+        policy = CompressionPolicy.load(record.method(method).policy_file)
+        found = MethodSearch(
+            **outcome.row(method).model_dump(include=set(MethodSearch.model_fields)),
+            kept={name: len(kept) for name, kept in policy.kept.items()},
+            layers={name: layer.to_plain() for name, layer in policy.layers.items()},
+        )
+        policy.save(own.policy_file)
+        write_atomic(own.search_file, found.model_dump_json(indent=2).encode())
 
 
 def _probed_alike(one: RunConfig, other: RunConfig) -> bool:

@@ -85,7 +85,7 @@ before batch norms are re-estimated.""",
 _TUNED_20 = """15 epochs for each network, the dense one too: SGD with Nesterov momentum, cosine schedule, the same
 batches. Differences in points, with 95 % intervals: over the seeds (pairs of runs, Student's t), and over the test
 images (pairs of verdicts on the same image, averaged over the seeds, normal)."""
-_TUNED_56 = "30 epochs for each network, the dense one too; one seed, in two cells, the dense network beside uniform."
+_TUNED_56 = "30 epochs for each network, the dense one too; one seed, each network in a cell of its own."
 _TRANSFER = (
     "A frozen agent on another network",
     """An agent trained on ResNet-20 (300 evaluations from the uniform plan, without sensitivities, seed 0), its
@@ -180,7 +180,7 @@ def _tuned_table(cells: Cells, table: str) -> list[str]:
 
 
 _TunedRows = dict[str, dict[str, tuple[str, MethodOutcome]]]
-"""By method and seed: the cell, and the row in it. What was allowed everything is the dense network, by any method."""
+"""By method and seed: the cell, and the row in it. In a cell of the dense network alone it has a method's name."""
 
 
 def _tuned_rows(cells: Cells, names: Sequence[str]) -> _TunedRows:
@@ -188,11 +188,11 @@ def _tuned_rows(cells: Cells, names: Sequence[str]) -> _TunedRows:
     for name in names:
         if name not in cells.outcomes:
             continue
-        outcome = cells.outcomes[name]
-        for row in outcome.rows:
+        stem, _, seed = name.rpartition("-seed")
+        for row in cells.outcomes[name].rows:
             if row.tuned_test_accuracy is not None:
-                method = DENSE if row.macs == outcome.row(DENSE).macs else row.method
-                found.setdefault(method, {})[name.rpartition("-seed")[2]] = name, row
+                method = DENSE if stem.endswith(f"-{DENSE}") else row.method
+                found.setdefault(method, {})[seed] = name, row
     return found
 
 
@@ -260,7 +260,8 @@ def _every_cell(cells: Cells) -> list[str]:
         elif name in cells.applied:
             machine = Machine.model_validate(cells.applied[name]["machine"])
             lines.append([name, "-", *_where(machine), command])
-    total = math.fsum(row.seconds for outcome in cells.outcomes.values() for row in outcome.rows)
+    # A search that another cell took over has the same seconds there, to the last digit.
+    total = math.fsum({row.seconds for outcome in cells.outcomes.values() for row in outcome.rows})
     missing = [name for name in cells.names if name not in cells.outcomes and name not in cells.applied]
     table = Table(heads, lines, words=("date", "commit", "processor", "command")).markdown()
     return [

@@ -69,10 +69,9 @@ def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _set_bfloat16(monkeypatch: pytest.MonkeyPatch, *, is_there: bool, pays: bool) -> None:
-    for module in ("graph_encoder.modes", "experiments.search", "experiments.training"):
+    for module in ("graph_encoder.modes", *(f"experiments.{name}" for name in ("precision", "search", "training"))):
         monkeypatch.setattr(f"{module}.has_bfloat16", lambda _: is_there)
-    for module in ("pruning.finetune", "experiments.training"):
-        monkeypatch.setattr(f"{module}.bfloat16_pays", lambda _: pays)
+    monkeypatch.setattr("experiments.precision.bfloat16_pays", lambda _: pays)
 
 
 @pytest.fixture

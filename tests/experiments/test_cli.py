@@ -456,11 +456,12 @@ def test_check_as_json_names_every_group(command: Command) -> None:
 
 
 def test_shape_that_is_none_is_told(command: Command) -> None:
-    done = command("check", "resnet20", "--shape", "32")
+    done = command("check", "resnet20", "--shape", "32,")
 
     assert (done.code, done.err) == (
         1,
-        "error: shape '32' is not understood; give channels, height and width, for example 3,224,224\n",
+        "error: shape '32,' is not understood; give channels, height and width, for example 3,224,224 (of a signal "
+        "channels and length)\n",
     )
 
 
@@ -491,6 +492,7 @@ def test_help_names_the_defaults_of_the_configuration() -> None:
     assert ("not by default" in options["reconstruct"]) is not of_search.reconstruct
     assert f"; {of_search.seed} by default" in options["seed"]
     assert f"{config.device} (default)" in options["device"]
+    assert of_search.rounding is None and "by default 8 from 128 on, else 1" in options["rounding"]
     assert f"{config.threads} (default)" in options["threads"]
     assert f"{config.finetune.epochs} (default)" in options["finetune_epochs"]
     assert set(METHODS) == {*of_search.methods, *others}

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.data import DataRecipe, ImageData, SplitRecipe, make_evaluate
 from experiments.image_folder import write_split_lists
-from experiments.models import ModelError, build_model, image_sizes, load_weights
+from experiments.models import ModelError, build_model, input_sizes, load_weights
 from experiments.user_function import UserFunctionError
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -265,16 +265,20 @@ def test_mobilenet_for_small_images_ends_at_an_eighth_of_their_size() -> None:
         ("resnet18", None, (3, 224, 224)),
         ("resnet20", "1,28,20", (1, 28, 20)),
         ("resnet18", "3x64x64", (3, 64, 64)),
+        ("own:audio", "2,16000", (2, 16000)),
+        ("own:mlp", "784", (784,)),
+        ("own:video", "3,8,32,32", (3, 8, 32, 32)),
     ],
 )
-def test_image_sizes_are_the_text_or_those_of_the_network(
-    name: str, shape: str | None, sizes: tuple[int, int, int]
-) -> None:
-    assert image_sizes(name, shape) == sizes
+def test_input_sizes_are_the_text_or_those_of_the_network(name: str, shape: str | None, sizes: tuple[int, ...]) -> None:
+    assert input_sizes(name, shape) == sizes
 
 
-@pytest.mark.parametrize("shape", ["3,32", "3,32,-1", "3,0,32", "a,b,c"])
-def test_a_shape_that_is_not_three_numbers_is_refused(shape: str) -> None:
-    msg = f"shape '{shape}' is not understood; give channels, height and width, for example 3,224,224"
+@pytest.mark.parametrize("shape", ["3,32,-1", "3,0,32", "a,b,c", "", "3,", "1,2,3,4,5"])
+def test_a_shape_that_is_not_numbers_is_refused(shape: str) -> None:
+    msg = (
+        f"shape '{shape}' is not understood; give channels, height and width, for example 3,224,224 (of a signal "
+        "channels and length)"
+    )
     with pytest.raises(ModelError, match=f"^{re.escape(msg)}$"):
-        image_sizes("resnet20", shape)
+        input_sizes("resnet20", shape)

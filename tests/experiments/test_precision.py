@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from envs.journal import Journal
-from experiments import training
+from experiments import standalone_training, training
 from experiments.config import ConfigError, RunConfig
 from experiments.data import ImageData, TrainBatches, make_judge, normalise
 from experiments.interrupt import Interrupted, StopFlag
@@ -40,7 +40,7 @@ NOT_FOR_SCORES = (
 )
 
 NO_KERNELS = "as PyTorch has no kernels in bfloat16 for this processor, and would take many times as long"
-IS_SLOW = "as convolutions in bfloat16 take longer on this processor"
+NOT_FASTER = "as convolutions in bfloat16 are not faster on this processor"
 
 
 class Recorder(nn.Module):
@@ -125,42 +125,70 @@ def test_a_processor_without_bfloat16_computes_in_single_precision(
     ]
 
 
-@pytest.mark.usefixtures("with_slow_bfloat16", "settled")
-def test_where_bfloat16_is_slower_a_run_is_in_single_precision_and_says_so(
-    tiny_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    config = tiny_config(search__autocast=True, finetune__epochs=1, finetune__autocast=True)
-    model, said = Recorder(network(3, 1)), []
-    batches = TrainBatches(ImageData(config.data).train, config.data, batch_size=120)
-
-    with RunDisplay(quiet=True) as display:
-        display.say = said.append  # type: ignore[method-assign]
-        create_run(config, tmp_path / "run", ["secateur"], display)
-        scratch = tmp_path / "training"
-        tune(model, batches, config.finetune, 0, "fine-tuning it", display, StopFlag(), scratch=scratch)
-
-    # It stays so where the run is continued on a processor that is faster with it.
-    assert not RunFolder.open(tmp_path / "run").config.search.autocast
-    assert model.seen == {False}
-    assert said[:2] == [
-        f"search.autocast: candidates are scored in single precision, {IS_SLOW}",
-        f"fine-tuning it: in single precision, {IS_SLOW}",
-    ]
+ASKED = {"search__autocast": True, "train__autocast": True, "finetune__autocast": True}
 
 
-@pytest.mark.usefixtures("with_bfloat16")
-def test_where_bfloat16_is_faster_a_run_takes_it(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def settled_configuration(config: RunConfig, root: Path) -> tuple[RunConfig, list[str]]:
+    """What a new run writes down, and what it says of it."""
     said: list[str] = []
     with RunDisplay(quiet=True) as display:
         display.say = said.append  # type: ignore[method-assign]
-        run = create_run(tiny_config(search__autocast=True), tmp_path / "run", ["secateur"], display)
-
-    assert run.config.search.autocast
-    assert not said
+        run = create_run(config, root, ["secateur"], display)
+    return RunFolder.open(run.root).config, said
 
 
 @pytest.mark.parametrize(
-    ("seconds", "pays"), [({"bfloat16": 1.0, "float32": 2.0}, True), ({"bfloat16": 2.0, "float32": 1.2}, False)]
+    ("processor", "reason"), [("with_slow_bfloat16", NOT_FASTER), ("without_bfloat16", NO_KERNELS)]
+)
+def test_a_new_run_leaves_bfloat16_out_for_good_where_it_is_not_faster(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, request: pytest.FixtureRequest, processor: str, reason: str
+) -> None:
+    request.getfixturevalue(processor)
+
+    config, said = settled_configuration(tiny_config(**ASKED), tmp_path / "run")
+
+    assert not any((config.search.autocast, config.train.autocast, config.finetune.autocast))
+    assert said == [f"search.autocast, train.autocast, finetune.autocast: left out, {reason}"]
+
+
+@pytest.mark.parametrize(("processor", "asked"), [("with_bfloat16", ASKED), ("with_slow_bfloat16", {})])
+def test_a_new_run_takes_the_precision_that_it_was_asked_for_otherwise(
+    tiny_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    processor: str,
+    asked: dict[str, bool],
+) -> None:
+    request.getfixturevalue(processor)
+    before = tiny_config(**asked)
+
+    assert settled_configuration(before, tmp_path / "run") == (before, [])
+
+
+@pytest.mark.usefixtures("with_slow_bfloat16")
+def test_a_training_outside_a_run_leaves_bfloat16_out_too(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, in_use = tiny_config(train__autocast=True, train__epochs=1), []
+    train = standalone_training.train_from_scratch
+    monkeypatch.setattr(
+        standalone_training,
+        "train_from_scratch",
+        lambda config, *others: in_use.append(config) or train(config, *others),
+    )
+    with RunDisplay(quiet=True) as display:
+        standalone_training.train_named(config, tmp_path / "weights.safetensors", display, StopFlag())
+
+    assert [config.train.autocast for config in in_use] == [False]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "pays"),
+    [
+        ({"bfloat16": 1.0, "float32": 2.0}, True),
+        ({"bfloat16": 2.0, "float32": 1.2}, False),
+        ({"bfloat16": 1.0, "float32": 1.05}, False),  # nor where another moment might say otherwise
+    ],
 )
 def test_bfloat16_pays_where_the_best_of_its_times_is_shorter(
     monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], pays: bool

@@ -1,8 +1,7 @@
 import logging
 import math
 import pickle
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -286,40 +285,7 @@ def test_distillation_without_a_teacher_is_refused() -> None:
     assert str(caught.value) == ("distillation_weight 0.5 needs a teacher; pass the dense network, or set it to 0")
 
 
-@pytest.fixture
-def bfloat16_pays(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Say of the processor whether it is faster in bfloat16, which it computes in either way."""
-    monkeypatch.setattr("graph_encoder.modes.has_bfloat16", lambda _: True)
-    return lambda pays: monkeypatch.setattr("pruning.finetune.bfloat16_pays", lambda _: pays)
-
-
-@pytest.mark.parametrize("at_first", [True, False])
-def test_training_goes_on_in_the_precision_it_was_begun_in(
-    tmp_path: Path, bfloat16_pays: Callable[[bool], None], at_first: bool
-) -> None:
-    ended = []
-    for pays_later in (at_first, not at_first):
-        checkpoint, model = tmp_path / f"{pays_later}.pt", network()
-        train = partial(finetune, batches=Blobs(), epochs=3, learning_rate=0.1, autocast=True)
-        bfloat16_pays(at_first)
-        with pytest.raises(KeyboardInterrupt):
-            train(network(), checkpoint=checkpoint, on_epoch=interrupt)
-        bfloat16_pays(pays_later)
-        assert train(model, checkpoint=checkpoint).resumed_epoch == 1
-        ended.append(model)
-    begun_later = network()
-    train(begun_later)
-
-    assert states_are_equal(*ended)
-    assert not states_are_equal(ended[0], begun_later)
-
-
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def test_bfloat16_keeps_float32_weights_and_learns(bfloat16_pays: Callable[[bool], None]) -> None:
-    bfloat16_pays(True)
+def test_bfloat16_keeps_float32_weights_and_learns() -> None:
     model = network()
     report = finetune(model, Blobs(), epochs=8, learning_rate=0.1, autocast=True)
 
