@@ -103,8 +103,8 @@ class Layer:
 def layers_of(graph: NetworkGraph) -> tuple[Layer, ...]:
     """The convolutions and linear layers of ``graph``, in full precision and network order.
 
-    Joins, attention and transposed convolutions with a stride are not among them: a table takes what they cost from whole networks
-    (`latency.table.Calibration`).
+    Joins, attention and transposed convolutions with a stride are not among them: a table takes what they cost from
+    whole networks (`latency.table.Calibration`).
     """
     operators = {operator.name: operator for operator in graph.operators}
     found = []
