@@ -157,7 +157,7 @@ class SearchSpace:
             LatencyError: if the table lacks a layer, or latency alone is bounded and a decision takes no time.
             ValueError: if no group is left to decide, or an argument is out of range.
         """
-        _check_options(graph, protected, min_keep_ratio, span)
+        check_options(graph, protected, min_keep_ratio, span)
         _check_layers(graph, layers)
         groups = _decisions(graph, protect_first, protected, may_be_none=bool(layers)) if channels else ()
         if not groups and not layers:
@@ -592,7 +592,8 @@ def _check_layers(graph: NetworkGraph, layers: Sequence[LayerDecision]) -> None:
         raise ValueError(msg)
 
 
-def _check_options(graph: NetworkGraph, protected: Collection[str], min_keep_ratio: float, span: float) -> None:
+def check_options(graph: NetworkGraph, protected: Collection[str], min_keep_ratio: float, span: float) -> None:
+    """Raise ValueError for what `SearchSpace.build` cannot use of these."""
     unknown = sorted(set(protected) - set(graph.group_index))
     if unknown:
         msg = f"protected names no channel group of this network: {unknown}; groups are {sorted(graph.group_index)}"

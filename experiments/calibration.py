@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ def read_calibration(calibration: CalibrationData, example_inputs: Tensor | Sequ
     Args:
         calibration: read once, and held in memory.
         example_inputs: what ``forward`` takes; each batch must begin with as many tensors, of the same types and
-            numbers of dimensions.
+            numbers of dimensions, images with as many channels.
 
     Raises:
         ConfigError: if it is no iterable of batches, or a batch is not what ``forward`` takes.
@@ -47,12 +47,17 @@ def _leading(batch: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], index: 
             f"batch {index} of calibration is {_in_words(batch)}, but forward takes {wanted}, as example_inputs "
             "says; pass batches of that, of any size. In a tuple or list, what follows the inputs (labels) is left out"
         )
+        if isinstance(batch, Mapping):
+            msg += f"; of a mapping pass the tensors, such as (batch['{next(iter(batch), 'images')}'],)"
         raise ConfigError(msg)
     return taken if len(taken) > 1 else taken[0]
 
 
 def _are_alike(given: object, wanted: Tensor) -> bool:
-    return isinstance(given, Tensor) and given.dtype == wanted.dtype and given.dim() == wanted.dim()
+    if not isinstance(given, Tensor) or given.dtype != wanted.dtype or given.dim() != wanted.dim():
+        return False
+    # Images of any size have the channels of the others.
+    return given.dim() != 4 or given.shape[1] == wanted.shape[1]
 
 
 def _in_words(value: object) -> str:

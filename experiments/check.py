@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from envs.space import SearchSpace
+from envs.space import SearchSpace, check_options
 from graph_encoder.capture import capture
 from graph_encoder.network import ChannelGroup, NetworkGraph
 from latency.budget import Budget, BudgetError, in_words
@@ -20,7 +21,7 @@ from latency.cost import CostKind, CostModel
 from latency.predict import LatencyModel
 from pruning.proof import Proof, leave_refuted_dense, prove
 
-from .config import RunConfig
+from .config import ConfigError, RunConfig, SearchSettings
 from .floor import LatencyFloors, find_floors
 from .models import build_model, input_sizes, load_weights
 from .outcome import amount, budget_words
@@ -38,8 +39,8 @@ class CheckReport:
     Attributes:
         graph: its capture.
         proof: one result for all groups at once, then one a group that is offered.
-        lowest: lowest reachable cost by kind, with what is protected by default, None if nothing can be removed.
-        decided: names of the groups that a search decides by default.
+        lowest: lowest reachable cost by kind, with what is protected, None if nothing can be removed.
+        decided: names of the groups that a search decides.
         floors: the least latency, where a table was given.
         met: the budgets that were asked for and can be met, in words; None if there are none.
         refusal: why a budget that was asked for is refused, None if all can be met or there is none.
@@ -74,7 +75,7 @@ class CheckReport:
             *(self.floors.lines() if self.floors else ()),
             *_offered("groups decided", decided, "by a search"),
             *_offered(
-                "groups spared", spared, "by default: the first layer's (decided with search.protect_first=false)"
+                "groups spared", spared, "the first layer's (decided with search.protect_first=false) and protected"
             ),
             f"groups dense    {len(dense)}",
             *(f"  {group.name}: {group.size} units: {group.reason}" for group in dense),
@@ -109,7 +110,15 @@ class CheckReport:
             ],
             "skipped": dict(graph.skipped),
             "proof": [
-                {"subject": r.subject, "removed": r.removed, "holds": r.holds, "error": r.error} for r in self.proof
+                {
+                    "subject": r.subject,
+                    "removed": r.removed,
+                    "holds": r.holds,
+                    # JSON knows no infinity: then the message says what happened.
+                    "error": r.error if math.isfinite(r.error) else None,
+                    "message": r.message,
+                }
+                for r in self.proof
             ],
             "passed": self.passed,
         }
@@ -139,7 +148,7 @@ def check_named(
         n_classes: outputs.
         weights: trained weights; none draws them by ``seed``.
         seed: of weights, inputs and the units removed in the proof.
-        config: what a search of the budgets may do; its defaults if not given.
+        config: what a search may do; its defaults if not given.
         budgets: asked for; what of them cannot be met is in the report. Those of latency need ``config.latency.table``,
             with which the floor is found and timed, with or without a budget.
 
@@ -157,7 +166,7 @@ def check_named(
     if weights:
         load_weights(model, weights)
     generator = torch.Generator().manual_seed(seed)
-    report = check_network(model, torch.randn(2, *sizes, generator=generator), seed=seed)
+    report = check_network(model, torch.randn(2, *sizes, generator=generator), config.search, seed=seed)
     try:
         if config.latency.table is None:
             if not budgets:
@@ -184,25 +193,52 @@ def _share(cost: int, of: CostModel | LatencyModel) -> str:
     return f"{in_words(cost, of.kind)} ({cost / of.dense:.1%})"
 
 
-def check_network(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, seed: int = 0) -> CheckReport:
+def check_network(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    settings: SearchSettings | None = None,
+    *,
+    seed: int = 0,
+) -> CheckReport:
     """Capture a network, find what may be removed, and prove that removing it does what masking does.
+
+    Args:
+        model: the network.
+        example_inputs: what its ``forward`` takes.
+        settings: which groups are decided, and how far; the defaults if not given.
+        seed: of the units that are removed.
 
     Raises:
         TraceError: if the network cannot be captured.
+        ConfigError: if the settings protect a group that is not there.
     """
+    settings = settings or SearchSettings()
     graph = leave_refuted_dense(model, capture(model, example_inputs), example_inputs)
     proof = prove(model, graph, example_inputs, generator=torch.Generator().manual_seed(seed))
-    spaces = {kind: _default_space(graph, kind) for kind in COST_KINDS}
+    spaces = {kind: _space(graph, settings, kind) for kind in COST_KINDS}
     decided = frozenset(name for space in spaces.values() if space for name in space.names)
     lowest = {kind: space.lowest_cost if space else None for kind, space in spaces.items()}
     return CheckReport(graph, tuple(proof), lowest, decided)
 
 
-def _default_space(graph: NetworkGraph, kind: CostKind) -> SearchSpace | None:
-    """What a search decides by default, None if that is nothing."""
+def _space(graph: NetworkGraph, settings: SearchSettings, kind: CostKind) -> SearchSpace | None:
+    """What a search decides about channels, None if that is nothing."""
+    try:
+        check_options(graph, settings.protected, settings.min_keep_ratio, settings.span)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     importance = {group.name: np.zeros(group.size) for group in graph.prunable}
     try:
-        return SearchSpace.build(graph, importance, None, kind=kind)
+        return SearchSpace.build(
+            graph,
+            importance,
+            None,
+            kind=kind,
+            rounding=settings.rounding,
+            min_keep_ratio=settings.min_keep_ratio,
+            protect_first=settings.protect_first,
+            protected=settings.protected,
+        )
     except ValueError:
         return None
 

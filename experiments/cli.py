@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -310,7 +310,8 @@ def check(
     from .check import check_named
 
     config = _configuration(None, {"latency.table": latency_table, "search.rounding": rounding}, settings)
-    found = check_named(model, shape, classes, weights, seed, config, read_budgets(budget))
+    with _stdout_kept(as_json):
+        found = check_named(model, shape, classes, weights, seed, config, read_budgets(budget))
     print(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
     if not found.passed:
         raise typer.Exit(1)
@@ -499,6 +500,7 @@ def _run(
         RunDisplay(quiet=as_json) as display,
         stop_on_signals(_announcer(display)) as stop,
         _digits_told(config, display),
+        _stdout_kept(as_json),
     ):
         outcome = work(display, stop)
     console = Console()
@@ -512,6 +514,13 @@ def _run(
     for note in speed_notes(outcome):
         print(note)
     return outcome
+
+
+@contextmanager
+def _stdout_kept(as_json: bool) -> Iterator[None]:
+    """Send what a user's functions print to the other stream where the result is JSON."""
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield
 
 
 def _end_without_speedup(missing: list[str]) -> None:
@@ -533,7 +542,8 @@ def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]],
         _digits_told(config, display),
     ):
         try:
-            facts = work(display, stop)
+            with _stdout_kept(as_json):
+                facts = work(display, stop)
         except Interrupted as stopped:
             msg = (
                 f"stopped by {stopped}; no result is written, and the same command continues a training that was begun"

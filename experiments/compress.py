@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 from torch import Tensor, nn
 
 from envs.evaluator import EvaluateFunction, Evaluation
@@ -195,6 +196,9 @@ def compress(
         msg = f"the reward '{GALEN}' aims at a target and takes no budget; pass the three together: reward='{GALEN}', "
         msg += "target='20% latency', budget=None"
         raise ConfigError(msg)
+    if n_images < 1:
+        msg = f"n_images is {n_images}; it is how many images evaluate scores on, at least 1"
+        raise ConfigError(msg)
     batches = read_calibration(calibration, example_inputs)
     if reconstruct and not batches:
         msg = "reconstruct fits layers on training inputs; pass some batches as calibration"
@@ -214,7 +218,12 @@ def compress(
             stacklevel=3,
         )
     graph = leave_refuted_dense(model, capture(model, example_inputs), example_inputs)
-    space = space_by(settings, graph, importance or rank_units(model, graph, criterion), budgets, table)
+    is_ranked = importance is None
+    if importance is None:
+        importance = rank_units(model, graph, criterion)
+    else:
+        _check_importance(importance, graph)
+    space = space_by(settings, graph, importance, budgets, table)
     scoring = Scoring(
         evaluate=evaluate,
         calibration=batches,
@@ -234,7 +243,7 @@ def compress(
             model,
             graph,
             batches,
-            importance or criterion,
+            criterion if is_ranked else importance,
             budget=", ".join(f"{bound.limit} {bound.cost.kind}" for bound in space.bounds) or f"None {space.cost.kind}",
             table=table.digest if table else None,
             environment=environment,
@@ -295,6 +304,19 @@ def _uncompiled(model: nn.Module) -> nn.Module:
         stacklevel=4,
     )
     return inside
+
+
+def _check_importance(importance: Mapping[str, Tensor], graph: NetworkGraph) -> None:
+    """Refuse scores that are not one for each unit of each group that may be pruned."""
+    for group in graph.prunable:
+        scores = importance.get(group.name)
+        found = "not there" if scores is None else f"of shape {tuple(np.shape(scores))}"
+        if scores is None or tuple(np.shape(scores)) != (group.size,):
+            msg = (
+                f"importance of the group '{group.name}' is {found}; it needs one score for each of its {group.size} "
+                "units, as pruning.importance.rank_units returns them for a captured network"
+            )
+            raise ConfigError(msg)
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -425,6 +425,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         msg = f"configuration file {path} does not exist"
         raise ConfigError(msg) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        msg = f"cannot read the configuration file {path}: {reason}; data is named with --data"
+        raise ConfigError(msg) from error
     tree = _parsed(text, str(path))
     if tree is None:
         return {}

@@ -16,9 +16,9 @@ from torchvision.transforms.v2 import functional as transforms
 from graph_encoder.modes import evaluation_mode, mixed_precision
 from pruning.integer_network import in_integers
 
-from .image_folder import first_image, image_names, read_image_folder
+from .image_folder import class_names, first_image, image_names, read_image_folder
 from .images import DataError, ImageSplit, MissingSplitError, choose, read_list
-from .sources import check_built_in, read_bundled, read_cifar, read_function, split_of_function
+from .sources import FunctionSource, check_built_in, read_bundled, read_cifar
 from .user_function import is_reference
 
 __all__ = [
@@ -187,25 +187,29 @@ class ImageData:
         return self._read_like_train("test")
 
     def check_test(self) -> None:
-        """Refuse a test split that is not the default one and is not there, without reading an image of it.
+        """Refuse a test split that does not fit the training images, without decoding an image of it.
 
-        Without the default one a report does without test accuracy; another was asked for by name.
+        Without one of the default name a report does without test accuracy; another was asked for.
 
         Raises:
-            MissingSplitError: if there is no such split.
-            DataError: if it holds no image, or its list names one that is not there.
+            MissingSplitError: if one was asked for and is not there.
+            DataError: if it holds no image or other classes, or its list names an image that is not there.
         """
         source, split = self.recipe.source, self.recipe.test
-        if split == DataRecipe.model_fields["test"].default:
-            return
         try:
             if source in _BUILT_IN:
                 check_built_in(split.folder, source)
-            elif Path(source).exists():
-                image_names(Path(source), split.folder, split.list_file)
+            elif (root := Path(source)).exists():
+                self._check_classes(
+                    "test", class_names(root, split.folder), class_names(root, self.recipe.train.folder)
+                )
+                if split.list_file is not None:
+                    image_names(root, split.folder, split.list_file)
             else:
-                split_of_function(source, split.folder)
+                self._function.check(split.folder)
         except MissingSplitError as error:
+            if split == DataRecipe.model_fields["test"].default:
+                return
             msg = (
                 f"no test data: {error}. Name the folder with data.test.folder, or leave data.test out: the report "
                 "then shows validation accuracy alone"
@@ -216,6 +220,10 @@ class ImageData:
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in label order."""
         return self.train.classes
+
+    @cached_property
+    def _function(self) -> FunctionSource:
+        return FunctionSource(self.recipe.source)
 
     def _read(self, split: SplitRecipe) -> ImageSplit:
         recipe = self.recipe
@@ -232,23 +240,25 @@ class ImageData:
             name = cast("Literal['cifar10', 'cifar100']", source)
             images = read_cifar(name, split.folder, recipe.root, download=recipe.download)
         else:
-            images = read_function(source, split.folder)
+            images = self._function.read(split.folder)
         if split.list_file is not None:
             images = choose(images, read_list(split.list_file), split.list_file)
         return _resized(self._checked(images), recipe.size)
 
     def _read_like_train(self, name: Literal["validation", "test"]) -> ImageSplit:
         images = self._read(getattr(self.recipe, name))
-        if images.classes != self.classes:
-            only_here = sorted(set(images.classes) - set(self.classes))
-            only_train = sorted(set(self.classes) - set(images.classes))
+        self._check_classes(name, images.classes, self.classes)
+        return images
+
+    def _check_classes(self, name: str, own: tuple[str, ...], trained: tuple[str, ...]) -> None:
+        if own != trained:
+            only_here, only_train = sorted(set(own) - set(trained)), sorted(set(trained) - set(own))
             msg = (
                 f"the class folders of {name} and train differ in '{self.recipe.source}': only {name} has "
                 f"{only_here or 'none'}, only train has {only_train or 'none'}; labels are places in the sorted names, "
                 f"so both need the same folders"
             )
             raise DataError(msg)
-        return images
 
     def _checked(self, split: ImageSplit) -> ImageSplit:
         shape, n_channels = tuple(split.images.shape), len(self.recipe.mean)

@@ -13,7 +13,7 @@ from torch import nn
 from envs.journal import ClockReading, Journal
 from graph_encoder.copies import copied
 from latency.cost import count_macs, count_params, predict_cost
-from pruning.export import save_compressed
+from pruning.export import load_unique, save_compressed, unique_tensors
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
 from pruning.quantize import calibrate
@@ -22,7 +22,7 @@ from .clock import TableDevice
 from .config import RunConfig
 from .exported_files import ONNX_NAME, describe_images, write_exported
 from .figures import Plan
-from .images import MissingSplitError
+from .images import DataError
 from .interrupt import StopFlag
 from .measured_budget import kept_by_the_clock
 from .methods import MethodSearch
@@ -184,7 +184,7 @@ def _tuned(
         return None
     tuned = copied(network)
     if own.tuned_file.exists():
-        tuned.load_state_dict(load_file(own.tuned_file))
+        load_unique(tuned, load_file(own.tuned_file))
         return tuned.eval()
     tune(
         tuned,
@@ -201,7 +201,7 @@ def _tuned(
             trained, subject.range_images(), method=subject.config.search.calibration_method
         ),
     )
-    write_atomic(own.tuned_file, save({key: value.cpu().contiguous() for key, value in tuned.state_dict().items()}))
+    write_atomic(own.tuned_file, save(unique_tensors(tuned)))
     shutil.rmtree(own.finetuning, ignore_errors=True)
     return tuned
 
@@ -290,7 +290,8 @@ def _with_test_accuracy(
     """The one place that opens the test split: plans, recipes and epochs are all chosen by now."""
     try:
         n_test = len(subject.data.test)
-    except MissingSplitError as error:
+    except DataError as error:
+        # Hours of search are not lost for it.
         display.say(f"warning: no test accuracy: {error}")
         return list(rows), 0
     judge, tested = subject.judge_on_test(), []

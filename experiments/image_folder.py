@@ -1,10 +1,14 @@
 """Image folders, ``<root>/<split>/<class>/<image>``, as files or inside an archive that is never unpacked to disk."""
 
 import io
+import lzma
+import os
+import posixpath
 import re
 import tarfile
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -17,6 +21,8 @@ from .images import DataError, ImageSplit, MissingSplitError, cached_split, chec
 
 _SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+_APPLE = "__MACOSX"
+"""Folder of what the archiver of macOS adds beside the files."""
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
 
 ImageFile = Path | bytes
@@ -37,8 +43,8 @@ def read_image_folder(
         grayscale: one channel in place of three.
 
     Raises:
-        DataError: if there is no such folder, it is empty, an image is broken or of another size, or the list names an
-            image that is not there.
+        DataError: if there is no such folder, it or a class in it is empty, an image is broken or of another size, or
+            the list names an image that is not there.
     """
     names = read_list(list_file) if list_file is not None else None
 
@@ -112,24 +118,47 @@ def _list_files(folder: str, out: Path) -> tuple[Path, Path]:
 def image_files(root: Path, folder: str) -> dict[str, ImageFile]:
     """Every image of a split by its path relative to ``folder`` (``class/name.jpg``), sorted by path.
 
+    Links are followed; what begins with a dot is left out.
+
     Raises:
-        DataError: if ``root`` cannot be read, has no such folder, or the folder holds no image.
+        DataError: if ``root`` cannot be read, has no such folder, or the folder or one of a class holds no image.
     """
     if not root.exists():
         msg = f"no image folder or archive '{root}'"
         raise DataError(msg)
+    folder = _clean(folder)
     files = _folder_files(root, folder) if root.is_dir() else _archive_files(root, folder)
     # A class is a folder: an image that lies beside the class folders has no label.
-    files = {
-        name: file for name, file in files.items() if "/" in name and PurePosixPath(name).suffix.lower() in _SUFFIXES
-    }
+    files = {name: file for name, file in files.items() if "/" in name and not _is_hidden(name)}
+    classes = {name.split("/", 1)[0] for name in files}
+    files = {name: file for name, file in files.items() if PurePosixPath(name).suffix.lower() in _SUFFIXES}
     if not files:
         msg = (
             f"no images in '{folder}' of '{root}'; expected {folder}/<class>/<image> with one of the suffixes "
             f"{', '.join(sorted(_SUFFIXES))}"
         )
         raise DataError(msg)
+    if empty := sorted(classes - {name.split("/", 1)[0] for name in files}):
+        msg = (
+            f"no images in the class folder '{folder}/{empty[0]}' of '{root}', only files with other suffixes than "
+            f"{', '.join(sorted(_SUFFIXES))}; labels are the places of the class folders, so convert them, or take "
+            "the folder away"
+        )
+        raise DataError(msg)
     return dict(sorted(files.items()))
+
+
+def class_names(root: Path, folder: str) -> tuple[str, ...]:
+    """Names of a split's classes, in label order, no image decoded; errors of `image_files`."""
+    return _classes(image_files(root, folder))
+
+
+def _classes(names: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(sorted({name.split("/", 1)[0] for name in names}))
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _listed(files: dict[str, ImageFile], list_file: Path | None) -> tuple[str, ...]:
@@ -145,13 +174,26 @@ def _folder_files(root: Path, folder: str) -> dict[str, ImageFile]:
     top = root / folder
     if not top.is_dir():
         raise _missing_folder(root, folder, sorted(path.name for path in root.iterdir() if path.is_dir()))
-    return {path.relative_to(top).as_posix(): path for path in top.rglob("*") if path.is_file()}
+    return {path.relative_to(top).as_posix(): path for path in _walk(top)}
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    """Every file below ``top``, behind links to folders too."""
+    for place, folders, names in os.walk(top, followlinks=True):
+        here = Path(place).resolve()
+        # A link to a folder around it would lead round and round.
+        folders[:] = [name for name in folders if not here.is_relative_to(Path(place, name).resolve())]
+        yield from (path for name in names if (path := Path(place, name)).is_file())
+
+
+# A zip that is encrypted, or compressed in a way that Python does not know, raises RuntimeError.
+_BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
 
 
 def _archive_files(root: Path, folder: str) -> dict[str, ImageFile]:
     try:
         members = _zip_members(root) if root.suffix.lower() == ".zip" else _tar_members(root)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except _BROKEN as error:
         msg = f"cannot read the archive '{root}': {error}; a folder or one of {', '.join(_ARCHIVES)} is expected"
         raise DataError(msg) from error
     tops = {name.split("/", 1)[0] for name in members}
@@ -167,17 +209,43 @@ def _archive_files(root: Path, folder: str) -> dict[str, ImageFile]:
 
 def _tar_members(root: Path) -> dict[str, ImageFile]:
     members: dict[str, ImageFile] = {}
+    links: dict[str, str] = {}
     # A stream reads a compressed archive once from front to back; random access would decompress it again and again.
     with tarfile.open(root, "r|*") as archive:
         for member in archive:
             if member.isfile() and (file := archive.extractfile(member)) is not None:
                 members[_clean(member.name)] = file.read()
+            elif member.islnk() or member.issym():
+                # The first kind names a member, the second a place seen from its own.
+                start = posixpath.dirname(member.name) if member.issym() else ""
+                links[_clean(member.name)] = posixpath.normpath(posixpath.join(start, member.linkname))
+    return _without_apples(_linked(members, links))
+
+
+def _linked(members: dict[str, ImageFile], links: Mapping[str, str]) -> dict[str, ImageFile]:
+    """Members with what links lead to, files or folders, in as many steps as there are links."""
+    for _ in links:
+        found = {
+            name + path.removeprefix(target): file
+            for name, target in links.items()
+            for path, file in members.items()
+            if path == target or path.startswith(f"{target}/")
+        }
+        if found.keys() <= members.keys():
+            break
+        members = members | found
     return members
 
 
 def _zip_members(root: Path) -> dict[str, ImageFile]:
     with zipfile.ZipFile(root) as archive:
-        return {_clean(info.filename): archive.read(info) for info in archive.infolist() if not info.is_dir()}
+        return _without_apples(
+            {_clean(info.filename): archive.read(info) for info in archive.infolist() if not info.is_dir()}
+        )
+
+
+def _without_apples(members: dict[str, ImageFile]) -> dict[str, ImageFile]:
+    return {name: file for name, file in members.items() if not name.startswith(f"{_APPLE}/")}
 
 
 def _clean(name: str) -> str:
@@ -194,8 +262,9 @@ def _fingerprint(root: Path, folder: str) -> tuple[object, ...]:
     if not root.is_dir():
         stat = root.stat() if root.exists() else None
         return (str(root.resolve()), stat and (stat.st_size, stat.st_mtime_ns))
-    stats = ((path, path.stat()) for path in sorted((root / folder).rglob("*")) if path.is_file())
-    return tuple((path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+    stats = ((path, path.stat()) for path in sorted(_walk(root / folder)))
+    files = ((path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+    return (str(root.resolve()), *files)
 
 
 def _decode(
@@ -207,7 +276,7 @@ def _decode(
     grayscale: bool,
 ) -> ImageSplit:
     # Classes come from the whole folder: a list that leaves one out must not shift the labels of the others.
-    classes = tuple(sorted({name.split("/", 1)[0] for name in files}))
+    classes = _classes(files)
     label = {name: i for i, name in enumerate(classes)}
     pixels = np.empty(0, np.uint8)
     for i, name in enumerate(names):
@@ -232,7 +301,7 @@ def _decode_one(
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
-            image = opened.convert("L" if grayscale else "RGB")
+            image = _eight_bits(opened).convert("L" if grayscale else "RGB")
     except Exception as error:  # Pillow's decoders raise many types on broken input
         msg = f"broken image '{folder}/{name}' in '{root}' ({error}); replace it, or leave it out with a list file"
         raise DataError(msg) from error
@@ -240,3 +309,18 @@ def _decode_one(
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     array = np.asarray(image)
     return array[..., None] if grayscale else array
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image with values of 8 bits: Pillow would cut larger ones off.
+
+    Raises:
+        ValueError: if its values have no greatest one to divide by.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "integers" if image.mode == "I" else "floats"
+        msg = f"its values are {kind} of 32 bits, of which none stands for white; save it with 8 or 16 bits"
+        raise ValueError(msg)
+    return image

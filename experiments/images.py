@@ -18,7 +18,7 @@ from pruning.files import FileWriteError, write_atomic
 _log = logging.getLogger(__name__)
 
 # Part of every cache key: raise it when the same files decode to something else.
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 
 
 class DataError(ValueError):

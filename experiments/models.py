@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from pruning.export import describe_misfit
+from pruning.export import describe_misfit, names_of_tensors
 
 from .mobilenet import mobilenet_v2_cifar
 from .resnet import CifarResNet, resnet18_cifar
@@ -153,11 +153,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if weights and all(name.startswith("module.") for name in weights):
         _log.warning("weights '%s': the prefix 'module.' of every name was stripped", path)
         weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    # Files from before PyTorch 0.4.1 and some converters lack the counters, which evaluation does not use.
+    # Files from before PyTorch 0.4.1 and some converters lack the counters, which evaluation does not use, and what
+    # was written as safetensors has one name for each tensor.
+    state = model.state_dict()
     own = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name in weights or not name.endswith(".num_batches_tracked")
+        name: state[name]
+        for names in names_of_tensors(state)
+        for name in names
+        if name in weights or not (name.endswith(".num_batches_tracked") or weights.keys() & set(names))
     }
     if misfit := describe_misfit(own, weights):
         msg = (

@@ -20,11 +20,11 @@ from envs.space import SearchSpace
 from graph_encoder.modes import has_bfloat16
 from graph_encoder.network import NetworkGraph
 from latency.table import LatencyTable
+from pruning.export import unique_tensors
 from pruning.files import FileWriteError, is_disk_full, write_atomic
 from pruning.importance import rank_units
 
 from .config import ONE_SHOT, Method, RunConfig, SearchSettings
-from .data import ImageData
 from .finish import finish_run, rebuild_report
 from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
@@ -63,7 +63,11 @@ def start_run(config: RunConfig, root: Path, command: Sequence[str], display: Ru
     except Exception:
         # Refused input: a folder without any evaluation would only be in the way of the next try.
         if not folder.journal_file.exists():
-            shutil.rmtree(root)
+            # Of a link to a folder it takes what is in it.
+            for path in root.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not root.is_symlink():
+                root.rmdir()
         raise
 
 
@@ -254,13 +258,16 @@ def _subject(
 ) -> Subject:
     """Network and images; the dense weights are kept in the run, so that it needs no other file to continue."""
     saved = folder.dense_file if folder.dense_file.exists() else None
-    if saved is None:
-        ImageData(config.data).check_test()
-    subject = prepare_subject(config, device, display, stop, weights=saved, check=check_search)
+
+    def check(subject: Subject) -> None:
+        if saved is None:
+            subject.data.check_test()
+        check_search(subject)
+
+    subject = prepare_subject(config, device, display, stop, weights=saved, check=check)
     if saved is None:
         report_dense(subject, display)
-        state = {name: tensor.cpu().contiguous() for name, tensor in subject.model.state_dict().items()}
-        write_atomic(folder.dense_file, save(state))
+        write_atomic(folder.dense_file, save(unique_tensors(subject.model)))
     return subject
 
 

@@ -1,6 +1,7 @@
 """Data sets that come as arrays: the bundled digits, CIFAR through torchvision, and a user's function."""
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,48 +80,73 @@ def read_cifar(name: Literal["cifar10", "cifar100"], folder: str, root: Path | N
     return split.take(torch.arange(0 if folder == "validation" else 1, len(split), 2))
 
 
-def read_function(reference: str, folder: str) -> ImageSplit:
-    """One split out of a user's ``package.module:function``.
+class FunctionSource:
+    """The splits that a user's function returns: it is called once, and so is what it returns in place of a pair.
 
     The function takes no arguments and returns a mapping of split names (``train``, ``validation``, ``test``) to pairs
     ``(images, labels)``, or to functions without arguments that return the pair, so that the test images need not be
     read before the report. Images are uint8 of shape (N, C, H, W), labels integers of shape (N,); arrays and tensors
-    both serve. The key ``classes`` may hold the names of the classes.
+    both serve. The key ``classes`` may hold the names of the classes. A run that is continued calls the function again
+    and needs the same images of it, so what it draws at random it draws with a seed.
 
-    Raises:
-        DataError: if the split is missing or has other types or shapes.
+    Args:
+        reference: ``package.module:function``.
     """
-    splits = split_of_function(reference, folder)
-    images, labels = _pair(splits[folder], f"split '{folder}' of '{reference}'")
-    classes = splits.get("classes")
-    if classes is None:
-        n_classes = int(_pair(splits.get("train", splits[folder]), f"split 'train' of '{reference}'")[1].max()) + 1
-        classes = [str(i) for i in range(n_classes)]
-    if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
-        msg = (
-            f"split '{folder}' of '{reference}' has labels from {int(labels.min())} to {int(labels.max())}; "
-            f"with {len(classes)} classes they must lie in 0 to {len(classes) - 1}"
-        )
-        raise DataError(msg)
-    return ImageSplit(images, labels, tuple(f"{i:06d}" for i in range(len(images))), tuple(map(str, classes)))
 
+    def __init__(self, reference: str) -> None:
+        self._reference = reference
+        self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
 
-def split_of_function(reference: str, folder: str) -> Mapping[str, Any]:
-    """What a user's function returns, with the split ``folder`` in it; a split that is a function is not called.
+    def read(self, folder: str) -> ImageSplit:
+        """One split.
 
-    Raises:
-        DataError: if it returns no mapping.
-        MissingSplitError: if there is no such split.
-    """
-    splits = call_function(reference, {})
-    if not isinstance(splits, Mapping):
-        msg = f"'{reference}' returned {type(splits).__name__}, not a mapping of split names to (images, labels)"
-        raise DataError(msg)
-    if folder not in splits:
-        present = ", ".join(str(name) for name in splits if name != "classes")
-        msg = f"'{reference}' returned no split '{folder}'; it has {present or 'none'}"
-        raise MissingSplitError(msg)
-    return splits
+        Raises:
+            MissingSplitError: if there is none of that name.
+            DataError: if it has other types or shapes.
+        """
+        images, labels = self._pair(folder)
+        classes = self._splits.get("classes")
+        if classes is None:
+            n_classes = int(self._pair("train" if "train" in self._splits else folder)[1].max()) + 1
+            classes = [str(i) for i in range(n_classes)]
+        if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
+            msg = (
+                f"{self._named(folder)} has labels from {int(labels.min())} to {int(labels.max())}; with "
+                f"{len(classes)} classes they must lie in 0 to {len(classes) - 1}"
+            )
+            raise DataError(msg)
+        return ImageSplit(images, labels, tuple(f"{i:06d}" for i in range(len(images))), tuple(map(str, classes)))
+
+    def check(self, folder: str) -> None:
+        """Raise what `read` would, but do not call a function that stands for the split."""
+        if not callable(self._split(folder)):
+            self.read(folder)
+
+    @cached_property
+    def _splits(self) -> Mapping[str, Any]:
+        splits = call_function(self._reference, {})
+        if not isinstance(splits, Mapping):
+            msg = (
+                f"'{self._reference}' returned {type(splits).__name__}, not a mapping of split names to (images, "
+                "labels)"
+            )
+            raise DataError(msg)
+        return splits
+
+    def _split(self, folder: str) -> Any:
+        if folder not in self._splits:
+            present = ", ".join(str(name) for name in self._splits if name != "classes")
+            msg = f"'{self._reference}' returned no split '{folder}'; it has {present or 'none'}"
+            raise MissingSplitError(msg)
+        return self._splits[folder]
+
+    def _pair(self, folder: str) -> tuple[Tensor, Tensor]:
+        if folder not in self._pairs:
+            self._pairs[folder] = _pair(self._split(folder), self._named(folder))
+        return self._pairs[folder]
+
+    def _named(self, folder: str) -> str:
+        return f"split '{folder}' of '{self._reference}'"
 
 
 def _pair(value: Any | Callable[[], Any], what: str) -> tuple[Tensor, Tensor]:
@@ -128,7 +154,9 @@ def _pair(value: Any | Callable[[], Any], what: str) -> tuple[Tensor, Tensor]:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         msg = f"{what} is {type(pair).__name__}; it must be a pair (images, labels)"
         raise DataError(msg)
-    images, labels = (torch.as_tensor(part) for part in pair)
+    images, labels = (
+        _tensor(part, f"the {name} of {what}") for part, name in zip(pair, ("images", "labels"), strict=True)
+    )
     if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
         msg = f"{what} has images of {images.dtype} {tuple(images.shape)}; expected torch.uint8 (N, C, H, W), 0 to 255"
         raise DataError(msg)
@@ -136,6 +164,15 @@ def _pair(value: Any | Callable[[], Any], what: str) -> tuple[Tensor, Tensor]:
         msg = f"{what} has labels of {labels.dtype} {tuple(labels.shape)}; expected integers ({len(images)},)"
         raise DataError(msg)
     return images, labels.to(torch.int64)
+
+
+def _tensor(value: Any, what: str) -> Tensor:
+    try:
+        # An array that is seen backwards, as by [::-1], is no tensor before it is copied.
+        return torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        msg = f"{what} are {type(value).__name__} and make no tensor ({error}); give one array of numbers of one shape"
+        raise DataError(msg) from error
 
 
 def check_built_in(folder: str, source: str) -> str:

@@ -145,9 +145,10 @@ def finetune_saved(source: Path, config: RunConfig, out: Path, display: RunDispl
     )
     example = manifest.examples()
     save_compressed(model, policy, out, constructor=manifest.constructor, example_inputs=example)
-    shutil.rmtree(scratch, ignore_errors=True)
     metadata = describe_images(config.data, data.classes)
     write_exported(model, "the fine-tuned network", example, out, images[0].cpu(), config.measure, display, metadata)
+    # Last: what is stopped before has its checkpoints.
+    shutil.rmtree(scratch, ignore_errors=True)
     return {"network": str(out), "validation_accuracy_before": before, "validation_accuracy": evaluate(model)}
 
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from graph_encoder.modes import evaluation_mode, has_bfloat16
 from pruning.batch_norm import batch_norms, reestimate_batch_norm
-from pruning.files import CheckpointError, write_atomic
+from pruning.export import unique_tensors
+from pruning.files import CheckpointError, FileWriteError, write_atomic
 from pruning.finetune import finetune
 from pruning.quantize import quantized_layers, without_quantizers
 from pruning.sparse_training import hold_zeros
@@ -145,7 +146,14 @@ def trained_weights(
     """
     key = _training_key(config, data, model, device)
     path = cache_folder() / "networks" / f"{config.model.name.replace(':', '-')}-{key}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = (
+            f"cannot make the folder '{path.parent}', where trained weights are kept: {error.strerror}; set "
+            "SECATEUR_CACHE to a folder that can be written"
+        )
+        raise FileWriteError(error.errno, msg) from error
     with locked(path.with_suffix(".lock"), f"on the weights {path}"):
         if path.exists():
             display.say(f"{config.model.name} has no weights; taking those trained before by the same recipe, {path}")
@@ -184,5 +192,5 @@ def train_from_scratch(
     # A training that was stopped is continued by the same recipe on the same images alone.
     scratch = path.with_name(f"{path.stem}.{_training_key(config, data, model, device)}.training")
     tune(model, batches, config.train, seed, title, display, stop, scratch=scratch)
-    write_atomic(path, save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}))
+    write_atomic(path, save(unique_tensors(model)))
     shutil.rmtree(scratch, ignore_errors=True)

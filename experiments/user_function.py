@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+_OWN = ("agent", "envs", "experiments", "graph_encoder", "latency", "pruning")
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -45,6 +46,10 @@ def load_function(reference: str) -> Callable[..., Any]:
         msg = (
             f"no module '{error.name}' for '{reference}': it must be installed or lie in the working directory '{here}'"
         )
+        package, _, _ = module_name.partition(".")
+        if package in _OWN and (Path(here) / package).exists():
+            own = Path(__file__).parent.parent / package
+            msg += f"; '{package}' is Secateur's own package '{own}': give yours in the working directory another name"
         raise UserFunctionError(msg) from error
     except Exception as error:
         msg = f"importing '{module_name}' of '{reference}' failed{_place(error)} with {type(error).__name__}: {error}"

@@ -15,7 +15,7 @@ from .network import ForwardError, NetworkGraph, Operator, TraceError
 from .opaque import Opaque
 from .real_run import record_calls
 from .resize import DenseRun, holds_smaller_widths
-from .symbolic import SymbolicRun, symbolic_trace
+from .symbolic import SymbolicRun, follows_mode, symbolic_trace
 from .trace import LabelPass, batch_of_two
 
 
@@ -138,7 +138,7 @@ def _with_rewrites(traced: fx.GraphModule, model: nn.Module, dense: DenseRun) ->
     if run.record.output_shapes != dense.record.output_shapes:
         return None
     run.record.held = nodes.held_numbers()
-    graph = assemble(run.record, model, dense.opaque)
+    graph = replace(assemble(run.record, model, dense.opaque), follows_mode=follows_mode(traced))
     return _freeze_what_does_not_hold(model, graph, replace(dense, record=run.record))
 
 

@@ -30,7 +30,11 @@ def assemble(record: Record, model: nn.Module, opaque: Opaque) -> NetworkGraph:
         groups=tuple(groups),
         mac_terms=tuple(Term(m.operator, m.factor, tuple(map(places.linear_dim, m.dims))) for m in record.multiplies),
         param_terms=tuple(_param_term(record, places, name, p) for name, p in model.named_parameters()),
-        skipped={**opaque.reasons, **{n: group.reason for group in groups if group.reason for n in group.producers}},
+        skipped={
+            **opaque.reasons,
+            **record.computed,
+            **{n: group.reason for group in groups if group.reason for n in group.producers},
+        },
         rewrites=tuple(held for number in record.held if (held := places.held(number)) is not None),
         opaque=tuple(opaque.causes),
     )
@@ -72,7 +76,11 @@ def _bind_loose_parameters(record: Record) -> None:
             continue
         index: list[Any] = [0] * roots.dim()
         index[dims[0]] = slice(None)
-        record.axes.setdefault((name, dims[0]), Axis(name, dims[0], "elementwise", roots[tuple(index)]))
+        met = roots[tuple(index)]
+        axis = record.axes.setdefault((name, dims[0]), Axis(name, dims[0], "elementwise", met))
+        if axis.labels is not met:
+            # A weighted operator has it too: what both touch is one.
+            record.classes.union(axis.labels.reshape(-1), met)
 
 
 def _depends_only_on(roots: Tensor, dim: int) -> bool:
@@ -173,7 +181,8 @@ class _Places:
         group, unit = self._group[roots[:, 0]], self._unit[roots[:, 0]]
         if held.argument[0] != "split" and (group < 0).all():
             return None
-        return HeldNumber(held.node, held.argument, torch.from_numpy(group), torch.from_numpy(unit))
+        counted = torch.from_numpy(group), torch.from_numpy(unit)
+        return HeldNumber(held.node, held.argument, *counted, is_computed=held.is_computed)
 
 
 def _build_groups(record: Record, places: _Places) -> list[ChannelGroup]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -193,12 +193,14 @@ class HeldNumber:
         argument: which number: a dimension of a view or an expand, an entry of a split, ``(dim, 0 or 1)`` of a pad.
         group: int64 of shape ``(positions,)``: index of the channel group at each position counted, -1 for none.
         unit: int64 of shape ``(positions,)``: the unit within that group.
+        is_computed: whether ``forward`` takes it from the width of some tensor, which need not be of the same group.
     """
 
     node: str
     argument: tuple[str, int, int]
     group: Tensor
     unit: Tensor
+    is_computed: bool = False
 
     def value(self, kept: Mapping[int, Tensor]) -> int:
         """The number once only the units ``kept[g]`` (boolean, by group index) are left."""
@@ -221,6 +223,7 @@ class NetworkGraph:
         param_terms: one term a parameter tensor.
         skipped: layer name to the reason why (part of) its output is left dense; so are the opaque modules.
         rewrites: channel counts held by ``forward``; empty where slicing the module's tensors is enough.
+        follows_mode: whether ``forward`` passes its training mode on to functions, where there are ``rewrites``.
         opaque: qualified names of the modules that could not be captured and stay as they are.
     """
 
@@ -231,6 +234,7 @@ class NetworkGraph:
     param_terms: tuple[Term, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
     rewrites: tuple[HeldNumber, ...] = ()
+    follows_mode: bool = False
     opaque: tuple[str, ...] = ()
 
     @cached_property
@@ -251,6 +255,12 @@ class NetworkGraph:
     def rewritten_groups(self) -> frozenset[int]:
         """Indices of the groups whose removal changes a number that ``forward`` holds."""
         return frozenset(int(g) for held in self.rewrites for g in torch.unique(held.group) if g >= 0)
+
+    def is_rewritten(self, touched: Collection[int]) -> bool:
+        """Whether a number that ``forward`` holds has to be rewritten once the groups of these indices lose units."""
+        if not touched:
+            return False
+        return not self.rewritten_groups.isdisjoint(touched) or any(held.is_computed for held in self.rewrites)
 
     @cached_property
     def macs(self) -> int:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from .copies import copied
 from .network import TraceError
 from .opaque import PLAIN, ModuleCall, TensorLike, summary_of
+from .rules import Call
 from .shapes import tensors_in
 from .trace import LabelPass, at_least_two
 
@@ -93,6 +94,10 @@ class RealRun(LabelPass):
     def is_labelled(self, tensor: Tensor) -> bool:
         """Every tensor counts: what has gone through NumPy is an activation that no one saw being made."""
         return True
+
+    def per_image(self, call: Call, work: int) -> int:
+        """Work for one image of the batch, which everything counts as here: see `is_labelled`."""
+        return work // self.batch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``, and note what it reads and when its results were made."""

@@ -70,7 +70,8 @@ def resize_attributes(module: nn.Module, old: Mapping[str, torch.Size]) -> dict[
         return {}
     now, before = weight.shape, old["weight"]
     if isinstance(module, _ConvTransposeNd):
-        return {"in_channels": now[0], "out_channels": now[1] * module.groups}
+        groups = now[0] if module.groups == before[0] and before[1] == 1 else module.groups
+        return {"in_channels": now[0], "out_channels": now[1] * groups, "groups": groups}
     if isinstance(module, _ConvNd):
         groups = module.groups
         # Input channels a group as before: whole convolution groups went, unless the layer is an ordinary one.
@@ -108,7 +109,9 @@ class DenseRun:
 def holds_smaller_widths(
     model: nn.Module, graph: NetworkGraph, dense: DenseRun, only: frozenset[int] | None = None
 ) -> Failure | None:
-    """Try the forward pass, on shapes, with a third of every offered group's units gone.
+    """Try the forward pass, on shapes, with units of every offered group gone: of each another share.
+
+    Equal shares would let pass what binds two groups unseen, ``torch.split(y, y.shape[1] // 2, 1)`` for one.
 
     Args:
         model: the captured module.
@@ -120,13 +123,39 @@ def holds_smaller_widths(
         None if the outputs keep their shapes, every operator costs what the graph predicts, and channels are folded
         into several dimensions as they were; else the failure.
     """
-    kept: dict[int, Tensor] = {}
-    for index, group in enumerate(graph.groups):
-        if group.is_prunable and (only is None or index in only):
-            kept[index] = torch.arange(group.size) >= -(-group.size // 3)
+    for shares in _SHARES:
+        kept: dict[int, Tensor] = {}
+        for index, group in enumerate(graph.groups):
+            if group.is_prunable and (only is None or index in only):
+                kept[index] = torch.arange(group.size) >= shares.removed(index, group.size)
+        if (failure := _try(model, graph, dense, kept)) is not None:
+            return failure
+    return None
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """Shares that lie spread between two bounds, each far from those of the indices beside it (Weyl's sequence)."""
+
+    step: float
+    least: float
+    most: float
+
+    def removed(self, index: int, size: int) -> int:
+        """Units that go of a group, one of which stays."""
+        share = self.least + (self.most - self.least) * (index * self.step % 1)
+        return min(round(share * size), size - 1)
+
+
+_SHARES = (_Shares(0.6180339887, 0.2, 0.7), _Shares(0.7548776662, 0.0, 0.6))
+"""In the second trial a part of the groups stays whole."""
+
+
+def _try(model: nn.Module, graph: NetworkGraph, dense: DenseRun, kept: Mapping[int, Tensor]) -> Failure | None:
+    """The forward pass, on shapes, with what is ``kept`` of the groups of these indices."""
     removed = removed_positions(graph, kept)
     try:
-        forward = rewrite(model, graph, kept) if graph.rewritten_groups & kept.keys() else model
+        forward = rewrite(model, graph, kept) if graph.is_rewritten(kept.keys()) else model
         with _resized(forward, removed):
             # Names come from the model, whose modules a rewritten copy shares.
             run = LabelPass(model, dense.opaque, with_labels=False)

@@ -79,12 +79,14 @@ def _convolution(run: LabelPass, call: Call) -> Result:
         groups = int(call.get(6, "groups", 1))
     out_width, in_width = int(weight.shape[0]), int(weight.shape[1])
     kernel = math.prod(weight.shape[2:])
-    positions = math.prod(call.outputs[0].shape[2:]) * int(call.outputs[0].shape[0]) // run.batch
+    positions = run.per_image(call, math.prod(call.outputs[0].shape[2:]) * int(call.outputs[0].shape[0]))
     name = run.name_of(weight)
     read = run.record.classes.along(run.labels_or_constant(x), 1) if run.with_labels else None
     out_dim: Tensor | int = out_width
     in_dim: Tensor | int = in_width
     labels = None
+    if name is None:
+        run.note_computed(weight)
     if read is not None and name is None:
         run.freeze(read, "is read by a convolution whose weight is computed")
     elif read is not None and name is not None:
@@ -126,7 +128,7 @@ def _transposed(
 ) -> Result:
     in_width, out_width = int(weight.shape[0]), int(weight.shape[1])
     kernel = math.prod(weight.shape[2:])
-    positions = math.prod(x.shape[2:]) * int(x.shape[0]) // run.batch
+    positions = run.per_image(call, math.prod(x.shape[2:]) * int(x.shape[0]))
     name = run.name_of(weight)
     in_dim: Tensor | int = in_width
     out_dim: Tensor | int = out_width
@@ -134,7 +136,16 @@ def _transposed(
     if run.with_labels:
         read = run.record.classes.along(run.labels_or_constant(x), 1)
         if name is None:
+            run.note_computed(weight)
             run.freeze(read, "is read by a convolution whose weight is computed")
+        elif groups == in_width and out_width == 1:
+            # Depthwise: the channel is read and written by one slice.
+            out = run.out_axis(name, 0, groups)
+            run.record.classes.union(out, read)
+            out_dim, in_dim = out, 1
+            if (bias_name := run.name_of(bias)) is not None:
+                run.axis(bias_name, 0, "elementwise", out)
+            labels = out.reshape(1, -1, *(1,) * (call.outputs[0].dim() - 2))
         elif groups == 1:
             in_dim = run.axis(name, 0, "in", read)
             out_dim = out = run.out_axis(name, 1, out_width)
@@ -143,8 +154,9 @@ def _transposed(
             labels = out.reshape(1, -1, *(1,) * (call.outputs[0].dim() - 2))
         else:
             run.freeze(read, "is read by a grouped transposed convolution")
+    kind = "depthwise_conv" if groups == in_width > 1 == out_width else "conv"
     sources = run.add_weighted(
-        call, weight, bias, "conv", positions * kernel, (out_dim, in_dim), in_channels=in_width,
+        call, weight, bias, kind, positions * kernel, (out_dim, in_dim), in_channels=in_width,
         out_channels=out_width * groups, groups=groups, **_window(call, weight, stride, dilation),
     )  # fmt: skip
     return [labels], sources
@@ -154,7 +166,7 @@ def _transposed(
 def _linear(run: LabelPass, call: Call) -> Result:
     x, weight, bias = call.args[0], call.args[1], call.get(2, "bias")
     out_width, in_width = int(weight.shape[0]), int(weight.shape[1])
-    positions = call.outputs[0].numel() // (run.batch * out_width)
+    positions = run.per_image(call, call.outputs[0].numel() // out_width)
     name = run.name_of(weight)
     out_dim: Tensor | int = out_width
     in_dim: Tensor | int = in_width
@@ -162,6 +174,7 @@ def _linear(run: LabelPass, call: Call) -> Result:
     if run.with_labels:
         read = run.record.classes.along(run.labels_or_constant(x), x.dim() - 1)
         if name is None:
+            run.note_computed(weight)
             run.freeze(read, "is read by a linear layer whose weight is computed")
         else:
             in_dim = run.axis(name, 1, "in", read)
@@ -189,7 +202,7 @@ def _embedding(run: LabelPass, call: Call) -> Result:
 def _attention(run: LabelPass, call: Call) -> Result:
     query, key, value = call.args[:3]
     rows, columns = int(query.shape[-2]), int(key.shape[-2])
-    batch = math.prod(value.shape[:-2])
+    batch = math.prod(call.outputs[0].shape[:-2])
     out: Tensor | None = None
     read: list[Tensor] = []
     if run.with_labels:
@@ -204,23 +217,41 @@ def _attention(run: LabelPass, call: Call) -> Result:
         if heads[0].numel() == heads[1].numel() == heads[2].numel():
             classes.union(heads[0], heads[1])
             classes.union(heads[0], heads[2])
+            if isinstance(mask := call.get(3, "attn_mask"), Tensor):
+                _bind_mask(run, mask, heads[0])
+            out = run.labels_or_constant(value).narrow(-2, 0, 1)
         else:
             for labels in read:
                 run.freeze(labels, "takes part in attention with unequal numbers of heads")
-        out = run.labels_or_constant(value).narrow(-2, 0, 1)
     width = int(query.shape[-1]) + int(value.shape[-1])
-    macs = batch * rows * columns * width // run.batch
+    macs = run.per_image(call, batch * rows * columns * width)
     counted = None
-    if read and all(labels.numel() > 1 for labels in read):
+    if out is not None and all(labels.numel() > 1 for labels in read):
         counted = torch.cat([read[0].flatten(), read[2].flatten()])
     return [out], run.add_product(call, "attention", *_per_label(run, macs, counted))
+
+
+def _bind_mask(run: LabelPass, mask: Tensor, heads: Tensor) -> None:
+    """Bind what is added to each head's products to the heads."""
+    if not run.is_labelled(mask):
+        return
+    labels = run.labels_or_constant(mask)
+    varying = varying_dims(labels)
+    if {labels.dim() - 1, labels.dim() - 2} & set(varying):
+        run.freeze(labels, "is added to attention position by position")
+    elif varying:
+        found = compact(labels)
+        if found.numel() == heads.numel():
+            run.record.classes.union(found.reshape(-1), heads.reshape(-1))
+        else:
+            run.freeze(found, "is added to attention with another number of heads")
 
 
 @_rule("matmul", "bmm", "mm")
 def _matmul(run: LabelPass, call: Call) -> Result:
     first, second = call.args[:2]
     depth = int(first.shape[-1])
-    macs = call.outputs[0].numel() * depth // run.batch
+    macs = run.per_image(call, call.outputs[0].numel() * depth)
     reason = ""
     if first.dim() < 2 or second.dim() < 2:
         reason = "takes part in a product with a vector"
@@ -391,14 +422,39 @@ def _reduction(run: LabelPass, call: Call) -> Result:
     return [labels for _ in call.outputs], call.sources
 
 
+@_rule("stft", "istft", "take_along_dim")
+def _taken_whole(run: LabelPass, call: Call) -> Result:
+    # Decomposed, they would meet a window or indices on the processor beside shapes.
+    return run.unknown(call)
+
+
+@_rule("log_sigmoid_forward")
+def _log_sigmoid(run: LabelPass, call: Call) -> Result:
+    labels, sources = run.elementwise(call)
+    return [*labels, None], sources
+
+
+@_rule("repeat")
+def _repeat(run: LabelPass, call: Call) -> Result:
+    if not run.with_labels:
+        return [None], call.sources
+    counts = [int(count) for count in call.args[1]]
+    labels = run.labels_or_constant(call.args[0])
+    labels = labels.reshape((1,) * (len(counts) - labels.dim()) + tuple(labels.shape))
+    varying = varying_dims(labels)
+    return [compact(labels).repeat([n if dim in varying else 1 for dim, n in enumerate(counts)])], call.sources
+
+
 # -------------------------------------------------------------------- spatial operators
 
 _SPATIAL = [
     "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d",
-    "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "reflection_pad1d",
-    "reflection_pad2d", "replication_pad1d", "replication_pad2d",
+    "adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
+    "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+    "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
+    "replication_pad3d",
 ]  # fmt: skip
 
 

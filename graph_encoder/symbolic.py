@@ -15,6 +15,7 @@ from .modes import evaluation_mode
 from .network import HeldNumber, NetworkGraph, TraceError
 from .trace import Held, LabelPass
 
+_MODE = "training"
 _VIEWS = ("view", "reshape", "expand")
 _FORWARD_HOOKS = (
     "_forward_pre_hooks",
@@ -63,14 +64,66 @@ def symbolic_trace(model: nn.Module, leaves: Collection[str] = ()) -> fx.GraphMo
 
     Returns:
         None if the forward pass cannot be traced, or does different things in training and in evaluation, or with and
-        without an argument that may be left out (``mask=None``): a trace freezes one of them.
+        without an argument that may be left out (``mask=None``): a trace freezes one of them. What it only passes on,
+        as in ``F.dropout(x, training=self.training)``, follows the mode of the trace.
     """
-    traced = _trace(model, leaves)
-    for other in ({"training": True}, {"takes_defaults": True}):
-        again = None if traced is None else _trace(model, leaves, **other)
-        if traced is None or again is None or str(again.graph) != str(traced.graph):
-            return None
+    traced = _trace_of_either_mode(model, leaves)
+    again = None if traced is None else _trace_of_either_mode(model, leaves, takes_defaults=True)
+    return traced if traced is not None and again is not None and str(again.graph) == str(traced.graph) else None
+
+
+def _trace_of_either_mode(
+    model: nn.Module, leaves: Collection[str], *, takes_defaults: bool = False
+) -> fx.GraphModule | None:
+    traced = _trace(model, leaves, takes_defaults=takes_defaults)
+    training = None if traced is None else _trace(model, leaves, takes_defaults=takes_defaults, training=True)
+    if traced is None or training is None or len(traced.graph.nodes) != len(training.graph.nodes):
+        return None
+    pairs = list(zip(traced.graph.nodes, training.graph.nodes, strict=True))
+    if not all(
+        (one.op, one.name) == (other.op, other.name)
+        and str(one.target) == str(other.target)
+        and _are_alike((one.args, one.kwargs), (other.args, other.kwargs))
+        for one, other in pairs
+    ):
+        return None
+    switched = [pair for pair in pairs if str(pair[0].format_node()) != str(pair[1].format_node())]
+    if switched:
+        with traced.graph.inserting_before(next(iter(traced.graph.nodes))):
+            mode = traced.graph.get_attr(_MODE)
+        for one, other in switched:
+            one.args, one.kwargs = _switched((one.args, dict(one.kwargs)), (other.args, dict(other.kwargs)), mode)
+        traced.recompile()
     return traced
+
+
+def follows_mode(traced: fx.GraphModule) -> bool:
+    """Whether a trace asks for its own mode, as that of `symbolic_trace` may."""
+    return any(node.op == "get_attr" and node.target == _MODE for node in traced.graph.nodes)
+
+
+def _are_alike(evaluating: Any, training: Any) -> bool:
+    """Whether arguments are the same but for truth values that are those of the mode."""
+    if isinstance(evaluating, fx.Node):
+        return isinstance(training, fx.Node) and evaluating.name == training.name
+    if isinstance(evaluating, tuple | list):
+        is_as_long = isinstance(training, tuple | list) and len(evaluating) == len(training)
+        return is_as_long and all(map(_are_alike, evaluating, training))
+    if isinstance(evaluating, Mapping):
+        is_as_long = isinstance(training, Mapping) and evaluating.keys() == training.keys()
+        return is_as_long and all(_are_alike(value, training[key]) for key, value in evaluating.items())
+    return (evaluating is False and training is True) or repr(evaluating) == repr(training)
+
+
+def _switched(evaluating: Any, training: Any, mode: fx.Node) -> Any:
+    """The arguments with the mode in place of what follows it."""
+    if isinstance(evaluating, fx.Node):
+        return evaluating
+    if isinstance(evaluating, tuple | list):
+        return tuple(_switched(one, other, mode) for one, other in zip(evaluating, training, strict=True))
+    if isinstance(evaluating, Mapping):
+        return {key: _switched(value, training[key], mode) for key, value in evaluating.items()}
+    return mode if evaluating is False and training is True else evaluating
 
 
 def _trace(
@@ -135,10 +188,22 @@ def _holder(node: fx.Node) -> str | None:
 def _numbers(node: fx.Node, holder: str, labels: Tensor, position: int, n_outputs: int) -> list[Held]:
     compacted = compact(labels)
     if holder == "size":
-        return [Held(node.name, ("size", dim, labels.dim()), compacted.movedim(dim, 0)) for dim in varying_dims(labels)]
+        sizes = _sizes_of(node)
+        return [
+            Held(
+                node.name,
+                ("size", dim, labels.dim()),
+                compacted.movedim(dim, 0),
+                isinstance(sizes, list) and isinstance(sizes[dim], fx.Node),
+            )
+            for dim in varying_dims(labels)
+        ]
     if holder == "split":
         dim = int(node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)) % labels.dim()  # type: ignore
-        return [Held(node.name, ("split", position, n_outputs), compacted.movedim(dim, 0))]
+        given = node.args[1] if len(node.args) > 1 else node.kwargs.get("split_size_or_sections")
+        parts = given if isinstance(given, tuple | list) else [given]
+        is_computed = any(isinstance(part, fx.Node) for part in parts)
+        return [Held(node.name, ("split", position, n_outputs), compacted.movedim(dim, 0), is_computed)]
     pads = node.kwargs.get("pad", node.args[1] if len(node.args) > 1 else ())
     held = []
     for index, count in enumerate(pads):  # type: ignore[arg-type]
@@ -163,8 +228,8 @@ def rewrite(model: nn.Module, graph: NetworkGraph, kept: Mapping[int, Tensor]) -
     Raises:
         TraceError: if the module can no longer be traced as it was when it was captured.
     """
-    # That it is the same in training and in evaluation was seen at capture.
-    traced = _trace(model, graph.opaque)
+    trace = _trace_of_either_mode if graph.follows_mode else _trace
+    traced = trace(model, graph.opaque)
     if traced is None:
         msg = "the network could be traced when it was captured and cannot be traced now; pass the network as captured"
         raise TraceError(msg)
@@ -207,20 +272,31 @@ def _set_number(node: fx.Node, held: HeldNumber, value: int) -> None:
         _set_size(node, index, value)
 
 
-def _set_size(node: fx.Node, dim: int, value: int) -> None:
+def _sizes_of(node: fx.Node) -> list[Any] | None:
+    """The sizes that a view is given, None where its whole shape is computed (``x.view(y.shape)``)."""
+    name, is_nested = _place_of_sizes(node)
+    given = node.kwargs[name] if name is not None else node.args[1] if is_nested else node.args[1:]
+    return list(given) if isinstance(given, tuple | list) else None
+
+
+def _place_of_sizes(node: fx.Node) -> tuple[str | None, bool]:
+    """The keyword of a view's sizes, if they have one, and whether they are one argument."""
     name = next((name for name in ("shape", "size") if name in node.kwargs), None)
-    nested = name is not None or (len(node.args) == 2 and isinstance(node.args[1], tuple | list | fx.Node))
-    given = node.kwargs[name] if name is not None else node.args[1] if nested else node.args[1:]
-    # A whole shape that is computed (``x.view(y.shape)``) holds no number.
-    if not isinstance(given, tuple | list):
+    return name, name is not None or (len(node.args) == 2 and isinstance(node.args[1], tuple | list | fx.Node))
+
+
+def _set_size(node: fx.Node, dim: int, value: int) -> None:
+    sizes = _sizes_of(node)
+    # A whole shape that is computed holds no number.
+    if sizes is None:
         return
-    sizes = list(given)
     if sizes[dim] != -1:
         sizes[dim] = value
+    name, is_nested = _place_of_sizes(node)
     if name is not None:
         node.kwargs = {**node.kwargs, name: tuple(sizes)}
     else:
-        node.args = (node.args[0], tuple(sizes)) if nested else (node.args[0], *sizes)
+        node.args = (node.args[0], tuple(sizes)) if is_nested else (node.args[0], *sizes)
 
 
 def _set_argument(node: fx.Node, position: int, name: str, value: Any) -> None:

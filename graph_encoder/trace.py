@@ -55,6 +55,7 @@ class Held:
     node: str
     argument: tuple[str, int, int]
     labels: Tensor
+    is_computed: bool = False
 
 
 @dataclass
@@ -96,6 +97,7 @@ class Record:
     held: list[Held] = field(default_factory=list)
     readers: dict[tuple[str, int], list[str]] = field(default_factory=dict)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
+    computed: dict[str, str] = field(default_factory=dict)
 
 
 def at_least_two(example: Tensor) -> Tensor:
@@ -118,6 +120,7 @@ class LabelPass(TorchDispatchMode):
         self.record = Record()
         self.with_labels = with_labels
         self._names: dict[int, str] = {}
+        self._of_inputs: set[int] = set()
         self._holders: dict[int, int] = {}
         self._fixed: dict[str, str] = {}
         self._module_names: dict[int, str] = {}
@@ -402,6 +405,8 @@ class LabelPass(TorchDispatchMode):
         count = self._used_names[name] = self._used_names.get(name, 0) + 1
         unique = name if count == 1 else f"{name}#{count}"
         index = len(self.record.operators)
+        if kind == "input" or self._of_inputs & sources:
+            self._of_inputs.add(index)
         self.record.operators.append(Operator(name=unique, kind=kind, **values))
         self.record.edges.extend((source, index) for source in sorted(sources))
         return index
@@ -461,6 +466,21 @@ class LabelPass(TorchDispatchMode):
         # Tokens are such a map transposed. Other widths come of what is no operator: gates, chunks, pooling.
         lines = [op for index in shadow.sources if len((op := self.record.operators[index]).out_size) == 1]
         return any(tensor.shape[2] != line.out_channels or tensor.shape[1] == line.out_channels for line in lines)
+
+    def per_image(self, call: Call, work: int) -> int:
+        """Work for one image of the batch: all of it where no input is read, as of a table of positions."""
+        # What was written in place into a tensor made for the batch, or drawn for it, has no sources.
+        is_batched = call.outputs[0].dim() > 0 and call.outputs[0].shape[0] == self.batch
+        return work // self.batch if is_batched or self._of_inputs & call.sources else work
+
+    def note_computed(self, weight: Tensor) -> None:
+        """Name the running module as one that stays as it is, since its weight is no parameter."""
+        module = self.running_module()
+        if module is not None and not any(weight is tensor for tensor in module.parameters(recurse=False)):
+            self.record.computed[self.here()] = (
+                "its weight is computed from other tensors; torch.nn.utils.parametrize.remove_parametrizations (or "
+                "remove_weight_norm, remove_spectral_norm) makes it a parameter that can be sliced"
+            )
 
     def _layer_type(self, weight: Tensor) -> str:
         holder, _, own = (self.name_of(weight) or "").rpartition(".")

@@ -41,7 +41,7 @@ def sliced_onnx(
     """
     masks = policy.masks(graph)
     weights = {operator.weight for operator in graph.operators if operator.weight}
-    if graph.rewritten_groups & masks.keys() or not weights <= {tensor.name for tensor in dense.graph.initializer}:
+    if graph.is_rewritten(masks.keys()) or not weights <= {tensor.name for tensor in dense.graph.initializer}:
         return None
     model = onnx.ModelProto()
     model.CopyFrom(dense)

@@ -96,7 +96,7 @@ def save_compressed(
     """
     folder = Path(folder)
     _check_bits(model, policy)
-    weights = safetensors.torch.save(_unique_tensors(model))
+    weights = safetensors.torch.save(unique_tensors(model))
     manifest = Manifest(
         constructor=constructor,
         inputs=tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs_of(example_inputs)),
@@ -144,7 +144,7 @@ def load_compressed(folder: Path | str, constructor: Callable[[], nn.Module]) ->
     except safetensors.SafetensorError as error:
         msg = f"cannot read the weights '{path}': {error}"
         raise ExportError(msg) from error
-    if misfit := describe_misfit(_unique_tensors(model), weights):
+    if misfit := describe_misfit(unique_tensors(model), weights):
         msg = (
             f"the weights '{path}' do not fit the network that the constructor builds: {misfit}; they were saved from "
             f"'{manifest.constructor}'"
@@ -407,15 +407,32 @@ def _read(path: Path) -> bytes:
         raise ExportError(msg) from error
 
 
-def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without second names of shared tensors, which the model's own structure brings back."""
+def load_unique(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load what `unique_tensors` gave of a network like ``model``.
+
+    Raises:
+        ExportError: if names or shapes are others.
+    """
+    if misfit := describe_misfit(unique_tensors(model), weights):
+        msg = f"the weights do not fit {type(model).__name__}: {misfit}"
+        raise ExportError(msg)
+    model.load_state_dict(dict(weights), strict=False)
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU without second names of shared tensors, which the model's own structure brings back."""
     state = model.state_dict()
-    unique: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    return {names[0]: state[names[0]].detach().cpu().contiguous() for names in names_of_tensors(state)}
+
+
+def names_of_tensors(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names of each tensor of a state dict: several where modules or parameters are shared."""
+    names: dict[tuple[int, torch.Size, tuple[int, ...]], list[str]] = {}
     for name, tensor in state.items():
         # Empty tensors have no address of their own.
-        address = tensor.data_ptr() or -len(unique) - 1
-        unique.setdefault((address, tensor.shape, tensor.stride()), name)
-    return {name: state[name].detach().cpu().contiguous() for name in unique.values()}
+        address = tensor.data_ptr() or -len(names) - 1
+        names.setdefault((address, tensor.shape, tensor.stride()), []).append(name)
+    return list(names.values())
 
 
 def describe_misfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:

@@ -40,7 +40,7 @@ def apply_policy(model: nn.Module, graph: NetworkGraph, policy: CompressionPolic
     # Tensors are shared while the modules are copied, so that no dense weight is copied only to be sliced.
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     smaller = copied(model, shared=[tensor for _, tensor in tensors])
-    if graph.rewritten_groups & masks.keys():
+    if graph.is_rewritten(masks.keys()):
         smaller = rewrite(smaller, graph, masks)
     _replace_tensors(smaller, removed)
     zero_weights(smaller, policy.layers)

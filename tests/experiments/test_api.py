@@ -232,6 +232,17 @@ def test_journal_of_a_run_folder_is_refused(tmp_path: Path) -> None:
         ),
         ({"start": 3}, "unknown start '3'. Allowed: sensitivity, uniform"),
         ({"criterion": "l3"}, "unknown criterion 'l3'; did you mean 'l2'? Allowed: l1, l2, fpgm, taylor, bn_scale"),
+        ({"n_images": 0}, "n_images is 0; it is how many images evaluate scores on, at least 1"),
+        (
+            {"importance": {"0": torch.ones(6), "3": torch.ones(16), "6": torch.ones(12), "9": torch.ones(12)}},
+            "importance of the group '6' is of shape (12,); it needs one score for each of its 16 units, as "
+            "pruning.importance.rank_units returns them for a captured network",
+        ),
+        (
+            {"importance": {"0": torch.ones(6), "3": torch.ones(16)}},
+            "importance of the group '6' is not there; it needs one score for each of its 16 units, as "
+            "pruning.importance.rank_units returns them for a captured network",
+        ),
         ({"evaluations": 0}, "compress: evaluations: input should be greater than or equal to 1; found 0"),
         ({"min_keep_ratio": 2}, "compress: min_keep_ratio: input should be less than or equal to 1; found 2"),
         (
@@ -324,7 +335,13 @@ def test_calibration_may_be_any_batches_that_begin_with_what_forward_takes(
             [{"x": images()}],
             "batch 0 of calibration is an object of class 'dict', but forward takes a tensor of float32 of shape "
             "(6, 1, 8, 8), as example_inputs says; pass batches of that, of any size. In a tuple or list, what "
-            "follows the inputs (labels) is left out",
+            "follows the inputs (labels) is left out; of a mapping pass the tensors, such as (batch['x'],)",
+        ),
+        (
+            [images(), images().expand(-1, 3, -1, -1)],
+            "batch 1 of calibration is a tensor of float32 of shape (6, 3, 8, 8), but forward takes a tensor of "
+            "float32 of shape (6, 1, 8, 8), as example_inputs says; pass batches of that, of any size. In a tuple or "
+            "list, what follows the inputs (labels) is left out",
         ),
         (
             [(torch.zeros(6, dtype=torch.int64), images())],

@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 from typer.main import get_command
 
 from experiments.apply import agent_verdict
@@ -453,6 +455,45 @@ def test_check_as_json_names_every_group(command: Command) -> None:
         ("14", 3, False),
     ]
     assert told["passed"] is True
+
+
+def test_check_goes_by_the_settings_of_a_search(command: Command) -> None:
+    network = ("check", "tests.experiments.tiny:network", "--shape", "1,8,8", "--classes", "3", "--json")
+    usual, other = (
+        json.loads(command(*network, *options).out)
+        for options in (
+            (),
+            ("--rounding", "8", "--set", "search.protect_first=false", "--set", "search.protected=['3']"),
+        )
+    )
+
+    assert [group["name"] for group in usual["groups"] if group["decided"]] == ["3", "6", "9"]
+    assert [group["name"] for group in other["groups"] if group["decided"]] == ["0", "6", "9"]
+    assert other["lowest"]["macs"] > usual["lowest"]["macs"]
+    assert command(*network, "--set", "search.protected=[stem]").err == (
+        "error: protected names no channel group of this network: ['stem']; groups are ['0', '14', '3', '6', '9']\n"
+    )
+
+
+def mute(num_classes: int) -> nn.Module:
+    """A network that says nothing, and tells so when it is built."""
+    sys.stdout.write("built\n")
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, num_classes, 3))
+    nn.init.zeros_(model[1].weight)
+    return model
+
+
+def test_json_of_check_is_json_whatever_was_found_and_printed(command: Command) -> None:
+    done = command("check", "tests.experiments.test_cli:mute", "--shape", "1,8,8", "--classes", "3", "--json")
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    told = json.loads(done.out, parse_constant=refuse)
+    assert (done.code, told["passed"]) == (1, False)
+    assert told["proof"][0]["error"] is None
+    assert told["proof"][0]["message"] == "the outputs hardly depend on the inputs: nothing to compare"
+    assert "built" in done.err
 
 
 def test_shape_that_is_none_is_told(command: Command) -> None:

@@ -1,10 +1,13 @@
 import io
 import logging
+import os
 import re
+import shutil
 import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +243,55 @@ def test_function_of_the_user_gives_the_splits(tmp_path: Path, monkeypatch: pyte
     assert int(data.test.images.max()) == 3
 
 
+def test_function_of_the_user_is_called_once_and_so_is_what_it_returns_for_a_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    def pair(name: str) -> tuple[np.ndarray, list[int]]:
+        calls.append(name)
+        return np.full((2, 1, 4, 4), len(calls), np.uint8)[:, :, ::-1], [0, 1]
+
+    def load() -> dict[str, Callable[[], tuple[np.ndarray, list[int]]]]:
+        calls.append("load")
+        return {name: partial(pair, name) for name in ("train", "validation", "test")}
+
+    monkeypatch.setattr("experiments.user_function.load_function", lambda _: load)
+    data = ImageData(DataRecipe(source="mine:data", mean=(0.5,), std=(0.5,)))
+
+    data.check_test()
+    _ = data.validation
+    assert calls == ["load", "validation", "train"]
+    _ = data.train, data.sample, data.validation, data.test
+    assert calls == ["load", "validation", "train", "test"]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (
+            [np.zeros((1, 4, 4)), np.zeros((1, 5, 5))],
+            [0, 1],
+            "the images of split 'train' of 'mine:data' are list and make no tensor (",
+        ),
+        (
+            np.zeros((2, 1, 4, 4), np.uint8),
+            np.array(["cat", "dog"]),
+            "the labels of split 'train' of 'mine:data' are ndarray and make no tensor (",
+        ),
+    ],
+)
+def test_what_makes_no_tensor_is_told(
+    monkeypatch: pytest.MonkeyPatch, images: object, labels: object, message: str
+) -> None:
+    monkeypatch.setattr("experiments.user_function.load_function", lambda _: lambda: {"train": (images, labels)})
+
+    told = failure(lambda: ImageData(DataRecipe(source="mine:data", mean=(0.5,), std=(0.5,))).train)
+
+    assert told.startswith(message)
+    assert told.endswith("); give one array of numbers of one shape")
+
+
 def split_of(images: Tensor, labels: Tensor) -> ImageSplit:
     return ImageSplit(images, labels, tuple(map(str, range(len(images)))), tuple("0123456789"))
 
@@ -412,6 +464,106 @@ def test_class_folders_that_differ_are_named(root: Path) -> None:
     assert failure(lambda: ImageData(DataRecipe(source=str(root))).validation) == (
         f"the class folders of validation and train differ in '{root}': only validation has ['wolf'], only train has "
         "['dog']; labels are places in the sorted names, so both need the same folders"
+    )
+
+
+@pytest.mark.parametrize("kind", ["", "pets.tar"])
+def test_test_images_of_other_classes_are_refused_before_they_are_read(root: Path, tmp_path: Path, kind: str) -> None:
+    (root / "test" / "dog").rename(root / "test" / "wolf")
+    (root / "test" / "cat" / "000.png").write_bytes(b"no image")
+    source = packed(root, tmp_path / kind) if kind else root
+
+    assert failure(ImageData(DataRecipe(source=str(source))).check_test).startswith(
+        f"the class folders of test and train differ in '{source}': only test has ['wolf'], only train has ['dog']; "
+    )
+
+
+@pytest.mark.parametrize("kind", ["", "pets.tar", "pets.zip"])
+def test_class_folder_without_a_readable_image_is_refused(root: Path, tmp_path: Path, kind: str) -> None:
+    for path in (root / "train" / "cat").iterdir():
+        path.rename(path.with_suffix(".gif"))
+    # What programs leave behind is no class and no image.
+    for path in (root / "train" / ".cache" / "a.txt", root / "__MACOSX" / "train" / "dog" / "._000.png"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    source = packed(root, tmp_path / kind) if kind else root
+
+    assert failure(lambda: read_image_folder(source, "train/")) == (
+        f"no images in the class folder 'train/cat' of '{source}', only files with other suffixes than .bmp, .jpeg, "
+        ".jpg, .pgm, .png, .ppm, .tif, .tiff, .webp; labels are the places of the class folders, so convert them, or "
+        "take the folder away"
+    )
+    assert read_image_folder(source, "test").classes == ("cat", "dog")
+
+
+def test_links_to_images_and_folders_are_followed(root: Path, tmp_path: Path) -> None:
+    whole = read_image_folder(root, "train")
+    (root / "train" / "dog").rename(tmp_path / "dogs")
+    (root / "train" / "dog").symlink_to(tmp_path / "dogs")
+    (root / "train" / "cat" / "002.png").unlink()
+    (root / "train" / "cat" / "002.png").hardlink_to(root / "test" / "cat" / "002.png")
+    (root / "train" / "cat" / "round").symlink_to(root / "train")
+
+    linked = read_image_folder(root, "train")
+
+    assert linked.paths == whole.paths
+    assert torch.equal(linked.images, whole.images)
+
+
+def test_links_inside_an_archive_are_followed(root: Path, tmp_path: Path) -> None:
+    whole = read_image_folder(root, "train")
+    with tarfile.open(tmp_path / "linked.tar", "w") as archive:
+        archive.add(root / "train" / "cat" / "000.png", "data/train/cat/000.png")
+        archive.add(root / "train" / "dog", "data/dogs")
+        for name, kind, target in (
+            ("data/train/cat/001.png", tarfile.LNKTYPE, "data/train/cat/000.png"),
+            ("data/train/cat/002.png", tarfile.SYMTYPE, "001.png"),
+            ("data/train/cat/003.png", tarfile.SYMTYPE, "../../nowhere.png"),
+            ("data/train/dog", tarfile.SYMTYPE, "../dogs"),
+        ):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            archive.addfile(link)
+
+    linked = read_image_folder(tmp_path / "linked.tar", "train")
+
+    assert linked.paths == tuple(path for path in whole.paths if path != "cat/003.png")
+    assert torch.equal(linked.images[:3], whole.images[:1].expand(3, -1, -1, -1))
+    assert torch.equal(linked.images[3:], whole.images[4:])
+
+
+def test_folders_that_look_alike_are_told_apart_by_the_cache(root: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    path = other / "train" / "cat" / "000.png"
+    size, time = path.stat().st_size, path.stat().st_mtime_ns
+    image(11).save(path)
+    assert path.stat().st_size == size
+    os.utime(path, ns=(time, time))
+
+    assert int(read_image_folder(root, "train").images[0, 0, 0, 0]) == 0
+    assert int(read_image_folder(other, "train").images[0, 0, 0, 0]) == 11
+
+
+@pytest.mark.parametrize("grayscale", [True, False])
+def test_images_of_16_bits_keep_their_values(tmp_path: Path, grayscale: bool) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.fromarray(np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)).save(tmp_path / "train" / "a" / "0.png")
+
+    images = read_image_folder(tmp_path, "train", grayscale=grayscale).images
+
+    assert images.shape[1] == (1 if grayscale else 3)
+    assert (images[0] == torch.tensor([[0, 100], [200, 255]])).all()
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floats"), (np.int32, "integers")])
+def test_images_without_a_greatest_value_are_refused(tmp_path: Path, dtype: type, kind: str) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.fromarray(np.ones((2, 2), dtype)).save(tmp_path / "train" / "a" / "0.tif")
+
+    assert failure(lambda: read_image_folder(tmp_path, "train")) == (
+        f"broken image 'train/a/0.tif' in '{tmp_path}' (its values are {kind} of 32 bits, of which none stands for "
+        "white; save it with 8 or 16 bits); replace it, or leave it out with a list file"
     )
 
 

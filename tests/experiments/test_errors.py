@@ -226,6 +226,41 @@ def test_mistyped_key_names_the_nearest(command: Command, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(("content", "reason"), [(b"\x89PNG\xff", "it is no text"), (None, "Is a directory")])
+def test_configuration_that_is_no_text_is_told(
+    command: Command, tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    path = tmp_path / "images.zip"
+    path.mkdir() if content is None else path.write_bytes(content)
+
+    assert command("search", path).err == (
+        f"error: cannot read the configuration file {path}: {reason}; data is named with --data\n"
+    )
+
+
+def test_run_that_was_refused_empties_a_folder_behind_a_link(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
+
+    done = command("search", tiny_yaml, "--budget", "1%", "--out", tmp_path / "run")
+
+    assert "cannot be met" in done.err
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_folder_that_cannot_hold_trained_weights_is_told(
+    command: Command, tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "file"))
+
+    done = command("search", tiny_yaml, "--out", tmp_path / "run")
+
+    assert done.err.splitlines()[-1].startswith(
+        f"error: cannot make the folder '{tmp_path / 'file' / 'networks'}', where trained weights are kept: "
+    )
+
+
 def test_mistyped_method_names_what_is_allowed(command: Command) -> None:
     done = command("search", "--methods", "uniform,pppo")
 

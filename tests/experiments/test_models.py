@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import agent
 from experiments.data import DataRecipe, ImageData, SplitRecipe, make_evaluate
 from experiments.image_folder import write_split_lists
 from experiments.models import ModelError, build_model, input_sizes, load_weights
 from experiments.user_function import UserFunctionError
+from pruning.export import unique_tensors
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 
@@ -127,6 +130,47 @@ def test_missing_function_and_module_are_named(user_module: str, tmp_path: Path)
         f"no module 'my_netwroks' for 'my_netwroks:head': it must be installed or lie in the working directory "
         f"'{tmp_path}'"
     )
+
+
+def test_module_that_hides_behind_a_package_of_this_project_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent" / "mine.py").write_text("def network():\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    with pytest.raises(UserFunctionError) as caught:
+        build_model("agent.mine:network", 7)
+    own = Path(agent.__file__).parent
+    assert str(caught.value) == (
+        "no module 'agent.mine' for 'agent.mine:network': it must be installed or lie in the working directory "
+        f"'{tmp_path}'; 'agent' is Secateur's own package '{own}': give yours in the working directory another name"
+    )
+
+
+class Aliased(nn.Module):
+    """A layer of two names, and a weight of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.features = nn.Sequential(self.first)
+        self.second.weight = self.first.weight
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_of_a_network_with_shared_layers_are_saved_and_loaded(tmp_path: Path, suffix: str) -> None:
+    trained, fresh, path = Aliased(), Aliased(), tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save(trained.state_dict(), path)
+    else:
+        save_file(unique_tensors(trained), path)
+
+    load_weights(fresh, path)
+
+    assert all(torch.equal(tensor, fresh.state_dict()[name]) for name, tensor in trained.state_dict().items())
+    if suffix != ".pt":
+        assert sorted(load_file(path)) == ["first.bias", "first.weight", "second.bias"]
 
 
 @pytest.fixture

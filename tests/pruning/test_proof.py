@@ -54,6 +54,28 @@ def test_outputs_that_do_not_depend_on_the_inputs_prove_nothing() -> None:
     assert not proof.holds
 
 
+class WithLoss(nn.Module):
+    """A network that returns one number for the whole batch beside what it says of each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        scores = self.last(torch.relu(self.first(x)))
+        return {"scores": scores, "loss": scores.sum()}
+
+
+def test_an_output_of_the_whole_batch_is_left_out_of_the_proof() -> None:
+    torch.manual_seed(0)
+    model, x = WithLoss(), torch.randn(4, 4)
+
+    graph = leave_refuted_dense(model, capture(model, x), x)
+
+    assert [group.name for group in graph.prunable] == ["first"]
+    assert all(proof.holds for proof in prove(model, graph, x, generator=torch.Generator().manual_seed(0)))
+
+
 def test_outputs_that_are_not_numbers_prove_nothing() -> None:
     model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), torch.full((3, 4), float("nan"))
 
