@@ -90,7 +90,7 @@ def _trace_of_either_mode(
     switched = [pair for pair in pairs if str(pair[0].format_node()) != str(pair[1].format_node())]
     if switched:
         with traced.graph.inserting_before(next(iter(traced.graph.nodes))):
-            mode = traced.graph.get_attr(_MODE)
+            mode = traced.graph.create_node("get_attr", _MODE)
         for one, other in switched:
             one.args, one.kwargs = _switched((one.args, dict(one.kwargs)), (other.args, dict(other.kwargs)), mode)
         traced.recompile()

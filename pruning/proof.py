@@ -77,8 +77,8 @@ def prove(
     """Compare removing with masking, on random units of all offered groups together and of each alone.
 
     The comparison is made on a copy whose batch norms have the statistics of these inputs, and on the inputs beside
-    others, for floats their negatives: with statistics that do not fit, as those of random weights, signals die out on
-    the way, and whatever is removed makes no difference. Each output is compared on a scale of its own.
+    others, for floats half of their negatives: with statistics that do not fit, as those of random weights, signals die
+    out on the way, and whatever is removed makes no difference. Each output is compared on a scale of its own.
 
     Args:
         model: the captured network; untouched.
@@ -90,9 +90,10 @@ def prove(
     Returns:
         One result for all groups, then one a group.
     """
-    # Of integers nothing is known but that those of another row are inputs too.
+    # Half, since the spectrum of the negatives is that of the inputs. Of integers nothing is known but that those of
+    # another row are inputs too.
     inputs = tuple(
-        torch.cat([x, -x if x.is_floating_point() else x.roll(1, 0)]) if x.dim() else x
+        torch.cat([x, -x / 2 if x.is_floating_point() else x.roll(1, 0)]) if x.dim() else x
         for x in inputs_of(example_inputs)
     )
     model = copied(model)

@@ -1,0 +1,317 @@
+"""Bindings between channels that show only at other widths, and work that is no image's."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from graph_encoder.capture import capture
+from graph_encoder.network import NetworkGraph
+from pruning.policy import CompressionPolicy
+from pruning.proof import leave_refuted_dense, prove
+from pruning.surgery import apply_policy, mask_policy
+
+from .networks import EXAMPLE, seeded
+
+
+def differs(model: nn.Module, graph: NetworkGraph, kept: dict[str, int]) -> float:
+    """How far the network that keeps so many units of these groups is from the silenced one, on its scale."""
+    sizes = {name: graph.group(name).size for name in kept}
+    policy = CompressionPolicy({name: tuple(range(n)) for name, n in kept.items()}, sizes)
+    with torch.no_grad():
+        small, masked = (make(model, graph, policy).eval()(EXAMPLE) for make in (apply_policy, mask_policy))
+    return float((small - masked).abs().max() / masked.abs().max())
+
+
+def every_uneven_plan_holds(model: nn.Module, graph: NetworkGraph) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    plans = [
+        {group.name: 1 + int(torch.randint(group.size, (1,), generator=generator)) for group in graph.prunable}
+        for _ in range(8)
+    ]
+    return all(differs(model, graph, plan) < 1e-4 for plan in plans)
+
+
+class InHalves(nn.Module):
+    """Parts of one map go apart, at a place that follows from its width or is held by forward."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.a, self.b = (nn.Conv2d(9 if how == "parts" and i else 3 if how == "parts" else 6, 8, 1) for i in range(2))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        width = x.shape[1]
+        if self.how == "parts":
+            one, other = x.split([width // 4, width - width // 4], 1)
+        else:
+            one, other = torch.split(x, width // 2 if self.how == "half" else 6, dim=1)
+        out: Tensor = self.head((self.a(one) + self.b(other)).relu().mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("how", ["half", "parts", "held"])
+def test_parts_of_a_map_may_shrink_apart(how: str) -> None:
+    model = seeded(lambda: InHalves(how))
+
+    graph = capture(model, EXAMPLE)
+
+    assert sum(group.size for group in graph.prunable) == 12 + 8
+    assert every_uneven_plan_holds(model, graph)
+    assert leave_refuted_dense(model, graph, EXAMPLE).prunable == graph.prunable
+
+
+class ViewedLikeAnother(nn.Module):
+    """The gate is viewed with the width of the map that it was computed from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.down, self.head = nn.Conv2d(8, 4, 1), nn.Linear(256, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        n, width, rows, columns = x.shape
+        gate = self.gate(x).view(n, width, rows * columns).softmax(-1).view(n, width, rows, columns)
+        out: Tensor = self.head(self.down(gate).view(-1, 256))
+        return out
+
+
+@pytest.mark.parametrize("kept", [{"stem": 5}, {"gate": 5}, {"stem": 3, "gate": 6}, {"stem": 6, "down": 1}])
+def test_a_width_taken_from_another_group_is_rewritten_whichever_of_them_shrinks(kept: dict[str, int]) -> None:
+    model = seeded(ViewedLikeAnother)
+    graph = capture(model, EXAMPLE)
+    assert {group.name for group in graph.prunable} == {"stem", "gate", "down"}
+
+    assert differs(model, graph, kept) < 1e-4
+
+
+class WithDropout(nn.Module):
+    """Dropout as a function that is told the mode, and a view that holds a width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3, stride=3)
+        self.last = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(functional.dropout(self.first(x).relu(), training=self.training)).relu()
+        out: Tensor = functional.dropout(self.last(x.view(-1, 32)), 0.4, self.training)
+        return out
+
+
+def test_a_rewritten_copy_follows_the_mode_where_forward_did() -> None:
+    model = seeded(WithDropout)
+    graph = capture(model, EXAMPLE)
+    assert {group.name for group in graph.prunable} == {"first", "second"}
+    assert differs(model, graph, {"first": 4, "second": 5}) < 1e-4
+
+    policy = CompressionPolicy({"second": (0, 3, 4)}, {"second": 8})
+    small = apply_policy(model.train(), graph, policy)
+    assert not torch.equal(small(EXAMPLE), small(EXAMPLE))
+    small.eval()
+    assert torch.equal(small(EXAMPLE), small(EXAMPLE))
+    small.train()
+    assert not torch.equal(small(EXAMPLE), small(EXAMPLE))
+
+
+class Biased(nn.Module):
+    """Attention whose biases a small network computes from positions, one for each head."""
+
+    def __init__(self, *, by_position: bool = False) -> None:
+        super().__init__()
+        self.by_position = by_position
+        self.stem, self.qkv = nn.Conv2d(3, 16, 2, stride=2), nn.Linear(16, 3 * 4 * 6)
+        self.of_positions = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.out, self.head = nn.Linear(24, 16), nn.Linear(16, 5)
+        self.register_buffer("places", torch.randn(16, 16, 2, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        query, key, value = self.qkv(x).view(len(x), 16, 3, 4, 6).permute(2, 0, 3, 1, 4)
+        bias = self.of_positions(self.places).permute(2, 0, 1)[None]
+        x = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        out: Tensor = self.head(self.out(x.transpose(1, 2).flatten(2)).mean(1))
+        return out
+
+
+def test_what_is_added_to_the_products_of_a_head_goes_with_the_head() -> None:
+    model = seeded(Biased)
+
+    graph = capture(model, EXAMPLE)
+
+    members = {member.tensor for member in graph.group("qkv").members}
+    assert {"qkv.weight", "of_positions.2.weight", "out.weight"} <= members
+    assert graph.group("qkv").size == 4
+    assert every_uneven_plan_holds(model, graph)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_work_on_no_input_counts_once_whatever_the_batch(batch: int) -> None:
+    model = seeded(Biased)
+    graph = capture(model, EXAMPLE[:1].repeat(batch, 1, 1, 1))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.of_positions(model.places)
+
+    counted = {operator.name: operator.macs for operator in graph.operators}
+    assert counted["of_positions.0"] == 16 * 16 * 2 * 8
+    assert 2 * (counted["of_positions.0"] + counted["of_positions.2"]) == counter.get_total_flops()
+    assert counted["qkv"] == 16 * 16 * 72
+
+
+class Grouped(nn.Module):
+    """Several heads of queries share one of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.query, self.keys = nn.Conv2d(3, 16, 2, stride=2), nn.Linear(16, 24), nn.Linear(16, 12)
+        self.out, self.head = nn.Linear(24, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        query = self.query(x).view(len(x), 16, 4, 6).transpose(1, 2)
+        keys = self.keys(x).view(len(x), 16, 2, 6).transpose(1, 2)
+        x = functional.scaled_dot_product_attention(query, keys, keys, enable_gqa=True)
+        out: Tensor = self.head(self.out(x.transpose(1, 2).flatten(2)).mean(1))
+        return out
+
+
+def test_heads_that_share_keys_stay_and_are_counted() -> None:
+    model = seeded(Grouped)
+
+    graph = capture(model, EXAMPLE)
+
+    reason = "takes part in attention with unequal numbers of heads in 'the network'"
+    assert graph.group("query").reason == graph.group("keys").reason == reason
+    assert {"stem", "out"} <= {group.name for group in graph.prunable}
+    assert next(op.macs for op in graph.operators if op.kind == "attention") == 4 * 16 * 16 * (6 + 6)
+    assert every_uneven_plan_holds(model, graph)
+
+
+class ScaledTwice(nn.Module):
+    """The scale of a norm multiplies another branch, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.norm, self.mix, self.head = nn.BatchNorm2d(8), nn.Conv2d(16, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed, scaled = self.norm(self.a(x)), self.b(x) * self.norm.weight.view(1, -1, 1, 1)
+        out: Tensor = self.head(self.mix(torch.cat([normed, scaled], 1).relu()).mean((2, 3)))
+        return out
+
+
+def test_a_parameter_of_a_layer_that_is_used_elsewhere_too_binds_both() -> None:
+    model = seeded(ScaledTwice)
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.linspace(0.5, 2, 8))
+
+    graph = capture(model, EXAMPLE)
+
+    assert {"a.weight", "b.weight", "norm.weight"} <= {member.tensor for member in graph.group("a").members}
+    assert every_uneven_plan_holds(model, graph)
+
+
+class Upsampled(nn.Module):
+    """A decoder: a depthwise transposed convolution, resizing in one or three dimensions, and tiles."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+        transposed = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dims]
+        self.mode = {1: "linear", 2: "bicubic", 3: "trilinear"}[dims]
+        self.stem, self.up = convolution(3, 8, 1), transposed(8, 8, 2, stride=2, groups=8)
+        self.mix, self.last = convolution(16, 6, 1), convolution(6, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.logsigmoid(self.up(self.stem(x).relu()))
+        whole = x.mean(tuple(range(2, x.dim())), keepdim=True)
+        x = torch.cat([x, whole.repeat(1, 1, *x.shape[2:])], 1)
+        resized: Tensor = functional.interpolate(self.mix(x).relu(), scale_factor=2, mode=self.mode)
+        out: Tensor = self.last(resized).flatten(2).amax(2)
+        return out
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_decoders_are_offered_in_any_dimension(dims: int) -> None:
+    model, x = seeded(lambda: Upsampled(dims)), torch.randn(2, 3, *(4,) * dims)
+
+    graph = capture(model, x)
+
+    assert {group.name: group.size for group in graph.prunable} == {"stem": 8, "mix": 6}
+    assert {"up.weight", "up.bias", "mix.weight"} <= {member.tensor for member in graph.group("stem").members}
+    assert next(op for op in graph.operators if op.name == "up").macs == 8 * math.prod((8,) * dims)
+    assert all(proof.holds for proof in prove(model, graph, x, generator=torch.Generator().manual_seed(1)))
+
+
+class Noisy(nn.Module):
+    """Draws noise in evaluation too, and is told its strength by a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.next, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, strength: Tensor) -> Tensor:
+        x = self.stem(x + strength * torch.randn_like(x)).relu()
+        out: Tensor = self.head(self.next(x).mean((2, 3)))
+        return out
+
+
+def test_noise_and_numbers_refute_nothing() -> None:
+    model, inputs = seeded(Noisy), (EXAMPLE, torch.tensor(0.3))
+    before = torch.get_rng_state()
+
+    graph = leave_refuted_dense(model, capture(model, inputs), inputs)
+
+    assert {group.name for group in graph.prunable} == {"stem", "next"}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Spectrum(nn.Module):
+    """Hears a signal by its spectrum, whose window lies on the processor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("window", torch.hann_window(16))
+        self.first, self.second = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 6, 3)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stft(x, 16, window=self.window, return_complex=True).abs()[:, None]
+        out: Tensor = self.head(self.second(self.first(x).relu()).mean((2, 3)))
+        return out
+
+
+def test_a_spectrum_is_no_hindrance() -> None:
+    model, x = seeded(Spectrum), torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
+
+    graph = capture(model, x)
+
+    assert {group.name for group in graph.prunable} == {"first", "second"}
+    assert all(proof.holds for proof in prove(model, graph, x, generator=torch.Generator().manual_seed(0)))
+
+
+def test_layers_whose_weight_is_computed_are_named() -> None:
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 1)),
+        nn.ReLU(),
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 6, 1)),
+        nn.Conv2d(6, 4, 1),
+        nn.Conv2d(4, 5, 1),
+    )
+
+    graph = capture(model, EXAMPLE)
+
+    why = (
+        "its weight is computed from other tensors; torch.nn.utils.parametrize.remove_parametrizations (or "
+        "remove_weight_norm, remove_spectral_norm) makes it a parameter that can be sliced"
+    )
+    assert {name: graph.skipped.get(name) for name in "02"} == {"0": why, "2": why}
+    assert {group.name for group in graph.prunable} == {"3"}
