@@ -74,9 +74,7 @@ class CheckReport:
             *(self._range(kind) for kind in COST_KINDS),
             *(self.floors.lines() if self.floors else ()),
             *_offered("groups decided", decided, "by a search"),
-            *_offered(
-                "groups spared", spared, "the first layer's (decided with search.protect_first=false) and protected"
-            ),
+            *_offered("groups spared", spared, "of the first layer (search.protect_first) or in search.protected"),
             f"groups dense    {len(dense)}",
             *(f"  {group.name}: {group.size} units: {group.reason}" for group in dense),
             f"layers skipped  {len(graph.skipped)}",

@@ -22,7 +22,7 @@ from .clock import TableDevice
 from .config import RunConfig
 from .exported_files import ONNX_NAME, describe_images, write_exported
 from .figures import Plan
-from .images import DataError
+from .images import MissingSplitError
 from .interrupt import StopFlag
 from .measured_budget import kept_by_the_clock
 from .methods import MethodSearch
@@ -290,8 +290,7 @@ def _with_test_accuracy(
     """The one place that opens the test split: plans, recipes and epochs are all chosen by now."""
     try:
         n_test = len(subject.data.test)
-    except DataError as error:
-        # Hours of search are not lost for it.
+    except MissingSplitError as error:
         display.say(f"warning: no test accuracy: {error}")
         return list(rows), 0
     judge, tested = subject.judge_on_test(), []

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from envs.evaluator import Evaluation
@@ -26,6 +27,7 @@ from pruning.importance import rank_units
 
 from .config import ONE_SHOT, Method, RunConfig, SearchSettings
 from .finish import finish_run, rebuild_report
+from .identity import tensors_digest
 from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
 from .measured_budget import spent_by_the_clock
@@ -34,10 +36,13 @@ from .outcome import RunOutcome, percent
 from .precision import NO_KERNELS, settle_precision
 from .problem import Scoring, SearchProblem, evaluations_to_probe, least_squares, probe, settle_range, space_by
 from .progress import RunDisplay, Stage, count
-from .run import RunBusyError, RunFolder
+from .run import RunBusyError, RunError, RunFolder
 from .scalars import EvaluationScalars
 from .subject import Subject, prepare_subject, report_dense
 from .user_function import call, is_reference, load_function
+
+_IMAGES = "images"
+"""Key under which the file of the dense weights holds a digest of the images."""
 
 
 def start_run(config: RunConfig, root: Path, command: Sequence[str], display: RunDisplay, stop: StopFlag) -> RunOutcome:
@@ -265,10 +270,28 @@ def _subject(
         check_search(subject)
 
     subject = prepare_subject(config, device, display, stop, weights=saved, check=check)
+    images = tensors_digest(
+        (name, tensor)
+        for name, split in (("train", subject.data.train), ("validation", subject.data.validation))
+        # A thousand of them tell two sets apart.
+        for tensor in (split.labels, split.images[:: len(split) // 1000 + 1])
+    )
     if saved is None:
         report_dense(subject, display)
-        write_atomic(folder.dense_file, save(unique_tensors(subject.model)))
+        write_atomic(folder.dense_file, save(unique_tensors(subject.model), metadata={_IMAGES: images}))
+    elif _images_of(saved) not in (images, ""):
+        msg = (
+            f"the training or validation images of {folder.root} are others than when it was begun, and its "
+            "evaluations would not compare with new ones; put those images back, or start a new run"
+        )
+        raise RunError(msg)
     return subject
+
+
+def _images_of(dense_file: Path) -> str:
+    """Digest of the images that a run was begun with; empty for runs from before it was kept."""
+    with safe_open(dense_file, framework="pt") as file:
+        return str((file.metadata() or {}).get(_IMAGES, ""))
 
 
 def importance_of(subject: Subject) -> dict[str, torch.Tensor]:

@@ -55,6 +55,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def autocast_on_shapes() -> Iterator[None]:
+    """Let ``torch.autocast(x.device.type, ...)`` in a forward pass on meta tensors mean the processor.
+
+    It refuses the device ``meta``, which has no types that it could cast to.
+    """
+    make = torch.autocast.__init__
+
+    def made(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+        make(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    torch.autocast.__init__ = made  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = make  # type: ignore[method-assign]
+
+
 def mixed_precision(device_type: str, asked: bool) -> torch.autocast:
     """Autocast to bfloat16 where it is asked for and the device has kernels for it, see `has_bfloat16`."""
     return torch.autocast(device_type, torch.bfloat16, asked and has_bfloat16(device_type))

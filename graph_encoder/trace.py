@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .labels import CONSTANT, LabelClasses, compact, varying_dims
+from .modes import autocast_on_shapes
 from .network import ForwardError, Operator, TraceError
 from .opaque import ModuleCall, Opaque, forwards_replaced, summary_of, tensors_within_reach
 from .rules import RULES, Call, Result
@@ -171,7 +172,7 @@ class LabelPass(TorchDispatchMode):
         fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with torch.inference_mode(), self._module_stack(), self._replays(), self:
+            with torch.inference_mode(), autocast_on_shapes(), self._module_stack(), self._replays(), self:
                 output = forward(*inputs)
         except Exception as error:  # a Python forward can fail in any way: an assert on a width, a missing key
             modules = [name for name in dict.fromkeys(self._stack) if name]
@@ -305,6 +306,8 @@ class LabelPass(TorchDispatchMode):
             result = quick_result(func, name, args, kwargs, tensors)
             if result is not None:
                 return result
+            if name == "index":
+                args = (args[0], [each for index in args[1] for each in _as_integers(index)])
             return func(*tree_map(self._to_meta, args), **tree_map(self._to_meta, kwargs))
         except (RuntimeError, NotImplementedError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -581,6 +584,12 @@ def _layer_name(parameter: str) -> str:
     for suffix in (".weight", "_weight", ".bias"):
         parameter = parameter.removesuffix(suffix)
     return parameter
+
+
+def _as_integers(index: Any) -> Sequence[Any]:
+    """The indices that a mask with values stands for, one for each of its dimensions; others as they are."""
+    is_mask = isinstance(index, Tensor) and index.dtype == torch.bool and not index.is_meta
+    return index.nonzero(as_tuple=True) if is_mask else [index]
 
 
 def _channels(shape: tuple[int, ...], *, is_line: bool = False) -> int:

@@ -437,7 +437,7 @@ def test_check_tells_what_a_search_decides_from_what_it_spares(command: Command)
     lines = done.out.splitlines()
     decided = lines.index("groups decided  3 by a search, with 44 units")
     spared = lines.index(
-        "groups spared   1 by default: the first layer's (decided with search.protect_first=false), with 6 units"
+        "groups spared   1 of the first layer (search.protect_first) or in search.protected, with 6 units"
     )
     assert [line.split(":")[0] for line in lines[decided + 1 : spared]] == ["  3", "  6", "  9"]
     assert lines[spared + 1].startswith("  0: 6 units, ")

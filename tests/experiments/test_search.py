@@ -22,11 +22,12 @@ from experiments.interrupt import Interrupted, StopFlag
 from experiments.outcome import RunOutcome
 from experiments.problem import PROBES
 from experiments.progress import RunDisplay
-from experiments.run import RunBusyError, RunFolder
+from experiments.run import RunBusyError, RunError, RunFolder
 from experiments.search import resume_run, start_run
 from tests.event_files import Series, scalars
 
 from .stopping import StopAfter
+from .tiny import images as tiny_images
 
 Configured = Callable[..., RunConfig]
 AGENT_RUN = {
@@ -211,6 +212,26 @@ def test_a_broken_test_split_ends_the_run_and_mended_it_goes_on(
         outcome = resume_run(tmp_path / "run", display, StopFlag())
 
     assert outcome.row("random").test_accuracy is not None
+
+
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_a_run_is_not_continued_on_other_images(
+    tiny_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with pytest.raises(Interrupted):
+        search(tiny_config(), tmp_path / "run", StopAfter(3))
+    images, labels = tiny_images()[name]
+    changed = {**tiny_images(), name: (255 - images, labels)}
+    with monkeypatch.context() as patched:
+        patched.setattr("tests.experiments.tiny.images", lambda: changed)
+        with pytest.raises(RunError) as caught:
+            resume(tmp_path / "run")
+
+    assert str(caught.value) == (
+        f"the training or validation images of {tmp_path / 'run'} are others than when it was begun, and its "
+        "evaluations would not compare with new ones; put those images back, or start a new run"
+    )
+    assert resume(tmp_path / "run").row("random").evaluations == 12
 
 
 def test_resuming_a_finished_run_needs_neither_images_nor_network(

@@ -315,3 +315,29 @@ def test_layers_whose_weight_is_computed_are_named() -> None:
     )
     assert {name: graph.skipped.get(name) for name in "02"} == {"0": why, "2": why}
     assert {group.name for group in graph.prunable} == {"3"}
+
+
+class InFullPrecision(nn.Module):
+    """Leaves autocast for a part of its pass, and looks at half of the columns by a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 5)
+        self.register_buffer("mask", torch.arange(6) % 2 == 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            x = self.first(x).relu()[..., self.mask]
+        out: Tensor = self.head(self.second(x[:, :, self.mask.nonzero()[0] :]).relu().mean((2, 3)))
+        return out
+
+
+def test_autocast_and_masks_with_values_are_no_hindrance() -> None:
+    model = seeded(InFullPrecision)
+    make = torch.autocast.__init__
+
+    graph = capture(model, EXAMPLE)
+
+    assert {group.name: group.size for group in graph.prunable} == {"first": 8, "second": 6}
+    assert every_uneven_plan_holds(model, graph)
+    assert torch.autocast.__init__ is make
