@@ -256,8 +256,10 @@ def test_folder_that_cannot_hold_trained_weights_is_told(
 
     done = command("search", tiny_yaml, "--out", tmp_path / "run")
 
-    told = f"error: cannot make the folder '{tmp_path / 'file' / 'networks'}', where trained weights are kept: "
-    assert any(line.startswith(told) for line in done.err.splitlines())
+    assert (
+        f"cannot make the folder '{tmp_path / 'file' / 'networks'}', where trained weights are kept: Not a directory; set "
+        "SECATEUR_CACHE to a folder that can be written"
+    ) in done.err
 
 
 def test_mistyped_method_names_what_is_allowed(command: Command) -> None:
