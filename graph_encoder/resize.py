@@ -153,10 +153,10 @@ _SHARES = (_Shares(0.6180339887, 0.2, 0.7), _Shares(0.7548776662, 0.0, 0.6))
 
 def _try(model: nn.Module, graph: NetworkGraph, dense: DenseRun, kept: Mapping[int, Tensor]) -> Failure | None:
     """The forward pass, on shapes, with what is ``kept`` of the groups of these indices."""
-    removed = removed_positions(graph, kept)
+    counts = {g: int((~is_kept).sum()) for g, is_kept in kept.items()}
     try:
         forward = rewrite(model, graph, kept) if graph.is_rewritten(kept.keys()) else model
-        with _resized(forward, removed):
+        with _resized(forward, _shrunk_by(graph, counts)):
             # Names come from the model, whose modules a rewritten copy shares.
             run = LabelPass(model, dense.opaque, with_labels=False)
             run.run(forward, dense.inputs)
@@ -168,13 +168,24 @@ def _try(model: nn.Module, graph: NetworkGraph, dense: DenseRun, kept: Mapping[i
     if found != dense.record.output_shapes:
         message = f"with fewer channels its outputs have shapes {found} instead of {dense.record.output_shapes}"
         return Failure("", message)
-    counts = {g: int((~is_kept).sum()) for g, is_kept in kept.items()}
     macs = {operator.name: operator.macs for operator in run.record.operators}
     for term in graph.mac_terms:
         if macs.get(term.owner) != term.value(counts):
             message = f"with fewer channels it costs {macs.get(term.owner)} MACs instead of {term.value(counts)}"
             return Failure(term.owner.partition("#")[0], message)
-    return _folded_otherwise(dense.record, run.record, removed)
+    if not dense.record.folds:
+        return None
+    return _folded_otherwise(dense.record, run.record, removed_positions(graph, kept))
+
+
+def _shrunk_by(graph: NetworkGraph, counts: Mapping[int, int]) -> dict[str, dict[int, int]]:
+    """By how many positions each dimension of each tensor shrinks where so many units of these groups go."""
+    shrunk: dict[str, dict[int, int]] = {}
+    for index, count in counts.items():
+        for member in graph.groups[index].members if count else ():
+            dims = shrunk.setdefault(member.tensor, {})
+            dims[member.dim] = dims.get(member.dim, 0) + count * member.indices.shape[1]
+    return shrunk
 
 
 def _folded_otherwise(dense: Record, small: Record, removed: Mapping[str, Mapping[int, Tensor]]) -> Failure | None:
@@ -204,14 +215,14 @@ def _folded_otherwise(dense: Record, small: Record, removed: Mapping[str, Mappin
 
 
 @contextmanager
-def _resized(module: nn.Module, removed: Mapping[str, Mapping[int, Tensor]]) -> Iterator[None]:
+def _resized(module: nn.Module, shrunk_by: Mapping[str, Mapping[int, int]]) -> Iterator[None]:
     """Put meta tensors of the new shapes in place of the touched parameters and buffers, and put the old ones back."""
     shrunk: dict[int, Tensor] = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if name in removed:
+        if name in shrunk_by:
             shape = list(tensor.shape)
-            for dim, positions in removed[name].items():
-                shape[dim] -= len(positions)
+            for dim, count in shrunk_by[name].items():
+                shape[dim] -= count
             meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
             shrunk[id(tensor)] = nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
     undo: list[tuple[dict[str, Any], str, Any]] = []
