@@ -73,7 +73,8 @@ class ClockReading:
         searcher: name of the search whose plan it was.
         digest: digest of the policy.
         predicted: latency by the table, over that of the dense network.
-        measured: median over the rounds.
+        measured: median over the rounds; of a budget that is a time and no share, scaled to the dense network's time by
+            the table.
         low: lower end of the interval that holds the true median at 95 %.
         high: its upper end.
         rounds: rounds in which both networks took turns.

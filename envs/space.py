@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from graph_encoder.network import ChannelGroup, NetworkGraph
-from latency.budget import Budget, BudgetError, in_words
+from latency.budget import Budget, BudgetError, in_words, least_in_words
 from latency.cost import CostKind, CostModel, predict_cost
 from latency.decision import LayerDecision, layer_policies, weighted_layers
 from latency.predict import LatencyModel
@@ -481,9 +481,10 @@ def _check_bound(space: SearchSpace, bound: Bound) -> None:
     others = [in_words(other.limit, other.cost.kind) for other in space.bounds if other is not bound]
     within = f" within {' and '.join(others)}" if others and isinstance(bound.cost, LatencyModel) else ""
     bits = "" if has_bits or kind not in ("latency", "bytes", "bops") else ", or decide bits too"
+    least = least_in_words(lowest, dense, kind) if kind == "latency" else in_words(lowest, kind)
     msg = (
         f"{asked} {in_words(dense, kind)}) cannot be met: with every decision at its least{within} the network "
-        f"still costs {in_words(lowest, kind)} ({lowest / dense:.1%}). Pass at least {in_words(lowest, kind)}"
+        f"still costs {in_words(lowest, kind)} ({lowest / dense:.1%}). Pass at least {least}"
         f"{''.join(f', or {way}' for way in _ways_to_save(space, bound.cost))}{bits}"
     )
     raise BudgetError(msg)

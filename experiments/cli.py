@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from .outcome import RunOutcome
     from .progress import RunDisplay
 
+_WIDE = 1000
+"""Columns of a terminal in which any table fits."""
 NO_SPEEDUP = 3
 """Exit code of a command whose networks are not faster than the dense one, where that is asked for."""
 
@@ -421,7 +424,7 @@ def latency_check(
         for name in model
     ]
     if page:
-        write_page(page, checks, " ".join(["secateur", *sys.argv[1:]]))
+        write_page(page, checks, shlex.join(["secateur", *sys.argv[1:]]))
     _print_facts([check.to_dict() for check in checks], as_json)
 
 
@@ -493,7 +496,7 @@ def _run(
     from rich.console import Console
 
     from .interrupt import stop_on_signals
-    from .outcome import headings, plain_lines, result_table, speed_notes, table_cells
+    from .outcome import headings, plain_lines, result_list, result_table, speed_notes, table_cells
     from .progress import RunDisplay
 
     with (
@@ -508,7 +511,11 @@ def _run(
         print(outcome.model_dump_json(indent=2))
         return outcome
     if console.is_terminal:
-        console.print(result_table(outcome))
+        table = result_table(outcome)
+        if console.measure(table, options=console.options.update(width=_WIDE)).maximum <= console.width:
+            console.print(table)
+        else:
+            print("\n".join(result_list(outcome)))
     else:
         print("\n".join(plain_lines([headings(outcome), *table_cells(outcome)])))
     for note in speed_notes(outcome):

@@ -45,6 +45,10 @@ STYLE = {
     "legend.frameon": False,
     "text.parse_math": False,
 }
+_LEVEL = 8
+"""Most names that stand side by side."""
+_NAME = 36
+"""Characters of a name that are shown."""
 WIDTH = 10.0
 
 
@@ -90,12 +94,23 @@ def accuracy_figure(plans: Sequence[Plan]) -> str:
         return _svg(figure, "accuracy")
 
 
+def shortened(name: str, length: int) -> str:
+    """``name`` without its middle where it is longer than ``length``: both ends of a layer's name tell it apart."""
+    if len(name) <= length:
+        return name
+    kept = length - 1
+    return f"{name[: kept // 2]}…{name[-(kept - kept // 2) :]}"
+
+
 def keep_ratio_figure(rows: Sequence[MethodOutcome]) -> str:
     """Keep ratio of every group in the network's order, a strip a method."""
     shown = [row for row in rows if row.keep_ratios]
     names = list(shown[0].keep_ratios)
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.95 * len(shown) + 1.5), layout="constrained")
+        labels = [shortened(name, _NAME) for name in names]
+        # Turned, a label takes as much height as it is long.
+        room = 0.7 + 0.07 * max(map(len, labels)) if len(names) > _LEVEL else 0.6
+        figure = Figure(figsize=(WIDTH, 0.95 * len(shown) + room), layout="constrained")
         strips = figure.subplots(len(shown), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         for axes, row in zip(strips, shown, strict=True):
             ratios = [row.keep_ratios.get(name, 1.0) for name in names]
@@ -106,8 +121,8 @@ def keep_ratio_figure(rows: Sequence[MethodOutcome]) -> str:
             axes.grid(axis="x", visible=False)
         step = -(-len(names) // 45)
         ticks = range(0, len(names), step)
-        turned = 90 if len(names) > 8 else 0
-        strips[-1].set_xticks(ticks, [names[i] for i in ticks], rotation=turned, fontsize=8)
+        turned = 90 if len(names) > _LEVEL else 0
+        strips[-1].set_xticks(ticks, [labels[i] for i in ticks], rotation=turned, fontsize=8)
         strips[-1].set_xlim(-0.6, len(names) - 0.4)
         return _svg(figure, "keep-ratio")
 

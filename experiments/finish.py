@@ -73,8 +73,20 @@ def finish_run(
     searches: Sequence[MethodSearch],
     display: RunDisplay,
     stop: StopFlag,
+    *,
+    spent: int | None,
 ) -> RunOutcome:
-    """Carry a run whose searches are done to its results and its report."""
+    """Carry a run whose searches are done to its results and its report.
+
+    Args:
+        folder: of the run.
+        subject: the dense network and its images.
+        problem: what was searched, with the budgets that were asked for.
+        searches: what each method found.
+        display: told what happens.
+        stop: looked at after every epoch and network.
+        spent: what the searches could spend of the first budget, None without one.
+    """
     finalists = _finalists(folder, subject, problem, searches, display, stop)
     _save_products(folder, subject, finalists, display, stop)
     rows = [_row(folder, subject, problem, finalist) for finalist in finalists]
@@ -83,7 +95,7 @@ def finish_run(
     device = TableDevice.of(subject.config.latency.table)
     rows = _with_latencies(folder, rows, finalists, subject, device, display)
     rows, n_test = _with_test_accuracy(folder, rows, finalists, subject, display)
-    outcome = _outcome(folder, subject, problem, rows, device, n_test)
+    outcome = _outcome(folder, subject, problem, rows, device, n_test, spent)
     _log_metrics(folder, subject.config, outcome)
     write_atomic(folder.results_file, outcome.model_dump_json(indent=2).encode())
     return rebuild_report(folder, display)
@@ -313,17 +325,17 @@ def _outcome(
     rows: Sequence[MethodOutcome],
     device: TableDevice,
     n_test: int,
+    spent: int | None,
 ) -> RunOutcome:
     config, space = subject.config, problem.space
-    asked = next((budget.limit(space.cost.dense) for budget in config.budget if budget.kind == space.cost.kind), None)
     return RunOutcome(
         model=config.model.name,
         data=Path(config.data.source).name,
         budget=budget_words(config.budget, config.search.target),
         budget_kind=space.cost.kind,
-        cost_limit=space.limit if space.limit is not None else space.cost.dense,
+        cost_limit=space.cost.dense if spent is None else spent,
         dense_cost=space.cost.dense,
-        asked_limit=asked if space.limit is not None and asked is not None and space.limit < asked else None,
+        asked_limit=None if spent == space.limit else space.limit,
         further_budgets=tuple(
             Allowance(kind=bound.cost.kind, limit=bound.limit, dense_cost=bound.cost.dense)
             for bound in space.bounds[1:]

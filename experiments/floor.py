@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from envs.evaluator import CandidateEvaluator
 from envs.space import KEEP_LESS, SPARE_LESS, SearchSpace
 from graph_encoder.network import NetworkGraph
-from latency.budget import Budget, BudgetError, in_words
+from latency.budget import Budget, BudgetError, in_words, least_in_words
 from latency.measure import Comparison
 from latency.runtimes import LatencyError
 from latency.table import LatencyTable, TableError
@@ -166,7 +166,7 @@ def find_floors(
 
 def _refusal(limit: int, floors: Sequence[Floor]) -> str:
     best = min(floors, key=lambda floor: floor.least_ns)
-    least = f"{in_words(best.least_ns, 'latency')} ({best.least_ns / best.dense_ns:.1%})"
+    least = least_in_words(best.least_ns, best.dense_ns, "latency")
     # By the clock the fastest network may be slower than the dense one.
     ways = f"{KEEP_LESS}, or {SPARE_LESS}"
     todo = f"Pass at least {least}, or {ways}" if best.least_ns < best.dense_ns else ways[0].upper() + ways[1:]

@@ -81,7 +81,8 @@ def spent_by_the_clock(
     plan = space.policy(start_plan(space))
     # A search that began without a clock is not compared with others that spend less.
     began = any(entry.purpose == "candidate" for entry in problem.journal.entries())
-    clock = _PlanClock(subject, builder, "plans were searched for without a clock before" if began else "")
+    settled = "plans were searched for without a clock before" if began else ""
+    clock = _PlanClock(subject, builder, bound.cost.dense, settled)
     measured = within_measured_budget(plan, space, clock, problem.journal, "start")
     if measured.unmeasured or measured.policy == plan:
         return problem
@@ -119,7 +120,9 @@ def kept_by_the_clock(
     name, settled = own.root.name, ""
     if own.tuned_file.exists() or own.finetuning.exists() or own.model.exists():
         settled = "its network is fine-tuned or saved already, which a smaller plan would undo"
-    plan = within_measured_budget(policy, space, _PlanClock(subject, builder, settled), journal, name)
+    assert space.timed is not None
+    clock = _PlanClock(subject, builder, space.timed.cost.dense, settled)
+    plan = within_measured_budget(policy, space, clock, journal, name)
     if plan.unmeasured:
         display.say(f"warning: {name} is not measured: {plan.unmeasured}")
         return plan
@@ -215,14 +218,19 @@ def _readings(
 class _PlanClock:
     """Times plans against the dense network; before the first, no clock is asked for and nothing is exported.
 
+    Where the budget is a time and no share, it says how long a plan takes over what the table says of the dense
+    network: an error of the table's there would be one of the plan's.
+
     Attributes:
         subject: the dense network and its images.
         builder: builds the network of a plan.
+        dense_ns: latency of the dense network by the table.
         settled: why it is too late to ask a clock, if it is.
     """
 
     subject: Subject
     builder: CandidateEvaluator
+    dense_ns: int
     settled: str = ""
 
     @cached_property
@@ -243,4 +251,9 @@ class _PlanClock:
     def __call__(self, policy: CompressionPolicy, rounds: int) -> Comparison:
         clock = self._clock
         networks = {DENSE: self._dense, "plan": clock.artifact(self.builder.build(policy), self._images)}
-        return clock.time(networks, self._images, rounds).compare("plan", DENSE, clock.device.runtime.name)
+        report, runtime = clock.time(networks, self._images, rounds), clock.device.runtime.name
+        found = report.compare("plan", DENSE, runtime)
+        if not any(budget.kind == "latency" and budget.absolute for budget in self.subject.config.budget):
+            return found
+        by_table = 1e6 * report.entry(DENSE, runtime).median_ms / self.dense_ns
+        return replace(found, ratio=found.ratio * by_table, low=found.low * by_table, high=found.high * by_table)

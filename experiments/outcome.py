@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
+from rich.text import Text
 
 from envs.journal import ClockReading
 from latency.budget import Budget, in_words
@@ -333,12 +334,27 @@ def table_cells(outcome: RunOutcome) -> list[list[str]]:
 
 def result_table(outcome: RunOutcome) -> Table:
     """The table at the end of a run."""
-    table = Table(title=f"{outcome.model} with {outcome.budget}, {outcome.data}; accuracy on {outcome.images}")
+    table = Table(title=Text(_title(outcome)))
     for place, heading in enumerate(headings(outcome)):
-        table.add_column(heading, justify="right" if place else "left")
+        table.add_column(Text(heading), justify="right" if place else "left")
     for cells in table_cells(outcome):
-        table.add_row(*cells)
+        table.add_row(*map(Text, cells))
     return table
+
+
+def result_list(outcome: RunOutcome) -> list[str]:
+    """The same, a paragraph for each method, for a terminal that is too narrow for the table."""
+    first, *heads = headings(outcome)
+    width = max(map(len, heads))
+    lines = [_title(outcome)]
+    for name, *cells in table_cells(outcome):
+        told = [(head, cell) for head, cell in zip(heads, cells, strict=True) if cell]
+        lines += ["", f"{first} {name}", *(f"  {head.ljust(width)}  {cell}" for head, cell in told)]
+    return lines
+
+
+def _title(outcome: RunOutcome) -> str:
+    return f"{outcome.model} with {outcome.budget}, {outcome.data}; accuracy on {outcome.images}"
 
 
 def speeds(outcome: RunOutcome) -> list[Speed]:
@@ -495,6 +511,8 @@ def _clock_cell(row: MethodOutcome, outcome: RunOutcome) -> str:
 def _is_over_on_the_clock(row: MethodOutcome, outcome: RunOutcome) -> bool:
     """Whether the last reading of a row is over the latency budget."""
     limits = [budget.limit / budget.dense_cost for budget in outcome.budgets if budget.kind == "latency"]
+    if outcome.asked_limit is not None:
+        limits = [outcome.asked_limit / outcome.dense_cost]
     return bool(limits and row.clock_readings) and row.clock_readings[-1].measured > limits[0]
 
 

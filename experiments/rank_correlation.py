@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 
 def spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Rank correlation; equal values share their middle rank."""
+    """Rank correlation; equal values share their middle rank. NaN where all values of either are equal."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return math.nan
     return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
 
 

@@ -156,7 +156,7 @@ def _carry_out(
     problem = _probed(problem, subject, display, stop)
     searched = spent_by_the_clock(problem, subject, problem.evaluator("", lambda _: None), display)
     searches = [_search(folder, subject, searched, method, display, stop) for method in config.search.methods]
-    return finish_run(folder, subject, problem, searches, display, stop)
+    return finish_run(folder, subject, problem, searches, display, stop, spent=searched.space.limit)
 
 
 def _planned_work(config: RunConfig, problem: SearchProblem) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 from latency.decision import EIGHT_BITS
 from latency.predict import LatencyModel, calibrated
 from latency.table import Calibration, LatencyTable, build_table, needed_kinds, network_key, start_table
+from pruning.files import FileWriteError
 from pruning.layer_policy import FULL_BITS
 
 from .progress import Say
@@ -64,7 +65,13 @@ def build_named(
         RunBusyError: if another process builds the table.
     """
     device = device_for(runtime, threads, remote, cpus)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    # A network that cannot be built leaves nothing behind.
+    network = TimedNetwork.build(model, shape, n_classes, rounding)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"cannot make the folder '{out.parent}' of the table: {error.strerror}"
+        raise FileWriteError(error.errno, msg) from error
     # Each save writes the whole table: two builds at once would lose what the other measured.
     with locked(out.with_name(f".{out.name}.lock"), f"on the table {out}"):
         if out.exists():
@@ -73,7 +80,6 @@ def build_named(
         else:
             table = start_table(device)
             table.save(out)
-        network = TimedNetwork.build(model, shape, n_classes, rounding)
         needed = needed_kinds(network.graph, network.steps, bits)
         size = "x".join(map(str, network.example.shape[1:]))
         say(f"{model}, {size} (--shape), {n_classes} outputs (--classes): {len(needed)} kinds of layer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ class CheckedTable:
             "median_absolute_error": round(float(np.median(absolute)), 4),
             "upper_quartile_of_error": round(float(np.percentile(absolute, 75)), 4),
             "largest_error": round(float(absolute.max()), 4),
-            "spearman": round(spearman(self.predicted_ms, self.measured_ms), 4),
+            # None where all plans are alike to the table: there is no order to compare.
+            "spearman": None if math.isnan(rank := spearman(self.predicted_ms, self.measured_ms)) else round(rank, 4),
         }
 
 

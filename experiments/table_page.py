@@ -52,5 +52,5 @@ def _row(check: CheckedTable) -> list[str]:
         f"{found['median_absolute_error']:.1%}",
         f"{found['upper_quartile_of_error']:.1%}",
         f"{found['largest_error']:.1%}",
-        f"{found['spearman']:.3f}",
+        "-" if found["spearman"] is None else f"{found['spearman']:.3f}",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from numbers import Real
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -16,8 +17,9 @@ _PATTERN = re.compile(
     r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(%|[kmgt])?\s*(macs|flops|params|bytes|b|bops|latency)?\s*", re.IGNORECASE
 )
 _BARE = re.compile(r"\s*[0-9]*\.?[0-9]+\s*")
-_TIME = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(ms|us|µs)\s*", re.IGNORECASE)
-_NS = {"ms": 10**6, "us": 10**3, "µs": 10**3}
+_TIME = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(ms|us|\u00b5s|\u03bcs)\s*", re.IGNORECASE)
+_NS = {"ms": 10**6, "us": 10**3, "\u00b5s": 10**3, "\u03bcs": 10**3}
+"""Nanoseconds of each unit; of the two micro signs one is the Greek letter."""
 _KINDS: dict[str, CostKind] = {
     "": "macs",
     "macs": "macs",
@@ -32,7 +34,16 @@ _KINDS: dict[str, CostKind] = {
 
 def in_words(cost: int, kind: CostKind) -> str:
     """A cost as a person reads it: ``"62,700,000 macs"``, ``"3.5 ms"``."""
-    return f"{cost / _NS['ms']:.4g} ms" if kind == "latency" else f"{cost:,} {kind}"
+    if kind != "latency":
+        return f"{cost:,} {kind}"
+    return f"{cost / _NS['ms']:.4g} ms" if cost < 10**4 * _NS["ms"] else f"{round(cost / _NS['ms']):,} ms"
+
+
+def least_in_words(cost: int, dense: int, kind: CostKind) -> str:
+    """A cost with its share of the dense one, both rounded up, so that a budget of either can be met."""
+    # To the four digits that are written.
+    step = 10 ** max(0, len(str(cost)) - 4) if kind == "latency" else 1
+    return f"{in_words(-(-cost // step) * step, kind)} ({math.ceil(1000 * cost / dense) / 1000:.1%})"
 
 
 class BudgetError(ValueError):
@@ -71,7 +82,8 @@ class Budget(BaseModel):
             BudgetError: if the text is none of these, or a share is not above 0 and at most 1.
         """
         if time := _TIME.fullmatch(str(text)):
-            return cls(kind="latency", absolute=max(1, math.floor(float(time[1]) * _NS[time[2].lower()])))
+            number = float(time[1]) * _NS[time[2].lower()]
+            return cls(kind="latency", absolute=max(1, math.floor(_finite(number, text))))
         match = _PATTERN.fullmatch(str(text))
         if match is None:
             msg = (
@@ -80,7 +92,8 @@ class Budget(BaseModel):
                 "'3.5 ms'"
             )
             raise BudgetError(msg)
-        number, scale, unit = float(match[1]), (match[2] or "").lower(), (match[3] or "").lower()
+        scale, unit = (match[2] or "").lower(), (match[3] or "").lower()
+        number = _finite(float(match[1]), text)
         kind = _KINDS[unit]
         if scale == "%" or (not scale and number <= 1):
             share = number / 100 if scale == "%" else number
@@ -132,6 +145,13 @@ class Budget(BaseModel):
         return f"{self.share:.4g} of the dense {self.kind}"
 
 
+def _finite(number: float, text: object) -> float:
+    if not math.isfinite(number):
+        msg = f"budget '{text}' is larger than any number that can be counted with; pass less, or none for no budget"
+        raise BudgetError(msg)
+    return number
+
+
 BudgetLike = Budget | str | float | Sequence[Budget | str | float] | None
 """How a person asks for budgets: one, several in one text, a list, or none."""
 
@@ -149,8 +169,11 @@ def read_budgets(value: BudgetLike) -> tuple[Budget, ...]:
         return ()
     if isinstance(value, str):
         return _of_different_kinds(_in_text(value))
-    if isinstance(value, Budget | float | int):
-        return (value if isinstance(value, Budget) else Budget.parse(value),)
+    if isinstance(value, Budget):
+        return (value,)
+    if isinstance(value, float | Real):
+        # NumPy's numbers are written with their type.
+        return (Budget.parse(float(value)),)
     return _of_different_kinds([budget for each in value for budget in read_budgets(each)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 import subprocess
 import tarfile
@@ -25,6 +26,7 @@ from .runtimes import ONNXRUNTIME, Artifact, LatencyError, find_runtime
 from .table import Fingerprint
 from .worker import Processor
 
+_HOME = re.compile(r"~[\w.-]*")
 _CUT = 75
 _BOOTSTRAP = f"""
 import io, os, pathlib, subprocess, sys, tarfile, tempfile, threading
@@ -137,7 +139,7 @@ class RemoteDevice:
         settings = {"threads": self.threads, "cpus": list(self.cpus), "n_runs": n_runs, "n_warmup": n_warmup}
         content = _packed(networks, settings)
         options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5"]
-        command = [*self.ssh, *options, self.host, shlex.join([self.python, "-c", _BOOTSTRAP])]
+        command = [*self.ssh, *options, self.host, f"{_quoted(self.python)} {shlex.join(['-c', _BOOTSTRAP])}"]
         code, out, err = _talk(command, len(content).to_bytes(8, "big") + content, self.timeout_s)
         if code is None:
             msg = f"'{self.host}' did not answer within {self.timeout_s:g} s; give it more time, or fewer runs"
@@ -164,6 +166,12 @@ class RemoteDevice:
             module = last.rpartition("No module named ")[2].strip("'")
             return f"'{self.host}' lacks the package '{module}'; there: {self.python} -m pip install onnxruntime"
         return f"'{self.host}' could not measure: {last}"
+
+
+def _quoted(program: str) -> str:
+    """A path as the shell there takes it; a home folder at its start is left to that shell."""
+    home, slash, rest = program.partition("/")
+    return f"{home}/{shlex.quote(rest)}" if slash and _HOME.fullmatch(home) else shlex.quote(program)
 
 
 def _packed(networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], settings: Mapping[str, Any]) -> bytes:

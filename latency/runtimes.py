@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from types import FunctionType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -100,7 +102,7 @@ class PyTorchCompiled(Runtime):
     def load(self, artifact: Artifact, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:
         """A call of a compiled channels-last copy; compiles now, so that no warm-up call does."""
         timed, values = _channels_last(self.name, artifact, inputs, torch.device("cpu"))
-        compiled = torch.compile(timed)
+        compiled = torch.compile(_with_own_code(timed))
         with torch.inference_mode():
             try:
                 compiled(*values)
@@ -108,6 +110,23 @@ class PyTorchCompiled(Runtime):
                 msg = f"torch.compile cannot compile {type(timed).__name__}: {_first_line(error)}"
                 raise LatencyError(msg) from error
         return lambda: compiled(*values)
+
+
+_NUMBERS = itertools.count()
+
+
+def _with_own_code(module: nn.Module) -> Callable[..., object]:
+    """A call of ``module`` from code that no other network runs.
+
+    Dynamo keeps what it compiled by the code that runs, up to eight of each, and leaves the ninth network of a class
+    uncompiled with no more than a line in the log.
+    """
+
+    def call(*values: object) -> object:
+        return module(*values)
+
+    code = call.__code__.replace(co_name=f"call_{next(_NUMBERS)}")
+    return FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
 
 
 class PyTorchCuda(Runtime):

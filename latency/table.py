@@ -455,6 +455,9 @@ class LatencyTable:
                 msg = f"the latency table '{path}' has format version {version}, this release reads {readable}"
                 raise TableError(msg)
             kinds = [_read_kind(dict(entry)) for entry in content["kinds"]]
+            if not 0 < float(content["reference_ns"]) < math.inf:
+                msg = f"a reference layer of {content['reference_ns']} ns"
+                raise ValueError(msg)
             return cls(
                 _read_fingerprint(dict(content["fingerprint"])),
                 float(content["reference_ns"]),
@@ -465,7 +468,7 @@ class LatencyTable:
         except OSError as error:
             msg = f"cannot read the latency table '{path}': {error.strerror}"
             raise TableError(msg) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             msg = f"cannot read the latency table '{path}': {type(error).__name__}: {error}; build it again"
             raise TableError(msg) from error
 

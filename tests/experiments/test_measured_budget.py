@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -25,8 +26,8 @@ from experiments.problem import SearchProblem
 from experiments.progress import RunDisplay
 from experiments.run import MethodFolder
 from graph_encoder.capture import capture
-from latency.budget import Budget
-from latency.measure import Comparison
+from latency.budget import Budget, read_budgets
+from latency.measure import Comparison, LatencyReport, summarise
 from latency.runtimes import LatencyError
 from latency.table import build_table, needed_kinds, start_table
 from pruning.policy import CompressionPolicy
@@ -283,3 +284,27 @@ def test_what_is_spent_is_the_whole_budget_or_as_much_less_as_the_clock_asks(
     twice = spent(problem_with(space, Journal()), exactly(lambda p: 0.3 + 0.6 * by_the_table(space, p)), monkeypatch)
     plan = twice.space.policy(start_plan(twice.space))
     assert by_the_table(space, plan) > 0.4 and 0.3 + 0.6 * by_the_table(space, plan) <= allowed
+
+
+@pytest.mark.parametrize(("budget", "expected"), [("60% latency", 0.5), ("3 ms", 0.75)])
+def test_a_time_is_compared_with_a_time(space: SearchSpace, budget: str, expected: float) -> None:
+    # The dense network takes 6 ms, where the table says 4.
+    model, images = nn.Conv2d(3, 4, 1), torch.zeros(2, 3, 4, 4)
+    times = {"dense": 6.0, "plan": 3.0}
+    entries = tuple(summarise(name, "formula", [int(1e6 * ms)] * 9, [0] * 9, 1) for name, ms in times.items())
+    clock = SimpleNamespace(
+        artifact=lambda network, _: network,
+        time=lambda *_: LatencyReport(entries, 1, 1, "", (), {}),
+        device=SimpleNamespace(runtime=SimpleNamespace(name="formula")),
+    )
+    subject = SimpleNamespace(
+        config=SimpleNamespace(budget=read_budgets(budget)), model=model, calibration=lambda: [images]
+    )
+    plan = measured_budget._PlanClock(
+        cast("Any", subject), cast("Any", SimpleNamespace(build=lambda _: model)), 4_000_000
+    )
+    vars(plan)["_clock"] = clock
+
+    found = plan(space.policy(start_plan(space)), 9)
+
+    assert (found.low, found.ratio, found.high) == pytest.approx((expected,) * 3)

@@ -1,8 +1,9 @@
 import re
 
+import numpy as np
 import pytest
 
-from latency.budget import Budget, BudgetError, read_budgets
+from latency.budget import Budget, BudgetError, in_words, least_in_words, read_budgets
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,8 @@ from latency.budget import Budget, BudgetError, read_budgets
         ("3.5 ms", Budget(kind="latency", absolute=3_500_000)),
         ("0.5ms", Budget(kind="latency", absolute=500_000)),
         ("800 us", Budget(kind="latency", absolute=800_000)),
+        ("800 \u00b5s", Budget(kind="latency", absolute=800_000)),
+        ("800 \u03bcs", Budget(kind="latency", absolute=800_000)),
         ("35% latency", Budget(kind="latency", share=0.35)),
     ],
 )
@@ -48,6 +51,13 @@ def test_parse(text: str | float, expected: Budget) -> None:
             "62.7M",
             "budget '62.7M' is above 1 and has no unit; write '62.7M macs', '62.7M flops', '62.7M params', "
             "'62.7M bytes', '62.7M bops' or a share such as '50%'",
+        ),
+        *(
+            (
+                text,
+                f"budget '{text}' is larger than any number that can be counted with; pass less, or none for no budget",
+            )
+            for text in ("1e999 macs", "1e400 ms")
         ),
         ("3 latency", "budget '3 latency' is a latency above 1 without a unit of time; write '3 ms', or a share"),
         *(
@@ -92,3 +102,21 @@ def test_a_decimal_comma_is_no_second_budget() -> None:
     )
     with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
         read_budgets("1,5 MB")
+
+
+@pytest.mark.parametrize("number", [0.5, np.float32(0.5), np.float64(0.5), np.array([0.5])[0]])
+def test_a_share_may_be_any_number(number: float) -> None:
+    assert read_budgets(number) == (Budget(share=0.5),)
+
+
+@pytest.mark.parametrize("cost", [7, 1_234_449, 1_234_500, 12_345_678_901, 999_999_999_999])
+def test_the_least_that_is_advised_can_be_met(cost: int) -> None:
+    text, _, share = least_in_words(cost, 3 * cost, "latency").partition(" (")
+
+    assert cost <= (Budget.parse(text.replace(",", "")).absolute or 0) <= 1.001 * cost + 1
+    assert cost <= Budget.parse(share.rstrip(")")).limit(3 * cost) <= 1.003 * cost
+
+
+def test_long_latencies_are_written_out() -> None:
+    assert in_words(12_345_678_901, "latency") == "12,346 ms"
+    assert in_words(1_234_567, "latency") == "1.235 ms"

@@ -1,10 +1,12 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import latency.runtimes
 from latency.measure import Variant, measure
@@ -140,3 +142,29 @@ def test_a_compiled_network_computes_what_it_did() -> None:
     x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         torch.testing.assert_close(find_runtime(COMPILED).load(model, (x,), 1)(), model(x))
+
+
+def test_networks_of_one_class_are_compiled_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The compiler keeps no more than eight results of one piece of code.
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    networks, x = [nn.Linear(3, n) for n in range(1, 4)], (torch.ones(1, 3),)
+
+    calls = [find_runtime("pytorch-compile").load(network, x, 1) for network in networks]
+
+    assert len({function.__code__ for function in compiled}) == 3
+    assert [tuple(call().shape) for call in calls] == [(1, 1), (1, 2), (1, 3)]
+
+
+@pytest.mark.slow
+def test_more_networks_are_compiled_than_the_compiler_keeps_of_one_class() -> None:
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    runtime, x = find_runtime("pytorch-compile"), (torch.ones(1, 3),)
+
+    calls = [runtime.load(nn.Sequential(nn.Linear(3, n), nn.ReLU()), x, 1) for n in range(1, 11)]
+    with torch.inference_mode():
+        for call in calls:
+            call()
+
+    assert counters["stats"]["unique_graphs"] == 10
