@@ -21,7 +21,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocas
     """Replace the running statistics of all batch norms by averages over ``batches``, in place.
 
     Only batch norms run in training mode, with a cumulative average, so that dropout stays off and every image counts
-    the same. Weights are not touched; modes and momenta are restored.
+    the same. Weights are not touched; modes and momenta are restored, and after an error the statistics too.
 
     Args:
         model: the network.
@@ -38,7 +38,9 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocas
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
     n_batches = 0
+    is_done = False
     with evaluation_mode(model):
         try:
             for norm in norms:
@@ -51,9 +53,14 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocas
                     with mixed_precision(inputs[0].device.type, autocast):
                         model(*inputs)
                     n_batches += 1
+            is_done = True
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
+            for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
                 norm.momentum = momentum
+                # One that did not run, as in a head for training alone, keeps what it had.
+                if not is_done or not norm.num_batches_tracked:
+                    for name, buffer in buffers.items():
+                        norm.get_buffer(name).copy_(buffer)
     if not n_batches:
         msg = "batch-norm statistics were to be re-estimated on no batches; hand in at least one batch of images"
         raise ValueError(msg)

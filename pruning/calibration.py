@@ -28,6 +28,14 @@ class CalibrationError(ValueError):
     """Ranges that cannot be chosen: nothing was seen, or something that is no number."""
 
 
+def nothing_seen(place: str) -> str:
+    """What is wrong with a layer that calibration cannot see."""
+    return (
+        f"calibration saw nothing of {place}: it did not run as a module of its own on the calibration batches; leave "
+        "the layer out of the policy"
+    )
+
+
 @dataclass(frozen=True)
 class Grid:
     """Evenly spaced values ``step * (i - zero_point)`` for integers ``i`` from 0 to ``levels - 1``.
@@ -110,11 +118,7 @@ class Observer:
             CalibrationError: if nothing was seen.
         """
         if not self.batches:
-            msg = (
-                f"calibration saw nothing of {self.place}: it did not run as a module of its own on the calibration "
-                f"batches; leave the layer out of the policy"
-            )
-            raise CalibrationError(msg)
+            raise CalibrationError(nothing_seen(self.place))
         if method == "minmax" or not self.histogram.any():
             return Grid.spanning(self.lowest, self.highest, levels)
         if method == "percentile":

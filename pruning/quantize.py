@@ -21,7 +21,7 @@ from graph_encoder.copies import copied
 from graph_encoder.modes import evaluation_mode
 from graph_encoder.symbolic import symbolic_trace
 
-from .calibration import CalibrationError, Observer, RangeMethod, shared_values, weight_steps
+from .calibration import CalibrationError, Observer, RangeMethod, nothing_seen, shared_values, weight_steps
 from .integer_flow import tensors_to_quantize
 from .layer_policy import FULL_BITS, LayerPolicy, PolicyError
 
@@ -434,6 +434,7 @@ def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy]) -> nn
 
     Raises:
         PolicyError: if a layer is not there, or cannot be quantized.
+        CalibrationError: if the trace does not call a layer.
     """
     layers = {name: layer for name, layer in layers.items() if layer.is_quantized}
     quantized = copied(model)
@@ -445,12 +446,21 @@ def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy]) -> nn
         integer = {name for name, layer in layers.items() if is_integer(layer)}
         _quantize_tensors(traced, integer)
         quantized = traced
+    # Inside a module that the trace calls as one, or where a function takes the weight, no tensor of the trace is read.
+    called = set() if traced is None else {id(modules.get(str(node.target))) for node in traced.graph.nodes}
+    held = {id(module) for module in quantized.modules()}
     done: set[int] = set()
     for name, policy in layers.items():
         layer = modules[name]
+        if id(layer) not in held:
+            raise CalibrationError(nothing_seen(f"what '{name}' reads"))
         if id(layer) not in done:
-            _quantize_layer(layer, name, policy, reads_quantized=traced is not None and is_integer(policy))
+            _quantize_layer(layer, name, policy, reads_quantized=id(layer) in called and is_integer(policy))
             done.add(id(layer))
+    for module in quantized.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and quantized_layers(module):
+            # Its fast path in evaluation takes the weights of its layers and does not call them.
+            module.activation_relu_or_gelu = 0
     return quantized
 
 

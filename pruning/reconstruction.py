@@ -42,6 +42,7 @@ class _Target:
         values: what the layer put out there.
         addend: what the dense network added to it there, directly or after its batch norm; None where nothing was.
         gain: factor of that batch norm for each channel, 1 without one.
+        is_linear: whether channels come last, as those of a linear layer do.
     """
 
     image: Tensor
@@ -50,10 +51,11 @@ class _Target:
     values: Tensor
     addend: Tensor | None = None
     gain: Tensor | None = None
+    is_linear: bool = False
 
     def at(self, values: Tensor) -> Tensor:
         """The sampled positions of another tensor, ``(samples, channels)``."""
-        return _as_grid(values)[self.image, :, self.row, self.column].float()
+        return _as_grid(values, self.is_linear)[self.image, :, self.row, self.column].float()
 
     def without(self, gone: Tensor | None) -> _Target:
         """The target of a layer that has lost the output channels ``gone``."""
@@ -161,6 +163,8 @@ def reconstruct(
     inputs = tuple(torch.cat(parts) for parts in zip(*map(inputs_of, taken), strict=True))
     n_positions = math.ceil(n_positions * count_images(batches) / count_images(taken))
     targets = _sample_outputs(dense, layers, inputs, n_positions, generator)
+    # Of a layer that is not called, only its weight is taken, there is no output to fit.
+    layers = {name: norm for name, norm in layers.items() if name in targets}
     targets = {name: target.without(removed.get(f"{name}.weight", {}).get(0)) for name, target in targets.items()}
     _Refit(candidate, layers, targets, ridge).run(inputs)
 
@@ -218,17 +222,21 @@ def _sample_outputs(
     def sample(name: str, output: Tensor) -> None:
         if name in targets:
             return
-        grid = _as_grid(output)
+        is_linear = isinstance(dense.get_submodule(name), nn.Linear)
+        grid = _as_grid(output, is_linear)
         height, width = grid.shape[2:]
         n = min(n_positions, height * width)
         image = torch.arange(grid.shape[0]).repeat_interleave(n)
         row = torch.randint(height, (len(image),), generator=generator)
         column = torch.randint(width, (len(image),), generator=generator)
-        targets[name] = _Target(image, row, column, grid[image, :, row, column].float())
+        values = grid[image, :, row, column].float()
+        targets[name] = _Target(image, row, column, values, is_linear=is_linear)
 
     def keep_addend(name: str, addend: Tensor) -> None:
-        norm = dense.get_submodule(layers[name]) if layers[name] else None
-        targets[name] = replace(targets[name], addend=targets[name].at(addend), gain=_gain(norm))
+        gain = _gain(dense.get_submodule(layers[name]) if layers[name] else None)
+        # A norm that silences the layer leaves nothing of it in the sum: it is fitted alone.
+        if gain is None or gain.any():
+            targets[name] = replace(targets[name], addend=targets[name].at(addend), gain=gain)
 
     sums = _Sums(keep_addend)
     handles = []
@@ -254,9 +262,9 @@ def _gain(norm: nn.Module | None) -> Tensor | None:
     return torch.where(gain < 0, -1.0, 1.0) * gain.abs().clamp(min=least)
 
 
-def _as_grid(values: Tensor) -> Tensor:
-    """Outputs or inputs of a layer as ``(images, channels, height, width)``."""
-    if values.dim() == 4:
+def _as_grid(values: Tensor, is_linear: bool) -> Tensor:
+    """Outputs or inputs of a layer as ``(images, channels, height, width)``; a linear layer has its channels last."""
+    if values.dim() == 4 and not is_linear:
         return values
     if values.dim() == 2:
         return values[:, :, None, None]
@@ -281,7 +289,7 @@ def _fit_layer(layer: nn.Module, inputs: Tensor, target: _Target, ridge: float, 
 
 def _patches(layer: nn.Module, inputs: Tensor, target: _Target) -> Tensor:
     """Inputs that each sampled output saw, of shape ``(samples, channels * kernel height * kernel width)``."""
-    grid = _as_grid(inputs)
+    grid = _as_grid(inputs, target.is_linear)
     if not isinstance(layer, nn.Conv2d):
         return grid[target.image, :, target.row, target.column].float()
     pad_y, pad_x = (int(p) for p in layer.padding)

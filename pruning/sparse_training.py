@@ -260,7 +260,9 @@ class _Held:
         return self._dropped[name] if buffer is None else buffer
 
     def _is_stepped_by(self, optimizer: Optimizer) -> bool:
-        first = next(iter(self.weights.values()), None)
+        # One that is frozen is handed to no optimizer.
+        weights = [*self.weights.values()]
+        first = next((weight for weight in weights if weight.requires_grad), weights[0] if weights else None)
         return any(parameter is first for group in optimizer.param_groups for parameter in group["params"])
 
     def _count_step(self) -> int:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pruning.batch_norm import reestimate_batch_norm
 
@@ -46,3 +46,36 @@ def test_what_forward_keeps_can_be_trained_with() -> None:
     reestimate_batch_norm(model, [x])
     model(x).sum().backward()
     assert model.scale.grad is not None
+
+
+class WithAuxiliary(nn.Module):
+    """A head that runs in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.auxiliary = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.auxiliary(x)
+        if x.isnan().any():
+            raise ValueError
+        out: Tensor = self.norm(x)
+        return out
+
+
+def test_statistics_of_what_does_not_run_or_fails_are_kept() -> None:
+    model, x = WithAuxiliary(), torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    for norm in (model.norm, model.auxiliary):
+        norm.running_mean.fill_(3)
+        norm.running_var.fill_(7)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    for batches in ([], [x, torch.full((8, 3), torch.nan)]):
+        with pytest.raises(ValueError):
+            reestimate_batch_norm(model, batches)
+        assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    reestimate_batch_norm(model, [x])
+
+    torch.testing.assert_close(model.norm.running_mean, x.mean(0))
+    assert float(model.auxiliary.running_mean[0]) == 3 and float(model.auxiliary.running_var[0]) == 7

@@ -490,3 +490,48 @@ def test_channels_of_zeros_in_half_precision_stay_zeros() -> None:
     out = quantize_layers(network, {"0": LayerPolicy(weight_bits=8)}, [x])(x)
     assert torch.equal(out[:, 0], network[0].bias[:1].expand(5))
     assert out.isfinite().all()
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+        self.encoder, self.last = nn.TransformerEncoder(layer, 1), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.encoder(x).mean(1))
+        return out
+
+
+@pytest.mark.parametrize(("bits", "least"), [(1, 0.02), (8, 0.0)])
+def test_layers_inside_an_encoder_that_the_trace_calls_as_one_are_quantized(bits: int, least: float) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = Encoder().eval(), noise(4, 5, 16)
+    inner = [f"encoder.layers.0.linear{i}" for i in (1, 2)]
+    layers = dict.fromkeys(inner, LayerPolicy(weight_bits=bits, act_bits=8))
+
+    quantized = quantize_layers(model, layers, [x]).eval()
+
+    assert all(isinstance(quantized.get_submodule(name).act_quantizer, ActQuantizer) for name in inner)
+    difference = (model(x) - quantized(x)).detach()
+    with torch.no_grad():
+        # The fast path of evaluation would pass the quantizers by.
+        torch.testing.assert_close(model(x) - quantized(x), difference, atol=1e-5, rtol=0)
+    assert float(difference.abs().max()) > least
+
+
+class TakesAWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.a(x).relu(), self.b.weight)
+
+
+def test_a_layer_of_which_a_function_takes_the_weight_never_runs() -> None:
+    layers = dict.fromkeys(("a", "b"), INT8)
+
+    with pytest.raises(CalibrationError, match="'b'"):
+        quantize_layers(TakesAWeight().eval(), layers, [noise(4, 4)])

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from graph_encoder.batches import Batch
 from graph_encoder.capture import capture
@@ -232,3 +233,42 @@ def test_a_network_of_two_inputs_is_fitted_on_tuples_as_one_of_one_input_is_on_t
 
     small = fitted(two, [*pairs], "body.")
     torch.testing.assert_close(small(images, shift), fitted(one, [*(images + shift).split(8)], "")(images + shift))
+
+
+class Block(nn.Module):
+    """A block whose last norm starts at zero, beside one of linear layers over maps with the channels last."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.stem, self.inner, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 6, 1)
+        self.norm = nn.BatchNorm2d(6)
+        self.wide, self.narrow = nn.Linear(6, 12), nn.Linear(12, 6)
+        self.unused, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+        nn.init.constant_(self.norm.weight, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = (x + self.norm(self.last(self.inner(x).relu()))).permute(0, 2, 3, 1)
+        x = x + self.narrow(self.wide(x).relu())
+        out: Tensor = self.head(functional.linear(x.mean((1, 2)), self.unused.weight))
+        return out
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_silenced_branches_and_linear_layers_over_maps_are_fitted(scale: float) -> None:
+    torch.manual_seed(0)
+    model, images = Block(scale).eval(), torch.randn(96, 3, 6, 6)
+    reestimate_batch_norm(model, [images])
+    graph = capture(model, images[:2])
+    kept = {
+        group.name: tuple(range(group.size * 2 // 3)) for group in graph.prunable if group.name in ("inner", "wide")
+    }
+    policy = CompressionPolicy(kept, {"inner": 8, "wide": 12})
+    plain, fitted = (apply_policy(model, graph, policy) for _ in range(2))
+
+    reconstruct(model, fitted, graph, policy, [images], generator=torch.Generator().manual_seed(0))
+
+    assert kept.keys() == {"inner", "wide"}
+    with torch.no_grad():
+        off, left = (float((network(images) - model(images)).square().mean()) for network in (plain, fitted))
+    assert left < 0.7 * off

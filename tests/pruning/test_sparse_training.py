@@ -352,3 +352,20 @@ def test_training_holds_a_byte_a_weight_and_nothing_more() -> None:
         added = {n: t for n, t in model.state_dict().items() if n not in before}
         n_weights = sum(model.get_submodule(name).weight.numel() for name in LAYERS)
         assert sum(tensor.untyped_storage().nbytes() for tensor in added.values()) == n_weights + 16
+
+
+@pytest.mark.parametrize("names", [("0", "2"), ("2", "0")])
+def test_layers_are_pruned_beside_a_frozen_one_in_any_order(names: tuple[str, str]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
+
+    with prune_along(model, dict.fromkeys(names, LayerPolicy("unstructured", 0.25)), Gradual(0, 5, 1)):
+        for seed in range(8):
+            optimizer.zero_grad()
+            model(torch.randn(4, 16, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+            optimizer.step()
+
+    assert [float((model[i].weight != 0).float().mean()) for i in (0, 2)] == [0.25, 0.25]
