@@ -37,7 +37,9 @@ def _folders(spec: ModuleSpec | None) -> list[Path]:
 
 _check_rooms()
 
-from experiments.compress import Compressed, compress  # noqa: E402 - only once the rooms are known to be ours
+from envs.evaluator import CandidateEvaluator  # noqa: E402 - only once the rooms are known to be ours
+from envs.space import SearchSpace  # noqa: E402
+from experiments.compress import Compressed, compress  # noqa: E402
 from graph_encoder.capture import capture  # noqa: E402
 from graph_encoder.network import NetworkGraph, TraceError  # noqa: E402
 from latency.budget import Budget, BudgetError  # noqa: E402
@@ -53,6 +55,7 @@ from pruning.export import (  # noqa: E402
     save_compressed,
 )
 from pruning.finetune import finetune  # noqa: E402
+from pruning.importance import rank_units  # noqa: E402
 from pruning.policy import CompressionPolicy, LayerPolicy, PolicyError  # noqa: E402
 from pruning.proof import Proof, prove  # noqa: E402
 from pruning.quantize import quantize_layers  # noqa: E402
@@ -63,6 +66,7 @@ from pruning.surgery import apply_policy  # noqa: E402
 __all__ = [
     "Budget",
     "BudgetError",
+    "CandidateEvaluator",
     "Compressed",
     "CompressionPolicy",
     "LatencyTable",
@@ -70,6 +74,7 @@ __all__ = [
     "NetworkGraph",
     "PolicyError",
     "Proof",
+    "SearchSpace",
     "TraceError",
     "apply_policy",
     "capture",
@@ -85,6 +90,7 @@ __all__ = [
     "measure_latency",
     "prove",
     "quantize_layers",
+    "rank_units",
     "reestimate_batch_norm",
     "save_compressed",
     "size_bytes",

@@ -46,7 +46,7 @@ class PPOConfig(AgentConfig):
     """Adam's step size."""
     updates: Count = 40
     """Gradient steps after a rollout."""
-    batch_size: Count = 128
+    batch_size: Annotated[int, Field(ge=2)] = 128
     """Most transitions in a gradient step; a rollout that is no larger is one batch, with a shared baseline."""
     clip_range: Positive = 0.2
     """Clip of the probability ratio, a geometric mean over decisions."""

@@ -23,10 +23,15 @@ def mirrored_noise(episodes: int, shape: tuple[int, ...], generator: torch.Gener
 def rollout_noise(
     n_steps: int, episode_length: int, n_envs: int, n_decisions: int, generator: torch.Generator
 ) -> list[Tensor]:
-    """Mirrored noise for ``n_steps`` steps of ``n_envs`` environments, each ``(n_envs, n_decisions)``."""
-    episodes = -(-n_steps // episode_length)
-    noise = mirrored_noise(episodes, (episode_length, n_envs, n_decisions), generator)
-    return list(noise.flatten(0, 1)[:n_steps])
+    """Mirrored noise for ``n_steps`` steps of ``n_envs`` environments, each ``(n_envs, n_decisions)``.
+
+    The episodes of all environments are one row of pairs: environments that all began without noise, or with partners
+    in another one, would pay for one plan several times.
+    """
+    rounds = -(-n_steps // episode_length)
+    noise = mirrored_noise(rounds * n_envs, (episode_length, n_decisions), generator)
+    by_step = noise.unflatten(0, (rounds, n_envs)).transpose(1, 2)
+    return list(by_step.flatten(0, 1)[:n_steps])
 
 
 def geometric(start: float, end: float, remaining: float) -> float:

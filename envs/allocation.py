@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,9 @@ from latency.predict import LatencyMeter, LatencyModel
 from .action import nearest
 from .evaluator import Sensitivity
 from .space import Bound, Counts, Ratios, SearchSpace
+
+_INFEASIBLE = 2
+"""Status of the solver where no choice meets all constraints."""
 
 
 def losses(space: SearchSpace, sensitivity: Sensitivity, floor: float) -> list[NDArray[np.float64]]:
@@ -70,6 +74,10 @@ def greedy(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
         ValueError: if the space has no budget.
     """
     _check_bounds(space, "greedy allocation")
+    return space.places(_greedy_counts(space, lost))
+
+
+def _greedy_counts(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Counts:
     rungs = [len(ladder) - 1 for ladder in space.ladders]
     meters = [(bound.cost.meter(space.maximum), bound.limit) for bound in space.bounds]
     prices = [_added_up(bound).meter(space.maximum) for bound in space.bounds]
@@ -97,8 +105,7 @@ def greedy(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
         taken.append(np.array([ladder[rung] for ladder, rung in zip(space.ladders, rungs, strict=True)]))
     # The first of them that a table has room for once no larger count is faster; by counted costs, the last.
     first = bisect.bisect_left(taken, True, key=lambda counts: space.fits(space.widened(counts)))
-    counts = taken[min(first, len(taken) - 1)] if taken else space.maximum
-    return space.places(counts)
+    return taken[min(first, len(taken) - 1)] if taken else space.maximum
 
 
 def _saved(over: Sequence[tuple[CostMeter | LatencyMeter, int]], index: int, units: int) -> float:
@@ -110,7 +117,8 @@ def knapsack(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
     """The least sum of losses that meets every budget, by an integer program over one choice of each decision.
 
     The program adds up what each decision saves alone, a constraint for each budget. Two that share a layer save less
-    together, so that the sums asked for are raised until the plan meets the budgets by its true costs.
+    together, so that the sums asked for are raised until the plan meets the budgets by its true costs. That is exact
+    where savings add up; where bits of one layer multiply, the greedy plan may lose less, and is then taken.
 
     Args:
         space: the decisions, with a budget.
@@ -134,17 +142,30 @@ def knapsack(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
     asked = low.copy()
     while True:
         tried = _choose(space.ladders, saved, lost, np.minimum(asked, high))
-        kept = space.widened(tried)
-        is_over = np.array([bound.cost(kept) > bound.limit for bound in space.bounds])
-        if is_over.any():
-            low = np.where(is_over, asked, low)
+        is_over = np.zeros(len(space.bounds), dtype=bool)
+        if tried is None:
+            # No plan saves as much of all at once.
+            high = np.minimum(asked, high)
         else:
-            counts, high = tried, asked
+            kept = space.widened(tried)
+            is_over = np.array([bound.cost(kept) > bound.limit for bound in space.bounds])
+            if is_over.any():
+                low = np.where(is_over, asked, low)
+            else:
+                counts, high = tried, asked
         is_open = high - low > tolerance
         if not (is_open & is_over).any() and (is_over.any() or not is_open.any()):
-            return space.places(counts)
+            greedily = _greedy_counts(space, lost)
+            fitting = [each for each in (counts, greedily) if space.fits(space.widened(each))] or [counts]
+            return space.places(min(fitting, key=lambda each: _loss_of(space, lost, each)))
         # What is kept already is asked for again as it was, until all are kept.
         asked = np.where(is_over if is_over.any() else is_open, (low + high) / 2, asked)
+
+
+def _loss_of(space: SearchSpace, lost: list[NDArray[np.float64]], counts: Counts) -> float:
+    """What the choices of a plan lose, added up."""
+    rungs = (int(np.searchsorted(ladder, count)) for ladder, count in zip(space.ladders, counts, strict=True))
+    return math.fsum(losses[rung] for losses, rung in zip(lost, rungs, strict=True))
 
 
 def _saved_alone(bound: Bound, space: SearchSpace) -> list[NDArray[np.int64]]:
@@ -171,8 +192,8 @@ def _choose(
     saved: list[list[NDArray[np.int64]]],
     lost: list[NDArray[np.float64]],
     at_least: NDArray[np.float64],
-) -> Counts:
-    """One count of each ladder: the cheapest that save ``at_least`` of each budget in all."""
+) -> Counts | None:
+    """One count of each ladder: the cheapest that save ``at_least`` of each budget in all; None if none do."""
     sizes = [len(ladder) for ladder in ladders]
     starts = np.concatenate([[0], np.cumsum(sizes)])
     one_each = np.zeros((len(sizes), starts[-1]))
@@ -191,7 +212,9 @@ def _choose(
         ],
         options={"mip_rel_gap": 1e-4},
     )
-    assert solution.x is not None, solution.message
+    if solution.x is None:
+        assert solution.status == _INFEASIBLE, solution.message
+        return None
     picks = [int(np.argmax(solution.x[start : start + size])) for start, size in zip(starts, sizes, strict=False)]
     return np.array([ladder[pick] for ladder, pick in zip(ladders, picks, strict=True)], dtype=np.int64)
 

@@ -37,6 +37,7 @@ class CompressionEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         measured_dropout: float = 0.0,
         fidelity: float = 1.0,
         sizes: Sizes | None = None,
+        render_mode: str | None = None,
     ) -> None:
         """Set up the environment.
 
@@ -50,10 +51,15 @@ class CompressionEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             measured_dropout: probability that an episode does not show the measured features.
             fidelity: share of the search images that plans are scored on.
             sizes: room to leave in observation and action; what the network needs if not given.
+            render_mode: none; there is nothing to see but what the report shows.
 
         Raises:
             ValueError: if an argument is out of range.
         """
+        if render_mode is not None:
+            msg = f"render_mode is '{render_mode}'; the environment draws nothing, so leave it out"
+            raise ValueError(msg)
+        self.render_mode = None
         self.space, self.evaluator = space, evaluator
         self.measured_dropout, self.fidelity = measured_dropout, fidelity
         self._reward = resolve_reward(reward, space.limit)

@@ -24,7 +24,7 @@ from graph_encoder.features import (
     sensitivity_features,
     static_node_features,
 )
-from graph_encoder.network import KINDS
+from graph_encoder.network import KINDS, NetworkGraph
 
 from .evaluator import Sensitivity
 from .space import Bound, Counts, SearchSpace
@@ -115,7 +115,7 @@ class Observer:
         _check_room(self.sizes, needed)
         self._decision_room = 1 if one_decision else self.sizes.decisions
         self._measured = _measured_columns(space, sensitivity, noise_floor, self.n_operators)
-        self._owner_row = {operator.name: row for row, operator in enumerate(space.graph.operators)}
+        self._owner_row = _rows_of_owners(space.graph)
         self._dense_by_operator = self._cost_by_operator(space.sizes)
 
     @cached_property
@@ -175,7 +175,7 @@ class Observer:
         """Cost of every operator; parameter tensors are named by their operator's weight, bias and norm."""
         totals = np.zeros(self.n_operators)
         for owner, value in self.space.cost.by_owner(counts).items():
-            row = self._owner_row.get(owner, self._owner_row.get(owner.rpartition(".")[0]))
+            row = self._owner_row.get(owner)
             if row is not None:
                 totals[row] += value
         return totals
@@ -241,3 +241,18 @@ def _check_room(room: Sizes, needed: Sizes) -> None:
 
 def _box(low: float, high: float, *shape: int) -> spaces.Box:
     return spaces.Box(low, high, shape, dtype=np.float32)
+
+
+def _rows_of_owners(graph: NetworkGraph) -> dict[str, int]:
+    """The operator that pays for what is named: itself, its weight and bias, and those of the norm after it."""
+    rows: dict[str, int] = {}
+    for row, operator in enumerate(graph.operators):
+        rows.setdefault(operator.name, row)
+        if not operator.weight:
+            continue
+        holder, _, own = operator.weight.rpartition(".")
+        names = [holder, operator.weight, f"{holder}.{own.replace('weight', 'bias')}".lstrip(".")]
+        names += [operator.norm, f"{operator.norm}.weight", f"{operator.norm}.bias"] if operator.norm else []
+        for name in names:
+            rows.setdefault(name, row)
+    return rows

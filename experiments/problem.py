@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from envs.action import nearest
+from envs.action import nearest, project
 from envs.allocation import losses
 from envs.evaluator import (
     COMPARED_IMAGES,
@@ -25,7 +25,7 @@ from envs.evaluator import (
     probed_levels,
 )
 from envs.journal import Journal
-from envs.plans import noise_floor, sensitivity
+from envs.plans import noise_floor, sensitivity, uniform
 from envs.reward import RewardFunction, compute_reward
 from envs.space import Ratios, SearchSpace
 from graph_encoder.batches import Batch
@@ -247,6 +247,9 @@ def space_by(
         raise ConfigError(str(error)) from error
     if space.timed is not None:
         _check_calibrated(space.timed.cost)
+    if space.bounds and settings.decides_bits:
+        # Shifted alone, bits would rise with the channels; the uniform plan gives them away last.
+        space = space.with_prior(space.places(project(uniform(space), space)))
     return space
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .network import KINDS, ChannelGroup, NetworkGraph, Operator
 
 BOUND = 10.0
+_LARGEST_FLOOR = 0.5
 
 SENSITIVITY_KEEP_RATIOS = (0.3, 0.6)
 """Keep ratios at which the sensitivity of a group alone is shown."""
@@ -163,8 +164,11 @@ def sensitivity_features(lost: NDArray[np.float64], floor: NDArray[np.float64] |
     The logarithm is what a plan responds to: groups differ in sensitivity by orders of magnitude.
     """
     # The floor's logarithm is Python's: numpy's may differ in the last digit from one processor to another.
-    logs: NDArray[np.float64] = np.vectorize(math.log)(floor)
-    shown: NDArray[np.float32] = (1 - np.log(np.clip(lost, floor, 1)) / logs).astype(np.float32)
+    # Of a single image any loss is one of noise.
+    logs: NDArray[np.float64] = np.vectorize(math.log)(np.minimum(floor, _LARGEST_FLOOR))
+    shown: NDArray[np.float32] = (1 - np.log(np.clip(lost, np.minimum(floor, _LARGEST_FLOOR), 1)) / logs).astype(
+        np.float32
+    )
     return shown
 
 
@@ -219,7 +223,9 @@ def _operator_row(
         **_cost_features(graph, [operator], times),
     }
     if operator.weight:
-        row |= _weight_features(tensors[operator.weight])
+        weight = tensors[operator.weight]
+        # Of a transposed convolution the channels written are the second dimension.
+        row |= _weight_features(weight.transpose(0, 1) if operator.layer_type.startswith("ConvTranspose") else weight)
     if operator.norm and f"{operator.norm}.weight" in tensors:
         row |= _scale_features(tensors[f"{operator.norm}.weight"])
     return row

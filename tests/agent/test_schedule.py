@@ -46,5 +46,14 @@ def test_whole_episodes_are_mirrored_layer_by_layer() -> None:
     assert torch.equal(steps[3:6], -steps[6:9])
 
 
+def test_environments_side_by_side_share_the_pairs() -> None:
+    first, second = rollout_noise(2, 1, 4, 3, torch.Generator().manual_seed(0))
+
+    episodes = torch.cat([first, second])
+    assert not episodes[0].any()
+    assert torch.equal(episodes[1:7:2], -episodes[2:7:2])
+    assert len({tuple(row.tolist()) for row in episodes}) == 8
+
+
 def test_the_spread_falls_by_a_constant_factor() -> None:
     assert [geometric(0.4, 0.1, remaining) for remaining in (1.0, 0.5, 0.0)] == pytest.approx([0.4, 0.2, 0.1])

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from envs import allocation
 from envs.action import project
 from envs.allocation import greedy, knapsack, losses
 from envs.evaluator import Sensitivity
@@ -190,6 +191,39 @@ def test_allocation_gives_bits_to_the_layers_that_lose_without(allocate: Allocat
     counts = project(allocate(space, losses(space, measured, floor=0.005)), space)
 
     assert counts.tolist() == [8, 2]
+
+
+def bits_of_layers(n: int, share: float, kind: str) -> SearchSpace:
+    """Bits of weights and activations apart, so that what two decisions of a layer save does not add up."""
+    operators = tuple(Operator(f"layer{i}", "linear", 64, 64, macs=4096, weight=f"layer{i}.weight") for i in range(n))
+    terms = tuple(Term(f"layer{i}", 1, (LinearDim(64), LinearDim(64))) for i in range(n))
+    sizes = tuple(replace(term, owner=f"{term.owner}.weight") for term in terms)
+    choices = [
+        LayerDecision(f"layer{i}", choice, (2, 4, 8, 32)) for choice in ("weight_bits", "act_bits") for i in range(n)
+    ]
+    budget = Budget.parse(f"{share:%} {kind}")
+    return SearchSpace.build(NetworkGraph(operators, (), (), terms, sizes), {}, budget, layers=choices)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.15])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_knapsack_loses_no_more_than_greedy_where_savings_multiply(seed: int, share: float) -> None:
+    space, rng = bits_of_layers(4, share, "bops"), np.random.default_rng(seed)
+    lost = [np.append(np.sort(rng.random(3) * 10.0 ** rng.uniform(-3, 0))[::-1], 0.0) for _ in range(space.n)]
+
+    def worth(allocate: Allocate) -> float:
+        counts = project(allocate(space, lost), space)
+        return sum(float(of[list(ladder).index(n)]) for of, ladder, n in zip(lost, space.ladders, counts, strict=True))
+
+    assert worth(knapsack) <= worth(greedy) + 1e-12
+
+
+def test_knapsack_takes_the_greedy_plan_where_no_choice_meets_what_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = bits_of_layers(3, 0.05, "bops")
+    lost = [np.array([3.0, 2.0, 1.0, 0.0])] * space.n
+    monkeypatch.setattr(allocation, "_choose", lambda *_: None)
+
+    assert project(knapsack(space, lost), space).tolist() == project(greedy(space, lost), space).tolist()
 
 
 @pytest.mark.parametrize(("allocate", "name"), [(greedy, "greedy allocation"), (knapsack, "the knapsack")])

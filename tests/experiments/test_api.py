@@ -449,6 +449,23 @@ def test_reconstruction_without_images_is_told() -> None:
 
 
 @pytest.mark.slow
+def test_environment_of_the_readme_is_made_as_it_says() -> None:
+    text = (PROJECT / "README.md").read_text()
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "gymnasium.make" in code]
+    names = {
+        "model": small_net(),
+        "example_inputs": images(),
+        "accuracy_on_unseen_images": share_of_channels,
+        "training_batches": [images()],
+    }
+
+    exec(block, names)
+
+    assert 0 <= names["reward"] <= 1
+    assert names["terminated"]
+    assert names["env"].observation_space.contains(names["observation"])
+
+
 def test_documented_example_runs_from_start_to_end() -> None:
     lines = runpy.run_path(str(PROJECT / "docs" / "example.py"))["main"]()
 

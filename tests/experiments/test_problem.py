@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from envs.action import project, start_plan
+from envs.plans import uniform
 from experiments.config import ConfigError, RunConfig, SearchSettings
 from experiments.methods import check_enough
 from experiments.problem import evaluations_to_probe, probe, settle_range, space_by
@@ -60,6 +62,14 @@ def test_the_range_of_eight_bits_goes_by_the_device_that_the_table_is_of(
         table = LatencyTable(Fingerprint(there, "onnxruntime", "1.0", 1), 1.0, 0.0)
         assert settle_range(settings, table).reduce_range is expected
         assert settle_range(settings, None).reduce_range is not expected
+
+
+@pytest.mark.parametrize("budget", ["10% bops", "15% bytes", "60% macs"])
+def test_the_uniform_start_is_the_uniform_plan(tiny_config: Callable[..., RunConfig], budget: str) -> None:
+    decide = ["channels"] if "macs" in budget else ["channels", "bits"]
+    space = problem_of(tiny_config(search__decide=decide, search__start="uniform", budget=budget)).space
+
+    assert start_plan(space).tolist() == project(uniform(space), space).tolist()
 
 
 @pytest.mark.parametrize(
