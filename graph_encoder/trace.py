@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from .errors import first_line
 from .labels import CONSTANT, LabelClasses, compact, varying_dims
 from .modes import autocast_on_shapes
 from .network import ForwardError, Operator, TraceError
@@ -176,7 +177,7 @@ class LabelPass(TorchDispatchMode):
                 output = forward(*inputs)
         except Exception as error:  # a Python forward can fail in any way: an assert on a width, a missing key
             modules = [name for name in dict.fromkeys(self._stack) if name]
-            raise ForwardError(modules, _first_line(error), [tuple(t.shape) for t in inputs]) from error
+            raise ForwardError(modules, first_line(error), [tuple(t.shape) for t in inputs]) from error
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
         self._finish(output)
@@ -550,14 +551,6 @@ class LabelPass(TorchDispatchMode):
             if self.is_labelled(leaf):
                 self.freeze(self.labels_or_constant(leaf), f"is read by the operator '{call.func}', which has no rule,")
         return [None for _ in call.outputs], call.sources
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).splitlines() or [""])[0]
-    if isinstance(error, RuntimeError | TypeError | ValueError) and line:
-        return line
-    # What a KeyError or an assert says makes no sense without its name.
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def _check_outputs(output: Any, leaves: list[Any]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graph_encoder.copies import copied
+from graph_encoder.errors import first_line
 from pruning.kernels.lowering import LoweringError
 from pruning.kernels.native import library
 from pruning.sparse_network import SparseNetwork, SparseNetworkError, sparsify
@@ -107,7 +108,7 @@ class PyTorchCompiled(Runtime):
             try:
                 compiled(*values)
             except Exception as error:  # the compiler raises whatever the step at fault raises
-                msg = f"torch.compile cannot compile {type(timed).__name__}: {_first_line(error)}"
+                msg = f"torch.compile cannot compile {type(timed).__name__}: {first_line(error)}"
                 raise LatencyError(msg) from error
         return lambda: compiled(*values)
 
@@ -248,7 +249,7 @@ def prepare_sparse(model: nn.Module, inputs: tuple[Tensor, ...]) -> SparseNetwor
         with torch.inference_mode(mode=False):  # the exporter needs tensors that can be traced
             return sparsify(model, [x.clone() for x in inputs], measure=fastest_calls)
     except (SparseNetworkError, LoweringError) as error:
-        msg = f"the runtime '{SPARSE}' cannot prepare {type(model).__name__}: {_first_line(error)}"
+        msg = f"the runtime '{SPARSE}' cannot prepare {type(model).__name__}: {first_line(error)}"
         raise LatencyError(msg) from error
 
 
@@ -296,7 +297,7 @@ def _added(name: str) -> Runtime | None:
         try:
             runtime = entry.load()()
         except Exception as error:  # another package's code fails as it likes
-            msg = f"the runtime '{name}' of '{entry.value}' cannot be loaded: {_first_line(error)}"
+            msg = f"the runtime '{name}' of '{entry.value}' cannot be loaded: {first_line(error)}"
             raise LatencyError(msg) from error
         if not isinstance(runtime, Runtime):
             msg = (
@@ -327,7 +328,3 @@ def _onnx(name: str, artifact: Artifact) -> bytes | Path:
         msg = f"the runtime '{name}' takes an ONNX file (bytes or path), got {type(artifact).__name__}; export it first"
         raise LatencyError(msg)
     return artifact
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from torch.export import Dim, ExportedProgram
 from graph_encoder.batches import inputs_of, tensors_of
 from graph_encoder.capture import capture
 from graph_encoder.copies import copied
+from graph_encoder.errors import first_line, innermost
 
 from .files import write_atomic
 from .half_precision import InHalfPrecision, has_half_precision
@@ -216,7 +218,8 @@ def export_onnx(
     frozen, inputs = _frozen(model), _batch(example_inputs, 2)
     if not any(is_integer(layer.policy) for layer in layers.values()):
         content = _with_metadata(_to_onnx(_in_half_precision(frozen), inputs), metadata)
-        _check_outputs(_session(content), frozen, example_inputs, "ONNX", HALF_TOLERANCE if layers else TOLERANCE)
+        is_half = bool(layers) or any(tensor.dtype == torch.float16 for tensor in frozen.state_dict().values())
+        _check_outputs(_session(content), frozen, example_inputs, "ONNX", HALF_TOLERANCE if is_half else TOLERANCE)
         write_atomic(path, content)
         return None
     if images is None:
@@ -315,7 +318,7 @@ def _to_onnx(frozen: nn.Module, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
             frozen, inputs, dynamo=True, dynamic_shapes=_free_batch(inputs), opset_version=ONNX_OPSET, verbose=False
         )
     except Exception as error:  # the exporter raises whatever the step at fault raises
-        what = _refused_operator(error, frozen, inputs) or str(error).strip().splitlines()[0]
+        what = _refused_operator(error, frozen, inputs) or first_line(innermost(error))
         msg = f"{type(frozen).__name__} cannot be exported to ONNX: {what}"
         raise ExportError(msg) from error
     if program is None:
@@ -372,7 +375,7 @@ def export_program(model: nn.Module, example_inputs: Inputs, path: Path | str) -
     try:
         program = torch.export.export(frozen, inputs, dynamic_shapes=_free_batch(inputs))
     except Exception as error:  # the exporter raises whatever the step at fault raises
-        msg = f"{type(model).__name__} cannot be exported: {str(error).strip().splitlines()[0]}"
+        msg = f"{type(model).__name__} cannot be exported: {first_line(innermost(error))}"
         raise ExportError(msg) from error
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -395,7 +398,7 @@ def load_program(path: Path | str) -> ExportedProgram:
     try:
         return torch.export.load(io.BytesIO(content))
     except Exception as error:  # a graph that is plain but wrong fails wherever the deserializer trips over it
-        msg = f"cannot rebuild the program '{path}': {str(error).strip().splitlines()[0]}; export the network again"
+        msg = f"cannot rebuild the program '{path}': {first_line(error)}; export the network again"
         raise ExportError(msg) from error
 
 
@@ -474,6 +477,17 @@ def _free_batch(inputs: Sequence[Tensor]) -> tuple[dict[int, Any], ...]:
     return tuple({0: batch} for _ in inputs)
 
 
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Largest difference as a share of the largest value; where values are infinite or NaN, both have to be."""
+    finite = one.isfinite()
+    if not torch.equal(one[~finite].nan_to_num(), other[~finite].nan_to_num()) or not other[finite].isfinite().all():
+        return math.nan
+    if not finite.any():
+        return 0.0
+    one, other = one[finite], other[finite]
+    return float((one - other).abs().max() / one.abs().max().clamp(min=1e-12))
+
+
 def _check_outputs(
     run: Callable[..., Any], model: nn.Module, example_inputs: Inputs, what: str, tolerance: float = TOLERANCE
 ) -> None:
@@ -483,7 +497,7 @@ def _check_outputs(
         with torch.inference_mode():
             expected, found = tensors_of(model(*inputs)), tensors_of(run(*inputs))
         for one, other in zip(expected, found, strict=True):
-            error = float((one.double() - other.double()).abs().max() / one.double().abs().max().clamp(min=1e-12))
+            error = _difference(one.double(), other.double())
             if not error <= tolerance:
                 msg = (
                     f"the {what} of {type(model).__name__} differs from PyTorch at batch size {size}: by {error:.2e} "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graph_encoder.errors import first_line
 from graph_encoder.modes import evaluation_mode, mixed_precision
 
 from .files import CheckpointError, load_checked, write_atomic
@@ -88,7 +89,8 @@ def finetune(
     an epoch draws at random depends on the seed and the epoch alone, and the rest is in the checkpoint.
 
     Args:
-        model: network to train, on the device to train on; each module's mode is put back at the end.
+        model: network to train, on the device to train on; each module's mode is put back at the end. Modules in
+            evaluation mode stay in it where the network as a whole is not.
         batches: batches of images, ``(N, ...)``, and labels, int64 ``(N,)``; moved to the model's device.
         epochs: passes over the batches; 0 does nothing.
         learning_rate: peak of the schedule.
@@ -143,11 +145,15 @@ def finetune(
     resumed_epoch = len(progress.losses)
     objective = _Objective(teacher, distillation_weight, temperature, label_smoothing)
     modes = [(module, module.training) for module in model.modules()]
+    # In a network that is ready to train, what is in evaluation mode is so by choice: a batch norm that is frozen.
+    frozen = [module for module, training in modes if model.training and not training]
     try:
         for epoch in range(resumed_epoch, epochs):
             started = time.perf_counter()
             rates = [learning_rate * _schedule(epoch * steps + i, epochs * steps, warmup_steps) for i in range(steps)]
             model.train()
+            for module in frozen:
+                module.eval()
             drawn = batches(first_epoch + epoch)
             with _seeded(seed, first_epoch + epoch, _device(model)):
                 loss, accuracy = _train_epoch(model, drawn, optimizer, objective, rates, epoch, autocast)
@@ -220,14 +226,22 @@ def _train_epoch(
     """One pass over the batches: mean loss and share of right answers."""
     device = _device(model)
     loss_sum, n_right, n_images = 0.0, 0, 0
-    for step, (rate, (images, labels)) in enumerate(zip(rates, batches, strict=True)):
+    step = -1
+    for step, (images, labels) in enumerate(batches):
+        if step == len(rates):
+            break
+        rate = rates[step]
         x, y = images.to(device), labels.to(device)
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.enable_grad(), mixed_precision(device.type, autocast):
-            logits = model(x).float()
+            outputs = model(x)
+            if not isinstance(outputs, Tensor):
+                msg = f"the network returns a {type(outputs).__name__}; training needs one tensor of scores"
+                raise FinetuneError(msg)
+            logits = outputs.float()
             loss = objective(x, logits, y)
         value = loss.item()
         if not math.isfinite(value):
@@ -242,6 +256,10 @@ def _train_epoch(
         loss_sum += value * len(y)
         n_right += int((logits.argmax(dim=1) == y).sum())
         n_images += len(y)
+    if step + 1 != len(rates):
+        given = "more" if step == len(rates) else str(step + 1)
+        msg = f"epoch {epoch + 1} has {given} batches of the {len(rates)} that len() of the data says; make them agree"
+        raise FinetuneError(msg)
     return loss_sum / n_images, n_right / n_images
 
 
@@ -298,14 +316,21 @@ def _restore(
         try:
             content = load_checked(path, _device(model))
         except Exception as error:  # a damaged archive fails in the unzipper, the unpickler or the tensor reader
-            failures.append(f"'{path}' cannot be read ({str(error).splitlines()[0]})")
+            failures.append(f"'{path}' cannot be read ({first_line(error)})")
             continue
         for failure in failures:
             _log.warning("checkpoint %s: going on from the previous one, '%s'", failure, path)
         _check_same_run(path, content, settings)
         _check_same_groups(path, content["optimizer"], optimizer)
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
+        try:
+            model.load_state_dict(content["model"])
+            optimizer.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            msg = (
+                f"checkpoint '{path}' is of another network, or of one whose zeros were held: "
+                f"{' '.join(str(error).split())[:300]}; train the same network, or delete it"
+            )
+            raise CheckpointError(msg) from error
         return _Progress(tuple(content["losses"]), tuple(content["accuracies"]), content["seconds"])
     if failures:
         msg = f"no checkpoint to go on from: {'; '.join(failures)}; delete them to train from the start"

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
 
+from graph_encoder.errors import first_line
+
 _MODEL = "models/model.json"
 _INPUTS = "data/sample_inputs/model.pt"
 _PAYLOADS = {
@@ -70,7 +72,7 @@ def vetted_copy(archive: bytes, name: str) -> bytes:
         records = {record: reader.read_bytes(record) for record in reader.get_file_names() if record not in _OWN}
         missing = [record for record in (_MODEL, _INPUTS, *_PAYLOADS) if record not in records]
     except (RuntimeError, AssertionError, UnicodeDecodeError) as error:
-        raise _damaged(name, str(error).splitlines()[0]) from error
+        raise _damaged(name, first_line(error)) from error
     if missing:
         raise _damaged(name, f"it lacks '{missing[0]}'")
     copy = io.BytesIO()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graph_encoder.batches import inputs_of, tensors_of
 from graph_encoder.copies import copied
+from graph_encoder.errors import first_line
 from graph_encoder.network import NetworkGraph, TraceError
 
 from .batch_norm import reestimate_batch_norm
@@ -172,7 +173,7 @@ def _prove(
         try:
             small = _outputs(apply_policy(model, graph, policy).eval(), inputs)
         except (RuntimeError, ValueError, IndexError) as error:
-            return Proof(subject, n_removed, math.inf, str(error).splitlines()[0])
+            return Proof(subject, n_removed, math.inf, first_line(error))
         wide = _outputs(mask_policy(model, graph, policy).eval(), inputs)
     if [t.shape for t in small] != [t.shape for t in wide]:
         return Proof(subject, n_removed, math.inf, "the outputs changed their shapes")

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export.graph_signature import OutputKind
 from torch.utils._pytree import TreeSpec
 
 from graph_encoder.copies import copied
+from graph_encoder.errors import first_line, innermost
 
 from .operators import Add, Concat, Convolution, Foreign, Linear, Operator, Pad, Pool, Reshape, Scale, Slice, Weighted
 from .reference import ACTIVATIONS
@@ -59,18 +61,21 @@ def lower(model: nn.Module, inputs: Sequence[Tensor]) -> Lowered:
         # A graph for inference without anything that works in place; composite operators stay whole.
         program = torch.export.export(copied(model), tuple(inputs)).run_decompositions({})
     except Exception as error:  # the exporter raises whatever the step at fault raises
-        msg = (
-            f"{type(model).__name__} cannot be exported, so it cannot run as one plan: "
-            f"{str(error).strip().splitlines()[0]}"
-        )
+        msg = f"{type(model).__name__} cannot be exported, so it cannot run as one plan: {first_line(innermost(error))}"
         raise LoweringError(msg) from error
     signature = program.graph_signature
     tensors = {**program.state_dict, **program.constants}
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     held |= signature.inputs_to_lifted_tensor_constants
     reader = _Reader({name: tensors[key].detach() for name, key in held.items()})
+    kinds = [output.kind for output in signature.output_specs]
+    if OutputKind.BUFFER_MUTATION in kinds:
+        msg = f"{type(model).__name__} changes a buffer at every call, which a plan does not"
+        raise LoweringError(msg)
     with torch.no_grad():
-        outputs = reader.read(program.graph)
+        # An input that forward changes in place is left as it is.
+        returned = zip(reader.read(program.graph), kinds, strict=True)
+        outputs = tuple(name for name, kind in returned if kind == OutputKind.USER_OUTPUT)
     constants = {name: value for name, value in reader.constants.items() if name in outputs}
     operators = _fuse(reader.operators, outputs)
     structure = program.call_spec.out_spec
@@ -95,6 +100,9 @@ class _Reader:
             elif node.op == "call_function":
                 self._call(node)
             elif node.op == "output":
+                if plain := [value for value in node.args[0] if not isinstance(value, fx.Node)]:
+                    msg = f"the network returns {plain[0]!r} beside its tensors; return tensors alone"
+                    raise LoweringError(msg)
                 return tuple(self.name(value) for value in node.args[0])
         msg = "the exported graph has no output"
         raise LoweringError(msg)

@@ -489,3 +489,41 @@ def test_tensors_are_loaded_in_the_type_that_they_were_saved_in(tmp_path: Path) 
     assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == {
         name: tensor.dtype for name, tensor in small.state_dict().items()
     }
+
+
+class Refuses(nn.Module):
+    """Raises without a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            raise NotImplementedError
+        out: Tensor = self.layer(x)
+        return out
+
+
+def test_a_forward_that_fails_without_a_message_is_told_by_its_type(tmp_path: Path) -> None:
+    for write in (export_onnx, export_program):
+        with pytest.raises(ExportError, match=r"Refuses cannot be exported.*NotImplementedError"):
+            write(Refuses().eval(), torch.ones(2, 4), tmp_path / "file")
+
+
+class Masked(nn.Module):
+    """Scores of minus infinity for what may not be chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x).masked_fill(torch.tensor([False, True, False]), -torch.inf)
+        return out
+
+
+def test_infinite_outputs_that_agree_are_no_difference(tmp_path: Path) -> None:
+    export_onnx(Masked().eval(), torch.ones(2, 4), tmp_path / "masked.onnx")
+
+    assert (tmp_path / "masked.onnx").exists()

@@ -311,3 +311,51 @@ def test_modes_are_put_back_and_callback_gets_what_evaluate_returned() -> None:
     assert seen == [(1, 0.25), (2, 0.25)]
     assert report.accuracies == (0.25, 0.25)
     assert [module.training for module in model] == [True, False, True, True, True]
+
+
+def test_batch_norms_that_were_frozen_stay_frozen() -> None:
+    model = network().train()
+    model[1].eval()
+    before = model[1].running_mean.clone()
+
+    finetune(model, Blobs(), epochs=1, learning_rate=0.1)
+
+    assert torch.equal(model[1].running_mean, before)
+    assert [module.training for module in (model, model[0], model[1], model[3])] == [True, True, False, True]
+    finetune(model.eval(), Blobs(), epochs=1, learning_rate=0.1)
+    assert not torch.equal(model[1].running_mean, before)
+
+
+def test_checkpoint_of_another_width_is_refused(tmp_path: Path) -> None:
+    path, other = tmp_path / "state.pt", network()
+    finetune(network(), Blobs(), epochs=1, learning_rate=0.1, checkpoint=path)
+    other[4] = nn.Linear(12, 3)
+
+    with pytest.raises(
+        CheckpointError, match=r"is of another network, or of one whose zeros were held: .*size mismatch"
+    ):
+        finetune(other, Blobs(), epochs=1, learning_rate=0.1, checkpoint=path)
+
+
+class Scores(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"scores": self.inner(x)}
+
+
+def test_outputs_that_are_no_scores_are_told() -> None:
+    with pytest.raises(FinetuneError) as caught:
+        finetune(Scores(), Blobs(), epochs=1, learning_rate=0.1)
+    assert str(caught.value) == "the network returns a dict; training needs one tensor of scores"
+
+
+@pytest.mark.parametrize(("given", "told"), [(2, "2"), (6, "more")])
+def test_data_of_another_length_than_it_says_is_told(given: int, told: str) -> None:
+    data = Blobs(given)
+    data.__class__ = type("Miscounted", (Blobs,), {"__len__": lambda _: 4})
+    with pytest.raises(FinetuneError) as caught:
+        finetune(network(), data, epochs=1, learning_rate=0.1)
+    assert str(caught.value) == (f"epoch 1 has {told} batches of the 4 that len() of the data says; make them agree")
