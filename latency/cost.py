@@ -89,7 +89,8 @@ class CostModel:
             groups: names of the groups that may lose units; the prunable ones if not given.
             layers: decisions inside layers.
             sparsity: pattern of the zeros. A layer that may get zeros, or fewer bits, counts with the bytes that
-                their places and scales take even where it gets none: at most some percent too much.
+                their places and scales take even where it gets none: some percent too much, with N:M at 8 bits a
+                quarter.
         """
         names = tuple(group.name for group in graph.prunable) if groups is None else tuple(groups)
         self.kind = kind
