@@ -28,7 +28,7 @@ from .files import write_atomic
 from .half_precision import InHalfPrecision, has_half_precision
 from .layer_policy import LayerPolicy
 from .policy import CompressionPolicy
-from .program_archive import vetted_copy
+from .program_archive import ArchiveError, vetted_copy
 from .qdq import IntegerReport, MarkedNetwork, integer_model, integer_report, marked_network, saturates
 from .quantize import HALF_BITS, INTEGER_BITS, insert_quantizers, is_integer, quantized_layers
 from .surgery import apply_policy
@@ -372,14 +372,20 @@ def export_program(model: nn.Module, example_inputs: Inputs, path: Path | str) -
         FileWriteError: if the file cannot be written.
     """
     frozen, inputs = _frozen(model), _batch(example_inputs, 2)
+    buffer = io.BytesIO()
     try:
-        program = torch.export.export(frozen, inputs, dynamic_shapes=_free_batch(inputs))
+        # Without gradients, blocks of `torch.no_grad` in forward are no blocks of the graph.
+        with torch.no_grad():
+            program = torch.export.export(frozen, inputs, dynamic_shapes=_free_batch(inputs))
+        torch.export.save(program, buffer)
     except Exception as error:  # the exporter raises whatever the step at fault raises
         msg = f"{type(model).__name__} cannot be exported: {first_line(innermost(error))}"
         raise ExportError(msg) from error
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    content = vetted_copy(buffer.getvalue(), str(path))
+    try:
+        content = vetted_copy(buffer.getvalue(), str(path))
+    except ArchiveError as error:
+        msg = f"{type(model).__name__} cannot be written as tensors and a plain graph: {error.what or error}"
+        raise ArchiveError(msg, error.what) from error
     loaded = torch.export.load(io.BytesIO(content)).module()
     _check_outputs(loaded, frozen, example_inputs, "exported program")
     write_atomic(Path(path), content)

@@ -45,11 +45,20 @@ _FUNCTIONS_OF_SIZES = {
     "FloorToInt", "CeilToInt", "RoundToInt", "Eq", "Ne", "Equality", "Unequality", "Relational", "Le", "Lt", "Ge",
     "Gt", "LessThan", "StrictLessThan", "GreaterThan", "StrictGreaterThan", "And", "Or", "Not", "true", "false",
 }  # fmt: skip
-_CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict")
+_CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
 
 
 class ArchiveError(RuntimeError):
-    """An archive that is damaged, or would run code if it were loaded."""
+    """An archive that is damaged, or would run code if it were loaded.
+
+    Attributes:
+        what: what in it would; empty if it is damaged.
+    """
+
+    def __init__(self, message: str, what: str = "") -> None:
+        """Keep the reason beside the message."""
+        super().__init__(message)
+        self.what = what
 
 
 def vetted_copy(archive: bytes, name: str) -> bytes:
@@ -176,4 +185,4 @@ def _damaged(name: str, what: str) -> ArchiveError:
 
 def _refused(name: str, what: str) -> ArchiveError:
     msg = f"the program '{name}' is refused: {what}; loading it could run any code. Write it with `export_program`"
-    return ArchiveError(msg)
+    return ArchiveError(msg, what)

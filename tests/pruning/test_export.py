@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -527,3 +528,48 @@ def test_infinite_outputs_that_agree_are_no_difference(tmp_path: Path) -> None:
     export_onnx(Masked().eval(), torch.ones(2, 4), tmp_path / "masked.onnx")
 
     assert (tmp_path / "masked.onnx").exists()
+
+
+class Structured(nn.Module):
+    """Returns an ordered mapping, part of it computed without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        with torch.no_grad():
+            twice = 2 * x
+        return OrderedDict(out=self.layer(x), aux=twice)
+
+
+def test_programs_hold_ordered_mappings_and_parts_without_gradients(tmp_path: Path) -> None:
+    model, x = Structured().eval(), torch.ones(3, 4)
+
+    export_program(model, x, tmp_path / "model.pt2")
+
+    found = load_program(tmp_path / "model.pt2").module()(x)
+    assert list(found) == ["out", "aux"]
+    torch.testing.assert_close(found["out"], model(x)["out"])
+
+
+class InAutocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            out: Tensor = self.layer(x)
+        return out
+
+
+def test_what_no_plain_program_holds_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError) as caught:
+        export_program(InAutocast().eval(), torch.ones(3, 4), tmp_path / "model.pt2")
+
+    assert str(caught.value) == (
+        "InAutocast cannot be written as tensors and a plain graph: it calls "
+        "'torch.ops.higher_order.wrap_with_autocast', which is no operator of a network"
+    )
+    assert not (tmp_path / "model.pt2").exists()
