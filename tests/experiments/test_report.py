@@ -1,12 +1,15 @@
 import re
+import warnings
 from html import escape
 from html.parser import HTMLParser
+from io import StringIO
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from envs.journal import ClockReading
-from experiments.figures import Plan, keep_ratio_figure, pareto_front
+from experiments.figures import Plan, keep_ratio_figure, pareto_front, shortened
 from experiments.outcome import (
     Latency,
     MethodOutcome,
@@ -15,6 +18,8 @@ from experiments.outcome import (
     headings,
     missing_speedups,
     plain_lines,
+    result_list,
+    result_table,
     significant,
     speed_notes,
     table_cells,
@@ -308,3 +313,59 @@ def test_reports_of_equal_runs_are_equal() -> None:
     pages = [render_report(two_methods(), [*plans(), Plan("uniform", 2, 0.5, 400)], "a: 1") for _ in range(2)]
 
     assert pages[0] == pages[1]
+
+
+def test_what_the_clock_left_of_a_budget_is_told_and_over_is_what_was_asked() -> None:
+    reading = ClockReading("ppo", "a plan", 0.4, 0.46, 0.45, 0.47, 60)
+    told = outcome(
+        row("ppo", 0.8, 0.88, clock_readings=(reading,)),
+        budget_kind="latency",
+        dense_cost=1000,
+        cost_limit=400,
+        asked_limit=500,
+    )
+
+    assert (
+        "The start plan was over the budget on the clock, so searches spent 40.0% of the dense latency by the table in "
+        "place of 50.0%."
+    ) in render_report(told, plans(), "")
+    assert "46.0% (45.0% to 47.0%)" in table_cells(told)[1]
+
+
+def test_a_terminal_that_is_too_narrow_gets_a_paragraph_for_each_method() -> None:
+    told = two_methods(data="photos [old]")
+
+    first, *paragraphs = "\n".join(result_list(told)).split("\n\n")
+
+    assert first == f"small_resnet with {told.budget}, photos [old]; accuracy on 750 test images"
+    assert [text.splitlines()[0] for text in paragraphs] == ["method dense", "method uniform", "method ppo"]
+    heads = headings(told)[1:]
+    assert [line.split("  ")[1].strip() for line in paragraphs[-1].splitlines()[1:]] == heads
+    assert max(map(len, "\n".join(paragraphs).splitlines())) <= 80
+
+
+def test_a_table_shows_names_as_they_are() -> None:
+    console = Console(width=400, file=StringIO(), force_terminal=True)
+
+    console.print(result_table(two_methods(data="photos [old]")))
+
+    assert "photos [old]" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("n_methods", [1, 3])
+def test_long_names_leave_room_for_the_keep_ratios(n_methods: int) -> None:
+    names = [f"backbone.stages.{i}.blocks.residual_function.convolutions.{i}.conv2" for i in range(20)]
+    rows = [row(name, 0.7, 0.8, keep_ratios=dict.fromkeys(names, 0.5)) for name in ("ppo", "cem", "random")[:n_methods]]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = keep_ratio_figure(rows)
+
+    assert shortened(names[0], 36) in figure
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "text"), [("layer1.0.conv1", 14, "layer1.0.conv1"), ("layer1.0.conv1", 9, "laye…onv1")]
+)
+def test_long_names_lose_their_middle(name: str, length: int, text: str) -> None:
+    assert shortened(name, length) == text

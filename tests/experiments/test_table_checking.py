@@ -89,3 +89,21 @@ def test_a_table_is_calibrated_and_checked_with_integers_among_floats(command: C
         f"error: the table '{table}' is not calibrated for 'tests.experiments.tiny:network' with these inputs; build "
         "it for this network first with --integers\n"
     )
+
+
+def test_plans_that_are_all_alike_have_no_order(command: Command, tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    options = ("--runtime", "pytorch-eager", "--rounding", "16")
+    command("latency", "build", *TINY, *options, "--networks", "2", "--out", table)
+
+    done = command("latency", "check", table, *TINY, "--rounding", "16", "--policies", "3", "--json")
+
+    (found,) = json.loads(done.out, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    assert found["spearman"] is None
+
+
+def test_a_network_that_cannot_be_built_leaves_no_table(command: Command, tmp_path: Path) -> None:
+    done = command("latency", "build", "--model", "resnet57", "--out", tmp_path / "new" / "table.json")
+
+    assert done.code == 1 and done.err.startswith("error: unknown model 'resnet57'")
+    assert not (tmp_path / "new").exists()

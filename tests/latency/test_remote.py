@@ -211,3 +211,27 @@ def test_a_module_cannot_be_sent(ssh: tuple[str, ...]) -> None:
     message = "another machine takes ONNX files (bytes or path), got ReLU; export it first"
     with pytest.raises(RemoteError, match=f"^{re.escape(message)}$"):
         device(ssh).times_ns([(nn.ReLU(), (torch.zeros(1),))], 5, 0)
+
+
+@pytest.mark.parametrize(
+    ("python", "command"),
+    [
+        ("python3", "python3 -c "),
+        ("~/my env/bin/python", "~/'my env/bin/python' -c "),
+        ("~me/python", "~me/python -c "),
+        ("/a b/python", "'/a b/python' -c "),
+        ("~/$(x)", "~/'$(x)' -c "),
+    ],
+)
+def test_the_home_folder_is_left_to_the_shell_there(monkeypatch: pytest.MonkeyPatch, python: str, command: str) -> None:
+    sent: list[str] = []
+
+    def talk(line: list[str], *_: object) -> tuple[int, str, str]:
+        sent.extend(line)
+        return 255, "", "no route"
+
+    monkeypatch.setattr("latency.remote._talk", talk)
+    with pytest.raises(RemoteError):
+        _ = RemoteDevice("board", python=python).fingerprint
+
+    assert sent[-1].startswith(command)

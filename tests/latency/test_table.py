@@ -301,6 +301,13 @@ def test_a_table_without_a_layer_of_the_network_says_which(graph: NetworkGraph) 
             "'{}' is no latency table; 'secateur latency build --model ... --out TABLE' makes one",
         ),
         ('{"format_version": 9}', "the latency table '{}' has format version 9, this release reads 1, 2, 3, 4 and 5"),
+        *(
+            (
+                f'{{"format_version": 5, "kinds": [], "reference_ns": {number}}}',
+                f"cannot read the latency table '{{}}': ValueError: a reference layer of {found} ns; build it again",
+            )
+            for number, found in (("0", "0"), ("-5", "-5"), ("NaN", "nan"))
+        ),
         (None, "cannot read the latency table '{}': No such file or directory"),
     ],
 )
