@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from .outcome import RunOutcome
     from .progress import RunDisplay
 
-_WIDE = 1000
-"""Columns of a terminal in which any table fits."""
 NO_SPEEDUP = 3
 """Exit code of a command whose networks are not faster than the dense one, where that is asked for."""
 
@@ -496,7 +494,7 @@ def _run(
     from rich.console import Console
 
     from .interrupt import stop_on_signals
-    from .outcome import headings, plain_lines, result_list, result_table, speed_notes, table_cells
+    from .outcome import headings, plain_lines, result_tables, speed_notes, table_cells
     from .progress import RunDisplay
 
     with (
@@ -511,11 +509,7 @@ def _run(
         print(outcome.model_dump_json(indent=2))
         return outcome
     if console.is_terminal:
-        table = result_table(outcome)
-        if console.measure(table, options=console.options.update(width=_WIDE)).maximum <= console.width:
-            console.print(table)
-        else:
-            print("\n".join(result_list(outcome)))
+        console.print(*result_tables(outcome, console.width), sep="\n")
     else:
         print("\n".join(plain_lines([headings(outcome), *table_cells(outcome)])))
     for note in speed_notes(outcome):

@@ -332,25 +332,29 @@ def table_cells(outcome: RunOutcome) -> list[list[str]]:
     ]
 
 
-def result_table(outcome: RunOutcome) -> Table:
-    """The table at the end of a run."""
-    table = Table(title=Text(_title(outcome)))
-    for place, heading in enumerate(headings(outcome)):
+def result_tables(outcome: RunOutcome, width: int) -> list[Table]:
+    """The table at the end of a run, in as many parts as a terminal of ``width`` columns needs, methods in each."""
+    methods, *columns = zip(headings(outcome), *table_cells(outcome), strict=True)
+    parts: list[list[tuple[str, ...]]] = []
+    left = 0
+    for column in columns:
+        # Two spaces and a border.
+        needed = max(map(len, column)) + 3
+        if needed > left:
+            parts.append([])
+            left = width - max(map(len, methods)) - 4
+        parts[-1].append(column)
+        left -= needed
+    return [_table([methods, *part], "" if place else _title(outcome)) for place, part in enumerate(parts)]
+
+
+def _table(columns: Sequence[Sequence[str]], title: str) -> Table:
+    table = Table(title=Text(title) if title else None)
+    for place, (heading, *_) in enumerate(columns):
         table.add_column(Text(heading), justify="right" if place else "left")
-    for cells in table_cells(outcome):
+    for cells in list(zip(*columns, strict=True))[1:]:
         table.add_row(*map(Text, cells))
     return table
-
-
-def result_list(outcome: RunOutcome) -> list[str]:
-    """The same, a paragraph for each method, for a terminal that is too narrow for the table."""
-    first, *heads = headings(outcome)
-    width = max(map(len, heads))
-    lines = [_title(outcome)]
-    for name, *cells in table_cells(outcome):
-        told = [(head, cell) for head, cell in zip(heads, cells, strict=True) if cell]
-        lines += ["", f"{first} {name}", *(f"  {head.ljust(width)}  {cell}" for head, cell in told)]
-    return lines
 
 
 def _title(outcome: RunOutcome) -> str:

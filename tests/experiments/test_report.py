@@ -18,8 +18,7 @@ from experiments.outcome import (
     headings,
     missing_speedups,
     plain_lines,
-    result_list,
-    result_table,
+    result_tables,
     significant,
     speed_notes,
     table_cells,
@@ -332,22 +331,23 @@ def test_what_the_clock_left_of_a_budget_is_told_and_over_is_what_was_asked() ->
     assert "46.0% (45.0% to 47.0%)" in table_cells(told)[1]
 
 
-def test_a_terminal_that_is_too_narrow_gets_a_paragraph_for_each_method() -> None:
-    told = two_methods(data="photos [old]")
+@pytest.mark.parametrize("width", [60, 80, 400])
+def test_a_terminal_gets_the_table_in_as_many_parts_as_it_needs(width: int) -> None:
+    told, console = two_methods(), Console(width=width, file=StringIO())
 
-    first, *paragraphs = "\n".join(result_list(told)).split("\n\n")
+    tables = result_tables(told, width)
+    console.print(*tables, sep="\n")
 
-    assert first == f"small_resnet with {told.budget}, photos [old]; accuracy on 750 test images"
-    assert [text.splitlines()[0] for text in paragraphs] == ["method dense", "method uniform", "method ppo"]
-    heads = headings(told)[1:]
-    assert [line.split("  ")[1].strip() for line in paragraphs[-1].splitlines()[1:]] == heads
-    assert max(map(len, "\n".join(paragraphs).splitlines())) <= 80
+    assert (len(tables) == 1) == (width == 400)
+    assert all([str(cell) for cell in table.columns[0].cells] == ["dense", "uniform", "ppo"] for table in tables)
+    assert [str(column.header) for table in tables for column in table.columns[1:]] == headings(told)[1:]
+    assert "…" not in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_table_shows_names_as_they_are() -> None:
     console = Console(width=400, file=StringIO(), force_terminal=True)
 
-    console.print(result_table(two_methods(data="photos [old]")))
+    console.print(*result_tables(two_methods(data="photos [old]"), 400))
 
     assert "photos [old]" in console.file.getvalue()  # type: ignore[attr-defined]
 
