@@ -165,7 +165,7 @@ def knapsack(space: SearchSpace, lost: list[NDArray[np.float64]]) -> Ratios:
 def _loss_of(space: SearchSpace, lost: list[NDArray[np.float64]], counts: Counts) -> float:
     """What the choices of a plan lose, added up."""
     rungs = (int(np.searchsorted(ladder, count)) for ladder, count in zip(space.ladders, counts, strict=True))
-    return math.fsum(losses[rung] for losses, rung in zip(lost, rungs, strict=True))
+    return math.fsum(of_choices[rung] for of_choices, rung in zip(lost, rungs, strict=True))
 
 
 def _saved_alone(bound: Bound, space: SearchSpace) -> list[NDArray[np.int64]]:

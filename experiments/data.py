@@ -200,9 +200,7 @@ class ImageData:
             if source in _BUILT_IN:
                 check_built_in(split.folder, source)
             elif (root := Path(source)).exists():
-                self._check_classes(
-                    "test", class_names(root, split.folder), class_names(root, self.recipe.train.folder)
-                )
+                self._check_classes("test", class_names(root, split.folder), self.sample.classes)
                 if split.list_file is not None:
                     image_names(root, split.folder, split.list_file)
             else:

@@ -2,7 +2,6 @@
 
 import io
 import lzma
-import os
 import posixpath
 import re
 import tarfile
@@ -43,8 +42,8 @@ def read_image_folder(
         grayscale: one channel in place of three.
 
     Raises:
-        DataError: if there is no such folder, it or a class in it is empty, an image is broken or of another size, or
-            the list names an image that is not there.
+        DataError: if there is no such folder, it is empty or a class in it holds other files alone, an image is broken
+            or of another size, or the list names an image that is not there.
     """
     names = read_list(list_file) if list_file is not None else None
 
@@ -121,7 +120,8 @@ def image_files(root: Path, folder: str) -> dict[str, ImageFile]:
     Links are followed; what begins with a dot is left out.
 
     Raises:
-        DataError: if ``root`` cannot be read, has no such folder, or the folder or one of a class holds no image.
+        DataError: if ``root`` cannot be read, has no such folder, the folder holds no image, or one of a class other
+            files alone.
     """
     if not root.exists():
         msg = f"no image folder or archive '{root}'"
@@ -137,7 +137,7 @@ def image_files(root: Path, folder: str) -> dict[str, ImageFile]:
             f"no images in '{folder}' of '{root}'; expected {folder}/<class>/<image> with one of the suffixes "
             f"{', '.join(sorted(_SUFFIXES))}"
         )
-        raise DataError(msg)
+        raise MissingSplitError(msg)
     if empty := sorted(classes - {name.split("/", 1)[0] for name in files}):
         msg = (
             f"no images in the class folder '{folder}/{empty[0]}' of '{root}', only files with other suffixes than "
@@ -177,13 +177,17 @@ def _folder_files(root: Path, folder: str) -> dict[str, ImageFile]:
     return {path.relative_to(top).as_posix(): path for path in _walk(top)}
 
 
-def _walk(top: Path) -> Iterator[Path]:
+def _walk(top: Path, around: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """Every file below ``top``, behind links to folders too."""
-    for place, folders, names in os.walk(top, followlinks=True):
-        here = Path(place).resolve()
-        # A link to a folder around it would lead round and round.
-        folders[:] = [name for name in folders if not here.is_relative_to(Path(place, name).resolve())]
-        yield from (path for name in names if (path := Path(place, name)).is_file())
+    here = top.resolve()
+    # A link to a folder around it would lead round and round.
+    if here in around or not top.is_dir():
+        return
+    for path in top.iterdir():
+        if path.is_dir():
+            yield from _walk(path, around | {here})
+        elif path.is_file():
+            yield path
 
 
 # A zip that is encrypted, or compressed in a way that Python does not know, raises RuntimeError.
@@ -223,18 +227,22 @@ def _tar_members(root: Path) -> dict[str, ImageFile]:
 
 
 def _linked(members: dict[str, ImageFile], links: Mapping[str, str]) -> dict[str, ImageFile]:
-    """Members with what links lead to, files or folders, in as many steps as there are links."""
-    for _ in links:
-        found = {
-            name + path.removeprefix(target): file
-            for name, target in links.items()
-            for path, file in members.items()
-            if path == target or path.startswith(f"{target}/")
-        }
-        if found.keys() <= members.keys():
-            break
-        members = members | found
-    return members
+    """Members with what links lead to: files, also by way of other links, and folders of files."""
+    files: dict[str, str] = {}
+    folders: dict[str, str] = {}
+    for name, first in links.items():
+        target, passed = first, {name}
+        while target in links and target not in passed:
+            passed.add(target)
+            target = links[target]
+        (files if target in members else folders)[name] = target
+    whole = members | {name: members[target] for name, target in files.items()}
+    for name, target in folders.items():
+        # One to a folder around it would lead round and round.
+        if not name.startswith(f"{target}/"):
+            inside = {path: file for path, file in whole.items() if path.startswith(f"{target}/")}
+            whole |= {name + path.removeprefix(target): file for path, file in inside.items()}
+    return whole
 
 
 def _zip_members(root: Path) -> dict[str, ImageFile]:

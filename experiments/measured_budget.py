@@ -22,7 +22,7 @@ from pruning.policy import CompressionPolicy
 
 from .clock import ROUNDS, Clock
 from .outcome import DENSE
-from .problem import SearchProblem
+from .problem import SearchProblem, started_uniformly
 from .progress import RunDisplay
 from .run import MethodFolder
 from .subject import Subject
@@ -92,7 +92,8 @@ def spent_by_the_clock(
         f"the table asks too little of the start plan: for the budget of {measured.allowed:.1%} of the dense latency, "
         f"searches spend {limit / bound.cost.dense:.1%} by the table"
     )
-    return replace(problem, space=space.with_limit("latency", limit))
+    smaller = space.with_limit("latency", limit)
+    return replace(problem, space=smaller if problem.sensitivity else started_uniformly(smaller))
 
 
 def kept_by_the_clock(

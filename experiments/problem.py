@@ -247,10 +247,14 @@ def space_by(
         raise ConfigError(str(error)) from error
     if space.timed is not None:
         _check_calibrated(space.timed.cost)
-    if space.bounds and settings.decides_bits:
-        # Shifted alone, bits would rise with the channels; the uniform plan gives them away last.
-        space = space.with_prior(space.places(project(uniform(space), space)))
-    return space
+    return started_uniformly(space)
+
+
+def started_uniformly(space: SearchSpace) -> SearchSpace:
+    """The space with the uniform plan within its budgets as start: shifted alone, bits would rise with the channels."""
+    if not space.bounds or all(decision.choice == "density" for decision in space.layers):
+        return space
+    return space.with_prior(space.places(project(uniform(space), space)))
 
 
 def settle_range(settings: SearchSettings, table: LatencyTable | None) -> SearchSettings:

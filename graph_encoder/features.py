@@ -225,7 +225,8 @@ def _operator_row(
     if operator.weight:
         weight = tensors[operator.weight]
         # Of a transposed convolution the channels written are the second dimension.
-        row |= _weight_features(weight.transpose(0, 1) if operator.layer_type.startswith("ConvTranspose") else weight)
+        is_turned = operator.layer_type.startswith("ConvTranspose") and operator.groups == 1
+        row |= _weight_features(weight.transpose(0, 1) if is_turned else weight)
     if operator.norm and f"{operator.norm}.weight" in tensors:
         row |= _scale_features(tensors[f"{operator.norm}.weight"])
     return row

@@ -123,32 +123,35 @@ def holds_smaller_widths(
         None if the outputs keep their shapes, every operator costs what the graph predicts, and channels are folded
         into several dimensions as they were; else the failure.
     """
-    for shares in _SHARES:
-        kept: dict[int, Tensor] = {}
-        for index, group in enumerate(graph.groups):
-            if group.is_prunable and (only is None or index in only):
-                kept[index] = torch.arange(group.size) >= shares.removed(index, group.size)
+    offered = {i: g.size for i, g in enumerate(graph.groups) if g.is_prunable and (only is None or i in only)}
+    for counts in _trials(offered):
+        kept = {index: torch.arange(offered[index]) >= count for index, count in counts.items()}
         if (failure := _try(model, graph, dense, kept)) is not None:
             return failure
     return None
 
 
-@dataclass(frozen=True)
-class _Shares:
-    """Shares that lie spread between two bounds, each far from those of the indices beside it (Weyl's sequence)."""
+def _trials(sizes: Mapping[int, int]) -> list[dict[int, int]]:
+    """Units that go of each group, by its index: a fifth to seven tenths, and of groups of one size as many others.
 
-    step: float
-    least: float
-    most: float
-
-    def removed(self, index: int, size: int) -> int:
-        """Units that go of a group, one of which stays."""
-        share = self.least + (self.most - self.least) * (index * self.step % 1)
-        return min(round(share * size), size - 1)
-
-
-_SHARES = (_Shares(0.6180339887, 0.2, 0.7), _Shares(0.7548776662, 0.0, 0.6))
-"""In the second trial a part of the groups stays whole."""
+    Where there are more groups of a size than such numbers, a second trial tells apart those that have the same.
+    """
+    alike: dict[int, list[int]] = {}
+    for index, size in sizes.items():
+        alike.setdefault(size, []).append(index)
+    trials: list[dict[int, int]] = [{}, {}]
+    for rank, (size, indices) in enumerate(alike.items()):
+        least = min(max(round(0.2 * size), 1), size - 1)
+        numbers = range(least, max(round(0.7 * size), least + 1))
+        # Of other sizes from the other end: two shares alike would hide that one follows from the other.
+        numbers = numbers[::-1] if rank % 2 else numbers
+        # Spread, so that neighbours are far from each other.
+        step = max(len(numbers) // min(len(indices), len(numbers)), 1)
+        for place, index in enumerate(indices):
+            trials[0][index] = numbers[place * step % len(numbers)]
+            trials[1][index] = numbers[place * step // len(numbers) % len(numbers)]
+    is_told_apart = all(len({trials[0][index] for index in indices}) in (len(indices), 1) for indices in alike.values())
+    return trials[:1] if is_told_apart else trials
 
 
 def _try(model: nn.Module, graph: NetworkGraph, dense: DenseRun, kept: Mapping[int, Tensor]) -> Failure | None:
@@ -217,26 +220,32 @@ def _folded_otherwise(dense: Record, small: Record, removed: Mapping[str, Mappin
 @contextmanager
 def _resized(module: nn.Module, shrunk_by: Mapping[str, Mapping[int, int]]) -> Iterator[None]:
     """Put meta tensors of the new shapes in place of the touched parameters and buffers, and put the old ones back."""
+    layers = list(module.named_modules())
     shrunk: dict[int, Tensor] = {}
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if name in shrunk_by:
-            shape = list(tensor.shape)
-            for dim, count in shrunk_by[name].items():
-                shape[dim] -= count
-            meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
-            shrunk[id(tensor)] = nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
+    for prefix, layer in layers:
+        for own, tensor in (*layer._parameters.items(), *layer._buffers.items()):
+            if tensor is None or id(tensor) in shrunk:
+                continue
+            dims = shrunk_by.get(f"{prefix}.{own}" if prefix else own)
+            if dims is not None:
+                shape = list(tensor.shape)
+                for dim, count in dims.items():
+                    shape[dim] -= count
+                meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                shrunk[id(tensor)] = nn.Parameter(meta, requires_grad=False) if is_parameter else meta
     undo: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for layer in module.modules():
+        for _, layer in layers:
             old = {}
             stores: list[dict[str, Any]] = [layer._parameters, layer._buffers]
             for store in stores:
                 for name, tensor in store.items():
-                    if tensor is not None and id(tensor) in shrunk:
+                    if id(tensor) in shrunk:
                         old[name] = tensor.shape
                         undo.append((store, name, tensor))
                         store[name] = shrunk[id(tensor)]
-            for attribute, value in resize_attributes(layer, old).items():
+            for attribute, value in (resize_attributes(layer, old) if old else {}).items():
                 undo.append((layer.__dict__, attribute, layer.__dict__[attribute]))
                 layer.__dict__[attribute] = value
         yield

@@ -89,17 +89,21 @@ def _trace_of_either_mode(
         return None
     switched = [pair for pair in pairs if str(pair[0].format_node()) != str(pair[1].format_node())]
     if switched:
-        with traced.graph.inserting_before(next(iter(traced.graph.nodes))):
-            mode = traced.graph.create_node("get_attr", _MODE)
         for one, other in switched:
+            # The mode of the module that passes it on, which may be frozen where the others are not.
+            holder = next(reversed(one.meta.get("nn_module_stack") or {}), "")
+            with traced.graph.inserting_before(one):
+                mode = traced.graph.create_node("get_attr", f"{holder}.{_MODE}".lstrip("."))
             one.args, one.kwargs = _switched((one.args, dict(one.kwargs)), (other.args, dict(other.kwargs)), mode)
+        _give_everything(model, traced)
         traced.recompile()
     return traced
 
 
 def follows_mode(traced: fx.GraphModule) -> bool:
     """Whether a trace asks for its own mode, as that of `symbolic_trace` may."""
-    return any(node.op == "get_attr" and node.target == _MODE for node in traced.graph.nodes)
+    targets = [str(node.target) for node in traced.graph.nodes if node.op == "get_attr"]
+    return any(target.rpartition(".")[2] == _MODE for target in targets)
 
 
 def _are_alike(evaluating: Any, training: Any) -> bool:

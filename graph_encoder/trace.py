@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -473,18 +474,22 @@ class LabelPass(TorchDispatchMode):
 
     def per_image(self, call: Call, work: int) -> int:
         """Work for one image of the batch: all of it where no input is read, as of a table of positions."""
-        # What was written in place into a tensor made for the batch, or drawn for it, has no sources.
-        is_batched = call.outputs[0].dim() > 0 and call.outputs[0].shape[0] == self.batch
+        # What was repeated for the batch, or written in place into a tensor made for it, has no sources.
+        is_batched = self.batch in call.outputs[0].shape[:-1]
         return work // self.batch if is_batched or self._of_inputs & call.sources else work
 
     def note_computed(self, weight: Tensor) -> None:
         """Name the running module as one that stays as it is, since its weight is no parameter."""
         module = self.running_module()
-        if module is not None and not any(weight is tensor for tensor in module.parameters(recurse=False)):
-            self.record.computed[self.here()] = (
-                "its weight is computed from other tensors; torch.nn.utils.parametrize.remove_parametrizations (or "
-                "remove_weight_norm, remove_spectral_norm) makes it a parameter that can be sliced"
+        if module is None or any(weight is tensor for tensor in module.parameters(recurse=False)):
+            return
+        why = "its weight is computed from other tensors"
+        if is_parametrized(module) or hasattr(module, "weight_g") or hasattr(module, "weight_orig"):
+            why += (
+                "; torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm, remove_spectral_norm) "
+                "makes it a parameter that can be sliced"
             )
+        self.record.computed[self.here()] = why
 
     def _layer_type(self, weight: Tensor) -> str:
         holder, _, own = (self.name_of(weight) or "").rpartition(".")

@@ -461,6 +461,9 @@ def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy]) -> nn
         if isinstance(module, nn.TransformerEncoderLayer) and quantized_layers(module):
             # Its fast path in evaluation takes the weights of its layers and does not call them.
             module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and quantized_layers(module):
+            # The tensors of that path are no such as others are.
+            module.use_nested_tensor = False
     return quantized
 
 

@@ -30,6 +30,7 @@ from experiments.data import (
     normalise,
 )
 from experiments.image_folder import read_image_folder, split_lists, write_split_lists
+from experiments.images import MissingSplitError
 
 
 @pytest.fixture(autouse=True)
@@ -478,6 +479,15 @@ def test_test_images_of_other_classes_are_refused_before_they_are_read(root: Pat
     )
 
 
+def test_a_default_test_folder_without_classes_is_none(root: Path) -> None:
+    for path in (root / "test").glob("*/*"):
+        path.rename(root / "test" / f"{path.parent.name}-{path.name}")
+
+    ImageData(DataRecipe(source=str(root))).check_test()
+    with pytest.raises(MissingSplitError, match=r"^no images in 'test' of "):
+        _ = ImageData(DataRecipe(source=str(root))).test
+
+
 @pytest.mark.parametrize("kind", ["", "pets.tar", "pets.zip"])
 def test_class_folder_without_a_readable_image_is_refused(root: Path, tmp_path: Path, kind: str) -> None:
     for path in (root / "train" / "cat").iterdir():
@@ -503,6 +513,10 @@ def test_links_to_images_and_folders_are_followed(root: Path, tmp_path: Path) ->
     (root / "train" / "cat" / "002.png").unlink()
     (root / "train" / "cat" / "002.png").hardlink_to(root / "test" / "cat" / "002.png")
     (root / "train" / "cat" / "round").symlink_to(root / "train")
+    # Two that lead to each other are followed once.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "back").symlink_to(root / "train" / "cat")
+    (root / "train" / "cat" / "there").symlink_to(tmp_path / "other")
 
     linked = read_image_folder(root, "train")
 
@@ -520,6 +534,7 @@ def test_links_inside_an_archive_are_followed(root: Path, tmp_path: Path) -> Non
             ("data/train/cat/002.png", tarfile.SYMTYPE, "001.png"),
             ("data/train/cat/003.png", tarfile.SYMTYPE, "../../nowhere.png"),
             ("data/train/dog", tarfile.SYMTYPE, "../dogs"),
+            ("data/train/cat/up", tarfile.SYMTYPE, ".."),
         ):
             link = tarfile.TarInfo(name)
             link.type, link.linkname = kind, target

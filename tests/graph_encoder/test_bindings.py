@@ -98,12 +98,17 @@ class WithDropout(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3, stride=3)
-        self.last = nn.Linear(32, 5)
+        self.inner, self.last = Drops(), nn.Linear(32, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.second(functional.dropout(self.first(x).relu(), training=self.training)).relu()
+        x = self.second(self.inner(self.first(x).relu())).relu()
         out: Tensor = functional.dropout(self.last(x.view(-1, 32)), 0.4, self.training)
         return out
+
+
+class Drops(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, training=self.training)
 
 
 def test_a_rewritten_copy_follows_the_mode_where_forward_did() -> None:
@@ -117,7 +122,13 @@ def test_a_rewritten_copy_follows_the_mode_where_forward_did() -> None:
     assert not torch.equal(small(EXAMPLE), small(EXAMPLE))
     small.eval()
     assert torch.equal(small(EXAMPLE), small(EXAMPLE))
+    # Each part has a mode of its own.
     small.train()
+    small.inner.eval()
+    is_dropped = [(small(EXAMPLE) == 0).float().mean() for _ in range(9)]
+    assert any(is_dropped)
+    small.eval()
+    small.inner.train()
     assert not torch.equal(small(EXAMPLE), small(EXAMPLE))
 
 
@@ -341,3 +352,26 @@ def test_autocast_and_masks_with_values_are_no_hindrance() -> None:
     assert {group.name: group.size for group in graph.prunable} == {"first": 8, "second": 6}
     assert every_uneven_plan_holds(model, graph)
     assert torch.autocast.__init__ is make
+
+
+class Queries(nn.Module):
+    """Queries that are repeated for the batch, which comes second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.of_queries, self.head = nn.Conv2d(3, 16, 2, stride=2), nn.Linear(16, 16), nn.Linear(16, 5)
+        self.queries = nn.Parameter(torch.randn(10, 16, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.of_queries(self.queries[:, None].repeat(1, len(x), 1))
+        keys = self.stem(x).flatten(2).permute(2, 0, 1)
+        found = functional.scaled_dot_product_attention(*(t.transpose(0, 1) for t in (queries, keys, keys)))
+        out: Tensor = self.head(found.mean(1))
+        return out
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_queries_repeated_for_the_batch_count_for_one_image(batch: int) -> None:
+    graph = capture(seeded(Queries), EXAMPLE[:1].repeat(batch, 1, 1, 1))
+
+    assert next(operator.macs for operator in graph.operators if operator.name == "of_queries") == 10 * 16 * 16

@@ -498,8 +498,8 @@ class Encoder(nn.Module):
         layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
         self.encoder, self.last = nn.TransformerEncoder(layer, 1), nn.Linear(16, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(self.encoder(x).mean(1))
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        out: Tensor = self.last(self.encoder(x, src_key_padding_mask=padding).mean(1))
         return out
 
 
@@ -535,3 +535,14 @@ def test_a_layer_of_which_a_function_takes_the_weight_never_runs() -> None:
 
     with pytest.raises(CalibrationError, match="'b'"):
         quantize_layers(TakesAWeight().eval(), layers, [noise(4, 4)])
+
+
+def test_an_encoder_that_masks_padding_is_quantized() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = Encoder().eval(), noise(4, 5, 16)
+    padding = torch.arange(5).expand(4, -1) > 3
+
+    quantized = quantize_layers(model, {"encoder.layers.0.linear1": FOUR}, [(x, padding)])
+
+    assert torch.isfinite(quantized(x, padding)).all()
