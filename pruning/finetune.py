@@ -91,7 +91,8 @@ def finetune(
     Args:
         model: network to train, on the device to train on; each module's mode is put back at the end. Modules in
             evaluation mode stay in it where the network as a whole is not.
-        batches: batches of images, ``(N, ...)``, and labels, int64 ``(N,)``; moved to the model's device.
+        batches: batches of images, ``(N, ...)``, and labels as `torch.nn.functional.cross_entropy` takes them: int64
+            ``(N,)`` or one for each position, or shares of the classes; moved to the model's device.
         epochs: passes over the batches; 0 does nothing.
         learning_rate: peak of the schedule.
         momentum: of the gradient.
@@ -225,7 +226,7 @@ def _train_epoch(
 ) -> tuple[float, float]:
     """One pass over the batches: mean loss and share of right answers."""
     device = _device(model)
-    loss_sum, n_right, n_images = 0.0, 0, 0
+    loss_sum, n_right, n_images, n_labels = 0.0, 0, 0, 0
     step = -1
     for step, (images, labels) in enumerate(batches):
         if step == len(rates):
@@ -254,13 +255,15 @@ def _train_epoch(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         loss_sum += value * len(y)
-        n_right += int((logits.argmax(dim=1) == y).sum())
-        n_images += len(y)
+        # Shares of classes have a likeliest one; of maps each position has a label.
+        labelled = y.argmax(dim=1) if y.is_floating_point() else y
+        n_right += int((logits.argmax(dim=1) == labelled).sum())
+        n_images, n_labels = n_images + len(y), n_labels + labelled.numel()
     if step + 1 != len(rates):
         given = "more" if step == len(rates) else str(step + 1)
         msg = f"epoch {epoch + 1} has {given} batches of the {len(rates)} that len() of the data says; make them agree"
         raise FinetuneError(msg)
-    return loss_sum / n_images, n_right / n_images
+    return loss_sum / n_images, n_right / n_labels
 
 
 def _schedule(step: int, n_steps: int, warmup_steps: int) -> float:

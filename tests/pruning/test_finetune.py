@@ -359,3 +359,28 @@ def test_data_of_another_length_than_it_says_is_told(given: int, told: str) -> N
     with pytest.raises(FinetuneError) as caught:
         finetune(network(), data, epochs=1, learning_rate=0.1)
     assert str(caught.value) == (f"epoch 1 has {told} batches of the 4 that len() of the data says; make them agree")
+
+
+class Positions(Blobs):
+    """A label for each of two positions, in place of one for a point."""
+
+    def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for points, labels in super().__call__(epoch):
+            yield points[:, :, None, None].expand(-1, -1, 1, 2), labels[:, None, None].expand(-1, 1, 2)
+
+
+class Shares(Blobs):
+    """How much of each class a point is."""
+
+    def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for points, labels in super().__call__(epoch):
+            yield points, 0.8 * F.one_hot(labels, 2) + 0.1
+
+
+@pytest.mark.parametrize(
+    ("data", "layer"), [(Positions(), nn.Conv2d(6, 2, 1)), (Shares(), nn.Linear(6, 2))], ids=["positions", "shares"]
+)
+def test_accuracy_is_a_share_whatever_the_labels(data: Blobs, layer: nn.Module) -> None:
+    report = finetune(layer, data, epochs=8, learning_rate=0.1)
+
+    assert 0.9 < report.accuracies[-1] <= 1
