@@ -138,15 +138,21 @@ def load_compressed(folder: Path | str, constructor: Callable[[], nn.Module]) ->
         )
         raise ExportError(msg)
     dense = constructor().cpu().eval()
-    model = apply_policy(dense, capture(dense, manifest.examples()), policy)
-    if any(layer.is_quantized for layer in policy.layers.values()):
-        model = insert_quantizers(model, policy.layers)
+    pruned = apply_policy(dense, capture(dense, manifest.examples()), policy)
+    are_quantized = any(layer.is_quantized for layer in policy.layers.values())
+    model = insert_quantizers(pruned, policy.layers) if are_quantized else pruned
     try:
         weights = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
         msg = f"cannot read the weights '{path}': {error}"
         raise ExportError(msg) from error
-    if misfit := describe_misfit(unique_tensors(model), weights):
+    misfit = describe_misfit(unique_tensors(model), weights)
+    if misfit and are_quantized:
+        # A network with hooks of its own quantizes what its layers read, which the one that was built need not do.
+        other = insert_quantizers(pruned, policy.layers, whole_tensors=False)
+        if not describe_misfit(unique_tensors(other), weights):
+            model, misfit = other, ""
+    if misfit:
         msg = (
             f"the weights '{path}' do not fit the network that the constructor builds: {misfit}; they were saved from "
             f"'{manifest.constructor}'"

@@ -423,14 +423,14 @@ def _full_precision_weights(model: nn.Module) -> Iterator[None]:
             layer.weight_quantizer = quantizer
 
 
-def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy]) -> nn.Module:
+def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy], *, whole_tensors: bool = True) -> nn.Module:
     """A copy of ``model`` with quantizers that are yet to be calibrated, or loaded.
 
     Where all bits are such that a runtime has them (`is_deployable`) and a layer is in integers, whole tensors are
     quantized, for all that read them, where an integer kernel writes or reads them: sums of a residual network too.
     That takes the symbolic trace of the network, which the copy then is. Where the network cannot be traced, or has
     hooks of its own, which a trace has not, and for fewer than 8 bits, each layer quantizes what it reads, and the copy
-    is the user's own module.
+    is the user's own module; so it is without ``whole_tensors``.
 
     Raises:
         PolicyError: if a layer is not there, or cannot be quantized.
@@ -440,8 +440,8 @@ def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy]) -> nn
     quantized = copied(model)
     modules = dict(quantized.named_modules(remove_duplicate=False))
     _check(layers, modules)
-    are_whole_tensors = is_deployable(layers) and any(map(is_integer, layers.values())) and not has_hooks(quantized)
-    traced = symbolic_trace(quantized) if are_whole_tensors else None
+    is_traceable = is_deployable(layers) and any(map(is_integer, layers.values())) and not has_hooks(quantized)
+    traced = symbolic_trace(quantized) if whole_tensors and is_traceable else None
     if traced is not None:
         integer = {name for name, layer in layers.items() if is_integer(layer)}
         _quantize_tensors(traced, integer)

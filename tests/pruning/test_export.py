@@ -573,3 +573,20 @@ def test_what_no_plain_program_holds_is_told_as_such(tmp_path: Path) -> None:
         "'torch.ops.higher_order.wrap_with_autocast', which is no operator of a network"
     )
     assert not (tmp_path / "model.pt2").exists()
+
+
+def test_a_network_that_was_quantized_with_a_hook_is_loaded(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
+
+    model, images = build(), torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    model.register_forward_hook(lambda *_: None)
+    layers = dict.fromkeys("02", LayerPolicy(weight_bits=8, act_bits=8))
+    quantized = quantize_layers(model, layers, [images])
+
+    save_compressed(
+        quantized, CompressionPolicy(layers=layers), tmp_path, constructor="build", example_inputs=images[:2]
+    )
+
+    assert torch.equal(load_compressed(tmp_path, build)(images), quantized(images))
