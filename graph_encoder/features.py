@@ -20,6 +20,7 @@ from .network import KINDS, ChannelGroup, NetworkGraph, Operator
 
 BOUND = 10.0
 _LARGEST_FLOOR = 0.5
+"""Of a loss: that of a single image would be 1, whose logarithm is none to divide by."""
 
 SENSITIVITY_KEEP_RATIOS = (0.3, 0.6)
 """Keep ratios at which the sensitivity of a group alone is shown."""
@@ -163,12 +164,10 @@ def sensitivity_features(lost: NDArray[np.float64], floor: NDArray[np.float64] |
 
     The logarithm is what a plan responds to: groups differ in sensitivity by orders of magnitude.
     """
+    floor = np.minimum(floor, _LARGEST_FLOOR)
     # The floor's logarithm is Python's: numpy's may differ in the last digit from one processor to another.
-    # Of a single image any loss is one of noise.
-    logs: NDArray[np.float64] = np.vectorize(math.log)(np.minimum(floor, _LARGEST_FLOOR))
-    shown: NDArray[np.float32] = (1 - np.log(np.clip(lost, np.minimum(floor, _LARGEST_FLOOR), 1)) / logs).astype(
-        np.float32
-    )
+    logs: NDArray[np.float64] = np.vectorize(math.log)(floor)
+    shown: NDArray[np.float32] = (1 - np.log(np.clip(lost, floor, 1)) / logs).astype(np.float32)
     return shown
 
 
