@@ -569,7 +569,8 @@ def _ladder(
 ) -> Counts:
     """Unit counts that a group may keep: multiples of its rounding from its least that suit patterns, and all."""
     default = WIDE_ROUNDING if group.size >= WIDE else 1
-    step = rounding.get(group.name, default) if isinstance(rounding, Mapping) else (rounding or default)
+    step = rounding.get(group.name, default) if isinstance(rounding, Mapping) else rounding
+    step = default if step is None else step
     if step < 1:
         msg = f"rounding of group '{group.name}' is {step}; it must be at least 1 unit"
         raise ValueError(msg)

@@ -64,7 +64,7 @@ Table = Annotated[
 Evaluations = Annotated[int | None, typer.Option(help="Evaluations of each method; 300 by default.")]
 Criterion = Annotated[str | None, typer.Option(help="Importance: l1 (default), l2, fpgm, taylor or bn_scale.")]
 Rounding = Annotated[
-    int | None, typer.Option(help="Keep multiples of so many channels; by default 8 from 128 on, else 1.")
+    int | None, typer.Option(min=1, help="Keep multiples of so many channels; by default 8 from 128 on, else 1.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of search, data order and training; 0 by default.")]
 Device = Annotated[str | None, typer.Option(help="cpu (default), cuda, cuda:1 or mps.")]
@@ -378,7 +378,7 @@ def latency_build(
             rounding=rounding,
             bits=(8, 32) if integers else (32,),
             n_networks=networks,
-            remote=Remote(host, host_python) if host else None,
+            remote=Remote(host, host_python) if host is not None else None,
             say=_to_stderr,
         )
         for name in model
@@ -416,7 +416,7 @@ def latency_check(
             n_policies=policies,
             seed=seed,
             integers=integers,
-            remote=Remote(host, host_python) if host else None,
+            remote=Remote(host, host_python) if host is not None else None,
             say=_to_stderr,
         )
         for name in model
@@ -452,7 +452,7 @@ def latency_measure(
         threads=threads or (1,),
         cpus=read_cpus(cpus),
         rounds=rounds,
-        remote=Remote(host, host_python) if host else None,
+        remote=Remote(host, host_python) if host is not None else None,
         say=_to_stderr,
     )
     if as_json:

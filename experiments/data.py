@@ -1,6 +1,7 @@
 """Images for training, searching and testing: the recipe that names them, their splits, batches and accuracy."""
 
 import difflib
+import posixpath
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
@@ -16,7 +17,7 @@ from torchvision.transforms.v2 import functional as transforms
 from graph_encoder.modes import evaluation_mode, mixed_precision
 from pruning.integer_network import in_integers
 
-from .image_folder import class_names, first_image, image_names, read_image_folder
+from .image_folder import classes_and_size, first_image, read_image_folder
 from .images import DataError, ImageSplit, MissingSplitError, choose, read_list
 from .sources import FunctionSource, check_built_in, read_bundled, read_cifar
 from .user_function import is_reference
@@ -59,6 +60,12 @@ class SplitRecipe(BaseModel):
     sources have train, validation and test."""
     list_file: Path | None = None
     """Text file with the images to take, relative to the folder, one a line; all images if unset."""
+
+    @field_validator("folder")
+    @classmethod
+    def _written_in_one_way(cls, folder: str) -> str:
+        # So that test/ and test are the same folder.
+        return posixpath.normpath(folder)
 
 
 class DataRecipe(BaseModel):
@@ -153,10 +160,12 @@ class ImageData:
 
         A folder's other images are not decoded for it, which can take minutes. (An archive is read whole in any case.)
         """
-        recipe, split = self.recipe, self.recipe.train
-        if recipe.source not in _BUILT_IN and (root := Path(recipe.source)).is_dir():
+        source, split = self.recipe.source, self.recipe.train
+        if source not in _BUILT_IN and Path(source).is_dir():
             return self._checked(
-                first_image(root, split.folder, split.list_file, size=recipe.size, grayscale=recipe.grayscale)
+                first_image(
+                    Path(source), split.folder, split.list_file, size=self.recipe.size, grayscale=self.recipe.grayscale
+                )
             )
         return self.train.take(torch.tensor([0]))
 
@@ -193,16 +202,16 @@ class ImageData:
 
         Raises:
             MissingSplitError: if one was asked for and is not there.
-            DataError: if it holds no image or other classes, or its list names an image that is not there.
+            DataError: if it holds no image, images of another size or other classes, or its list names an image that
+                is not there.
         """
         source, split = self.recipe.source, self.recipe.test
         try:
             if source in _BUILT_IN:
                 check_built_in(split.folder, source)
             elif (root := Path(source)).exists():
-                self._check_classes("test", class_names(root, split.folder), self.sample.classes)
-                if split.list_file is not None:
-                    image_names(root, split.folder, split.list_file)
+                classes, size = classes_and_size(root, split.folder, split.list_file)
+                self._check_like_train("test", classes, None if self.recipe.size else size)
             else:
                 self._function.check(split.folder)
         except MissingSplitError as error:
@@ -245,8 +254,20 @@ class ImageData:
 
     def _read_like_train(self, name: Literal["validation", "test"]) -> ImageSplit:
         images = self._read(getattr(self.recipe, name))
-        self._check_classes(name, images.classes, self.classes)
+        height, width = images.images.shape[2:]
+        self._check_like_train(name, images.classes, (width, height))
         return images
+
+    def _check_like_train(self, name: str, classes: tuple[str, ...], size: tuple[int, int] | None) -> None:
+        self._check_classes(name, classes, self.sample.classes)
+        height, width = self.sample.images.shape[2:]
+        if size not in (None, (width, height)):
+            own = "x".join(map(str, size or ()))
+            msg = (
+                f"images of {name} are {own} pixels, those of train {width}x{height}, in '{self.recipe.source}'; give "
+                f"a size to bring all images to, such as --set data.size={min(height, width)}"
+            )
+            raise DataError(msg)
 
     def _check_classes(self, name: str, own: tuple[str, ...], trained: tuple[str, ...]) -> None:
         if own != trained:

@@ -1,5 +1,6 @@
 """Image folders, ``<root>/<split>/<class>/<image>``, as files or inside an archive that is never unpacked to disk."""
 
+import gzip
 import io
 import lzma
 import posixpath
@@ -7,16 +8,15 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from pruning.files import write_atomic
-
-from .images import DataError, ImageSplit, MissingSplitError, cached_split, check_listed, read_list
+from .images import DataError, ImageSplit, MissingSplitError, cached_split, check_listed, read_list, write_list
 
 _SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
@@ -26,6 +26,27 @@ _LAST_NUMBER = re.compile(r"(\d+)\D*$")
 
 ImageFile = Path | bytes
 """A file on disk, or the bytes of a member of an archive."""
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """What lies below a folder: its files, and every folder, empty ones too, by their paths relative to it."""
+
+    files: Mapping[str, ImageFile]
+    folders: Collection[str]
+
+    def below(self, folder: str) -> "_Tree":
+        """What of it lies below one of its folders."""
+        start = f"{folder}/"
+        return _Tree(
+            {name.removeprefix(start): file for name, file in self.files.items() if name.startswith(start)},
+            [name.removeprefix(start) for name in self.folders if name.startswith(start)],
+        )
+
+    @property
+    def tops(self) -> set[str]:
+        """What lies in it at once, but for what begins with a dot."""
+        return {top for name in (*self.files, *self.folders) if not (top := name.split("/", 1)[0]).startswith(".")}
 
 
 def read_image_folder(
@@ -42,8 +63,8 @@ def read_image_folder(
         grayscale: one channel in place of three.
 
     Raises:
-        DataError: if there is no such folder, it is empty or a class in it holds other files alone, an image is broken
-            or of another size, or the list names an image that is not there.
+        DataError: if there is no such folder, it is empty or a class in it holds no image, an image is broken or of
+            another size, or the list names an image that is not there.
     """
     names = read_list(list_file) if list_file is not None else None
 
@@ -66,9 +87,21 @@ def first_image(
     return _decode(root, folder, files, names[:1], size, grayscale)
 
 
-def image_names(root: Path, folder: str, list_file: Path | None = None) -> tuple[str, ...]:
-    """What the images of a split are called, none of them decoded; arguments and errors of `read_image_folder`."""
-    return _listed(image_files(root, folder), list_file)
+def classes_and_size(
+    root: Path, folder: str, list_file: Path | None = None
+) -> tuple[tuple[str, ...], tuple[int, int] | None]:
+    """Names of a split's classes, in label order, and the width and height of its first image; no image is decoded.
+
+    The size is what the image's header says, None where it has none. Arguments and errors are those of
+    `read_image_folder`.
+    """
+    files = image_files(root, folder)
+    first = files[_listed(files, list_file)[0]]
+    try:
+        with Image.open(_readable(first)) as opened:
+            return _classes(files), opened.size
+    except Exception:  # Pillow raises many types on broken input, which is named when it is decoded
+        return _classes(files), None
 
 
 def write_split_lists(root: Path, folder: str, out: Path) -> tuple[Path, Path]:
@@ -99,7 +132,7 @@ def write_split_lists(root: Path, folder: str, out: Path) -> tuple[Path, Path]:
         raise DataError(msg)
     paths = _list_files(folder, out)
     for path, names in zip(paths, lists, strict=True):
-        write_atomic(path, "".join(f"{name}\n" for name in names).encode())
+        write_list(path, names)
     return paths
 
 
@@ -120,18 +153,17 @@ def image_files(root: Path, folder: str) -> dict[str, ImageFile]:
     Links are followed; what begins with a dot is left out.
 
     Raises:
-        DataError: if ``root`` cannot be read, has no such folder, the folder holds no image, or one of a class other
-            files alone.
+        DataError: if ``root`` cannot be read, has no such folder, or the folder or that of a class holds no image.
     """
     if not root.exists():
         msg = f"no image folder or archive '{root}'"
         raise DataError(msg)
     folder = _clean(folder)
-    files = _folder_files(root, folder) if root.is_dir() else _archive_files(root, folder)
+    tree = _folder_tree(root, folder) if root.is_dir() else _archive_tree(root, folder)
     # A class is a folder: an image that lies beside the class folders has no label.
-    files = {name: file for name, file in files.items() if "/" in name and not _is_hidden(name)}
-    classes = {name.split("/", 1)[0] for name in files}
-    files = {name: file for name, file in files.items() if PurePosixPath(name).suffix.lower() in _SUFFIXES}
+    within = {name: file for name, file in tree.files.items() if "/" in name and not _is_hidden(name)}
+    classes = {name.split("/", 1)[0] for name in (*within, *tree.folders) if not _is_hidden(name)}
+    files = {name: file for name, file in within.items() if PurePosixPath(name).suffix.lower() in _SUFFIXES}
     if not files:
         msg = (
             f"no images in '{folder}' of '{root}'; expected {folder}/<class>/<image> with one of the suffixes "
@@ -140,17 +172,12 @@ def image_files(root: Path, folder: str) -> dict[str, ImageFile]:
         raise MissingSplitError(msg)
     if empty := sorted(classes - {name.split("/", 1)[0] for name in files}):
         msg = (
-            f"no images in the class folder '{folder}/{empty[0]}' of '{root}', only files with other suffixes than "
-            f"{', '.join(sorted(_SUFFIXES))}; labels are the places of the class folders, so convert them, or take "
-            "the folder away"
+            f"no images in the class folder '{folder}/{empty[0]}' of '{root}', no file with one of the suffixes "
+            f"{', '.join(sorted(_SUFFIXES))}; labels are the places of the class folders, so put images into it, or "
+            "take the folder away from every split"
         )
         raise DataError(msg)
     return dict(sorted(files.items()))
-
-
-def class_names(root: Path, folder: str) -> tuple[str, ...]:
-    """Names of a split's classes, in label order, no image decoded; errors of `image_files`."""
-    return _classes(image_files(root, folder))
 
 
 def _classes(names: Mapping[str, object]) -> tuple[str, ...]:
@@ -170,11 +197,12 @@ def _listed(files: dict[str, ImageFile], list_file: Path | None) -> tuple[str, .
     return names
 
 
-def _folder_files(root: Path, folder: str) -> dict[str, ImageFile]:
+def _folder_tree(root: Path, folder: str) -> _Tree:
     top = root / folder
     if not top.is_dir():
-        raise _missing_folder(root, folder, sorted(path.name for path in root.iterdir() if path.is_dir()))
-    return {path.relative_to(top).as_posix(): path for path in _walk(top)}
+        raise _missing_folder(root, folder, [path.name for path in root.iterdir() if path.is_dir()])
+    files = {path.relative_to(top).as_posix(): path for path in _walk(top)}
+    return _Tree(files, [path.name for path in top.iterdir() if path.is_dir()])
 
 
 def _walk(top: Path, around: frozenset[Path] = frozenset()) -> Iterator[Path]:
@@ -194,36 +222,63 @@ def _walk(top: Path, around: frozenset[Path] = frozenset()) -> Iterator[Path]:
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
 
 
-def _archive_files(root: Path, folder: str) -> dict[str, ImageFile]:
+def _archive_tree(root: Path, folder: str) -> _Tree:
     try:
-        members = _zip_members(root) if root.suffix.lower() == ".zip" else _tar_members(root)
+        whole = _zip_tree(root) if root.suffix.lower() == ".zip" else _tar_tree(root)
     except _BROKEN as error:
         msg = f"cannot read the archive '{root}': {error}; a folder or one of {', '.join(_ARCHIVES)} is expected"
         raise DataError(msg) from error
-    tops = {name.split("/", 1)[0] for name in members}
-    prefix = folder
-    if len(tops) == 1 and folder.split("/", 1)[0] not in tops:
-        # Many archives hold everything in one folder named after themselves.
-        prefix = f"{next(iter(tops))}/{folder}"
-    found = {name[len(prefix) + 1 :]: data for name, data in members.items() if name.startswith(f"{prefix}/")}
-    if not found:
-        raise _missing_folder(root, folder, sorted({name.split("/", 1)[0] for name in members}))
+    whole = _Tree(
+        {name: file for name, file in whole.files.items() if not name.startswith(f"{_APPLE}/")}, whole.folders
+    )
+    if folder == ".":
+        return whole
+    tops = whole.tops - {_APPLE}
+    # Many archives hold everything in one folder named after themselves.
+    is_wrapped = len(tops) == 1 and folder.split("/", 1)[0] not in tops
+    found = whole.below(f"{next(iter(tops))}/{folder}" if is_wrapped else folder)
+    if not found.files and not found.folders:
+        raise _missing_folder(root, folder, tops)
     return found
 
 
-def _tar_members(root: Path) -> dict[str, ImageFile]:
+class _WholeHeader(tarfile.TarInfo):
+    """The header of a member, where `tarfile` would take one that is damaged or cut off for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:  # type: ignore[override]
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                raise
+            msg = f"it is damaged or cut off at byte {archive.offset:,} ({error})"
+            raise tarfile.ReadError(msg) from error
+
+
+def _tar_tree(root: Path) -> _Tree:
     members: dict[str, ImageFile] = {}
+    folders: list[str] = []
     links: dict[str, str] = {}
     # A stream reads a compressed archive once from front to back; random access would decompress it again and again.
-    with tarfile.open(root, "r|*") as archive:
+    # One that was compressed with gzip is read to its end, where the checksum is that `tarfile` leaves out.
+    with (
+        root.open("rb") as opened,
+        gzip.open(opened) if opened.peek(2)[:2] == b"\x1f\x8b" else opened as stream,
+        tarfile.open(fileobj=stream, mode="r|*", tarinfo=_WholeHeader) as archive,
+    ):
         for member in archive:
             if member.isfile() and (file := archive.extractfile(member)) is not None:
                 members[_clean(member.name)] = file.read()
+            elif member.isdir():
+                folders.append(_clean(member.name))
             elif member.islnk() or member.issym():
                 # The first kind names a member, the second a place seen from its own.
                 start = posixpath.dirname(member.name) if member.issym() else ""
                 links[_clean(member.name)] = posixpath.normpath(posixpath.join(start, member.linkname))
-    return _without_apples(_linked(members, links))
+        while stream.read(2**20):
+            pass
+    return _Tree(_linked(members, links), folders)
 
 
 def _linked(members: dict[str, ImageFile], links: Mapping[str, str]) -> dict[str, ImageFile]:
@@ -245,23 +300,19 @@ def _linked(members: dict[str, ImageFile], links: Mapping[str, str]) -> dict[str
     return whole
 
 
-def _zip_members(root: Path) -> dict[str, ImageFile]:
+def _zip_tree(root: Path) -> _Tree:
     with zipfile.ZipFile(root) as archive:
-        return _without_apples(
-            {_clean(info.filename): archive.read(info) for info in archive.infolist() if not info.is_dir()}
-        )
-
-
-def _without_apples(members: dict[str, ImageFile]) -> dict[str, ImageFile]:
-    return {name: file for name, file in members.items() if not name.startswith(f"{_APPLE}/")}
+        folders = [info for info in archive.infolist() if info.is_dir()]
+        files = {_clean(info.filename): archive.read(info) for info in archive.infolist() if not info.is_dir()}
+    return _Tree(files, [_clean(info.filename) for info in folders])
 
 
 def _clean(name: str) -> str:
     return str(PurePosixPath(name))
 
 
-def _missing_folder(root: Path, folder: str, present: list[str]) -> MissingSplitError:
-    msg = f"no folder '{folder}' in '{root}'; it has {', '.join(present[:10]) or 'no folders'}"
+def _missing_folder(root: Path, folder: str, present: Collection[str]) -> MissingSplitError:
+    msg = f"no folder '{folder}' in '{root}'; it has {', '.join(sorted(present)[:10]) or 'no folders'}"
     return MissingSplitError(msg)
 
 
@@ -270,9 +321,11 @@ def _fingerprint(root: Path, folder: str) -> tuple[object, ...]:
     if not root.is_dir():
         stat = root.stat() if root.exists() else None
         return (str(root.resolve()), stat and (stat.st_size, stat.st_mtime_ns))
-    stats = ((path, path.stat()) for path in sorted(_walk(root / folder)))
+    top = root / folder
+    folders = sorted(path.name for path in top.iterdir() if path.is_dir()) if top.is_dir() else []
+    stats = ((path, path.stat()) for path in sorted(_walk(top)))
     files = ((path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
-    return (str(root.resolve()), *files)
+    return (str(root.resolve()), *folders, *files)
 
 
 def _decode(
@@ -308,7 +361,7 @@ def _decode_one(
     root: Path, folder: str, name: str, file: ImageFile, size: int | None, grayscale: bool
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
+        with Image.open(_readable(file)) as opened:
             image = _eight_bits(opened).convert("L" if grayscale else "RGB")
     except Exception as error:  # Pillow's decoders raise many types on broken input
         msg = f"broken image '{folder}/{name}' in '{root}' ({error}); replace it, or leave it out with a list file"
@@ -319,13 +372,17 @@ def _decode_one(
     return array[..., None] if grayscale else array
 
 
+def _readable(file: ImageFile) -> io.BytesIO | Path:
+    return io.BytesIO(file) if isinstance(file, bytes) else file
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     """The image with values of 8 bits: Pillow would cut larger ones off.
 
     Raises:
         ValueError: if its values have no greatest one to divide by.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         kind = "integers" if image.mode == "I" else "floats"

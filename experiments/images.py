@@ -18,7 +18,11 @@ from pruning.files import FileWriteError, write_atomic
 _log = logging.getLogger(__name__)
 
 # Part of every cache key: raise it when the same files decode to something else.
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
+
+
+_ANY_NAME = "surrogateescape"
+"""How names of files that are not UTF-8 are written and read."""
 
 
 class DataError(ValueError):
@@ -103,6 +107,11 @@ def _load(path: Path) -> ImageSplit:
         )
 
 
+def write_list(path: Path, names: Sequence[str]) -> None:
+    """Write relative paths as `read_list` reads them; `FileWriteError` if that cannot be done."""
+    write_atomic(path, "".join(f"{name}\n" for name in names).encode(errors=_ANY_NAME))
+
+
 def read_list(path: Path) -> tuple[str, ...]:
     """The relative paths in a list file, one a line; blank lines are skipped.
 
@@ -110,11 +119,11 @@ def read_list(path: Path) -> tuple[str, ...]:
         DataError: if the file cannot be read, is empty, or names a path twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8-sig", errors=_ANY_NAME).split("\n")
+    except OSError as error:
         msg = f"cannot read the list of images '{path}': {error}"
         raise DataError(msg) from error
-    names = [line.strip() for line in lines if line.strip()]
+    names = [line for line in lines if line.strip()]
     if not names:
         msg = f"the list of images '{path}' is empty; it holds one relative path a line, such as 'cat/0001.jpg'"
         raise DataError(msg)

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from latency.table import LatencyTable
-from pruning.files import write_atomic
+from pruning.files import FileWriteError, write_atomic
 
 from .config import RunConfig, load_config
 from .machine import Machine
@@ -38,8 +38,14 @@ def locked(file: Path, where: str) -> Iterator[None]:
 
     Raises:
         RunBusyError: if another process holds the lock.
+        FileWriteError: if the file cannot be made.
     """
-    with file.open("w") as opened:
+    try:
+        opened = file.open("w")
+    except OSError as error:
+        msg = f"cannot write into '{file.parent}': {error.strerror}"
+        raise FileWriteError(error.errno, msg) from error
+    with opened:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

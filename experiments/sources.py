@@ -13,6 +13,8 @@ from .images import DataError, ImageSplit, MissingSplitError, cache_folder, cach
 from .user_function import call, call_function
 
 _FOLDERS = ("train", "validation", "test")
+_MOST_CLASSES = 10**6
+"""Greater labels number something else."""
 
 
 def read_bundled(folder: str) -> ImageSplit:
@@ -107,8 +109,18 @@ class FunctionSource:
         images, labels = self._pair(folder)
         classes = self._splits.get("classes")
         if classes is None:
-            n_classes = int(self._pair("train" if "train" in self._splits else folder)[1].max()) + 1
+            trained = self._pair("train" if "train" in self._splits else folder)[1]
+            n_classes = int(trained.max()) + 1
+            if n_classes > _MOST_CLASSES:
+                msg = (
+                    f"the labels that '{self._reference}' returned reach {n_classes - 1:,}; number the classes from 0, "
+                    "or name all of them under the key 'classes'"
+                )
+                raise DataError(msg)
             classes = [str(i) for i in range(n_classes)]
+        elif not isinstance(classes, list | tuple | np.ndarray):
+            msg = f"'classes' of '{self._reference}' is {type(classes).__name__}; give a list of names, in label order"
+            raise DataError(msg)
         if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
             msg = (
                 f"{self._named(folder)} has labels from {int(labels.min())} to {int(labels.max())}; with "
@@ -160,7 +172,7 @@ def _pair(value: Any | Callable[[], Any], what: str) -> tuple[Tensor, Tensor]:
     if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
         msg = f"{what} has images of {images.dtype} {tuple(images.shape)}; expected torch.uint8 (N, C, H, W), 0 to 255"
         raise DataError(msg)
-    if labels.is_floating_point() or labels.shape != images.shape[:1]:
+    if labels.is_floating_point() or labels.is_complex() or labels.shape != images.shape[:1]:
         msg = f"{what} has labels of {labels.dtype} {tuple(labels.shape)}; expected integers ({len(images)},)"
         raise DataError(msg)
     return images, labels.to(torch.int64)

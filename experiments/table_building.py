@@ -8,6 +8,7 @@ from typing import Any
 
 from latency.decision import EIGHT_BITS
 from latency.predict import LatencyModel, calibrated
+from latency.runtimes import LatencyError
 from latency.table import Calibration, LatencyTable, build_table, needed_kinds, network_key, start_table
 from pruning.files import FileWriteError
 from pruning.layer_policy import FULL_BITS
@@ -61,10 +62,13 @@ def build_named(
 
     Raises:
         TableError: if ``out`` is the table of another device, or not a table.
-        LatencyError: if the runtime cannot be used here.
+        LatencyError: if the runtime cannot be used here, or not with these bits.
         RunBusyError: if another process builds the table.
     """
     device = device_for(runtime, threads, remote, cpus)
+    if EIGHT_BITS in bits and device.takes == "module":
+        msg = f"runtime '{runtime}' computes in floats alone; build without --integers, or for one that reads ONNX"
+        raise LatencyError(msg)
     # A network that cannot be built leaves nothing behind.
     network = TimedNetwork.build(model, shape, n_classes, rounding)
     try:

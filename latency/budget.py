@@ -14,10 +14,11 @@ from .cost import FLOPS_PER_MAC, CostKind
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _PATTERN = re.compile(
-    r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(%|[kmgt])?\s*(macs|flops|params|bytes|b|bops|latency)?\s*", re.IGNORECASE
+    r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(%|[kmgt])?\s*(macs|flops|params|bytes|b|bops|latency)?\s*",
+    re.IGNORECASE | re.ASCII,
 )
 _BARE = re.compile(r"\s*[0-9]*\.?[0-9]+\s*")
-_TIME = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(ms|us|\u00b5s|\u03bcs)\s*", re.IGNORECASE)
+_TIME = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*([mu\u00b5\u03bc]s)\s*")
 _NS = {"ms": 10**6, "us": 10**3, "\u00b5s": 10**3, "\u03bcs": 10**3}
 """Nanoseconds of each unit; of the two micro signs one is the Greek letter."""
 _KINDS: dict[str, CostKind] = {
@@ -81,9 +82,12 @@ class Budget(BaseModel):
         Raises:
             BudgetError: if the text is none of these, or a share is not above 0 and at most 1.
         """
-        if time := _TIME.fullmatch(str(text)):
-            number = float(time[1]) * _NS[time[2].lower()]
-            return cls(kind="latency", absolute=max(1, math.floor(_finite(number, text))))
+        if time := _TIME.fullmatch(str(text).lower()):
+            number = float(time[1]) * _NS[time[2]]
+            if number < 1:
+                msg = f"budget '{text}' is less than a nanosecond; nothing runs in no time"
+                raise BudgetError(msg)
+            return cls(kind="latency", absolute=math.floor(_finite(number, text)))
         match = _PATTERN.fullmatch(str(text))
         if match is None:
             msg = (
@@ -107,7 +111,7 @@ class Budget(BaseModel):
         if kind == "latency":
             msg = f"budget '{text}' is a latency above 1 without a unit of time; write '{match[1]} ms', or a share"
             raise BudgetError(msg)
-        count = number * _UNITS[scale] / (FLOPS_PER_MAC if unit == "flops" else 1)
+        count = _finite(number * _UNITS[scale], text) / (FLOPS_PER_MAC if unit == "flops" else 1)
         if not unit:
             msg = (
                 f"budget '{text}' is above 1 and has no unit; write '{text} macs', '{text} flops', '{text} params', "

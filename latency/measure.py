@@ -241,7 +241,8 @@ def compare(times: ArrayLike, baseline: ArrayLike, *, confidence: float = 0.95, 
         resolution: smallest difference that is worth telling, as a share of the baseline's time.
 
     Raises:
-        ValueError: if there are not as many times as baseline times, or too few for the confidence.
+        ValueError: if there are not as many times as baseline times, too few for the confidence, or ``resolution`` is
+            not above 0.
     """
     mine, other = np.asarray(times, dtype=float), np.asarray(baseline, dtype=float)
     if mine.shape != other.shape or mine.ndim != 1:
@@ -249,6 +250,9 @@ def compare(times: ArrayLike, baseline: ArrayLike, *, confidence: float = 0.95, 
         raise ValueError(msg)
     ratios = np.sort(mine / other)
     n = len(ratios)
+    if resolution <= 0:
+        msg = f"a resolution of {resolution:g}; no number of rounds tells times that are alike apart, so pass more"
+        raise ValueError(msg)
     rank = _lower_rank(n, confidence)
     if rank == 0:
         least = math.ceil(1 - math.log2(1 - confidence))

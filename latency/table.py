@@ -455,20 +455,18 @@ class LatencyTable:
                 msg = f"the latency table '{path}' has format version {version}, this release reads {readable}"
                 raise TableError(msg)
             kinds = [_read_kind(dict(entry)) for entry in content["kinds"]]
-            if not 0 < float(content["reference_ns"]) < math.inf:
-                msg = f"a reference layer of {content['reference_ns']} ns"
-                raise ValueError(msg)
+            reference = _positive(content["reference_ns"], "reference_ns")
             return cls(
                 _read_fingerprint(dict(content["fingerprint"])),
-                float(content["reference_ns"]),
-                float(content["empty"]),
+                reference,
+                _positive(content["empty"], "empty"),
                 {times.kind: times for times in kinds},
-                {key: Calibration(**value) for key, value in content["calibrations"].items()},
+                {key: _read_calibration(value) for key, value in content["calibrations"].items()},
             )
         except OSError as error:
             msg = f"cannot read the latency table '{path}': {error.strerror}"
             raise TableError(msg) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             msg = f"cannot read the latency table '{path}': {type(error).__name__}: {error}; build it again"
             raise TableError(msg) from error
 
@@ -485,9 +483,31 @@ def _read_kind(entry: dict[str, Any]) -> KindTimes:
     if ratios.shape != (len(inputs), len(outputs)):
         msg = f"times of shape {ratios.shape} for {len(inputs)} x {len(outputs)} channel counts"
         raise ValueError(msg)
+    for ratio in ratios[~np.isnan(ratios)]:
+        _positive(ratio, "a layer's time")
+    for counts in (inputs, outputs):
+        if list(counts) != sorted({int(count) for count in counts if count > 0}):
+            msg = f"channel counts {list(counts)} in place of rising whole numbers"
+            raise ValueError(msg)
     entry.setdefault("dilation", ())
     entry |= {name: tuple(entry[name]) for name in ("kernel", "stride", "out_size", "dilation")}
     return KindTimes(LayerKind(**entry), inputs, outputs, ratios)
+
+
+def _read_calibration(entry: dict[str, Any]) -> Calibration:
+    found = Calibration(**entry)
+    for name, value in asdict(found).items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            msg = f"a calibration with {name} {value!r}"
+            raise ValueError(msg)
+    return found
+
+
+def _positive(value: Any, what: str) -> float:
+    if not 0 < (number := float(value)) < math.inf:
+        msg = f"{what} of {value}"
+        raise ValueError(msg)
+    return number
 
 
 def network_key(graph: NetworkGraph) -> str:

@@ -15,6 +15,9 @@ import torch
 class FileWriteError(OSError):
     """A file could not be written; what stood there before is untouched."""
 
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint or an agent's file that cannot be read, or cannot be used here; the message says which and why."""

@@ -108,7 +108,7 @@ def finetune(
         seed: of dropout and whatever else the model draws; the batches have their own.
         first_epoch: number of the first epoch for what is drawn, where others came before; the schedule starts anew.
         checkpoint: file in which the state is kept after each epoch, with the one before beside it.
-        evaluate: accuracy after each epoch; it may look at validation images, never at the test's.
+        evaluate: accuracy of the network, in evaluation mode, after each epoch; it may look at validation images, never at the test's.
         on_epoch: called after each epoch with its number (from 1), loss and accuracy, once the checkpoint is written.
 
     Raises:
@@ -159,7 +159,8 @@ def finetune(
             with _seeded(seed, first_epoch + epoch, _device(model)):
                 loss, accuracy = _train_epoch(model, drawn, optimizer, objective, rates, epoch, autocast)
             if evaluate is not None:
-                accuracy = evaluate(model)
+                with evaluation_mode(model):
+                    accuracy = evaluate(model)
             progress = progress.plus(loss, accuracy, time.perf_counter() - started)
             if checkpoint:
                 _save(checkpoint, settings, model, optimizer, progress)
@@ -181,6 +182,10 @@ def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     chosen = {id(step) for step in steps}
     others = {"params": [parameter for parameter in model.parameters() if id(parameter) not in chosen]}
     return [others, {"params": steps, "weight_decay": 0.0}] if steps else [others]
+
+
+_PARTS = {"settings", "losses", "accuracies", "seconds", "model", "optimizer"}
+"""Of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -209,9 +214,11 @@ class _Objective:
         divergence = F.kl_div(
             F.log_softmax(logits / self.temperature, dim=1),
             F.log_softmax(target / self.temperature, dim=1),
-            reduction="batchmean",
+            reduction="none",
             log_target=True,
         )
+        # Over the classes of each label, of which a network for maps has many an image.
+        divergence = divergence.sum(dim=1).mean()
         return (1 - self.weight) * loss + self.weight * self.temperature**2 * divergence
 
 
@@ -318,6 +325,9 @@ def _restore(
     for path in existing:
         try:
             content = load_checked(path, _device(model))
+            if not isinstance(content, dict) or not content.keys() >= _PARTS:
+                failures.append(f"'{path}' is no checkpoint of a training")
+                continue
         except Exception as error:  # a damaged archive fails in the unzipper, the unpickler or the tensor reader
             failures.append(f"'{path}' cannot be read ({first_line(error)})")
             continue

@@ -1,3 +1,4 @@
+import gzip
 import io
 import logging
 import os
@@ -85,13 +86,13 @@ def test_list_of_a_split_is_taken_in_the_folder_of_its_name() -> None:
 
 
 def packed(root: Path, path: Path, prefix: str = "") -> Path:
-    files = [file for file in sorted(root.rglob("*")) if file.is_file()]
+    files = [file for file in sorted(root.rglob("*")) if file.is_file() or not any(file.iterdir())]
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as archive:
             for file in files:
                 archive.write(file, prefix + file.relative_to(root).as_posix())
     else:
-        with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as tar:
             for file in files:
                 tar.add(file, prefix + file.relative_to(root).as_posix())
     return path
@@ -499,11 +500,115 @@ def test_class_folder_without_a_readable_image_is_refused(root: Path, tmp_path: 
     source = packed(root, tmp_path / kind) if kind else root
 
     assert failure(lambda: read_image_folder(source, "train/")) == (
-        f"no images in the class folder 'train/cat' of '{source}', only files with other suffixes than .bmp, .jpeg, "
-        ".jpg, .pgm, .png, .ppm, .tif, .tiff, .webp; labels are the places of the class folders, so convert them, or "
-        "take the folder away"
+        f"no images in the class folder 'train/cat' of '{source}', no file with one of the suffixes .bmp, .jpeg, "
+        ".jpg, .pgm, .png, .ppm, .tif, .tiff, .webp; labels are the places of the class folders, so put images into "
+        "it, or take the folder away from every split"
     )
     assert read_image_folder(source, "test").classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("kind", ["", "pets.tar", "pets.zip"])
+def test_empty_class_folder_is_refused_as_it_would_shift_labels(root: Path, tmp_path: Path, kind: str) -> None:
+    read_image_folder(root, "train")
+    (root / "train" / "ant").mkdir()
+    source = packed(root, tmp_path / kind) if kind else root
+
+    assert failure(lambda: read_image_folder(source, "train")).startswith(
+        f"no images in the class folder 'train/ant' of '{source}', no file with one of the suffixes .bmp, "
+    )
+
+
+@pytest.mark.parametrize("kind", ["pets.tar", "pets.zip", "pets.tgz"])
+def test_hidden_entries_beside_the_folder_of_an_archive_are_nothing(root: Path, tmp_path: Path, kind: str) -> None:
+    (root / "._data").touch()
+    (root / "data").mkdir()
+    (root / "train").rename(root / "data" / "train")
+    for split in ("validation", "test"):
+        shutil.rmtree(root / split)
+
+    assert read_image_folder(packed(root, tmp_path / kind), "train").classes == ("cat", "dog")
+    assert read_image_folder(packed(root / "data" / "train", tmp_path / f"flat-{kind}"), ".").classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "cut between members"])
+def test_damaged_tar_is_no_smaller_data_set(root: Path, tmp_path: Path, damage: str) -> None:
+    path = packed(root, tmp_path / "pets.tar")
+    with tarfile.open(path) as archive:
+        start = archive.getmembers()[7].offset
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[start + 5] ^= 1
+    else:
+        del content[start + (100 if damage == "cut" else 0) :]
+    path.write_bytes(content)
+
+    assert re.fullmatch(
+        rf"cannot read the archive '{path}': it is damaged or cut off at byte {start:,} \(.+\); a folder or one of .+",
+        failure(lambda: read_image_folder(path, "train")),
+    )
+
+
+def test_flipped_bit_in_a_compressed_archive_is_found(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pets.tar.gz"
+    with gzip.open(path, "wb", compresslevel=0) as file:
+        file.write(packed(root, tmp_path / "pets.tar").read_bytes())
+    content = bytearray(path.read_bytes())
+    content[content.find(b"IDAT") + 10] ^= 1
+    path.write_bytes(content)
+
+    assert "CRC check failed" in failure(lambda: read_image_folder(path, "train"))
+
+
+def test_images_of_another_size_than_the_training_images_are_refused(root: Path, tmp_path: Path) -> None:
+    for path in (root / "test").glob("*/*"):
+        image(1, (9, 8)).save(path)
+    message = (
+        f"images of test are 9x8 pixels, those of train 6x6, in '{root}'; give a size to bring all images to, such as "
+        "--set data.size=6"
+    )
+
+    assert failure(ImageData(DataRecipe(source=str(root))).check_test) == message
+    assert failure(lambda: ImageData(DataRecipe(source=str(root))).test) == message
+    ImageData(DataRecipe(source=str(root), size=6)).check_test()
+
+
+def test_pgm_of_16_bits_keeps_its_values(tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    values = np.array([[0, 257 * 100], [257 * 200, 65535]], ">u2")
+    (tmp_path / "train" / "a" / "0.pgm").write_bytes(b"P5 2 2 65535\n" + values.tobytes())
+
+    assert (read_image_folder(tmp_path, "train").images[0] == torch.tensor([[0, 100], [200, 255]])).all()
+
+
+def test_lists_hold_any_name(root: Path, tmp_path: Path) -> None:
+    for number, name in enumerate((" lead", "two\u2028parts", os.fsdecode(b"\xff\xfe"))):
+        (root / "test" / "cat" / f"00{number}.png").rename(root / "test" / "cat" / f"{name}{number}.png")
+
+    even, odd = write_split_lists(root, "test", tmp_path / "lists")
+    odd.write_bytes(b"\xef\xbb\xbf" + odd.read_bytes().replace(b"\n", b"\r\n"))
+
+    found = [read_image_folder(root, "test", names).paths for names in (even, odd)]
+    assert sorted(found[0] + found[1]) == sorted(read_image_folder(root, "test").paths)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"classes": 2}, "'classes' of 'mine:data' is int; give a list of names, in label order"),
+        (
+            {"train": (torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2**40]))},
+            "the labels that 'mine:data' returned reach 1,099,511,627,776; number the classes from 0, or name all of "
+            "them under the key 'classes'",
+        ),
+    ],
+)
+def test_function_with_labels_of_no_class(
+    monkeypatch: pytest.MonkeyPatch, returned: dict[str, object], message: str
+) -> None:
+    images = (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+    monkeypatch.setattr("experiments.user_function.load_function", lambda _: lambda: {"train": images} | returned)
+
+    assert failure(lambda: ImageData(DataRecipe(source="mine:data", mean=(0.5,), std=(0.5,))).train) == message
 
 
 def test_links_to_images_and_folders_are_followed(root: Path, tmp_path: Path) -> None:
@@ -625,6 +730,8 @@ def test_mistyped_path_gets_the_nearest_path(root: Path) -> None:
 def test_splits_that_would_share_images_are_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="validation and test would share the images of 'test'; give both a list"):
         DataRecipe(source=str(root), validation=SplitRecipe(folder="test"))
+    with pytest.raises(ValidationError, match="validation and test would share the images of 'test'; give both a list"):
+        DataRecipe(source=str(root), validation=SplitRecipe(folder="./test/"))
 
     one, other = tmp_path / "one.txt", tmp_path / "other.txt"
     one.write_text("cat/000.png\ncat/001.png\n")

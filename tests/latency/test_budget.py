@@ -74,6 +74,12 @@ def test_parse_says_what_is_wrong(text: str, message: str) -> None:
         Budget.parse(text)
 
 
+@pytest.mark.parametrize("text", ["1e308T macs", "3 m\u017f", "0 ms", "1e-9 us"])
+def test_parse_refuses_what_nothing_can_cost(text: str) -> None:
+    with pytest.raises(BudgetError):
+        Budget.parse(text)
+
+
 def test_limit_of_a_share_does_not_lose_a_unit_to_float_error() -> None:
     assert Budget(share=0.29).limit(100) == 29
     assert Budget(share=1).limit(10**15 + 1) == 10**15 + 1

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -293,6 +294,36 @@ def test_a_table_without_a_layer_of_the_network_says_which(graph: NetworkGraph) 
 
 
 @pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda table: table.update(empty="NaN"), "ValueError: empty of NaN"),
+        (lambda table: table["kinds"][0]["ratios"][0].__setitem__(0, -5), "ValueError: a layer's time of -5.0"),
+        (lambda table: table["kinds"][0]["ratios"][0].__setitem__(0, 1e999), "ValueError: a layer's time of inf"),
+        (
+            lambda table: table["kinds"][0].update(outputs=table["kinds"][0]["outputs"][::-1]),
+            "ValueError: channel counts [4, 3, 2, 1] in place of rising whole numbers",
+        ),
+        (
+            lambda table: table["calibrations"].update(key={"scale": None}),
+            "ValueError: a calibration with scale None",
+        ),
+    ],
+)
+def test_a_table_with_numbers_that_cannot_be_is_refused(
+    damage: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "table.json"
+    build_table(start_table(FormulaDevice()), FormulaDevice(), {CONV: ((3,), (1, 2, 3, 4))}).save(path)
+    content = json.loads(path.read_text())
+    damage(content)
+    path.write_text(json.dumps(content))
+
+    with pytest.raises(TableError) as caught:
+        LatencyTable.load(path)
+    assert str(caught.value) == f"cannot read the latency table '{path}': {message}; build it again"
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"format_version": 1}', "cannot read the latency table '{}': KeyError: 'kinds'; build it again"),
@@ -304,7 +335,7 @@ def test_a_table_without_a_layer_of_the_network_says_which(graph: NetworkGraph) 
         *(
             (
                 f'{{"format_version": 5, "kinds": [], "reference_ns": {number}}}',
-                f"cannot read the latency table '{{}}': ValueError: a reference layer of {found} ns; build it again",
+                f"cannot read the latency table '{{}}': ValueError: reference_ns of {found}; build it again",
             )
             for number, found in (("0", "0"), ("-5", "-5"), ("NaN", "nan"))
         ),

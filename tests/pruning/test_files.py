@@ -33,7 +33,7 @@ def test_full_disk_leaves_the_older_file_and_nothing_half_written(
         write_atomic(path, b"x" * 5000)
 
     assert str(caught.value) == (
-        f"[Errno {errno.ENOSPC}] cannot write '{path}': no space left on the disk for 5,000 bytes; free some and run "
+        f"cannot write '{path}': no space left on the disk for 5,000 bytes; free some and run "
         "the same command again (an older file of that name is untouched)"
     )
     assert path.read_bytes() == b"old"
@@ -55,9 +55,7 @@ def test_state_that_the_system_refuses_halfway_leaves_the_older_file(tmp_path: P
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
 
-    assert str(caught.value) == (
-        f"[Errno {errno.EFBIG}] cannot write '{path}': File too large (an older file of that name is untouched)"
-    )
+    assert str(caught.value) == (f"cannot write '{path}': File too large (an older file of that name is untouched)")
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
 

@@ -1,3 +1,4 @@
+import copy
 import logging
 import math
 import pickle
@@ -31,6 +32,13 @@ class Blobs:
         order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(epoch))
         for indices in order.chunk(self.n_batches):
             yield self.points[indices], self.labels[indices]
+
+
+class Listed(list[tuple[Tensor, Tensor]]):
+    """The same batches every epoch."""
+
+    def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self)
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -279,6 +287,21 @@ def test_first_loss_mixes_labels_and_teacher_as_hinton_does() -> None:
     assert report.losses[0] == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_distillation_of_maps_weighs_each_position_as_labels_do() -> None:
+    torch.manual_seed(0)
+    teacher, student = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+    points, labels = torch.randn(2, 3, 5, 5), torch.randint(4, (2, 5, 5))
+    flat_points, flat_labels = points.movedim(1, 3).reshape(50, 3, 1, 1), labels.reshape(50, 1, 1)
+    losses = []
+    for data in ([(points, labels)], [(flat_points, flat_labels)]):
+        model = copy.deepcopy(student)
+        train = Listed(data)
+        found = finetune(model, train, epochs=1, learning_rate=0.1, teacher=teacher, distillation_weight=0.5)
+        losses += found.losses
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_distillation_without_a_teacher_is_refused() -> None:
     with pytest.raises(ValueError) as caught:
         finetune(network(), Blobs(), epochs=1, learning_rate=0.1, distillation_weight=0.5)
@@ -304,7 +327,7 @@ def test_modes_are_put_back_and_callback_gets_what_evaluate_returned() -> None:
         Blobs(),
         epochs=2,
         learning_rate=0.1,
-        evaluate=lambda _: 0.25,
+        evaluate=lambda network: 0.0 if any(module.training for module in network.modules()) else 0.25,
         on_epoch=lambda epoch, loss, accuracy: seen.append((epoch, accuracy)),
     )
 
