@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,10 @@ from .network import ForwardError, NetworkGraph, TraceError
 from .opaque import Opaque
 from .symbolic import rewrite
 from .trace import LabelPass, Record
+
+
+_LEAST = 2
+"""Units that a trial leaves: one alone would pass for something that is broadcast, or be squeezed."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,10 @@ class DenseRun:
 def holds_smaller_widths(
     model: nn.Module, graph: NetworkGraph, dense: DenseRun, only: frozenset[int] | None = None
 ) -> Failure | None:
-    """Try the forward pass, on shapes, with units of every offered group gone: of each another share.
+    """Try the forward pass, on shapes, with units of every offered group gone: of each another share, then all but two.
 
-    Equal shares would let pass what binds two groups unseen, ``torch.split(y, y.shape[1] // 2, 1)`` for one.
+    Equal shares would let pass what binds two groups unseen, ``torch.split(y, y.shape[1] // 2, 1)`` for one, and other
+    numbers what happens at equal ones alone, ``if x.shape == y.shape``, or below some width.
 
     Args:
         model: the captured module.
@@ -120,8 +126,8 @@ def holds_smaller_widths(
         only: indices of the groups to shrink; all offered ones by default.
 
     Returns:
-        None if the outputs keep their shapes, every operator costs what the graph predicts, and channels are folded
-        into several dimensions as they were; else the failure.
+        None if the same operators run, the outputs keep their shapes, every operator costs what the graph predicts, and
+        channels are folded into several dimensions as they were; else the failure.
     """
     offered = {i: g.size for i, g in enumerate(graph.groups) if g.is_prunable and (only is None or i in only)}
     for counts in _trials(offered):
@@ -134,7 +140,8 @@ def holds_smaller_widths(
 def _trials(sizes: Mapping[int, int]) -> list[dict[int, int]]:
     """Units that go of each group, by its index: a fifth to seven tenths, and of groups of one size as many others.
 
-    Where there are more groups of a size than such numbers, a second trial tells apart those that have the same.
+    Where there are more groups of a size than such numbers, a second trial tells apart those that have the same. The
+    last trial leaves as many units of each group.
     """
     alike: dict[int, list[int]] = {}
     for index, size in sizes.items():
@@ -151,7 +158,8 @@ def _trials(sizes: Mapping[int, int]) -> list[dict[int, int]]:
             trials[0][index] = numbers[place * step % len(numbers)]
             trials[1][index] = numbers[place * step // len(numbers) % len(numbers)]
     is_told_apart = all(len({trials[0][index] for index in indices}) in (len(indices), 1) for indices in alike.values())
-    return trials[:1] if is_told_apart else trials
+    equal = {index: max(size - _LEAST, 0) for index, size in sizes.items()}
+    return [*(trials[:1] if is_told_apart else trials), equal]
 
 
 def _try(model: nn.Module, graph: NetworkGraph, dense: DenseRun, kept: Mapping[int, Tensor]) -> Failure | None:
@@ -167,6 +175,8 @@ def _try(model: nn.Module, graph: NetworkGraph, dense: DenseRun, kept: Mapping[i
         return Failure(error.modules[-1] if error.modules else "", error.cause)
     except TraceError as error:
         return Failure("", str(error))
+    if (changed := _another_way(dense.record, run.record)) is not None:
+        return changed
     found = run.record.output_shapes
     if found != dense.record.output_shapes:
         message = f"with fewer channels its outputs have shapes {found} instead of {dense.record.output_shapes}"
@@ -179,6 +189,28 @@ def _try(model: nn.Module, graph: NetworkGraph, dense: DenseRun, kept: Mapping[i
     if not dense.record.folds:
         return None
     return _folded_otherwise(dense.record, run.record, removed_positions(graph, kept))
+
+
+def _another_way(dense: Record, small: Record) -> Failure | None:
+    """The first operator that is another one than in the dense network, or reads others.
+
+    ``if x.shape == y.shape`` takes another way where widths that were different are equal.
+    """
+    for expected, found in zip_longest(_steps(dense), _steps(small)):
+        if expected != found:
+            name, kind, _ = found or expected or ("", "", ())
+            message = f"with fewer channels it computes something else (first at '{name}', {kind}): it asks for a width"
+            return Failure(name.partition("#")[0], message)
+    return None
+
+
+def _steps(record: Record) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name and kind of each operator, and the places of those that it reads."""
+    sources: list[list[int]] = [[] for _ in record.operators]
+    for source, target in record.edges:
+        sources[target].append(source)
+    steps = zip(record.operators, sources, strict=True)
+    return [(operator.name, operator.kind, tuple(sorted(read))) for operator, read in steps]
 
 
 def _shrunk_by(graph: NetworkGraph, counts: Mapping[int, int]) -> dict[str, dict[int, int]]:

@@ -108,7 +108,8 @@ def finetune(
         seed: of dropout and whatever else the model draws; the batches have their own.
         first_epoch: number of the first epoch for what is drawn, where others came before; the schedule starts anew.
         checkpoint: file in which the state is kept after each epoch, with the one before beside it.
-        evaluate: accuracy of the network, in evaluation mode, after each epoch; it may look at validation images, never at the test's.
+        evaluate: accuracy of the network, in evaluation mode, after each epoch; it may look at validation images,
+            never at the test's.
         on_epoch: called after each epoch with its number (from 1), loss and accuracy, once the checkpoint is written.
 
     Raises:
