@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from .batches import inputs_of
 from .groups import assemble
@@ -14,7 +15,7 @@ from .modes import attributes_kept, evaluation_mode
 from .network import ForwardError, NetworkGraph, Operator, TraceError
 from .opaque import Opaque
 from .real_run import record_calls
-from .resize import DenseRun, holds_smaller_widths
+from .resize import DenseRun, follow_computed_sizes, holds_smaller_widths
 from .symbolic import SymbolicRun, follows_mode, symbolic_trace
 from .trace import LabelPass, batch_of_two
 
@@ -39,11 +40,13 @@ def capture(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Netw
         The graph; `NetworkGraph.groups` holds every channel group, offered or not, each with its reason.
 
     Raises:
-        TraceError: if a module was compiled by `torch.jit`, naming it; or if the network's own forward pass cannot run
-            without values, or not at all, naming the module that failed first and what stopped it.
+        TraceError: if a module was compiled by `torch.jit`, or a lazy layer has no size yet, naming it; or if the
+            network's own forward pass cannot run without values, or not at all, naming the module that failed first and
+            what stopped it.
     """
     inputs = _as_tuple(example_inputs)
     _check_not_scripted(model)
+    _check_initialized(model)
     with attributes_kept(model), evaluation_mode(model):
         return _capture(model, inputs)
 
@@ -56,6 +59,14 @@ def _check_not_scripted(model: nn.Module) -> None:
                 f"'{name or 'the network'}' was compiled by torch.jit (it is a {type(module).__name__}), so that its "
                 "layers cannot be made smaller; pass the nn.Module that was scripted or traced, with its weights loaded"
             )
+            raise TraceError(msg)
+
+
+def _check_initialized(model: nn.Module) -> None:
+    """Refuse lazy layers that have no size yet."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            msg = f"'{name}' has no size before a first call; call the network once on an example, then pass it"
             raise TraceError(msg)
 
 
@@ -139,7 +150,8 @@ def _with_rewrites(traced: fx.GraphModule, model: nn.Module, dense: DenseRun) ->
         return None
     run.record.held = nodes.held_numbers()
     graph = replace(assemble(run.record, model, dense.opaque), follows_mode=follows_mode(traced))
-    return _freeze_what_does_not_hold(model, graph, replace(dense, record=run.record))
+    dense = replace(dense, record=run.record)
+    return _freeze_what_does_not_hold(model, follow_computed_sizes(model, graph, dense), dense)
 
 
 def _freeze_what_does_not_hold(model: nn.Module, graph: NetworkGraph, dense: DenseRun) -> NetworkGraph:

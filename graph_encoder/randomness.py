@@ -23,6 +23,13 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
 
 
+def have_drawn(states: Mapping[str, Any]) -> bool:
+    """Whether a global generator was drawn from since it had one of these `random_states`."""
+    now = random_states()
+    as_numpys_were = all(np.array_equal(*pair) for pair in zip(states["numpy"], now["numpy"], strict=True))
+    return not (states["python"] == now["python"] and as_numpys_were and torch.equal(states["torch"], now["torch"]))
+
+
 @contextmanager
 def kept_randomness() -> Iterator[None]:
     """Put the global generators of Python, NumPy and PyTorch back to where they stood, whatever is drawn meanwhile.

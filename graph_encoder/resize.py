@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -16,9 +16,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .network import ForwardError, NetworkGraph, TraceError
 from .opaque import Opaque
-from .symbolic import rewrite
+from .symbolic import ComputedSizes, rewrite
 from .trace import LabelPass, Record
-
 
 _LEAST = 2
 """Units that a trial leaves: one alone would pass for something that is broadcast, or be squeezed."""
@@ -135,6 +134,38 @@ def holds_smaller_widths(
         if (failure := _try(model, graph, dense, kept)) is not None:
             return failure
     return None
+
+
+def follow_computed_sizes(model: nn.Module, graph: NetworkGraph, dense: DenseRun) -> NetworkGraph:
+    """The graph without the rewrites of sizes that ``forward`` computes rightly at smaller widths, too.
+
+    A number in their place would hold for one batch and one image size: ``y.view(n * c, h * w)``.
+
+    Args:
+        model: the captured module.
+        graph: its graph, all of whose held numbers are to be rewritten.
+        dense: the run of the network as it stands.
+    """
+    computed = [held for held in graph.rewrites if held.is_computed and held.argument[0] == "size"]
+    others = [held for held in graph.rewrites if not (held.is_computed and held.argument[0] == "size")]
+    sizes = {index: group.size for index, group in enumerate(graph.groups) if group.is_prunable}
+    wrong: set[tuple[str, int]] = set()
+    for counts in _trials(sizes) if computed else ():
+        kept = {index: torch.arange(sizes[index]) >= count for index, count in counts.items()}
+        expected: dict[str, dict[int, int]] = {}
+        for held in computed:
+            expected.setdefault(held.node, {})[held.argument[1]] = held.value(kept)
+        forward = rewrite(model, replace(graph, rewrites=tuple(others)), kept)
+        run = ComputedSizes(forward, expected)
+        try:
+            with _resized(forward, _shrunk_by(graph, counts)):
+                LabelPass(model, dense.opaque, with_labels=False).run(run.run, dense.inputs)
+        except TraceError:
+            # What stops it is found when the graph is tried.
+            return graph
+        wrong |= run.wrong
+    needed = [held for held in computed if (held.node, held.argument[1]) in wrong]
+    return replace(graph, rewrites=(*others, *needed))
 
 
 def _trials(sizes: Mapping[int, int]) -> list[dict[int, int]]:

@@ -7,7 +7,8 @@ operators read as constant) and the operators that the outputs come from.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -282,8 +283,9 @@ def _matmul(run: LabelPass, call: Call) -> Result:
             counted = compact(labels).flatten()
             if batched:
                 classes.merge_along(labels, labels.dim() + inner)
-    row = compact(a.narrow(-1, 0, 1))
-    column = compact(b.narrow(-2, 0, 1))
+    # Where only what is summed over changes the label, the result is no channel's.
+    row = compact(torch.zeros_like(a.narrow(-1, 0, 1)) if varying_dims(a) == [a.dim() - 1] else a.narrow(-1, 0, 1))
+    column = compact(torch.zeros_like(b.narrow(-2, 0, 1)) if varying_dims(b) == [b.dim() - 2] else b.narrow(-2, 0, 1))
     if (row > 0).any() and (column > 0).any():
         out = run.meet(row, column)
     else:
@@ -378,10 +380,23 @@ def _layer_norm(run: LabelPass, call: Call) -> Result:
     if not run.with_labels:
         return [None], call.sources
     labels = run.labels_or_constant(x)
-    dims = range(labels.dim() - len(normalized), labels.dim())
-    if set(dims) & set(varying_dims(labels)):
-        run.freeze(labels, "shares layer-norm statistics")
+    _combine(run, labels, range(labels.dim() - len(normalized), labels.dim()), "shares layer-norm statistics")
     return [labels], call.sources
+
+
+def _combine(run: LabelPass, labels: Tensor, dims: Collection[int], reason: str) -> None:
+    """Values along ``dims`` are computed from each other.
+
+    Where other dimensions tell channels apart, such as those of heads or of stacked branches, what is combined goes
+    together; else no channel can go.
+    """
+    varying = set(varying_dims(labels))
+    combined = varying & set(dims)
+    if varying == combined:
+        run.freeze(labels, reason)
+        return
+    for dim in combined:
+        run.record.classes.merge_along(labels, dim)
 
 
 @_rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "glu", "logcumsumexp")
@@ -396,8 +411,7 @@ def _along_channels(run: LabelPass, call: Call) -> Result:
         first, second = labels.chunk(2, dim)
         run.record.classes.union(compact(first), compact(second))
         return [first], call.sources
-    if dim in varying_dims(labels):
-        run.freeze(labels, f"is normalised over channels ({call.name})")
+    _combine(run, labels, [dim], f"is normalised over channels ({call.name})")
     return [labels], call.sources
 
 
@@ -414,8 +428,7 @@ def _reduction(run: LabelPass, call: Call) -> Result:
         given = None
     dims = list(range(labels.dim())) if given is None or given == [] else [given] if isinstance(given, int) else given
     dims = sorted({int(d) % labels.dim() for d in dims}, reverse=True)
-    if set(dims) & set(varying_dims(labels)):
-        run.freeze(labels, f"is reduced over channels ({call.name})")
+    _combine(run, labels, dims, f"is reduced over channels ({call.name})")
     keep = call.outputs[0].dim() == labels.dim()
     for dim in dims:
         labels = labels.narrow(dim, 0, 1) if keep else labels.select(dim, 0)
@@ -454,8 +467,11 @@ _SPATIAL = [
     "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact1d",
     "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
     "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
-    "replication_pad3d",
+    "replication_pad3d", "_pad_circular",
 ]  # fmt: skip
+
+
+_SPATIAL_DIMS = re.compile(r"(\d)d")
 
 
 @_rule(*_SPATIAL)
@@ -463,13 +479,30 @@ def _spatial(run: LabelPass, call: Call) -> Result:
     if not run.with_labels:
         return [None for _ in call.outputs], call.sources
     labels = run.labels_or_constant(call.args[0])
-    out = call.outputs[0]
-    first_spatial = 2 if out.dim() > 2 and labels.dim() == out.dim() else labels.dim() - 2
-    for dim in range(max(1, first_spatial), labels.dim()):
+    # Without a batch, the dimension of channels is the first of those that the operator takes for space.
+    n_spatial = len(call.args[1]) // 2 if call.name == "_pad_circular" else int(_SPATIAL_DIMS.findall(call.name)[0])
+    for dim in range(labels.dim() - n_spatial, labels.dim()):
         if dim in varying_dims(labels):
             run.record.classes.merge_along(labels, dim)
         labels = labels.narrow(dim, 0, 1)
     return [labels for _ in call.outputs], call.sources
+
+
+@_rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def _grid_sampler(run: LabelPass, call: Call) -> Result:
+    if not run.with_labels:
+        return [None], call.sources
+    run.freeze(run.labels_or_constant(call.args[1]), "says where a map is sampled")
+    labels = run.labels_or_constant(call.args[0])
+    return [run.record.classes.along(labels, 1).reshape(1, -1, *(1,) * (labels.dim() - 2))], call.sources
+
+
+@_rule("im2col")
+def _im2col(run: LabelPass, call: Call) -> Result:
+    if not run.with_labels:
+        return [None], call.sources
+    read = run.record.classes.along(run.labels_or_constant(call.args[0]), 1)
+    return [read.repeat_interleave(math.prod(call.args[1])).reshape(1, -1, 1)], call.sources
 
 
 @_rule("constant_pad_nd")

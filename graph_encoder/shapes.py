@@ -64,9 +64,10 @@ def quick_result(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     x = args[0] if args else None
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.device.type != "meta":
         return None
+    # Element-wise results lie in memory as their operands do, which a view may need.
     if is_pointwise(func, name):
-        return _pointwise(func, name, x, tensors)
-    if name in _SHAPE_KEEPING:
+        return _pointwise(func, name, x, tensors) if all(t.is_contiguous() for t in tensors) else None
+    if name in _SHAPE_KEEPING and x.is_contiguous():
         _check_norm(name, x, args, tensors)
         return x.new_empty(x.shape)
     if name == "conv2d":

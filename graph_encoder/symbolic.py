@@ -13,6 +13,7 @@ from torch.nn import functional
 from .labels import compact, varying_dims
 from .modes import evaluation_mode
 from .network import HeldNumber, NetworkGraph, TraceError
+from .randomness import have_drawn, random_states
 from .trace import Held, LabelPass
 
 _MODE = "training"
@@ -134,6 +135,7 @@ def _trace(
     model: nn.Module, leaves: Collection[str], *, training: bool = False, takes_defaults: bool = False
 ) -> fx.GraphModule | None:
     own = set(model.__dict__)
+    before = random_states()
     try:
         with evaluation_mode(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -148,8 +150,9 @@ def _trace(
         made = model.__dict__.keys() - own
         for name in made:
             del model.__dict__[name]
-    # A tensor that forward makes anew at every call (a draw of noise) would be the same for ever.
-    return None if made else traced
+    # A tensor that forward makes anew at every call (a draw of noise) would be the same for ever, and so would be what
+    # it does by a draw of its own (a layer that is left out now and then).
+    return None if made or have_drawn(before) else traced
 
 
 class SymbolicRun(fx.Interpreter):
@@ -216,6 +219,29 @@ def _numbers(node: fx.Node, holder: str, labels: Tensor, position: int, n_output
             rows = compacted.movedim(dim, 0)
             held.append(Held(node.name, ("pad", index, 0), rows[:count] if index % 2 == 0 else rows[-count:]))
     return held
+
+
+class ComputedSizes(fx.Interpreter):
+    """Runs a trace, finds computed sizes of views that are not what is expected of them, and sets these right.
+
+    Attributes:
+        wrong: the numbers found, by node and place.
+    """
+
+    def __init__(self, traced: fx.GraphModule, expected: Mapping[str, Mapping[int, int]]) -> None:
+        """The sizes that are expected, by node and dimension."""
+        super().__init__(traced)
+        self._expected = expected
+        self.wrong: set[tuple[str, int]] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, with the sizes that are expected of it."""
+        for dim, value in self._expected.get(n.name, {}).items():
+            size = (_sizes_of(n) or [])[dim]
+            if self.env[size] not in (-1, value):
+                self.wrong.add((n.name, dim))
+                _set_size(n, dim, value)
+        return super().run_node(n)
 
 
 def rewrite(model: nn.Module, graph: NetworkGraph, kept: Mapping[int, Tensor]) -> fx.GraphModule:

@@ -1,7 +1,10 @@
 """Bindings between channels that show only at other widths, and work that is no image's."""
 
 import math
+import random
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from graph_encoder.capture import capture
-from graph_encoder.network import NetworkGraph
+from graph_encoder.network import NetworkGraph, TraceError
 from pruning.policy import CompressionPolicy
 from pruning.proof import leave_refuted_dense, prove
 from pruning.surgery import apply_policy, mask_policy
@@ -375,3 +378,232 @@ def test_queries_repeated_for_the_batch_count_for_one_image(batch: int) -> None:
     graph = capture(seeded(Queries), EXAMPLE[:1].repeat(batch, 1, 1, 1))
 
     assert next(operator.macs for operator in graph.operators if operator.name == "of_queries") == 10 * 16 * 16
+
+
+class AsksForWidths(nn.Module):
+    """Adds two maps, or goes around a projection, where they happen to have the same width."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 16, 3, padding=1)
+        self.project, self.head = nn.Conv2d(12, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        y = self.b(x).relu()
+        if self.how == "projects":
+            y = y + (x if x.shape == y.shape else self.project(x))
+        elif x.shape == y.shape:
+            y = y + x
+        out: Tensor = self.head(y.mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("how", ["projects", "adds"])
+def test_what_happens_at_equal_widths_alone_keeps_one_of_them_dense(how: str) -> None:
+    model = seeded(lambda: AsksForWidths(how))
+
+    graph = capture(model, EXAMPLE)
+
+    assert [group.name for group in graph.prunable] == ["a"]
+    assert " with fewer channels it computes something else (first at '" in graph.group("b").reason
+    assert every_uneven_plan_holds(model, graph)
+
+
+class FollowsTheBatch(nn.Module):
+    """Folds channels into the batch or into space, beside a pad that has to be rewritten."""
+
+    def __init__(self, *, into_batch: bool) -> None:
+        super().__init__()
+        self.into_batch = into_batch
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(x) + functional.pad(self.a(x), (0, 0, 0, 0, 4, 4))
+        n, c, h, w = y.shape
+        folded = y.view(n * c, h * w).softmax(1) if self.into_batch else y.reshape(n, c * h * w).sigmoid()
+        out: Tensor = self.head((y * folded.view(n, c, h, w)).sum((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("into_batch", [True, False])
+@pytest.mark.parametrize("n_examples", [1, 2])
+def test_sizes_that_forward_computes_rightly_stay_computed(into_batch: bool, n_examples: int) -> None:
+    model = seeded(lambda: FollowsTheBatch(into_batch=into_batch))
+    graph = leave_refuted_dense(model, capture(model, EXAMPLE[:n_examples]), EXAMPLE[:n_examples])
+    assert [group.size for group in graph.prunable] == [8, 8]
+
+    policy = CompressionPolicy(
+        {group.name: (0, 2, 3, 5, 7) for group in graph.prunable}, dict.fromkeys(["b", "b#2"], 8)
+    )
+    small, masked = apply_policy(model, graph, policy).eval(), mask_policy(model, graph, policy).eval()
+    for x in (torch.randn(batch, 3, *size) for batch, size in ((1, (8, 8)), (3, (8, 8)), (2, (12, 10)))):
+        torch.testing.assert_close(small(x), masked(x), rtol=1e-4, atol=1e-5)
+
+
+class LeavesOut(nn.Module):
+    """In training a layer is left out now and then; a view holds a width."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+        self.stem, self.block, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x.view(x.shape[0], 16, -1).view(x.shape[0], 16, 8, 8)
+        if not (self.training and self.draw() < 0.1):
+            x = x + self.block(x).relu()
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [random.random, lambda: float(torch.rand(())), lambda: float(np.random.rand())],  # noqa: NPY002
+    ids=["python", "torch", "numpy"],
+)
+def test_a_forward_that_draws_is_not_frozen_in_a_trace(draw: Callable[[], float]) -> None:
+    assert capture(seeded(lambda: LeavesOut(draw)), EXAMPLE).rewrites == ()
+    assert capture(seeded(lambda: LeavesOut(lambda: 0.5)), EXAMPLE).rewrites
+
+
+class Combined(nn.Module):
+    """Branches are stacked and combined, or heads normalised."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.branches = nn.ModuleList(nn.Conv2d(3, 8, 3, padding=1) for _ in range(2))
+        self.norm, self.mix, self.head = nn.LayerNorm(4), nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = (branch(x) for branch in self.branches)
+        if self.how == "norm":
+            heads = (one + other).view(x.shape[0], 2, 4, 64).transpose(2, 3)
+            y = self.norm(heads).transpose(2, 3).reshape(one.shape)
+        elif self.how == "softmax":
+            y = (torch.stack([one, other], 1).softmax(1) * torch.stack([other, one], 1)).sum(1)
+        elif self.how == "maxout":
+            y = (one + other).view(x.shape[0], 4, 2, 8, 8).amax(2).repeat_interleave(2, 1)
+        else:
+            y = getattr(torch.stack([one, other]), self.how)(0)
+        out: Tensor = self.head(self.mix(y.relu()).relu().mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("how", "units"), [("sum", 8), ("mean", 8), ("amax", 8), ("softmax", 8), ("maxout", 4), ("norm", 2)]
+)
+def test_what_is_combined_goes_together(how: str, units: int) -> None:
+    model = seeded(lambda: Combined(how))
+
+    graph = capture(model, EXAMPLE)
+
+    assert {group.name: group.size for group in graph.prunable} == {"branches.0": units, "mix": 6}
+    assert {"branches.0.weight", "branches.1.weight"} <= {m.tensor for m in graph.group("branches.0").members}
+    assert every_uneven_plan_holds(model, graph)
+
+
+class NonLocal(nn.Module):
+    """Attention of one head between all positions (Wang et al., 2018, figure 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.query, self.key = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)
+        self.value, self.out, self.head = nn.Conv2d(8, 7, 1), nn.Conv2d(7, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        similar = (self.query(x).flatten(2).transpose(1, 2) @ self.key(x).flatten(2)).softmax(-1)
+        seen = (similar @ self.value(x).flatten(2).transpose(1, 2)).transpose(1, 2)
+        out: Tensor = self.head((x + self.out(seen.reshape(len(x), seen.shape[1], 6, 6))).mean((2, 3)))
+        return out
+
+
+def test_attention_of_one_head_loses_channels() -> None:
+    model = seeded(NonLocal)
+
+    graph = capture(model, EXAMPLE)
+
+    assert {group.name: group.size for group in graph.prunable} == {"stem": 8, "query": 6, "value": 7}
+    assert every_uneven_plan_holds(model, graph)
+
+
+class Spatial(nn.Module):
+    """A map goes through what works on space."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        around = self.how == "circular"
+        self.next = nn.Conv2d(8, 6, 3, padding=1, padding_mode="circular" if around else "zeros")
+        self.mix, self.head = nn.Conv2d(72, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        if self.how == "sampled":
+            places = torch.linspace(-1, 1, 8)
+            grid = torch.stack(torch.meshgrid(places, places**3, indexing="ij"), -1)
+            x = functional.grid_sample(x, grid.expand(len(x), -1, -1, -1), align_corners=False)
+        elif self.how == "over channels":
+            x = functional.max_pool3d(x, (3, 1, 1), 1, (1, 0, 0))
+        elif self.how == "in steps over channels":
+            x = functional.max_pool3d(x, (2, 1, 1), (2, 1, 1)).repeat_interleave(2, 1)
+        if self.how == "unfolded":
+            y = self.mix(functional.unfold(x, 3, padding=1).unflatten(2, (8, 8)))
+        else:
+            y = self.next(x)
+        out: Tensor = self.head(y.relu().mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("how", "offered"),
+    [
+        ("circular", {"stem", "next"}),
+        ("sampled", {"stem", "next"}),
+        ("unfolded", {"stem", "mix"}),
+        ("over channels", {"next"}),
+        ("in steps over channels", {"next"}),
+    ],
+)
+def test_operators_in_space_keep_channels_apart(how: str, offered: set[str]) -> None:
+    model = seeded(lambda: Spatial(how))
+
+    graph = capture(model, EXAMPLE)
+
+    assert {group.name for group in graph.prunable} == offered
+    assert every_uneven_plan_holds(model, graph)
+
+
+class Turned(nn.Module):
+    """A view that holds since element-wise operators keep how their operand lies in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(512, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.dropout(functional.gelu(self.conv(x).permute(0, 2, 3, 1)), 0.1, self.training)
+        out: Tensor = self.head((x + x * 2).permute(0, 3, 1, 2).view(len(x), -1))
+        return out
+
+
+def test_maps_lie_in_memory_as_they_do_on_values() -> None:
+    model = seeded(Turned)
+
+    graph = capture(model, EXAMPLE)
+
+    assert {group.name for group in graph.prunable} == {"conv"}
+    assert every_uneven_plan_holds(model, graph)
+
+
+def test_a_lazy_layer_has_to_be_called_first() -> None:
+    with pytest.raises(TraceError) as caught:
+        capture(nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU()), EXAMPLE)
+    assert str(caught.value) == (
+        "'0.weight' has no size before a first call; call the network once on an example, then pass it"
+    )
