@@ -392,7 +392,7 @@ def _combine(run: LabelPass, labels: Tensor, dims: Collection[int], reason: str)
     """
     varying = set(varying_dims(labels))
     combined = varying & set(dims)
-    if varying == combined:
+    if combined and varying == combined:
         run.freeze(labels, reason)
         return
     for dim in combined:
