@@ -432,8 +432,8 @@ def calibration_batches(
         seed: of the draw and the augmentation.
 
     Returns:
-        Normalised float32 batches of shape ``(batch_size, C, H, W)``, all full: an average over batches would give
-        the images of a small one more weight.
+        Normalised float32 batches of shape ``(batch_size, C, H, W)``, all full; images that would not fill
+        another are left out.
     """
     n_images = min(n_images, len(split))
     batch_size = min(batch_size, n_images)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -20,12 +21,14 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocast: bool = False) -> None:
     """Replace the running statistics of all batch norms by averages over ``batches``, in place.
 
-    Only batch norms run in training mode, with a cumulative average, so that dropout stays off and every image counts
-    the same. Weights are not touched; modes and momenta are restored, and after an error the statistics too.
+    Only batch norms run in training mode, so that dropout stays off, with a cumulative average in which each batch
+    weighs as many as its images. Weights are not touched; modes and momenta are restored, and after an error the
+    statistics too.
 
     Args:
         model: the network.
-        batches: inputs on the model's device, of equal batch size; tuples where forward takes several.
+        batches: inputs on the model's device, of any batch size; tuples where forward takes several. A batch of a
+            single image, as a loader's last may be, is joined to the one before: it may have no variance of its own.
         autocast: run the network in bfloat16 where PyTorch deems it safe and the device has it
             (`graph_encoder.modes.has_bfloat16`); statistics stay in float32.
 
@@ -39,8 +42,16 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocas
         return
     momenta = [norm.momentum for norm in norms]
     before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
-    n_batches = 0
+    n_images, n_batches = 0, 0
+    seen: Counter[_BatchNorm] = Counter()
     is_done = False
+
+    def weigh(norm: _BatchNorm, _: object) -> None:
+        # Between batches of equal size this is the factor of momentum=None, 1 over the batches, to the last bit.
+        seen[norm] += n_images
+        norm.momentum = n_images / seen[norm]
+
+    hooks = [norm.register_forward_pre_hook(weigh) for norm in norms]
     with evaluation_mode(model):
         try:
             for norm in norms:
@@ -48,13 +59,15 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocas
                 norm.train()
                 norm.momentum = None
             with torch.no_grad():  # tensors that forward keeps are for training too
-                for batch in batches:
-                    inputs = inputs_of(batch)
+                for batch in _without_singles(batches):
+                    inputs, n_images = inputs_of(batch), _count_images(batch)
                     with mixed_precision(inputs[0].device.type, autocast):
                         model(*inputs)
                     n_batches += 1
             is_done = True
         finally:
+            for hook in hooks:
+                hook.remove()
             for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
                 norm.momentum = momentum
                 # One that did not run, as in a head for training alone, keeps what it had.
@@ -64,3 +77,26 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocas
     if not n_batches:
         msg = "batch-norm statistics were to be re-estimated on no batches; hand in at least one batch of images"
         raise ValueError(msg)
+
+
+def _without_singles(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, with each of a single image joined to the one before where the shapes let it."""
+    held: list[Batch] = []
+    for batch in batches:
+        if held and _count_images(batch) == 1 < _count_images(held[0]) and _are_alike(held[0], batch):
+            pairs = zip(inputs_of(held[0]), inputs_of(batch), strict=True)
+            held = [tuple(torch.cat(pair) for pair in pairs)]
+        else:
+            yield from held
+            held = [batch]
+    yield from held
+
+
+def _count_images(batch: Batch) -> int:
+    """Images of a batch, whose first inputs may be numbers that hold for all of them."""
+    return next((len(x) for x in inputs_of(batch) if x.dim()), 1)
+
+
+def _are_alike(one: Batch, other: Batch) -> bool:
+    shapes, others = ([x.shape[1:] if x.dim() else None for x in inputs_of(batch)] for batch in (one, other))
+    return shapes == others and None not in shapes
