@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graph_encoder.batches import Batch, count_images, first_images, inputs_of, tensors_of
+from graph_encoder.copies import copied
 from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import NetworkGraph
 from graph_encoder.randomness import kept_randomness
@@ -53,6 +54,8 @@ USUAL_GAP = 0.05
 """Accuracy that networks commonly lose on images that they were not trained on; many lose more, some less."""
 RESOLVED_LOSS = 1e-6
 """Least loss that follows from a comparison of outputs: rounding errors lie below."""
+ROUNDING = 1e-6
+"""By so much an accuracy of 1 may come out above 1, as a mean or a sum of shares in single precision does."""
 
 
 class EvaluationBudgetSpent(RuntimeError):
@@ -248,7 +251,8 @@ class CandidateEvaluator:
         if known is None:
             start = time.perf_counter()
             with kept_randomness():
-                accuracy = self._accuracy(self.model, fidelity)
+                # Of candidates the function has networks of its own too: it may change what it scores.
+                accuracy = self._accuracy(copied(self.model), fidelity)
             known = self._record(CompressionPolicy({}), DENSE_DIGEST, "dense", fidelity, accuracy, start)
         return known.accuracy
 
@@ -570,19 +574,21 @@ def _through_origin(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def check_accuracy(returned: object) -> float:
-    """The accuracy that an evaluate function returned, as a float.
+    """The accuracy that an evaluate function returned, as a float; 1 where it is above 1 by `ROUNDING` at most.
 
     Raises:
         EvaluateError: if it is not a number, is NaN, or lies outside ``[0, 1]``.
     """
-    if isinstance(returned, bool) or not isinstance(returned, (int, float, np.floating)):
+    if isinstance(returned, bool) or not isinstance(returned, (int, float, np.integer, np.floating)):
         msg = (
             f"evaluate returned {returned!r} of type {type(returned).__name__}; it must return the accuracy as a float "
-            "in [0, 1] (for a tensor, return tensor.item())"
+            "in [0, 1] (of a tensor or an array, return its .item())"
         )
         raise EvaluateError(msg)
+    if 1 < returned <= 1 + ROUNDING:
+        return 1.0
     if not 0 <= returned <= 1:
-        hint = "; is it a percentage? divide by 100" if 1 < returned <= 100 else ""
+        hint = "; is it a percentage? divide by 100" if 1.5 <= returned <= 100 else ""
         if math.isnan(returned):
             hint = "; were there any images, and are the network's outputs finite?"
         msg = f"evaluate returned {float(returned)}, but an accuracy lies in [0, 1]{hint}"

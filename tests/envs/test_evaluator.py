@@ -178,14 +178,20 @@ def test_a_share_without_images_is_refused(model: SmallNetwork, space: SearchSpa
         (-0.1, "evaluate returned -0.1, but an accuracy lies in [0, 1]"),
         (
             None,
-            "evaluate returned None of type NoneType; it must return the accuracy as a float in [0, 1] (for a tensor, "
-            "return tensor.item())",
+            "evaluate returned None of type NoneType; it must return the accuracy as a float in [0, 1] (of a tensor or "
+            "an array, return its .item())",
         ),
         (
             torch.tensor(0.5),
-            "evaluate returned tensor(0.5000) of type Tensor; it must return the accuracy as a float in [0, 1] (for a "
-            "tensor, return tensor.item())",
+            "evaluate returned tensor(0.5000) of type Tensor; it must return the accuracy as a float in [0, 1] (of a "
+            "tensor or an array, return its .item())",
         ),
+        (
+            np.array(0.5),
+            "evaluate returned array(0.5) of type ndarray; it must return the accuracy as a float in [0, 1] (of a "
+            "tensor or an array, return its .item())",
+        ),
+        (1.001, "evaluate returned 1.001, but an accuracy lies in [0, 1]"),
     ],
 )
 def test_what_is_no_accuracy_is_named_and_not_counted(
@@ -197,8 +203,18 @@ def test_what_is_no_accuracy_is_named_and_not_counted(
     assert evaluator.evaluations_used == len(evaluator.journal) == 0
 
 
-def test_numpy_numbers_are_accuracies() -> None:
-    assert check_accuracy(np.float32(0.5)) == 0.5
+@pytest.mark.parametrize(
+    ("returned", "accuracy"),
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(1), 1.0),
+        # Two and eight rounding errors of single precision.
+        (np.nextafter(np.float32(1), np.float32(2)), 1.0),
+        (1 + 2**-20, 1.0),
+    ],
+)
+def test_numpy_numbers_and_rounding_errors_above_one_are_accuracies(returned: object, accuracy: float) -> None:
+    assert check_accuracy(returned) == accuracy
 
 
 def test_sensitivity_is_what_one_group_alone_costs_and_counts(model: SmallNetwork, space: SearchSpace) -> None:
@@ -386,6 +402,27 @@ def test_the_dense_network_is_scored_once_for_free_and_keeps_its_mode(model: Sma
     assert modes == [False]
     assert model.training
     assert evaluator.evaluations_used == 0
+
+
+def test_an_evaluate_function_may_change_the_networks_that_it_scores(model: SmallNetwork, space: SearchSpace) -> None:
+    def changing(network: nn.Module) -> float:
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.mul_(2)
+        network.double()
+        return 0.5
+
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    evaluator = make_evaluator(model, space, evaluate=changing, few_images={0.5: changing})
+    bits = CompressionPolicy({}, layers={"inner": LayerPolicy(weight_bits=8, act_bits=8)})
+
+    assert evaluator.dense_accuracy() == evaluator.dense_accuracy(0.5) == 0.5
+    evaluator.score(decode(np.zeros(space.n), space))
+    evaluator.score(bits)
+    evaluator.score(bits, fidelity=0.5)
+
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
 
 
 def test_a_resumed_search_repeats_no_evaluation_and_counts_the_same(
