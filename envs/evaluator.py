@@ -29,7 +29,7 @@ from pruning.surgery import apply_policy
 
 from .action import nearest
 from .journal import Journal, JournalEntry, Purpose
-from .plans import noise_floor
+from .plans import count_shared, noise_floor
 from .space import Counts, SearchSpace
 
 EvaluateFunction = Callable[[nn.Module], float]
@@ -408,7 +408,7 @@ class CandidateEvaluator:
             # At 1 the outputs tell no more of the network's than their mean does: beyond, there is nothing to lose.
             return min(self.compare(policy, n_images=n_images).divergence or 0.0, 1.0)
 
-        floor = noise_floor(dense, round(n_images * fidelity))
+        floor = noise_floor(dense, count_shared(n_images, fidelity))
         factor = _through_origin(
             [divergence(policy) for *_, policy in groups],
             [max(float(lost[row, column]), floor) for row, column, _ in groups],

@@ -24,7 +24,7 @@ def uniform(space: SearchSpace) -> Ratios:
 
 
 def global_magnitude(space: SearchSpace) -> Ratios:
-    """Places left by one threshold on the importance of all units, each over the mean of its group.
+    """Places left by one threshold on the importance of all units, each over the mean magnitude of its group.
 
     The division makes layers comparable: raw norms grow with the fan-in and with whatever scale a batch norm takes
     back. The threshold is the lowest at which every budget is met, the groups' least being kept. Magnitude says nothing
@@ -44,7 +44,8 @@ def global_magnitude(space: SearchSpace) -> Ratios:
         raise ValueError(msg)
     n_groups = len(space.groups)
     importance = [space.importance[group.name] for group in space.groups]
-    scores = [np.sort(values / max(values.mean(), 1e-12)) for values in importance]
+    # Of magnitudes, as scores may have signs, and a mean about 0.
+    scores = [np.sort(values / max(np.abs(values).mean(), 1e-12)) for values in importance]
     thresholds = np.unique(np.concatenate(scores))
 
     def ratios(threshold: float) -> Ratios:
@@ -96,6 +97,11 @@ def sensitivity(
 def _bits_a_rung(ladder: Counts) -> float:
     """Bits between neighbours on a ladder: the median, which 32 above 2 to 8 does not move; infinite without any."""
     return float(np.median(np.diff(ladder))) if len(ladder) > 1 else math.inf
+
+
+def count_shared(n_images: int, share: float) -> int:
+    """Images in a share of ``n_images``: rounded, and at least one."""
+    return max(1, round(share * n_images))
 
 
 def noise_floor(accuracy: float, n_images: int) -> float:

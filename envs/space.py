@@ -133,7 +133,7 @@ class SearchSpace:
 
         Args:
             graph: captured network.
-            importance: scores of shape ``(size,)`` for each prunable group, higher is kept longer.
+            importance: finite scores of shape ``(size,)`` for each prunable group, higher is kept longer.
             budget: most that a plan may cost, or several such, each of another kind; None to let the reward weigh cost
                 against accuracy.
             kind: what is counted where there is no budget to say it.
@@ -155,7 +155,7 @@ class SearchSpace:
             BudgetError: if a budget cannot be met, with the lowest reachable cost, or is above the dense cost; or if
                 it is one of latency and there is no table.
             LatencyError: if the table lacks a layer, or latency alone is bounded and a decision takes no time.
-            ValueError: if no group is left to decide, or an argument is out of range.
+            ValueError: if no group is left to decide, an argument is out of range, or importance is not finite.
         """
         check_options(graph, protected, min_keep_ratio, span)
         _check_layers(graph, layers)
@@ -181,7 +181,7 @@ class SearchSpace:
             graph=graph,
             groups=groups,
             layers=tuple(layers),
-            importance={group.name: _as_scores(importance[group.name]) for group in groups},
+            importance={group.name: _as_scores(importance[group.name], group.name) for group in groups},
             cost=costs[0] if costs else model(kind),
             bounds=tuple(Bound(cost, one.limit(cost.dense)) for cost, one in zip(costs, budgets, strict=True)),
             ladders=tuple(ladders),
@@ -468,11 +468,10 @@ def _check_bound(space: SearchSpace, bound: Bound) -> None:
         return
     asked = f"a budget of {in_words(bound.limit, kind)} ({bound.limit / dense:.1%} of the dense"
     has_bits = any(decision.choice == "bits" for decision in space.layers)
-    is_changed = bound.cost(space.minimum) != bound.cost(space.sizes)
-    if isinstance(bound.cost, LatencyModel):
-        is_changed = bool(space.groups) or has_bits
-    if not is_changed:
-        names = ", ".join(dict.fromkeys(["channels"] * bool(space.groups) + [each.choice for each in space.layers]))
+    is_changed = has_bits if kind == "latency" else bound.cost(space.minimum) != bound.cost(space.sizes)
+    # Channels change every cost, though rounding and least shares may leave each group its whole width alone.
+    if not space.groups and not is_changed:
+        names = ", ".join(dict.fromkeys(each.choice for each in space.layers))
         msg = (
             f"{asked} {in_words(dense, kind)}) cannot be met: nothing that is decided ({names}) changes it; decide "
             f"{_CHANGED_BY[kind]}, or leave {kind} out of the budget"
@@ -519,10 +518,18 @@ def _needed(table: LatencyTable | None) -> LatencyTable:
     return table
 
 
-def _as_scores(importance: ArrayLike | Tensor) -> NDArray[np.float64]:
+def _as_scores(importance: ArrayLike | Tensor, group: str) -> NDArray[np.float64]:
     if isinstance(importance, Tensor):
         importance = importance.detach().cpu().numpy()
-    return np.asarray(importance, dtype=np.float64)
+    scores = np.asarray(importance, dtype=np.float64)
+    if not np.isfinite(scores).all():
+        bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+        msg = (
+            f"importance of the group '{group}' is {scores[bad]} for unit {bad}; every score must be finite: to keep a "
+            "unit longest, give it one above the others of its group"
+        )
+        raise ValueError(msg)
+    return scores
 
 
 def _decisions(

@@ -25,7 +25,7 @@ from envs.evaluator import (
     probed_levels,
 )
 from envs.journal import Journal
-from envs.plans import noise_floor, sensitivity, uniform
+from envs.plans import count_shared, noise_floor, sensitivity, uniform
 from envs.reward import RewardFunction, compute_reward
 from envs.space import Ratios, SearchSpace
 from graph_encoder.batches import Batch
@@ -181,7 +181,7 @@ class SearchProblem:
     def noise_floor(self) -> float:
         """Smallest loss of accuracy that the search images can tell from none."""
         assert self.sensitivity is not None
-        n_images = round(self.scoring.n_images * self.sensitivity.fidelity)
+        n_images = count_shared(self.scoring.n_images, self.sensitivity.fidelity)
         return noise_floor(self.sensitivity.dense_accuracy, n_images)
 
     def policy(self, found: Found) -> CompressionPolicy:
@@ -340,7 +340,7 @@ def probe(
     measured = evaluator.probe_sensitivity(
         problem.space, (PROBED_KEEP_RATIO,), fidelity=share, n_images=problem.scoring.n_images
     )
-    n_images = round(problem.scoring.n_images * share)
+    n_images = count_shared(problem.scoring.n_images, share)
     warning = check_calibration_is_like_training(evaluator.dense_accuracy(share), measured.dense_accuracy, n_images)
     if warning:
         notify(warning)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from envs.evaluator import RANGE_IMAGES, check_validation_is_unseen
+from envs.plans import count_shared
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
 from pruning.proof import leave_refuted_dense
@@ -75,7 +76,7 @@ class Subject:
         return make_evaluate(
             self.data.validation,
             self.config.data,
-            n_images=max(1, round(share * self.n_search)),
+            n_images=count_shared(self.n_search, share),
             batch_size=search.batch_size,
             device=self.device,
             autocast=search.scores_in_bfloat16,

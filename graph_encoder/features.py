@@ -51,7 +51,7 @@ _WEIGHTS = (
     "has_scale",  # 1 if a batch norm follows
 )
 _GROUP = (
-    "importance_p10",  # quantiles of the units' importance, each over the mean importance of the group, less 1
+    "importance_p10",  # quantiles of the units' importance, each over their mean magnitude in the group, less 1
     "importance_p25",
     "importance_p50",
     "importance_p75",
@@ -241,7 +241,7 @@ def _group_row(
 ) -> dict[str, float]:
     members = [graph.operators[position[name]] for name in dict.fromkeys(group.producers + group.consumers)]
     first = position[group.producers[0]] if group.producers else 0
-    normalised = importance / max(float(np.mean(importance)), 1e-12) - 1
+    normalised = importance / max(float(np.mean(np.abs(importance))), 1e-12) - 1
     quantiles = {f"importance_p{q}": float(np.percentile(normalised, q)) for q in (10, 25, 50, 75, 90)}
     return {
         "log_out_channels": math.log2(group.size) / 8,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from envs.action import counts_of, decode, project, start_plan
-from envs.plans import global_magnitude, noise_floor, sensitivity, uniform
+from envs.plans import count_shared, global_magnitude, noise_floor, sensitivity, uniform
 from envs.space import KEEP_LESS, SPARE_LESS, SearchSpace
 from graph_encoder.network import ChannelGroup, LinearDim, NetworkGraph, Term
 from latency.budget import Budget, BudgetError
@@ -145,6 +145,32 @@ def test_a_budget_that_cannot_be_met_names_what_saves_most_first(options: dict[s
     assert str(caught.value).split(", or ")[1:] == ways
 
 
+@pytest.mark.parametrize("options", [{"min_keep_ratio": 1.0}, {"rounding": 32}])
+def test_groups_that_can_keep_nothing_but_all_are_told_with_what_forces_them(
+    model: SmallNetwork, options: dict[str, Any]
+) -> None:
+    dense = make_space(model).cost.dense
+    message = (
+        f"a budget of {dense // 2:,} macs (50.0% of the dense {dense:,} macs) cannot be met: with every decision at "
+        f"its least the network still costs {dense:,} macs (100.0%). Pass at least {dense:,} macs, or {KEEP_LESS}"
+    )
+    with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+        make_space(model, Budget(share=0.5), protect_first=False, **options)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_importance_that_is_not_finite_is_named(model: SmallNetwork, bad: float) -> None:
+    graph = make_space(model).graph
+    importance = {group.name: np.ones(group.size) for group in graph.groups}
+    importance["down"][3] = bad
+    message = (
+        f"importance of the group 'down' is {bad} for unit 3; every score must be finite: to keep a unit longest, give "
+        "it one above the others of its group"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        SearchSpace.build(graph, importance, Budget(share=0.5))
+
+
 def test_a_budget_that_cannot_be_met_is_refused_with_the_lowest_cost(model: SmallNetwork) -> None:
     lowest = make_space(model).lowest_cost
     dense = make_space(model).cost.dense
@@ -208,6 +234,20 @@ def test_global_magnitude_cuts_all_groups_at_the_lowest_threshold_that_fits(spac
     assert (project(global_magnitude(space), space) >= counts).all()
 
 
+def test_global_magnitude_compares_groups_whatever_the_signs_and_sizes_of_their_scores(model: SmallNetwork) -> None:
+    graph = make_space(model).graph
+    rng = np.random.default_rng(0)
+    importance = {group.name: rng.normal(-1, 2, group.size) for group in graph.groups}
+    larger = {name: (100 if name == "down" else 1) * scores for name, scores in importance.items()}
+
+    ratios, of_larger = (
+        global_magnitude(SearchSpace.build(graph, each, Budget(share=0.5))) for each in (importance, larger)
+    )
+
+    np.testing.assert_array_equal(of_larger, ratios)
+    assert (ratios > 0.2).all() and (ratios < 1).all()
+
+
 def test_sensitivity_shifts_by_the_logarithm_of_what_is_lost(space: SearchSpace) -> None:
     offsets = sensitivity(space, np.array([0.1, 0.1 * np.e, -0.01]), floor=0.01)
     assert offsets[1] - offsets[0] == pytest.approx(0.25)
@@ -230,6 +270,10 @@ def test_a_layer_that_loses_four_times_as_much_gets_a_bit_more(model: SmallNetwo
 def test_noise_floor_is_half_the_standard_error_and_at_least_one_image() -> None:
     assert noise_floor(0.9, 1000) == pytest.approx(0.009487 / 2, abs=1e-6)
     assert noise_floor(1.0, 1000) == 0.001
+
+
+def test_a_share_of_the_images_is_rounded_and_at_least_one_image() -> None:
+    assert [count_shared(n_images, 0.1) for n_images in (1000, 16, 14, 4)] == [100, 2, 1, 1]
 
 
 def test_prior_is_the_plan_of_an_action_of_zeros(space: SearchSpace) -> None:

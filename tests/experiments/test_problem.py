@@ -34,6 +34,8 @@ from .tiny import network
     "options",
     [
         {"search__probe_share": 0.5},
+        # 0.4 images are one.
+        {"search__probe_share": 0.1, "search__search_images": 4},
         {"search__decide": ["channels", "bits"], "search__search_images": 90, "budget": "30% bytes"},
         # A group of 12 units that keeps a multiple of 12 cannot be cut.
         {"search__decide": ["channels", "density"], "search__rounding": 12, "budget": "80% macs"},

@@ -124,6 +124,17 @@ def test_unequal_channels_show_in_the_statistics() -> None:
     assert values[other, column("importance_p90")] == values[other, column("importance_p10")] == 0
 
 
+def test_importance_of_either_sign_shows_relative_to_its_magnitude() -> None:
+    model, graph = network(16)
+    importance = {group.name: np.linspace(-3, 1, group.size) for group in graph.prunable}
+    values = static_node_features(graph, model, graph.prunable, importance, [0.1] * len(graph.prunable))
+    size = graph.group("inner").size
+    row = len(graph.operators) + [group.name for group in graph.prunable].index("inner")
+    magnitude = np.abs(np.linspace(-3, 1, size)).mean()
+    assert values[row, column("importance_p50")] == pytest.approx(-1 / magnitude - 1)
+    assert values[row, column("importance_p90")] == pytest.approx(0.6 / magnitude - 1)
+
+
 def test_equal_channels_give_no_nan() -> None:
     model, graph = network(8)
     with torch.no_grad():
