@@ -103,12 +103,22 @@ def compute_reward(reward: RewardFunction, accuracy: float, cost: int, limit: in
     """Call ``reward`` and check what it returns.
 
     Raises:
-        RewardError: if it is not a finite number.
+        RewardError: if it fails, or that is not a finite number.
     """
-    value = reward(accuracy, cost, limit)
+    name = getattr(reward, "__name__", reward)
+    try:
+        value = reward(accuracy, cost, limit)
+    except RewardError:  # it has told itself
+        raise
+    except Exception as error:
+        msg = (
+            f"the reward function '{name}' failed for accuracy {accuracy} and cost {cost} with "
+            f"{type(error).__name__}: {error}"
+        )
+        raise RewardError(msg) from error
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not math.isfinite(value):
         msg = (
-            f"the reward function '{getattr(reward, '__name__', reward)}' returned {value!r} ({type(value).__name__}) "
+            f"the reward function '{name}' returned {value!r} ({type(value).__name__}) "
             f"for accuracy {accuracy} and cost {cost}; it must return a finite float"
         )
         raise RewardError(msg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def compress(
             ``uniform``.
         evaluations: candidates that may be scored, sensitivity probes (one a group, a share of one for each level of
             a layer that is tried) included.
-        seed: of the search.
+        seed: of the search, below 2**32.
         environment: a plan for the whole network at once, or layer by layer (agents only).
         start: plan that the search starts from; ``"uniform"`` saves the probes.
         decide: what is decided: ``"channels"``, and inside each layer ``"density"`` of the weights and ``"bits"`` of
@@ -142,7 +143,7 @@ def compress(
         table: times of the network's layers, for a budget of latency; see ``secateur latency build``.
         criterion: importance by which channels are ranked; ``taylor`` needs labels, so for it pass what
             `pruning.importance.rank_units` returns as ``importance``.
-        importance: scores by group name in place of a criterion, higher is kept.
+        importance: finite scores by group name in place of a criterion, higher is kept.
         rounding: keep multiples of so many units; by default 8 where a group has 128 or more, else 1.
         min_keep_ratio: least share of a group that stays; at least one unit always does.
         protect_first: leave the groups dense that the first layer writes.
@@ -166,7 +167,8 @@ def compress(
         EvaluateError: if ``evaluate`` returns something that is no accuracy.
         CalibrationError: if bits, or sensitivities inside layers, have no calibration images.
         ConfigError: if an argument is none of those allowed, a batch of ``calibration`` is not what ``forward`` takes,
-            the probes leave no evaluation to search with, or ``reconstruct`` has nothing to fit on.
+            the probes leave no evaluation to search with, ``magnitude`` has no channels to rank, or ``reconstruct``
+            nothing to fit on.
         JournalError: if the journal is of another search, or another process writes it.
     """
     _check_choice("method", method, METHODS)
@@ -258,7 +260,7 @@ def compress(
             protect_first=protect_first,
             protected=sorted(protected),
             reconstruct=reconstruct,
-            reward=f"{reward} {beta:g} {target}" if settings.target else getattr(reward, "__qualname__", reward),
+            reward=f"{reward} {beta:g} {target}" if settings.target else _name_of(reward),
             n_images=n_images,
             # Named only where it is, so that it parts no other journals.
             **({"reduce_range": True} if settings.reduce_range else {}),
@@ -304,6 +306,11 @@ def _uncompiled(model: nn.Module) -> nn.Module:
         stacklevel=4,
     )
     return inside
+
+
+def _name_of(reward: str | RewardFunction | None) -> str:
+    """What a journal calls a reward: its name, or what Python prints of it without its place in memory."""
+    return getattr(reward, "__qualname__", None) or re.sub(" at 0x[0-9a-fA-F]+", "", str(reward))
 
 
 def _check_importance(importance: Mapping[str, Tensor], graph: NetworkGraph) -> None:

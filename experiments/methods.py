@@ -19,7 +19,7 @@ from envs.evaluator import EvaluateFunction
 from envs.journal import JournalEntry
 from envs.network_env import NetworkEnv
 from envs.plans import global_magnitude, uniform
-from envs.space import Ratios
+from envs.space import Ratios, SearchSpace
 
 from .agents import search_by_agent
 from .config import AGENTS, ONE_SHOT, PROBING, ConfigError, Method, SearchSettings
@@ -89,9 +89,11 @@ def search_with(
         notify: told of damaged checkpoints, and of a replay buffer that is too small for the whole search.
 
     Raises:
-        ConfigError: if probes and finalists leave nothing to search with.
+        ConfigError: if probes and finalists leave nothing to search with, or the method ranks channels, and none are
+            decided.
     """
     started = time.perf_counter()
+    check_has_channels(method, problem.space)
     names = (method, f"{method}{_FINALISTS}")
     # A resumed search replays these for free; the time they took when they were made is counted all the same.
     before = math.fsum(entry.seconds for name in names for entry in problem.journal.entries(name, problem.seed))
@@ -170,6 +172,16 @@ def is_finalists(searcher: str) -> bool:
 
 def _n_finalists(method: Method, settings: SearchSettings) -> int:
     return 1 if method in ONE_SHOT else settings.finalists
+
+
+def check_has_channels(method: Method, space: SearchSpace) -> None:
+    """Raise `ConfigError` for global magnitude where no channel group is decided: it has nothing to rank."""
+    if method == "magnitude" and not space.groups:
+        msg = (
+            f"the method '{method}' ranks channels, and no channel group is decided here: let channels be decided "
+            "(search.decide, search.protect_first, search.protected), or choose another method"
+        )
+        raise ConfigError(msg)
 
 
 def check_enough(method: Method, settings: SearchSettings, probes: float, weight: float) -> float:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 
 from envs.evaluator import Evaluation
 from envs.journal import Journal, JournalError
-from envs.reward import RewardFunction, resolve_reward
+from envs.reward import RewardError, RewardFunction, resolve_reward
 from envs.space import SearchSpace
 from graph_encoder.modes import has_bfloat16
 from graph_encoder.network import NetworkGraph
@@ -31,7 +31,7 @@ from .identity import tensors_digest
 from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
 from .measured_budget import spent_by_the_clock
-from .methods import MethodSearch, check_enough, search_with
+from .methods import MethodSearch, check_enough, check_has_channels, search_with
 from .outcome import RunOutcome, percent
 from .precision import NO_KERNELS, settle_precision
 from .problem import Scoring, SearchProblem, evaluations_to_probe, least_squares, probe, settle_range, space_by
@@ -39,7 +39,7 @@ from .progress import RunDisplay, Stage, count
 from .run import RunBusyError, RunError, RunFolder
 from .scalars import EvaluationScalars
 from .subject import Subject, prepare_subject, report_dense
-from .user_function import call, is_reference, load_function
+from .user_function import UserFunctionError, call, is_reference, load_function
 
 _IMAGES = "images"
 """Key under which the file of the dense weights holds a digest of the images."""
@@ -83,7 +83,18 @@ def create_run(config: RunConfig, root: Path, command: Sequence[str], display: R
         RunError: if the folder exists.
     """
     device = set_up_device(config.device, config.threads)
-    return RunFolder.create(root, settled_here(config, device, display), describe_machine(device), command)
+    settled = settled_here(_without_idle_methods(config, display), device, display)
+    return RunFolder.create(root, settled, describe_machine(device), command)
+
+
+def _without_idle_methods(config: RunConfig, display: RunDisplay) -> RunConfig:
+    """The configuration without the method that has no channels to rank, where nobody chose the methods."""
+    search = config.search
+    if "channels" in search.decide or "methods" in search.model_fields_set:
+        return config
+    display.say("search.methods: magnitude is left out, as it ranks channels, and search.decide names none")
+    methods = tuple(method for method in search.methods if method != "magnitude")
+    return config.model_copy(update={"search": search.model_copy(update={"methods": methods})})
 
 
 def resume_run(root: Path, display: RunDisplay, stop: StopFlag) -> RunOutcome:
@@ -249,12 +260,14 @@ def check_search(subject: Subject) -> None:
 
     Raises:
         BudgetError: if the budget cannot be met.
-        ConfigError: if there is nothing to decide, or a method of the run is granted too few evaluations.
+        ConfigError: if there is nothing to decide, or a method of the run is granted too few evaluations or ranks
+            channels, and none are decided.
     """
     settings, space = subject.config.search, space_of_graph(subject.config, subject.graph)
     n_calibration = sum(map(len, subject.calibration()))
     probes = evaluations_to_probe(space, settings.probe_share, subject.n_search, n_calibration)
     for method in settings.methods:
+        check_has_channels(method, space)
         check_enough(method, settings, probes, len(subject.data.validation) / subject.n_search)
 
 
@@ -400,7 +413,10 @@ def _reward(settings: SearchSettings, space: SearchSpace) -> RewardFunction:
 
     def reward(accuracy: float, cost: int, limit: int | None) -> float:
         what = f"the reward function '{name}', called with ({accuracy}, {cost}, {limit}),"
-        return call(what, partial(function, accuracy, cost, limit), {})  # type: ignore[no-any-return]
+        try:
+            return call(what, partial(function, accuracy, cost, limit), {})  # type: ignore[no-any-return]
+        except UserFunctionError as error:
+            raise RewardError(str(error)) from error
 
     # Named where its value is refused.
     reward.__name__ = name

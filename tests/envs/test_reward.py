@@ -60,3 +60,20 @@ def test_galens_reward_needs_a_target_and_no_budget(target: int | None, limit: i
 def test_a_beta_that_rewards_missing_the_target_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^the reward 'galen' has target 200 and beta 0.5; they must lie above and "):
         GalenReward(200, 0.5)
+
+
+def test_a_users_reward_that_fails_is_named() -> None:
+    def ratio(accuracy: float, cost: int, limit: int | None) -> float:
+        return accuracy / (cost - 10)
+
+    message = "the reward function 'ratio' failed for accuracy 0.5 and cost 10 with ZeroDivisionError: float division "
+    with pytest.raises(RewardError, match=f"^{message}by zero$"):
+        compute_reward(ratio, 0.5, 10, 20)
+
+
+def test_a_reward_that_names_itself_is_not_named_twice() -> None:
+    def named(accuracy: float, cost: int, limit: int | None) -> float:
+        raise RewardError("mine")  # noqa: EM101
+
+    with pytest.raises(RewardError, match=r"^mine$"):
+        compute_reward(named, 0.5, 10, 20)

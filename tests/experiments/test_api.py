@@ -4,6 +4,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,36 @@ def test_journal_knows_importance_by_the_order_of_the_units(tmp_path: Path) -> N
         search_into(tmp_path / "journal.jsonl", importance={name: -values for name, values in scores.items()})
 
 
+class Halved:
+    """A reward that is an object."""
+
+    def __call__(self, accuracy: float, cost: int, limit: int | None) -> float:
+        return accuracy / 2
+
+
+@pytest.mark.parametrize("make_reward", [Halved, lambda: partial(lambda by, accuracy, *_: accuracy / by, 2)])
+def test_journal_knows_a_reward_that_is_made_anew(tmp_path: Path, make_reward: Callable[[], Any]) -> None:
+    rewards = [make_reward(), make_reward()]  # both are there at once, so at different places in memory
+    first, second = (search_into(tmp_path / "journal.jsonl", reward=reward) for reward in rewards)
+
+    assert second.history == first.history
+    with pytest.raises(JournalError, match=r" is of another search: reward .+, now accuracy; pass the same again"):
+        search_into(tmp_path / "journal.jsonl", reward="accuracy")
+
+
+def test_journal_of_another_argument_of_the_reward_is_refused(tmp_path: Path) -> None:
+    def divided(by: float, accuracy: float, *_: object) -> float:
+        return accuracy / by
+
+    search_into(tmp_path / "journal.jsonl", reward=partial(divided, 2))
+
+    with pytest.raises(JournalError) as caught:
+        search_into(tmp_path / "journal.jsonl", reward=partial(divided, 3))
+
+    function = f"<function {divided.__qualname__}>"
+    assert f"reward functools.partial({function}, 2), now functools.partial({function}, 3); " in str(caught.value)
+
+
 def test_journal_of_a_run_folder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     search_into(path)
@@ -244,6 +275,24 @@ def test_journal_of_a_run_folder_is_refused(tmp_path: Path) -> None:
             "pruning.importance.rank_units returns them for a captured network",
         ),
         ({"evaluations": 0}, "compress: evaluations: input should be greater than or equal to 1; found 0"),
+        ({"seed": 2**32}, "compress: seed: input should be less than or equal to 4294967295; found 4294967296"),
+        (
+            {"decide": ["bits"], "budget": "40% bytes", "method": "magnitude", "calibration": [images()]},
+            "the method 'magnitude' ranks channels, and no channel group is decided here: let channels be decided "
+            "(search.decide, search.protect_first, search.protected), or choose another method",
+        ),
+        (
+            {
+                "importance": {
+                    "0": torch.ones(6),
+                    "3": torch.full((16,), torch.inf),
+                    "6": torch.ones(16),
+                    "9": torch.ones(12),
+                }
+            },
+            "importance of the group '3' is inf for unit 0; every score must be finite: to keep a unit longest, give "
+            "it one above the others of its group",
+        ),
         ({"min_keep_ratio": 2}, "compress: min_keep_ratio: input should be less than or equal to 1; found 2"),
         (
             {"protected": ["stem"]},

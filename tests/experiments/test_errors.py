@@ -102,6 +102,11 @@ def test_run_that_was_refused_leaves_no_folder(command: Command, tiny_yaml: Path
             "error: a budget of 818 macs (1.0% of the dense 81,828 macs) cannot be met: with every decision at its least",
         ),
         ("budget=9M macs", "error: the budget of 9,000,000 macs is above what the dense network costs, 81,828"),
+        (
+            "search={decide: [density], methods: [uniform, magnitude]}",
+            "error: the method 'magnitude' ranks channels, and no channel group is decided here: let channels be "
+            "decided (search.decide, search.protect_first, search.protected), or choose another method",
+        ),
         ("search.protected=[stem]", "error: protected names no channel group of this network: ['stem']"),
         (
             "data.validation.folder=val",

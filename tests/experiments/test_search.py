@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import random
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from agent.checkpoint import read_state
 from envs.journal import Journal, JournalEntry
 from envs.network_env import NetworkEnv
-from experiments.config import RunConfig
+from experiments.config import RunConfig, load_config
 from experiments.data import ImageData
 from experiments.finish import evaluated_plans
 from experiments.images import DataError, ImageSplit
@@ -23,7 +25,7 @@ from experiments.outcome import RunOutcome
 from experiments.problem import PROBES
 from experiments.progress import RunDisplay
 from experiments.run import RunBusyError, RunError, RunFolder
-from experiments.search import resume_run, start_run
+from experiments.search import create_run, resume_run, start_run
 from tests.event_files import Series, scalars
 
 from .stopping import StopAfter
@@ -135,6 +137,33 @@ def test_methods_that_use_no_probes_make_none(tiny_config: Configured, tmp_path:
     assert {entry["searcher"] for entry in entries if entry["purpose"] == "candidate"} == {"uniform", "magnitude"}
     assert [entry for entry in entries if entry["searcher"] == PROBES] == []
     assert outcome.probe_evaluations == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "methods", "told"),
+    [
+        (
+            {"search.decide": ["density"]},
+            ("uniform", "sensitivity", "random", "cem", "ppo", "ddpg"),
+            "search.methods: magnitude is left out, as it ranks channels, and search.decide names none\n",
+        ),
+        ({"search.decide": ["density"], "search.methods": ["magnitude"]}, ("magnitude",), ""),
+        (
+            {"search.decide": ["channels", "density"]},
+            ("uniform", "magnitude", "sensitivity", "random", "cem", "ppo", "ddpg"),
+            "",
+        ),
+    ],
+)
+def test_methods_that_nobody_chose_rank_no_channels_where_none_are_decided(
+    options: dict[str, Any], methods: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
+    text = io.StringIO()
+    with RunDisplay(Console(file=text, width=200)) as display:
+        folder = create_run(load_config(None, {"threads": 1} | options), tmp_path / "run", [], display)
+
+    assert folder.config.search.methods == methods
+    assert text.getvalue() == told
 
 
 def test_other_seed_gives_another_search(tiny_config: Configured, tmp_path: Path) -> None:
