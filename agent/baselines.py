@@ -121,7 +121,7 @@ def run_baseline(
         random_search(scorer, n_decisions, generator)
     if scorer.known_in_a_row >= MOST_KNOWN:
         tell_exhausted(scorer.evaluations, n_evaluations)
-    elif not scorer.is_spent:
+    elif not scorer.is_spent and scorer.evaluations < n_evaluations:
         tell_exhausted(scorer.evaluations, n_evaluations, f"most of the {len(scorer.episodes)} plans were known before")
     best = max(scorer.episodes, key=lambda episode: episode.reward)
     return BaselineResult(

@@ -57,7 +57,13 @@ class Ledger(VecEnvWrapper):
     """
 
     def __init__(self, venv: VecEnv, on_episode: OnEpisode) -> None:
+        """Open the books.
+
+        Raises:
+            ValueError: if environments of this process share an evaluator.
+        """
         super().__init__(venv)
+        _check_evaluators(venv)
         self.rewards: list[float] = []
         self.best: Episode | None = None
         self.is_spent = False
@@ -186,6 +192,21 @@ def tell_exhausted(evaluations: float, n_evaluations: int, known: str = "") -> N
         n_evaluations,
         known or f"the last {MOST_KNOWN} plans it proposed were all known",
     )
+
+
+def _check_evaluators(venv: VecEnv) -> None:
+    """Raise ValueError where environments share an evaluator: each would count its evaluations as its own."""
+    # Environments in processes of their own share nothing.
+    environments = venv.unwrapped.envs if isinstance(venv.unwrapped, DummyVecEnv) else []
+    first: dict[int, int] = {}
+    for index, environment in enumerate(environments):
+        evaluator = getattr(environment.unwrapped, "evaluator", None)
+        if evaluator is not None and first.setdefault(id(evaluator), index) != index:
+            msg = (
+                f"environments {first[id(evaluator)]} and {index} share one evaluator, whose evaluations would be "
+                "counted twice; give each an evaluator of its own, with its share of the evaluations granted"
+            )
+            raise ValueError(msg)
 
 
 def spread_or_one(returns: ArrayLike) -> float:

@@ -104,7 +104,8 @@ def train_agent(
     Raises:
         CheckpointError: if a checkpoint or ``start_from`` cannot be read, or is of another search.
         FileWriteError: if a checkpoint cannot be written.
-        ValueError: if ``config`` is of another algorithm, or the spaces are not those of a search.
+        ValueError: if ``config`` is of another algorithm, the spaces are not those of a search, or environments share
+            an evaluator.
     """
     config = config or default_config(algorithm)
     if not isinstance(config, PPOConfig if algorithm == "ppo" else DDPGConfig):
@@ -252,8 +253,10 @@ class Search:
         if steps > 0 and not self.ledger.is_over:
             hooks = SearchHooks(self, checkpoints)
             self.agent.learn(steps, callback=hooks, log_interval=None, reset_num_timesteps=is_fresh)  # type: ignore[arg-type]
-        if self.ledger.is_over and not self.ledger.is_spent:
-            tell_exhausted(self.ledger.evaluations, self.plan.n_evaluations)
+        ledger = self.ledger
+        if not ledger.is_spent and (ledger.is_over or ledger.evaluations < self.plan.n_evaluations):
+            known = "" if ledger.is_over else f"most of the {len(ledger.rewards)} plans were known before"
+            tell_exhausted(ledger.evaluations, self.plan.n_evaluations, known)
 
     def result(self) -> TrainResult:
         """What the search came to."""

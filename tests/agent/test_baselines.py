@@ -69,6 +69,14 @@ def test_a_baseline_ends_a_hundred_plans_after_the_last_new_one(
     ]
 
 
+@pytest.mark.parametrize("baseline", ["random", "cem"])
+def test_a_baseline_that_spends_more_than_is_granted_is_not_called_short(
+    baseline: Baseline, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len(run_baseline(baseline, TargetEnv(2), n_evaluations=5, seed=0).rewards) == 20
+    assert caplog.messages == []
+
+
 def test_a_layerwise_environment_is_refused() -> None:
     message = "the episode went on after one plan; a baseline takes the whole-network environment, one step long"
 

@@ -263,16 +263,23 @@ def test_one_seed_gives_one_search(algorithm: Algorithm) -> None:
     assert results[0].rewards != results[2].rewards
 
 
-def test_a_search_among_known_plans_ends() -> None:
-    class FreeEnv(TargetEnv):
-        def step(self, action: np.ndarray) -> Any:
-            observation, reward, terminated, truncated, info = super().step(action)
-            self.evaluations = 0
-            return observation, reward, terminated, truncated, info
+@pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
+def test_a_search_among_known_plans_ends_and_says_so(algorithm: Algorithm, caplog: pytest.LogCaptureFixture) -> None:
+    result = search(algorithm, 10, FewPlansEnv(2))
 
-    result = search("ppo", 10, FreeEnv(2))
+    assert len(result.rewards) == 40 and result.evaluations <= 4
+    assert caplog.messages == [
+        f"the search ends after {result.evaluations:g} of 10 evaluations: most of the 40 plans were known before. Few "
+        "plans fit a budget in a small network or with coarse rounding; a lower search.rounding makes more of them"
+    ]
 
-    assert 40 <= result.n_steps < 50
+
+@pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
+def test_a_search_that_spends_more_than_is_granted_is_not_called_short(
+    algorithm: Algorithm, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert search(algorithm, 5, TargetEnv(2)).evaluations == 20
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 from agent.search_env import Episode, Ledger, StandardisedRewards, vectorised
 from tests.agent.synthetic import LayerwiseTargetEnv, TargetEnv
@@ -75,3 +78,19 @@ def test_the_books_survive_a_round_trip() -> None:
     assert other.rewards == one.rewards
     assert other.best is not None
     assert other.best.reward == max(one.rewards)
+
+
+def test_environments_that_share_an_evaluator_are_refused() -> None:
+    envs = [TargetEnv(2) for _ in range(3)]
+    for env, evaluator in zip(envs, "aba", strict=True):
+        env.evaluator = SimpleNamespace(name=evaluator)  # type: ignore[attr-defined]
+    apart = VecMonitor(DummyVecEnv([lambda env=env: env for env in envs]))
+    assert Ledger(apart, lambda _: None).num_envs == 3
+
+    envs[2].evaluator = envs[0].evaluator  # type: ignore[attr-defined]
+    message = (
+        "environments 0 and 2 share one evaluator, whose evaluations would be counted twice; give each an evaluator of "
+        "its own, with its share of the evaluations granted"
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Ledger(apart, lambda _: None)
