@@ -20,13 +20,14 @@ from pruning.quantize import calibrate
 from .config import ConfigError, RunConfig
 from .data import ImageData, TrainBatches, labelled_batches, make_evaluate, normalise
 from .exported_files import describe_images, write_exported
+from .identity import tensors_digest
 from .interrupt import StopFlag
 from .machine import set_up_device
 from .models import build_model, check_outputs, load_weights
 from .precision import settle_precision
 from .progress import RunDisplay
 from .run import MethodFolder, refuse_existing
-from .training import train_from_scratch, tune
+from .training import behaviour, train_from_scratch, tune
 from .user_function import is_reference
 
 
@@ -116,12 +117,14 @@ def finetune_saved(source: Path, config: RunConfig, out: Path, display: RunDispl
     evaluate = make_evaluate(data.validation, config.data, batch_size=config.search.batch_size, device=device)
     before, seed = evaluate(model), config.search.seed
     batches = TrainBatches(data.train, config.data, batch_size=recipe.batch_size, seed=seed, device=device)
-    # A training that was stopped is continued for the same network, images and teacher alone.
+    # A training that was stopped is continued for the same network, images and teacher alone, not for their names.
     made_of = [
         manifest.weights_sha256,
         manifest.policy_digest,
+        behaviour(model, normalise(data.train.images[:2].to(device), config.data)),
         config.data.model_dump_json(),
-        str(config.model.weights),
+        tensors_digest([("images", data.train.images), ("labels", data.train.labels)]),
+        tensors_digest(teacher.state_dict().items()) if teacher else "",
     ]
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     search, scratch = config.search, out.with_name(f"{out.name}.{digest}.training")

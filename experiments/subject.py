@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,6 +48,7 @@ class Subject:
         model: the dense network, in evaluation mode.
         graph: its capture.
         device: where networks run.
+        trained: file in the cache with the weights, if they were trained for want of any.
     """
 
     config: RunConfig
@@ -55,6 +56,7 @@ class Subject:
     model: nn.Module
     graph: NetworkGraph
     device: torch.device
+    trained: Path | None = None
 
     @property
     def n_search(self) -> int:
@@ -166,8 +168,10 @@ def prepare_subject(
     _tell_images_left_out(config, graph, display)
     if not weights:
         _ = data.validation  # missing validation images end a run too, and before the training rather than after it
-        load_weights(model, trained_weights(config, data, model, device, display, stop))
+        trained = trained_weights(config, data, model, device, display, stop)
+        load_weights(model, trained)
         model.eval()
+        subject = replace(subject, trained=trained)
     return subject
 
 
@@ -203,10 +207,11 @@ def report_dense(subject: Subject, display: RunDisplay) -> float:
             "Check the weights, the normalisation (data.mean, data.std), and that the class folders sort into the "
             "order that the network was trained with"
         )
-        if subject.config.model.weights is None:
+        if subject.trained is not None:
             todo = (
-                f"It was trained here, for {subject.config.train.epochs} epochs: train it longer or otherwise "
-                "(train.epochs, train.learning_rate, train.batch_size), or pass --weights"
+                f"It was trained here, for {subject.config.train.epochs} epochs, and whoever asks for the same "
+                f"training gets the weights kept in '{subject.trained}': train it longer or otherwise (train.epochs, "
+                "train.learning_rate, train.batch_size), or pass --weights"
             )
         msg = (
             f"the dense network scores {percent(accuracy)} on the validation images, where guessing scores "

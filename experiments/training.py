@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from graph_encoder.copies import copied
 from graph_encoder.modes import evaluation_mode, has_bfloat16
 from pruning.batch_norm import batch_norms, reestimate_batch_norm
 from pruning.export import unique_tensors
@@ -36,6 +39,7 @@ SETTLING_BATCHES = 10
 """Batches that they are taken from anew after fewer steps."""
 QUANTIZED_RATE = 0.1
 """Peak learning rate of the epochs with bits that follow others without, as a share of theirs."""
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 
 def tune(
@@ -168,12 +172,30 @@ def _training_key(config: RunConfig, data: ImageData, model: nn.Module, device: 
     digest = hashlib.sha256(json.dumps(recipe).encode())
     digest.update(data.train.images.numpy().tobytes())
     digest.update(data.train.labels.numpy().tobytes())
-    with evaluation_mode(model), torch.inference_mode():
-        # The first weights are drawn by the seed, so equal outputs mean the same layers and the same forward.
-        outputs = model(normalise(data.train.images[:2].to(device), config.data))
-    digest.update(repr(outputs.float().cpu().mul(1000).round().tolist()).encode())
+    # The first weights are drawn by the seed, so equal outputs mean the same layers and the same forward.
+    digest.update(behaviour(model, normalise(data.train.images[:2].to(device), config.data)).encode())
     digest.update(repr({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}).encode())
     return digest.hexdigest()[:16]
+
+
+def behaviour(model: nn.Module, x: Tensor) -> str:
+    """How ``model`` is written and what it computes, in evaluation and in training mode; it is left as it is.
+
+    Dropout and the momentum of a batch norm, for two, show in no weight and in no output of the evaluation mode.
+
+    Args:
+        model: network, on the device of ``x``.
+        x: two images or more.
+    """
+    trained = copied(model).train()
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(0)
+        in_training = trained(x)
+    with evaluation_mode(model), torch.inference_mode():
+        outputs = [leaf for leaf in tree_leaves([model(x), in_training]) if isinstance(leaf, Tensor)]
+    # What a module says of itself may hold a function, with its place in memory.
+    written = _ADDRESS.sub("", repr(model))
+    return repr((written, [output.float().cpu().mul(1000).round().tolist() for output in outputs]))
 
 
 def train_from_scratch(

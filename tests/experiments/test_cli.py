@@ -11,21 +11,24 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.main import get_command
 
 from experiments.apply import agent_verdict
 from experiments.cli import app
 from experiments.config import METHODS, RunConfig
-from experiments.interrupt import StopFlag
+from experiments.interrupt import Interrupted, StopFlag
 from experiments.outcome import RunOutcome, Speed
 from experiments.progress import RunDisplay
 from experiments.search import start_run
+from experiments.standalone_training import finetune_saved
 from pruning.export import load_compressed, load_program
 from pruning.policy import CompressionPolicy
 
+from .stopping import StopAfter
 from .tiny import CLASSES, SIDE
+from .tiny import images as tiny_images
 from .tiny import network as tiny_network
 
 Command = Callable[..., Any]
@@ -362,6 +365,39 @@ def test_folder_of_a_method_is_fine_tuned_with_the_dense_network_as_teacher(
     assert (taught.code, alone.code) == (0, 0), taught.err
     by_teacher, by_labels = (load_file(tmp_path / name / "model.safetensors") for name in ("taught", "alone"))
     assert not torch.equal(by_teacher["3.weight"], by_labels["3.weight"])
+
+
+@pytest.mark.parametrize("changed", ["images", "teacher"])
+def test_stopped_fine_tuning_is_continued_on_the_same_images_and_teacher_alone(
+    tiny_config: Callable[..., RunConfig],
+    finished_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: str,
+) -> None:
+    weights = Path(shutil.copy(finished_run / "dense.safetensors", tmp_path))
+    config = tiny_config(
+        finetune__epochs=2, finetune__distillation_weight=0.5, model__weights=str(weights), measure__onnx=False
+    )
+
+    def finetune(out: str, stop: StopFlag) -> dict[str, Any]:
+        with RunDisplay(quiet=True) as display:
+            return finetune_saved(finished_run / "methods" / "uniform", config, tmp_path / out, display, stop)
+
+    with pytest.raises(Interrupted):
+        finetune("stopped", StopAfter(1))
+    if changed == "images":
+        splits = tiny_images()
+        others = splits | {"train": (255 - splits["train"][0], splits["train"][1])}
+        monkeypatch.setattr("tests.experiments.tiny.images", lambda: others)
+    else:
+        save_file({name: tensor.flip(0) for name, tensor in load_file(weights).items()}, weights)
+    finetune("stopped", StopFlag())
+    finetune("fresh", StopFlag())
+
+    stopped, fresh = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "fresh"))
+    assert stopped.keys() == fresh.keys()
+    assert all(torch.equal(stopped[name], fresh[name]) for name in fresh)
 
 
 def test_distillation_without_a_teacher_is_refused_before_training(

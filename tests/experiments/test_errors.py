@@ -401,6 +401,23 @@ def test_network_that_guesses_is_not_searched(command: Command, tiny_yaml: Path,
     )
 
 
+def test_network_that_was_trained_and_guesses_tells_where_its_weights_are_kept(
+    command: Command, tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    options = ["--set", "train.epochs=1", "--set", "train.learning_rate=1e-6"]
+
+    first, again = (command("search", tiny_yaml, *options, "--out", tmp_path / "run") for _ in range(2))
+
+    (kept,) = (tmp_path / "cache" / "networks").glob("*.safetensors")
+    assert first.err.splitlines()[-1] == again.err.splitlines()[-1]
+    assert again.err.splitlines()[-1].endswith(
+        "below 50.00 % there is nothing to compress. It was trained here, for 1 epochs, and whoever asks for the same "
+        f"training gets the weights kept in '{kept}': train it longer or otherwise (train.epochs, train.learning_rate, "
+        "train.batch_size), or pass --weights"
+    )
+
+
 def test_existing_run_is_refused(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()

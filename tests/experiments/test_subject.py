@@ -1,4 +1,6 @@
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from experiments.data import ImageData, normalise
 from experiments.interrupt import StopFlag
 from experiments.progress import RunDisplay
 from experiments.subject import Subject
+from experiments.training import behaviour
 from graph_encoder.capture import capture
+from graph_encoder.copies import copied
 from graph_encoder.network import NetworkGraph
 from pruning import reconstruction
 
@@ -39,6 +43,82 @@ def test_images_that_reconstruction_leaves_out_are_told(
     ]
     assert told_when_prepared(tiny_config(), capsys) == []
     assert told_when_prepared(tiny_config(search__reconstruct=True, search__calibration_images=30), capsys) == []
+
+
+def with_dropout() -> nn.Module:
+    return nn.Sequential(*network(3, 1)[:-1], nn.Dropout(0.9), nn.Linear(12, 3))  # type: ignore[index]
+
+
+def with_less_dropout() -> nn.Module:
+    return nn.Sequential(*network(3, 1)[:-1], nn.Dropout(0.1), nn.Linear(12, 3))  # type: ignore[index]
+
+
+class Dropped(nn.Sequential):
+    """Does in forward what no layer tells of."""
+
+    share = 0.9
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), self.share, self.training)
+
+
+def dropping() -> nn.Module:
+    return Dropped(*network(3, 1))
+
+
+def dropping_less() -> nn.Module:
+    model = dropping()
+    model.share = 0.1  # type: ignore[assignment]
+    return model
+
+
+def forgetful() -> nn.Module:
+    model = network(3, 1)
+    model[1].momentum = 0.9  # type: ignore[index]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(with_dropout, with_less_dropout), (dropping, dropping_less), (partial(network, 3, 1), forgetful)],
+)
+def test_a_network_that_trains_otherwise_is_trained_anew(
+    before: Callable[[], nn.Module],
+    after: Callable[[], nn.Module],
+    tiny_config: Configured,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    config = tiny_config(train__epochs=1)
+
+    def trained(model: Callable[[], nn.Module]) -> Path | None:
+        monkeypatch.setattr("tests.experiments.tiny.network", lambda num_classes, in_channels: model())
+        with RunDisplay(quiet=True) as display:
+            found = subject.prepare_subject(config, torch.device("cpu"), display, StopFlag(), check=lambda _: None)
+        return found.trained
+
+    first = trained(before)
+    assert first is not None and first.exists()
+    assert trained(after) not in (first, None)
+    assert trained(before) == first
+
+
+class Addressed(nn.Linear):
+    """Tells where in memory a part of it lies."""
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {object()}"
+
+
+def test_behaviour_is_that_of_the_network_and_not_of_its_place_in_memory() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), Addressed(64, 3), nn.Dropout())
+    x, before = torch.randn(2, 1, 8, 8), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+
+    assert behaviour(model, x) == behaviour(copied(model), x)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
 
 
 class Precision(nn.Module):
