@@ -158,7 +158,8 @@ def within_measured_budget(
     """The plan, or one of the same shape that is small enough for the clock too.
 
     Where the clock says more than the budget, the plan is projected again to the budget scaled by predicted over
-    measured, up to `MOST_PROJECTIONS` times. Budgets of other kinds stay as they are, and are kept by every plan.
+    measured, but to no less than the least that a plan takes by the table, up to `MOST_PROJECTIONS` times. Budgets of
+    other kinds stay as they are, and are kept by every plan.
 
     A reading is enough if the interval that holds its true median at 95 % lies within the limit. Else it is taken again
     with more rounds, for how much smaller a plan is made follows from it; anew and not on top, for readings that end
@@ -175,7 +176,7 @@ def within_measured_budget(
     """
     assert space.timed is not None
     limit, cost = space.timed.limit, space.timed.cost
-    allowed = limit / cost.dense
+    allowed, lowest = limit / cost.dense, space.lowest_of(cost)
     found = space.keep_ratios(policy)
     base = np.array([found[name] for name in space.names])
     readings: list[ClockReading] = []
@@ -186,9 +187,10 @@ def within_measured_budget(
                 readings.append(reading)
                 if reading.high <= allowed or (len(readings) > before + 1 and not _lie_apart(*readings[-2:])):
                     break
-            smaller = math.floor(limit * readings[-1].predicted / readings[-1].measured)
-            if readings[-1].measured <= allowed or n_smaller == MOST_PROJECTIONS or smaller < space.lowest_of(cost):
+            is_lowest = space.cost_of(policy, cost) <= lowest
+            if readings[-1].measured <= allowed or n_smaller == MOST_PROJECTIONS or is_lowest:
                 break
+            smaller = max(lowest, math.floor(limit * readings[-1].predicted / readings[-1].measured))
             policy = space.policy(project(base, space.with_limit("latency", smaller)))
     except LatencyError as error:
         return MeasuredPlan(policy, tuple(readings), allowed, unmeasured=str(error))

@@ -119,6 +119,21 @@ def test_it_ends_where_the_clock_never_agrees(space: SearchSpace) -> None:
     assert len({reading.digest for reading in measured.readings}) == 1 + MOST_PROJECTIONS
 
 
+@pytest.mark.parametrize(("of_the_fastest", "is_within"), [(0.5, True), (0.7, False)])
+def test_the_fastest_plan_is_read_before_a_budget_is_given_up(
+    space: SearchSpace, monkeypatch: pytest.MonkeyPatch, of_the_fastest: float, is_within: bool
+) -> None:
+    policy, lowest = space.policy(start_plan(space)), space.lowest_of(space.cost)
+    # So slow that the scaled budget is less than any plan takes by the table.
+    clock = exactly(lambda p: of_the_fastest if space.cost_of(p) == lowest else 50.0)
+
+    measured = kept(policy, space, clock)
+
+    assert [space.cost_of(measured.policy), measured.is_within] == [lowest, is_within]
+    assert list(dict.fromkeys(r.digest for r in measured.readings)) == [policy.digest, measured.policy.digest]
+    assert spent(problem_with(space, Journal()), clock, monkeypatch).space.limit == lowest
+
+
 def test_how_much_smaller_a_plan_is_made_follows_from_the_finer_reading(space: SearchSpace) -> None:
     policy = space.policy(start_plan(space))
 
