@@ -86,9 +86,9 @@ def accuracy_figure(plans: Sequence[Plan]) -> str:
             axes.step([*index, last], [*best, best[-1]], where="post", color=colour, linewidth=2.0, label=method)
         axes.set_xlabel("evaluation")
         axes.set_ylabel("accuracy on the search images")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(*_accuracy_limits([plan.accuracy for plan in plans]))
+        _tick_percents(axes)
         axes.set_xlim(0, last * 1.01)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return _svg(figure, "accuracy")
@@ -152,12 +152,13 @@ def pareto_figure(plans: Sequence[Plan], outcome: RunOutcome) -> str:
                 limit = outcome.cost_limit / dense_cost
                 axes.axvline(limit, color="#b91c1c", linestyle=":", linewidth=1.4, label="limit")
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.set_xlabel(f"share of the dense network's {_long(outcome.budget_kind)}")
         panels[0].set_ylabel("accuracy on the search images")
         panels[0].set_title("all plans and probes", fontsize=10, loc="left")
         if near:
             _zoom_to_limit(panels[1], near, outcome.cost_limit, dense_cost)
+        for axes in panels:
+            _tick_percents(axes)
         legend = panels[0].legend(fontsize=8, loc="lower right", markerscale=1.6)
         for handle in legend.legend_handles:
             handle.set_alpha(1.0)
@@ -219,6 +220,13 @@ def _accuracy_limits(accuracy: Sequence[float]) -> tuple[float, float]:
     low, high = float(np.quantile(accuracy, 0.05)), max(accuracy)
     room = max(0.02, 0.08 * (high - low))
     return max(0.0, low - room), min(1 + room / 4, high + room)  # dots at 100 % are not cut in half
+
+
+def _tick_percents(axes: Axes) -> None:
+    """Name accuracies by as many digits as tell them apart; the room above 100 % has no tick."""
+    low, high = axes.get_ylim()
+    axes.set_yticks([tick for tick in axes.get_yticks() if max(low, 0.0) <= round(tick, 9) <= min(high, 1.0)])
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def near_limit(plans: Sequence[Plan], limit: int) -> list[Plan]:

@@ -1,5 +1,6 @@
 import re
 import warnings
+from collections.abc import Callable
 from html import escape
 from html.parser import HTMLParser
 from io import StringIO
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from envs.journal import ClockReading
-from experiments.figures import Plan, keep_ratio_figure, pareto_front, shortened
+from experiments.figures import Plan, accuracy_figure, keep_ratio_figure, pareto_figure, pareto_front, shortened
 from experiments.outcome import (
     Latency,
     MethodOutcome,
@@ -297,6 +298,19 @@ def test_keep_ratio_figure_names_groups_in_the_networks_order() -> None:
 
     # Text becomes outlines, whose comments hold what was written.
     assert re.findall(r"<!-- (stem|body|head) -->", figure) == ["stem", "body", "head"]
+
+
+@pytest.mark.parametrize("figure", [accuracy_figure, lambda plans: pareto_figure(plans, outcome())])
+@pytest.mark.parametrize("lowest", [0.5, 0.95, 0.99, 0.998])
+def test_accuracies_on_an_axis_differ_and_end_at_100_percent(
+    figure: Callable[[list[Plan]], str], lowest: float
+) -> None:
+    svg = figure([Plan("cem", i, float(accuracy), 495 + i) for i, accuracy in enumerate(np.linspace(lowest, 1, 5), 1)])
+
+    # Text is drawn as paths, with what it says beside them.
+    for axis in re.findall(r'<g id="matplotlib.axis_\d*[02468]">(.*?)(?=<g id="matplotlib.axis_|$)', svg, re.DOTALL):
+        ticks = [float(text) for text in re.findall(r"<!-- ([\d.]+)% -->", axis)]
+        assert ticks == sorted(set(ticks)) and len(ticks) > 2 and max(ticks) <= 100
 
 
 def test_pareto_front_holds_what_no_other_plan_beats_in_both() -> None:
