@@ -127,8 +127,12 @@ def _execute(
     except KeyboardInterrupt:
         msg = f"stopped at once; everything before the step that ran is saved: {todo}"
         raise Interrupted(msg) from None
-    except (FileWriteError, JournalError) as error:
-        error.add_note(f"everything before is saved: {todo}")
+    except RunBusyError:
+        raise
+    except Exception as error:
+        # What is refused before the first evaluation leaves nothing to continue.
+        if folder.journal_file.exists() or isinstance(error, FileWriteError | JournalError):
+            error.add_note(f"everything before is saved: {todo}")
         raise
 
 

@@ -233,8 +233,9 @@ def test_a_broken_test_split_ends_the_run_and_mended_it_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(ImageData, "test", property(broken))
-        with pytest.raises(DataError, match=r"7\.png"):
+        with pytest.raises(DataError, match=r"7\.png") as caught:
             search(tiny_config(), tmp_path / "run")
+    assert caught.value.__notes__ == [f"everything before is saved: continue with 'secateur resume {tmp_path / 'run'}'"]
     assert not RunFolder(tmp_path / "run").results_file.exists()
 
     with RunDisplay(quiet=True) as display:
