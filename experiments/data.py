@@ -151,8 +151,12 @@ class ImageData:
 
     @cached_property
     def train(self) -> ImageSplit:
-        """Images for training, fine-tuning and batch-norm statistics."""
-        return self._read(self.recipe.train)
+        """Images for training, fine-tuning and batch-norm statistics.
+
+        Raises:
+            DataError: if they are all of one class.
+        """
+        return self._of_classes(self._read(self.recipe.train))
 
     @cached_property
     def sample(self) -> ImageSplit:
@@ -162,11 +166,10 @@ class ImageData:
         """
         source, split = self.recipe.source, self.recipe.train
         if source not in _BUILT_IN and Path(source).is_dir():
-            return self._checked(
-                first_image(
-                    Path(source), split.folder, split.list_file, size=self.recipe.size, grayscale=self.recipe.grayscale
-                )
+            first = first_image(
+                Path(source), split.folder, split.list_file, size=self.recipe.size, grayscale=self.recipe.grayscale
             )
+            return self._of_classes(self._checked(first))
         return self.train.take(torch.tensor([0]))
 
     @cached_property
@@ -278,6 +281,19 @@ class ImageData:
                 f"so both need the same folders"
             )
             raise DataError(msg)
+
+    def _of_classes(self, trained: ImageSplit) -> ImageSplit:
+        if len(trained.classes) < 2:
+            source, folder = self.recipe.source, self.recipe.train.folder
+            (only,) = trained.classes
+            msg = f"the training images of '{source}' are all of one class, '{only}'; two or more are needed"
+            if Path(source).exists():
+                msg += (
+                    f", each a folder in '{folder}' with images of its own: is there one folder level too many between "
+                    f"'{folder}' and the classes?"
+                )
+            raise DataError(msg)
+        return trained
 
     def _checked(self, split: ImageSplit) -> ImageSplit:
         shape, n_channels = tuple(split.images.shape), len(self.recipe.mean)

@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -153,13 +154,15 @@ def image_files(root: Path, folder: str) -> dict[str, ImageFile]:
     Links are followed; what begins with a dot is left out.
 
     Raises:
-        DataError: if ``root`` cannot be read, has no such folder, or the folder or that of a class holds no image.
+        DataError: if ``root`` or a folder below it cannot be read, it has no such folder, or the folder or that of a
+            class holds no image.
     """
     if not root.exists():
         msg = f"no image folder or archive '{root}'"
         raise DataError(msg)
     folder = _clean(folder)
-    tree = _folder_tree(root, folder) if root.is_dir() else _archive_tree(root, folder)
+    with _unreadable_named(root):
+        tree = _folder_tree(root, folder) if root.is_dir() else _archive_tree(root, folder)
     # A class is a folder: an image that lies beside the class folders has no label.
     within = {name: file for name, file in tree.files.items() if "/" in name and not _is_hidden(name)}
     classes = {name.split("/", 1)[0] for name in (*within, *tree.folders) if not _is_hidden(name)}
@@ -195,6 +198,15 @@ def _listed(files: dict[str, ImageFile], list_file: Path | None) -> tuple[str, .
     names = read_list(list_file)
     check_listed(names, files, list_file)
     return names
+
+
+@contextmanager
+def _unreadable_named(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        msg = f"cannot read '{error.filename}' in '{root}': {error.strerror}; allow it to be read, or take it away"
+        raise DataError(msg) from error
 
 
 def _folder_tree(root: Path, folder: str) -> _Tree:
@@ -322,9 +334,10 @@ def _fingerprint(root: Path, folder: str) -> tuple[object, ...]:
         stat = root.stat() if root.exists() else None
         return (str(root.resolve()), stat and (stat.st_size, stat.st_mtime_ns))
     top = root / folder
-    folders = sorted(path.name for path in top.iterdir() if path.is_dir()) if top.is_dir() else []
-    stats = ((path, path.stat()) for path in sorted(_walk(top)))
-    files = ((path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+    with _unreadable_named(root):
+        folders = sorted(path.name for path in top.iterdir() if path.is_dir()) if top.is_dir() else []
+        stats = ((path, path.stat()) for path in sorted(_walk(top)))
+        files = [(path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     return (str(root.resolve()), *folders, *files)
 
 

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import io
 import logging
@@ -7,7 +8,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from experiments.data import (
     make_evaluate,
     normalise,
 )
-from experiments.image_folder import read_image_folder, split_lists, write_split_lists
+from experiments.image_folder import first_image, read_image_folder, split_lists, write_split_lists
 from experiments.images import MissingSplitError
 
 
@@ -480,6 +481,33 @@ def test_test_images_of_other_classes_are_refused_before_they_are_read(root: Pat
     )
 
 
+def labelled_alike() -> dict[str, tuple[Tensor, Tensor]]:
+    return {"train": (torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))}
+
+
+@pytest.mark.parametrize("read", [lambda data: data.sample, lambda data: data.train])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_images_of_one_class_are_refused(root: Path, read: Callable[[ImageData], ImageSplit], is_folder: bool) -> None:
+    (root / "train").rename(root / "pets")
+    (root / "train").mkdir()
+    (root / "pets").rename(root / "train" / "pets")
+    source = str(root) if is_folder else "tests.experiments.test_data:labelled_alike"
+
+    with pytest.raises(DataError) as caught:
+        read(ImageData(DataRecipe(source=source)))
+
+    only, hint = "0", ""
+    if is_folder:
+        only = "pets"
+        hint = (
+            ", each a folder in 'train' with images of its own: is there one folder level too many between 'train' and "
+        )
+        hint += "the classes?"
+    assert str(caught.value) == (
+        f"the training images of '{source}' are all of one class, '{only}'; two or more are needed{hint}"
+    )
+
+
 def test_a_default_test_folder_without_classes_is_none(root: Path) -> None:
     for path in (root / "test").glob("*/*"):
         path.rename(root / "test" / f"{path.parent.name}-{path.name}")
@@ -609,6 +637,27 @@ def test_function_with_labels_of_no_class(
     monkeypatch.setattr("experiments.user_function.load_function", lambda _: lambda: {"train": images} | returned)
 
     assert failure(lambda: ImageData(DataRecipe(source="mine:data", mean=(0.5,), std=(0.5,))).train) == message
+
+
+@pytest.mark.parametrize("read", [read_image_folder, first_image])
+def test_folder_that_may_not_be_read_is_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path, str], ImageSplit]
+) -> None:
+    closed = next(path for path in sorted((root / "train").iterdir()) if path.is_dir())
+    really = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return really(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(DataError) as caught:
+        read(root, "train")
+
+    assert str(caught.value) == (
+        f"cannot read '{closed}' in '{root}': Permission denied; allow it to be read, or take it away"
+    )
 
 
 def test_links_to_images_and_folders_are_followed(root: Path, tmp_path: Path) -> None:
