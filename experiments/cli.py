@@ -7,7 +7,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,7 +127,7 @@ def search(
 ) -> None:
     """Search how to compress a network under a budget, fine-tune what was found, and report."""
     from .outcome import missing_speedups
-    from .run import numbered_folder
+    from .run import RunExistsError, numbered_folder
     from .search import start_run
 
     options = {
@@ -150,9 +150,16 @@ def search(
     }
     resolved = _configuration(config, options, settings)
     stem = Path(config).stem if config else resolved.model.name.rpartition(":")[2]
-    root = out or numbered_folder(Path("runs"), stem)
     command = ["secateur", *sys.argv[1:]]
-    outcome = _run(as_json, lambda display, stop: start_run(resolved, root, command, display, stop), resolved)
+
+    def work(display: RunDisplay, stop: StopFlag) -> RunOutcome:
+        while out is None:
+            # Another run that is started at the same time may take the number first.
+            with suppress(RunExistsError):
+                return start_run(resolved, numbered_folder(Path("runs"), stem), command, display, stop)
+        return start_run(resolved, out, command, display, stop)
+
+    outcome = _run(as_json, work, resolved)
     _end_without_speedup(missing_speedups(outcome) if require_speedup else [])
 
 

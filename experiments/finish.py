@@ -30,7 +30,7 @@ from .outcome import DENSE, Allowance, MethodOutcome, RunOutcome, budget_words
 from .problem import SearchProblem
 from .progress import RunDisplay
 from .report import render_report
-from .run import MethodFolder, RunFolder
+from .run import MethodFolder, RunFolder, reading
 from .scalars import log_final_metrics
 from .subject import Subject, near_chance
 from .training import tune
@@ -125,11 +125,13 @@ def rebuild_report(folder: RunFolder, display: RunDisplay) -> RunOutcome:
     """Write report.html from results.json and the journal; no image and no network is touched.
 
     Raises:
-        RunError: if the run is not finished.
+        RunError: if the run is not finished, or a file of it cannot be read.
     """
     outcome = folder.outcome()
     plans = evaluated_plans(Journal(folder.journal_file))
-    html = render_report(outcome, plans, folder.config_file.read_text())
+    with reading(folder.config_file, "put it back"):
+        configuration = folder.config_file.read_text()
+    html = render_report(outcome, plans, configuration)
     write_atomic(folder.report_file, html.encode())
     display.say(f"report: {folder.report_file}")
     return outcome
@@ -196,7 +198,9 @@ def _tuned(
         return None
     tuned = copied(network)
     if own.tuned_file.exists():
-        load_unique(tuned, load_file(own.tuned_file))
+        with reading(own.tuned_file, "delete it, and 'secateur resume' fine-tunes the network again"):
+            weights = load_file(own.tuned_file)
+        load_unique(tuned, weights)
         return tuned.eval()
     tune(
         tuned,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from latency.table import LatencyTable
 from pruning.files import FileWriteError, write_atomic
@@ -26,6 +27,28 @@ class RunError(RuntimeError):
 
 class RunBusyError(RunError):
     """Another process does what is to be done."""
+
+
+class RunExistsError(RunError):
+    """Something is there already."""
+
+
+@contextmanager
+def reading(file: Path, todo: str) -> Iterator[None]:
+    """Name the file of a run that cannot be read, and what to do about it, in a `RunError` of one line."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        msg = f"cannot read '{file}': {_reason(error)}; {todo}"
+        raise RunError(msg) from error
+
+
+def _reason(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return getattr(error, "strerror", None) or str(error)
+    first, *others = error.errors(include_url=False)
+    more = f", and {len(others)} more" if others else ""
+    return f"{': '.join([*map(str, first['loc']), first['msg']])}{more}"
 
 
 @contextmanager
@@ -121,13 +144,29 @@ class RunFolder:
 
     @property
     def machine(self) -> Machine:
-        """The machine that the run was started on."""
-        return Machine.model_validate_json(self.machine_file.read_text())
+        """The machine that the run was started on.
+
+        Raises:
+            RunError: if the record cannot be read.
+        """
+        with reading(self.machine_file, "put it back, or that of another run on the same machine in its place"):
+            return Machine.model_validate_json(self.machine_file.read_text())
 
     @property
     def command(self) -> str:
-        """The command that started the run."""
-        return (self.root / "command.txt").read_text().strip()
+        """The command that started the run.
+
+        Raises:
+            RunError: if the record cannot be read.
+        """
+        file = self.root / "command.txt"
+        with reading(file, "put it back, or write into it what started the run"):
+            return file.read_text().strip()
+
+    @property
+    def lock_file(self) -> Path:
+        """Made first, by the one process that starts the run; see `locked`."""
+        return self.root / ".lock"
 
     def outcome(self) -> RunOutcome:
         """What the run found.
@@ -139,11 +178,12 @@ class RunFolder:
             todo = f"continue it with 'secateur resume {self.root}'"
             msg = f"run {self.root} is not finished (no results.json in it); {todo}"
             raise RunError(msg)
-        try:
+        todo = (
+            "it was changed, or written by another version of secateur: put it back, or delete it, and "
+            f"'secateur resume {self.root}' makes it again"
+        )
+        with reading(self.results_file, todo):
             return RunOutcome.load(self.results_file)
-        except ValidationError as error:
-            msg = f"'{self.results_file}' was changed, or written by another version of secateur: {error}"
-            raise RunError(msg) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -152,7 +192,7 @@ class RunFolder:
         Raises:
             RunBusyError: if another process works in the folder.
         """
-        with locked(self.root / ".lock", f"in run folder {self.root}"):
+        with locked(self.lock_file, f"in run folder {self.root}"):
             yield
 
     @classmethod
@@ -160,14 +200,23 @@ class RunFolder:
         """Make the folder of a new run.
 
         Raises:
-            RunError: if something is there already.
+            RunExistsError: if something is there already.
             TableError: if the latency table cannot be read.
+            FileWriteError: if the folder cannot be made.
         """
         refuse_existing(root)
         # Nothing is made of what is refused.
         table = LatencyTable.load(config.latency.table) if config.latency.table else None
-        root.mkdir(parents=True, exist_ok=True)
         folder = cls(root)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            # Of two runs that are started here at once, one makes this file.
+            folder.lock_file.touch(exist_ok=False)
+        except FileExistsError:
+            raise _exists_already(root) from None
+        except OSError as error:
+            msg = f"cannot make the run folder '{root}': {error.strerror}; name another with --out"
+            raise FileWriteError(error.errno, msg) from error
         write_atomic(folder.machine_file, machine.model_dump_json(indent=2).encode())
         write_atomic(root / "command.txt", shlex.join(command).encode())
         if table is not None:
@@ -244,12 +293,15 @@ class MethodFolder:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise `RunError` if something other than an empty folder is at ``path``; nothing is ever overwritten."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
+    """Raise `RunExistsError` if something other than an empty folder is at ``path``; nothing is ever overwritten."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise _exists_already(path)
+
+
+def _exists_already(path: Path) -> RunExistsError:
     todo = f"continue it with 'secateur resume {path}', or " if (path / "config.yaml").exists() else ""
     msg = f"{path} exists already; {todo}choose another name with --out"
-    raise RunError(msg)
+    return RunExistsError(msg)
 
 
 def numbered_folder(parent: Path, stem: str) -> Path:

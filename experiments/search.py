@@ -36,7 +36,7 @@ from .outcome import RunOutcome, percent
 from .precision import NO_KERNELS, settle_precision
 from .problem import Scoring, SearchProblem, evaluations_to_probe, least_squares, probe, settle_range, space_by
 from .progress import RunDisplay, Stage, count
-from .run import RunBusyError, RunError, RunFolder
+from .run import RunBusyError, RunError, RunFolder, reading
 from .scalars import EvaluationScalars
 from .subject import Subject, prepare_subject, report_dense
 from .user_function import UserFunctionError, call, is_reference, load_function
@@ -56,7 +56,7 @@ def start_run(config: RunConfig, root: Path, command: Sequence[str], display: Ru
         stop: looked at after every evaluation and epoch.
 
     Raises:
-        RunError: if the folder exists.
+        RunExistsError: if the folder exists.
         Interrupted: if a signal came in; `resume_run` continues.
     """
     folder = create_run(config, root, command, display)
@@ -80,7 +80,7 @@ def create_run(config: RunConfig, root: Path, command: Sequence[str], display: R
     """Make the folder of a run, with its configuration as `settled_here`; `resume_run` carries it out.
 
     Raises:
-        RunError: if the folder exists.
+        RunExistsError: if the folder exists.
     """
     device = set_up_device(config.device, config.threads)
     settled = settled_here(_without_idle_methods(config, display), device, display)
@@ -322,7 +322,9 @@ def importance_of(subject: Subject) -> dict[str, torch.Tensor]:
 def _saved_importance(folder: RunFolder, subject: Subject) -> dict[str, torch.Tensor]:
     if not folder.importance_file.exists():
         write_atomic(folder.importance_file, save(importance_of(subject)))
-    return load_file(folder.importance_file)
+    todo = f"delete it, and 'secateur resume {folder.root}' makes it again"
+    with reading(folder.importance_file, todo):
+        return load_file(folder.importance_file)
 
 
 def _probed(problem: SearchProblem, subject: Subject, display: RunDisplay, stop: StopFlag) -> SearchProblem:
@@ -347,7 +349,9 @@ def _search(
     own = folder.method(method)
     if own.search_file.exists():
         display.say(f"{method}: searched before")
-        return MethodSearch.model_validate_json(own.search_file.read_text())
+        todo = f"delete it, and 'secateur resume {folder.root}' makes it again from the evaluations in the journal"
+        with reading(own.search_file, todo):
+            return MethodSearch.model_validate_json(own.search_file.read_text())
     entries = [e for e in problem.journal.entries(method, problem.seed) if e.purpose == "candidate"]
     recorded = {math.ceil(e.evaluations_used): problem.reward(e.accuracy, e.cost) for e in entries}
     scalars = EvaluationScalars(folder.tensorboard / method, recorded)

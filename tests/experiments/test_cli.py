@@ -21,11 +21,13 @@ from experiments.config import METHODS, RunConfig
 from experiments.interrupt import Interrupted, StopFlag
 from experiments.outcome import RunOutcome, Speed
 from experiments.progress import RunDisplay
+from experiments.run import RunExistsError
 from experiments.search import start_run
 from experiments.standalone_training import finetune_saved
 from pruning.export import load_compressed, load_program
 from pruning.policy import CompressionPolicy
 
+from . import outcomes
 from .stopping import StopAfter
 from .tiny import CLASSES, SIDE
 from .tiny import images as tiny_images
@@ -123,6 +125,25 @@ def test_report_is_rebuilt_from_what_was_saved(command: Command, finished_run: P
 
     assert done.code == 0
     assert (finished_run / "report.html").read_bytes() == before
+
+
+def test_run_whose_number_is_taken_meanwhile_takes_the_next(
+    command: Command, tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roots: list[Path] = []
+
+    def start(_config: RunConfig, root: Path, *_others: object) -> RunOutcome:
+        root.mkdir(parents=True)
+        roots.append(root)
+        if len(roots) == 1:
+            raise RunExistsError
+        return outcomes.outcome(outcomes.row("uniform", 0.7, 0.8))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.search.start_run", start)
+
+    assert command("search", tiny_yaml).code == 0
+    assert roots == [Path("runs/tiny-1"), Path("runs/tiny-2")]
 
 
 def test_finished_run_is_resumed_at_once(command: Command, finished_run: Path) -> None:

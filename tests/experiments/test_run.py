@@ -10,10 +10,11 @@ import torch
 from experiments import machine
 from experiments.config import RunConfig
 from experiments.machine import describe_machine, set_up_device, usable_cores
-from experiments.run import RunError, RunFolder, numbered_folder, refuse_existing
+from experiments.run import RunError, RunExistsError, RunFolder, numbered_folder, refuse_existing
 from latency.table import TableError
+from pruning.files import FileWriteError
 
-from .outcomes import MACHINE
+from .outcomes import MACHINE, outcome
 
 Configured = Callable[..., RunConfig]
 
@@ -70,15 +71,75 @@ def test_results_of_an_unfinished_run_say_how_to_finish_it(folder: RunFolder) ->
     )
 
 
-def test_results_that_cannot_be_read_are_refused_by_name(folder: RunFolder) -> None:
-    folder.results_file.write_text('{"version": 1, "from": "elsewhere"}')
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[]", "Input should be an object"),
+        (outcome().model_dump_json(exclude={"machine", "seed"}), "seed: Field required, and 1 more"),
+        ("", "Invalid JSON: EOF while parsing a value at line 1 column 0"),
+        (None, "Is a directory"),
+    ],
+)
+def test_results_that_cannot_be_read_are_refused_by_name(folder: RunFolder, content: str | None, reason: str) -> None:
+    if content is None:
+        folder.results_file.mkdir()
+    else:
+        folder.results_file.write_text(content)
 
     with pytest.raises(RunError) as caught:
         folder.outcome()
 
-    assert str(caught.value).startswith(
-        f"'{folder.results_file}' was changed, or written by another version of secateur: "
+    assert str(caught.value) == (
+        f"cannot read '{folder.results_file}': {reason}; it was changed, or written by another version of secateur: "
+        f"put it back, or delete it, and 'secateur resume {folder.root}' makes it again"
     )
+
+
+def test_records_that_are_missing_are_told(folder: RunFolder) -> None:
+    folder.machine_file.unlink()
+    (folder.root / "command.txt").unlink()
+
+    with pytest.raises(RunError) as machine_told:
+        _ = folder.machine
+    with pytest.raises(RunError) as command_told:
+        _ = folder.command
+
+    assert str(machine_told.value) == (
+        f"cannot read '{folder.machine_file}': No such file or directory; put it back, or that of another run on the "
+        "same machine in its place"
+    )
+    assert str(command_told.value) == (
+        f"cannot read '{folder.root / 'command.txt'}': No such file or directory; put it back, or write into it what "
+        "started the run"
+    )
+
+
+def test_a_run_folder_that_cannot_be_made_is_told(tmp_path: Path, tiny_config: Configured) -> None:
+    (tmp_path / "file").touch()
+    root = tmp_path / "file" / "run"
+
+    with pytest.raises(FileWriteError) as caught:
+        RunFolder.create(root, tiny_config(), MACHINE, [])
+
+    assert str(caught.value) == f"cannot make the run folder '{root}': Not a directory; name another with --out"
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_of_runs_started_at_once_in_one_folder_one_has_it(
+    tmp_path: Path, tiny_config: Configured, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    root = tmp_path / "run"
+    if is_there:
+        root.mkdir()
+    # Each looked before the other began.
+    monkeypatch.setattr("experiments.run.refuse_existing", lambda _: None)
+    RunFolder.create(root, tiny_config(), MACHINE, ["first"])
+
+    with pytest.raises(RunExistsError) as caught:
+        RunFolder.create(root, tiny_config(), MACHINE, ["second"])
+
+    assert str(caught.value).startswith(f"{root} exists already; continue it with")
+    assert RunFolder(root).command == "first"
 
 
 def test_a_table_that_cannot_be_read_leaves_no_folder(tmp_path: Path, tiny_config: Configured) -> None:

@@ -264,6 +264,31 @@ def test_a_run_is_not_continued_on_other_images(
     assert resume(tmp_path / "run").row("random").evaluations == 12
 
 
+def test_what_a_damaged_file_of_a_run_held_is_made_again(tiny_config: Configured, tmp_path: Path) -> None:
+    outcome = search(tiny_config(finetune__epochs=1, finetune__dense_control=False), tmp_path / "run")
+    folder, before = RunFolder(tmp_path / "run"), timeless(tmp_path / "run")
+    folder.results_file.unlink()
+    own = folder.method("random")
+    again = f"'secateur resume {folder.root}' makes it again"
+    todo = {
+        own.search_file: f"Invalid JSON: EOF while parsing a value at line 1 column 0; delete it, and {again} from the "
+        "evaluations in the journal",
+        folder.importance_file: f"Error while deserializing header: header too small; delete it, and {again}",
+        own.tuned_file: "Error while deserializing header: header too small; delete it, and 'secateur resume' "
+        "fine-tunes the network again",
+    }
+
+    for file, told in todo.items():
+        file.write_bytes(b"")
+        with pytest.raises(RunError) as caught:
+            resume(folder.root)
+        assert str(caught.value) == f"cannot read '{file}': {told}"
+        file.unlink()
+
+    assert resume(folder.root).row("random").validation_accuracy == outcome.row("random").validation_accuracy
+    assert timeless(folder.root) == before
+
+
 def test_resuming_a_finished_run_needs_neither_images_nor_network(
     tiny_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
