@@ -371,6 +371,8 @@ def load_as(kind: type[ConfigT], path: Path | None, options: Mapping[str, Any] |
         ConfigError: if a key is unknown or a value cannot be used; the message names the nearest valid key.
     """
     tree = _read_yaml(path) if path else {}
+    # A section of which every key is commented out is empty.
+    tree = {key: {} if value is None and _is_section(kind, key) else value for key, value in tree.items()}
     for section in _SHORT.keys() & tree.keys():
         _put(tree, section, tree.pop(section))
     for key, value in (options or {}).items():
@@ -411,11 +413,12 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """Key and value of ``--set search.finalists=5``; the value is read as YAML.
 
     Raises:
-        ConfigError: if there is no ``=``, or the value is not valid YAML.
+        ConfigError: if there is no ``=`` or no key before it, or the value is not valid YAML.
     """
     key, equals, value = text.partition("=")
-    if not equals:
-        msg = f"--set '{text}' has no '='; write it as section.key=value, for example search.finalists=5"
+    if not equals or not all(map(str.strip, key.split("."))):
+        lacking = f"no key in '{key}' before its '='" if equals else "no '='"
+        msg = f"--set '{text}' has {lacking}; write it as section.key=value, for example search.finalists=5"
         raise ConfigError(msg)
     return key.strip(), _parsed(value, f"the value in --set '{text}'")
 
@@ -445,11 +448,24 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``2:4`` is a text: PyYAML follows version 1.1, where it is 124, written to the base of 60."""
+    """YAML in which no key stands twice, and ``2:4`` is a text.
+
+    PyYAML takes the last of equal keys, and follows version 1.1, where 2:4 is 124, written to the base of 60.
+    """
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
         tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
         return self.DEFAULT_SCALAR_TAG if tag in _NUMBERS and ":" in value else tag
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in found:
+                    msg = f"the key '{key.value}' stands again in line {key.start_mark.line + 1}; keep one of them"
+                    raise yaml.YAMLError(msg)
+                found.add(key.value)
+        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
 
 
 def _parsed(text: str, source: str) -> Any:
@@ -496,6 +512,11 @@ def _fault(model: type[BaseModel], detail: ErrorDetails) -> str:
 def _sentence(detail: ErrorDetails) -> str:
     text = detail["msg"].removeprefix("Value error, ")
     return text[:1].lower() + text[1:]
+
+
+def _is_section(model: type[BaseModel], key: str) -> bool:
+    annotation = model.model_fields[key].annotation if key in model.model_fields else None
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _section_at(model: type[BaseModel], parents: Sequence[int | str]) -> type[BaseModel]:

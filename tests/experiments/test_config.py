@@ -226,6 +226,52 @@ def test_empty_file_leaves_the_defaults(tmp_path: Path, text: str) -> None:
     assert load_config(written(tmp_path, text)) == RunConfig()
 
 
+def test_section_whose_keys_are_commented_out_leaves_the_defaults(tmp_path: Path) -> None:
+    path = written(tmp_path, "model:\ndata:\nsearch:\n  # seed: 3\nbudget:\nthreads: 2\n")
+
+    with pytest.raises(ConfigError, match="need a budget; without one"):
+        load_config(path)
+    assert load_config(path, {"budget": "50%"}) == load_config(None, {"threads": 2, "data": {}})
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("model: resnet20\nthreads: 2\nmodel: resnet56\n", "model", 3),
+        ("search:\n  seed: 3\n  seed: 3\n", "seed", 3),
+        ("search: {seed: 3, evaluations: 4, seed: 3}\n", "seed", 1),
+    ],
+)
+def test_key_that_stands_twice_is_told(tmp_path: Path, text: str, key: str, line: int) -> None:
+    path = written(tmp_path, text)
+
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+
+    assert str(caught.value) == (
+        f"{path} is not valid YAML: the key '{key}' stands again in line {line}; keep one of them"
+    )
+
+
+def test_keys_taken_over_from_another_section_may_be_set_again(tmp_path: Path) -> None:
+    path = written(tmp_path, "ppo: &agent {hidden: 8, updates: 2}\nddpg:\n  <<: *agent\n  updates: 3\n")
+
+    config = load_config(path)
+
+    assert (config.ppo.hidden, config.ddpg.hidden, config.ppo.updates, config.ddpg.updates) == (8, 8, 2, 3)
+
+
+@pytest.mark.parametrize(("text", "key"), [("=3", ""), ("search.=3", "search."), (" . =3", " . ")])
+def test_setting_without_a_key_is_told(text: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_setting(text)
+
+    assert str(caught.value) == (
+        f"--set '{text}' has no key in '{key}' before its '='; write it as section.key=value, for example "
+        "search.finalists=5"
+    )
+
+
 def test_setting_without_a_value_is_told() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_setting("search.seed")
