@@ -360,7 +360,8 @@ def _outcome(
 
 def _log_metrics(folder: RunFolder, config: RunConfig, outcome: RunOutcome) -> None:
     """Hyper-parameters with final metrics, for TensorBoard's own table."""
-    chosen = config.search.model_dump(mode="json", exclude={"methods"}) | {"finetune_epochs": config.finetune.epochs}
+    chosen = {"model": outcome.model, "data": outcome.data, "budget": outcome.budget}
+    chosen |= config.search.model_dump(mode="json", exclude={"methods"}) | {"finetune_epochs": config.finetune.epochs}
     for row in outcome.rows:
         if row.method == DENSE:
             continue
@@ -368,6 +369,13 @@ def _log_metrics(folder: RunFolder, config: RunConfig, outcome: RunOutcome) -> N
             "search_accuracy": row.search_accuracy,
             "validation_accuracy": row.validation_accuracy,
             "tuned_validation_accuracy": row.tuned_validation_accuracy,
+            "test_accuracy": row.test_accuracy,
+            "tuned_test_accuracy": row.tuned_test_accuracy,
+            "cost": row.cost,
+            "macs": row.macs,
+            "params": row.params,
+            "size_bytes": row.size_bytes,
+            "latency_ratio": row.clock_readings[-1].measured if row.clock_readings else None,
             "evaluations": row.evaluations,
             "seconds": row.seconds,
         }

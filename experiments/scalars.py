@@ -11,9 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from agent.tensorboard import wait_for_a_later_second
 from envs.evaluator import Evaluation
+
+_FINAL = ".final"
+"""How the name of the event file with the final metrics ends."""
 
 
 class EvaluationScalars:
@@ -55,7 +59,17 @@ class EvaluationScalars:
 
 
 def log_final_metrics(folder: Path, hyperparameters: Mapping[str, object], metrics: Mapping[str, float]) -> None:
-    """Show the hyper-parameters of a method beside its final metrics in TensorBoard's HPARAMS tab."""
+    """Show the hyper-parameters of a method beside its final metrics in TensorBoard's HPARAMS tab.
+
+    They are in a file of their own, in place of that of an earlier call.
+    """
     plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hyperparameters.items()}
-    with SummaryWriter(str(folder)) as writer:
-        writer.add_hparams(plain, {f"result/{name}": value for name, value in metrics.items()}, run_name=".")
+    results = {f"result/{name}": value for name, value in metrics.items()}
+    for earlier in folder.glob(f"events.out.tfevents.*{_FINAL}"):
+        earlier.unlink()
+    # `SummaryWriter.add_hparams` would open a second file, whose name does not tell what is in it.
+    with SummaryWriter(str(folder), filename_suffix=_FINAL) as writer:
+        for summary in hparams(plain, results):
+            writer.file_writer.add_summary(summary)
+        for name, value in results.items():
+            writer.add_scalar(name, value, 0)

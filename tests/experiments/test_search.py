@@ -26,7 +26,7 @@ from experiments.problem import PROBES
 from experiments.progress import RunDisplay
 from experiments.run import RunBusyError, RunError, RunFolder
 from experiments.search import create_run, resume_run, start_run
-from tests.event_files import Series, scalars
+from tests.event_files import Series, hyperparameters, scalars
 
 from .stopping import StopAfter
 from .tiny import images as tiny_images
@@ -343,11 +343,33 @@ def test_resume_warns_of_another_number_of_threads(
     )
 
 
-def test_hyperparameters_are_shown_with_final_metrics(tiny_config: Configured, tmp_path: Path) -> None:
-    outcome = search(tiny_config(), tmp_path / "run")
+def test_hyperparameters_are_shown_once_with_the_final_metrics(tiny_config: Configured, tmp_path: Path) -> None:
+    search(tiny_config(finetune__epochs=1, finetune__dense_control=False), tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    folder.results_file.unlink()
+    row = resume(folder.root).row("random")
 
-    (_, value), *_ = curve(tmp_path / "run", "random", "result/validation_accuracy")
-    assert value == pytest.approx(outcome.row("random").validation_accuracy)
+    accuracies = ["search", "validation", "tuned_validation", "test", "tuned_test"]
+    names = [
+        *(f"{name}_accuracy" for name in accuracies),
+        "cost",
+        "macs",
+        "params",
+        "size_bytes",
+        "evaluations",
+        "seconds",
+    ]
+    shown = scalars(folder.tensorboard / "random")
+    assert {tag: series for tag, series in shown.items() if tag.startswith("result/")} == {
+        f"result/{name}": [(0, pytest.approx(getattr(row, name)))] for name in names
+    }
+    assert hyperparameters(folder.tensorboard / "random").items() >= {
+        ("model", "tests.experiments.tiny:network"),
+        ("data", "tests.experiments.tiny:images"),
+        ("budget", "at most 50 % of its MACs"),
+        ("evaluations", 12.0),
+        ("finetune_epochs", 1.0),
+    }
 
 
 def test_live_curves_are_the_first_cards_of_tensorboard(tiny_config: Configured, tmp_path: Path) -> None:
