@@ -23,7 +23,7 @@ from pruning.proof import Proof, leave_refuted_dense, prove
 
 from .config import ConfigError, RunConfig, SearchSettings
 from .floor import LatencyFloors, find_floors
-from .models import build_model, input_sizes, load_weights
+from .models import ONE_TENSOR, build_model, input_sizes, load_weights
 from .outcome import amount, budget_words
 from .search import space_of_graph
 
@@ -44,6 +44,7 @@ class CheckReport:
         floors: the least latency, where a table was given.
         met: the budgets that were asked for and can be met, in words; None if there are none.
         refusal: why a budget that was asked for is refused, None if all can be met or there is none.
+        outputs: what the network returns, where that is no tensor that a search could score; else None.
     """
 
     graph: NetworkGraph
@@ -53,6 +54,7 @@ class CheckReport:
     floors: LatencyFloors | None = None
     met: str | None = None
     refusal: str | None = None
+    outputs: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -79,6 +81,7 @@ class CheckReport:
             *(f"  {group.name}: {group.size} units: {group.reason}" for group in dense),
             f"layers skipped  {len(graph.skipped)}",
             *(f"  {name}: {reason}" for name, reason in graph.skipped.items()),
+            *([f"outputs         {self.outputs}"] if self.outputs else ()),
             f"proof           removing equals masking in {len(self.proof) - len(failed)} of {len(self.proof)} trials",
             *(f"  FAILED: {result.subject}: {_failure(result)}" for result in failed),
             *([f"budget met      {self.met}"] if self.met else ()),
@@ -107,6 +110,7 @@ class CheckReport:
                 for g in graph.groups
             ],
             "skipped": dict(graph.skipped),
+            "outputs": self.outputs,
             "proof": [
                 {
                     "subject": r.subject,
@@ -164,7 +168,9 @@ def check_named(
     if weights:
         load_weights(model, weights)
     generator = torch.Generator().manual_seed(seed)
-    report = check_network(model, torch.randn(2, *sizes, generator=generator), config.search, seed=seed)
+    example = torch.randn(2, *sizes, generator=generator)
+    report = check_network(model, example, config.search, seed=seed)
+    report = replace(report, outputs=_outputs_that_are_no_tensor(model, example))
     try:
         if config.latency.table is None:
             if not budgets:
@@ -177,6 +183,12 @@ def check_named(
         return replace(report, refusal=str(error))
     met = f"{budget_words(budgets)}; the floor is above" if budgets and floors.refusal is None else None
     return replace(report, floors=floors, met=met, refusal=floors.refusal)
+
+
+def _outputs_that_are_no_tensor(model: nn.Module, example: Tensor) -> str | None:
+    with torch.no_grad():
+        outputs = model(example)
+    return None if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}; {ONE_TENSOR}"
 
 
 def _least_words(space: SearchSpace) -> str:

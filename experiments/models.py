@@ -30,6 +30,8 @@ _BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v2_cifar": mobilenet_v2_cifar,
 }
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
+ONE_TENSOR = "a search scores one tensor (images, classes): wrap the network in a module that returns the logits alone"
+"""What to do about a network that returns several tensors, or one inside something else."""
 
 
 class ModelError(ValueError):
@@ -125,13 +127,15 @@ def check_outputs(model: nn.Module, images: Tensor, classes: Sequence[str]) -> N
     """
     with torch.inference_mode():
         scores = model(images)
-    if isinstance(scores, Tensor) and scores.ndim == 2 and scores.shape[1] >= len(classes):
+    if not isinstance(scores, Tensor):
+        msg = f"the network returns a {type(scores).__name__}; {ONE_TENSOR}"
+        raise ModelError(msg)
+    if scores.ndim == 2 and scores.shape[1] >= len(classes):
         return
-    found = f"outputs {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
     msg = (
-        f"the network returns {found} for {len(images)} images, the data has {len(classes)} classes "
-        f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}); a tensor (images, classes) is needed, so "
-        "build the network for these classes, or name the data that it was trained on"
+        f"the network returns outputs {tuple(scores.shape)} for {len(images)} images, the data has {len(classes)} "
+        f"classes ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}); a tensor (images, classes) is "
+        "needed, so build the network for these classes, or name the data that it was trained on"
     )
     raise ModelError(msg)
 

@@ -147,6 +147,29 @@ def test_network_with_too_few_outputs_is_told(command: Command, tiny_yaml: Path,
     )
 
 
+class Labelled(nn.Module):
+    """Gives its scores beside something else."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.network = network(num_classes, in_channels)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.network(x)}
+
+
+def test_network_that_returns_no_tensor_is_told_to_be_wrapped(
+    command: Command, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    model = "tests.experiments.test_errors:Labelled"
+    searched = command("search", tiny_yaml, "--model", model, "--out", tmp_path / "run")
+    checked = command("check", model, "--shape", "1,8,8", "--classes", "3")
+
+    advice = "a search scores one tensor (images, classes): wrap the network in a module that returns the logits alone"
+    assert (searched.code, searched.err.splitlines()[-1]) == (1, f"error: the network returns a dict; {advice}")
+    assert f"outputs         a dict; {advice}" in checked.out.splitlines()
+
+
 def test_images_that_nobody_chose_are_told_and_blamed(command: Command, tmp_path: Path) -> None:
     arguments = ["--model", "tests.experiments.test_errors:for_colour", "--out", tmp_path / "run"]
     done = command("search", *arguments)
