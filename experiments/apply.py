@@ -26,7 +26,7 @@ from .methods import ranked_plans
 from .outcome import ANOTHER_DEVICE, DENSE, Latency, speeds_that_count, unsure_speedups
 from .problem import least_squares
 from .progress import RunDisplay
-from .run import MethodFolder, refuse_existing
+from .run import MethodFolder, claimed, refuse_existing
 from .search import Watch, build_problem, importance_of, settled_here, space_of_graph, tell_precision
 from .subject import Subject, prepare_subject, report_dense
 from .turns import FinishedNetwork, time_in_turn
@@ -53,7 +53,7 @@ def apply_saved(
     Raises:
         PolicyError: if the policy does not fit; it names everything that does not, and nothing is written.
         ConfigError: if a policy is to be refined, or an agent is given no budget.
-        RunError: if ``out`` exists.
+        RunError: if ``out`` exists, or another process makes it.
     """
     refuse_existing(out)
     if source.is_dir():
@@ -66,20 +66,27 @@ def apply_saved(
             f"there is no policy and no agent '{source}'; a run keeps them in RUN/methods/NAME/policy.json and agent.pt"
         )
         raise ConfigError(msg)
+    if source.suffix == ".pt" and not config.budget:
+        msg = "an agent plans for a budget; pass --budget"
+        raise ConfigError(msg)
+    if source.suffix != ".pt" and evaluations:
+        msg = "--evaluations refines the plan of an agent; a policy is applied as it is"
+        raise ConfigError(msg)
+    with claimed(out):
+        return _applied(source, config, out, evaluations, display, stop)
+
+
+def _applied(
+    source: Path, config: RunConfig, out: Path, evaluations: int, display: RunDisplay, stop: StopFlag
+) -> dict[str, Any]:
     device = set_up_device(config.device, config.threads)
     if source.suffix == ".pt":
-        if not config.budget:
-            msg = "an agent plans for a budget; pass --budget"
-            raise ConfigError(msg)
         config = settled_here(config, device, display)
         subject = prepare_subject(
             config, device, display, stop, check=lambda subject: space_of_graph(config, subject.graph)
         )
         report_dense(subject, display)
         return _apply_agent(source, subject, out, evaluations, display, stop)
-    if evaluations:
-        msg = "--evaluations refines the plan of an agent; a policy is applied as it is"
-        raise ConfigError(msg)
     policy, config = CompressionPolicy.load(source), settled_here(config, device, display)
     subject = prepare_subject(config, device, display, stop, check=lambda subject: policy.masks(subject.graph))
     report_dense(subject, display)

@@ -225,7 +225,10 @@ def apply(
     }
     resolved = _configuration(config, options, settings)
     facts = _tell(
-        as_json, lambda display, stop: apply_saved(source, resolved, out, evaluations, display, stop), resolved
+        as_json,
+        lambda display, stop: apply_saved(source, resolved, out, evaluations, display, stop),
+        resolved,
+        if_stopped="; evaluations are made anew" if evaluations else "",
     )
     _end_without_speedup([facts["no_speedup"]] if require_speedup and "no_speedup" in facts else [])
 
@@ -538,8 +541,10 @@ def _end_without_speedup(missing: list[str]) -> None:
         raise typer.Exit(NO_SPEEDUP)
 
 
-def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]], config: RunConfig) -> dict[str, Any]:
-    """Carry out one step, and print and return what it returns."""
+def _tell(
+    as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]], config: RunConfig, if_stopped: str = ""
+) -> dict[str, Any]:
+    """Carry out one step, and print and return what it returns; ``if_stopped`` is what a signal costs."""
     from .interrupt import Interrupted, stop_on_signals
     from .outcome import Speed
     from .progress import RunDisplay
@@ -554,7 +559,8 @@ def _tell(as_json: bool, work: Callable[[RunDisplay, StopFlag], dict[str, Any]],
                 facts = work(display, stop)
         except Interrupted as stopped:
             msg = (
-                f"stopped by {stopped}; no result is written, and the same command continues a training that was begun"
+                f"stopped by {stopped}; no result is written, and the same command continues a training that was "
+                f"begun{if_stopped}"
             )
             raise Interrupted(msg) from None
     if as_json:

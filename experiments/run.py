@@ -292,6 +292,28 @@ class MethodFolder:
         return self.root / "model"
 
 
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Let one process alone make ``out``, a file or folder that is not there; its lock is a hidden file beside it.
+
+    Raises:
+        RunExistsError: if something is there already.
+        RunBusyError: if another process makes it.
+        FileWriteError: if the folder around it cannot be made or written.
+    """
+    refuse_existing(out)
+    out = out.resolve()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"cannot make the folder '{out.parent}': {error.strerror}; choose another name with --out"
+        raise FileWriteError(error.errno, msg) from error
+    with locked(out.with_name(f".{out.name}.lock"), f"on {out}"):
+        # The process that held the lock may have made it since.
+        refuse_existing(out)
+        yield
+
+
 def refuse_existing(path: Path) -> None:
     """Raise `RunExistsError` if something other than an empty folder is at ``path``; nothing is ever overwritten."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

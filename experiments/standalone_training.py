@@ -117,11 +117,12 @@ def finetune_saved(source: Path, config: RunConfig, out: Path, display: RunDispl
     evaluate = make_evaluate(data.validation, config.data, batch_size=config.search.batch_size, device=device)
     before, seed = evaluate(model), config.search.seed
     batches = TrainBatches(data.train, config.data, batch_size=recipe.batch_size, seed=seed, device=device)
+    example = normalise(data.train.images[:2], config.data)
     # A training that was stopped is continued for the same network, images and teacher alone, not for their names.
     made_of = [
         manifest.weights_sha256,
         manifest.policy_digest,
-        behaviour(model, normalise(data.train.images[:2].to(device), config.data)),
+        behaviour(model, example.to(device)),
         config.data.model_dump_json(),
         tensors_digest([("images", data.train.images), ("labels", data.train.labels)]),
         tensors_digest(teacher.state_dict().items()) if teacher else "",
@@ -146,8 +147,8 @@ def finetune_saved(source: Path, config: RunConfig, out: Path, display: RunDispl
         sparse_layers=policy.sparse_layers,
         calibrate_ranges=lambda network: calibrate(network, images, method=search.calibration_method),
     )
-    example = manifest.examples()
-    save_compressed(model, policy, out, constructor=manifest.constructor, example_inputs=example)
+    # Read back as it was, and exported for the images that it was trained on, which may be of another size.
+    save_compressed(model, policy, out, constructor=manifest.constructor, example_inputs=manifest.examples())
     metadata = describe_images(config.data, data.classes)
     write_exported(model, "the fine-tuned network", example, out, images[0].cpu(), config.measure, display, metadata)
     # Last: what is stopped before has its checkpoints.

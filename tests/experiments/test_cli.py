@@ -7,12 +7,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from typer.main import get_command
 
 from experiments.apply import agent_verdict
@@ -386,6 +387,24 @@ def test_folder_of_a_method_is_fine_tuned_with_the_dense_network_as_teacher(
     assert (taught.code, alone.code) == (0, 0), taught.err
     by_teacher, by_labels = (load_file(tmp_path / name / "model.safetensors") for name in ("taught", "alone"))
     assert not torch.equal(by_teacher["3.weight"], by_labels["3.weight"])
+
+
+def larger_images() -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (pixels.repeat(1, 1, 1, 2), labels) for name, (pixels, labels) in tiny_images().items()}
+
+
+def test_network_fine_tuned_on_images_of_another_size_is_exported_for_them(
+    command: Command, finished_run: Path, tmp_path: Path
+) -> None:
+    arguments = [finished_run / "methods" / "uniform", finished_run / "config.yaml", "--epochs", "1"]
+    arguments += ["--model", "tests.experiments.tiny:network", "--data", "tests.experiments.test_cli:larger_images"]
+
+    done = command("finetune", *arguments, "--set", "measure.program=false", "--out", tmp_path / "out")
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert done.code == 0, done.err
+    assert session.get_inputs()[0].shape[1:] == [1, SIDE, 2 * SIDE]
+    assert "3.weight" in load_compressed(tmp_path / "out", lambda: tiny_network(CLASSES, 1)).state_dict()
 
 
 @pytest.mark.parametrize("changed", ["images", "teacher"])

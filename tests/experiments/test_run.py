@@ -1,7 +1,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,15 @@ import torch
 from experiments import machine
 from experiments.config import RunConfig
 from experiments.machine import describe_machine, set_up_device, usable_cores
-from experiments.run import RunError, RunExistsError, RunFolder, numbered_folder, refuse_existing
+from experiments.run import (
+    RunBusyError,
+    RunError,
+    RunExistsError,
+    RunFolder,
+    claimed,
+    numbered_folder,
+    refuse_existing,
+)
 from latency.table import TableError
 from pruning.files import FileWriteError
 
@@ -183,6 +192,26 @@ def test_second_process_is_kept_out(folder: RunFolder) -> None:
     assert str(caught.value) == f"another process works in run folder {folder.root}; wait for it or stop it"
     with folder.locked():
         assert folder.config_file.exists()
+
+
+def test_what_another_process_makes_is_refused_while_it_does_and_once_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "new" / "weights.safetensors"
+    with claimed(out), pytest.raises(RunBusyError) as busy, claimed(out):
+        pass
+
+    @contextmanager
+    def waited(_file: Path, _where: str) -> Iterator[None]:
+        out.touch()
+        yield
+
+    monkeypatch.setattr("experiments.run.locked", waited)
+    with pytest.raises(RunExistsError) as made, claimed(out):
+        pass
+
+    assert str(busy.value) == f"another process works on {out}; wait for it or stop it"
+    assert str(made.value) == f"{out} exists already; choose another name with --out"
 
 
 def test_numbers_of_runs_go_on_after_the_highest(tmp_path: Path) -> None:
