@@ -13,7 +13,7 @@ from torch import nn
 
 from envs.evaluator import RANGE_IMAGES
 from graph_encoder.modes import evaluation_mode
-from pruning.export import load_compressed, read_manifest, save_compressed
+from pruning.export import Manifest, load_compressed, read_manifest, save_compressed
 from pruning.policy import CompressionPolicy
 from pruning.quantize import calibrate
 
@@ -26,7 +26,7 @@ from .machine import set_up_device
 from .models import build_model, check_outputs, load_weights
 from .precision import settle_precision
 from .progress import RunDisplay
-from .run import MethodFolder, refuse_existing
+from .run import MethodFolder, claimed
 from .training import behaviour, train_from_scratch, tune
 from .user_function import is_reference
 
@@ -39,12 +39,16 @@ def train_named(config: RunConfig, out: Path, display: RunDisplay, stop: StopFla
 
     Raises:
         ConfigError: if ``out`` is not to be safetensors.
-        RunError: if it exists.
+        RunError: if it exists, or another process trains it.
     """
     if out.suffix != ".safetensors":
         msg = f"--out {out} must end in .safetensors: weights are written in that format"
         raise ConfigError(msg)
-    refuse_existing(out)
+    with claimed(out):
+        return _trained(config, out, display, stop)
+
+
+def _trained(config: RunConfig, out: Path, display: RunDisplay, stop: StopFlag) -> dict[str, Any]:
     device = set_up_device(config.device, config.threads)
     config = settle_precision(config, device, display)
     data = ImageData(config.data)
@@ -76,7 +80,7 @@ def finetune_saved(source: Path, config: RunConfig, out: Path, display: RunDispl
     Raises:
         ConfigError: if there are no epochs, ``source`` holds no network or would choose the code that runs, or
             distillation lacks the dense network's weights.
-        RunError: if ``out`` exists.
+        RunError: if ``out`` exists, or another process makes it.
     """
     recipe, source = config.finetune, _network_folder(source)
     manifest = read_manifest(source)
@@ -98,12 +102,17 @@ def finetune_saved(source: Path, config: RunConfig, out: Path, display: RunDispl
             "finetune.distillation_weight to 0"
         )
         raise ConfigError(msg)
-    refuse_existing(out)
+    with claimed(out):
+        return _finetuned(source, manifest, named or manifest.constructor, config, out, display, stop)
+
+
+def _finetuned(
+    source: Path, manifest: Manifest, name: str, config: RunConfig, out: Path, display: RunDisplay, stop: StopFlag
+) -> dict[str, Any]:
     device = set_up_device(config.device, config.threads)
     recipe = settle_precision(config, device, display).finetune
     data = ImageData(config.data)
     n_classes, n_channels = len(data.classes), data.train.images.shape[1]
-    name = named or manifest.constructor
 
     def dense() -> nn.Module:
         return build_model(name, n_classes, n_channels)

@@ -22,7 +22,7 @@ from experiments.config import METHODS, RunConfig
 from experiments.interrupt import Interrupted, StopFlag
 from experiments.outcome import RunOutcome, Speed
 from experiments.progress import RunDisplay
-from experiments.run import RunExistsError
+from experiments.run import RunExistsError, claimed
 from experiments.search import start_run
 from experiments.standalone_training import finetune_saved
 from pruning.export import load_compressed, load_program
@@ -452,6 +452,39 @@ def test_distillation_without_a_teacher_is_refused_before_training(
         1,
         "error: finetune.distillation_weight is 0.5, so the dense network is the teacher, and no weights of it are "
         "given; pass --weights (a run keeps them in RUN/dense.safetensors), or set finetune.distillation_weight to 0\n",
+    )
+
+
+@pytest.mark.parametrize("step", ["apply", "finetune", "train"])
+def test_a_step_is_refused_where_another_process_makes_the_same(
+    command: Command, finished_run: Path, tmp_path: Path, step: str
+) -> None:
+    own, out = finished_run / "methods" / "uniform", tmp_path / "out.safetensors"
+    source = {"apply": [own / "policy.json"], "finetune": [own], "train": []}[step]
+
+    with claimed(out):
+        done = command(step, *source, finished_run / "config.yaml", "--out", out)
+
+    assert (done.code, done.err.splitlines()[-1]) == (
+        1,
+        f"error: another process works on {out}; wait for it or stop it",
+    )
+
+
+@pytest.mark.parametrize(("evaluations", "cost"), [(0, ""), (5, "; evaluations are made anew")])
+def test_stopped_apply_says_what_is_made_anew(
+    command: Command, tiny_yaml: Path, monkeypatch: pytest.MonkeyPatch, evaluations: int, cost: str
+) -> None:
+    def stopped(*_: object) -> dict[str, Any]:
+        raise Interrupted("SIGINT")  # noqa: EM101
+
+    monkeypatch.setattr("experiments.apply.apply_saved", stopped)
+
+    done = command("apply", "agent.pt", tiny_yaml, "--evaluations", evaluations)
+
+    assert (done.code, done.err.splitlines()[-1]) == (
+        130,
+        "stopped by SIGINT; no result is written, and the same command continues a training that was begun" + cost,
     )
 
 
