@@ -46,6 +46,12 @@ def sparse_conv2d(
     if groups != 1:
         msg = f"secateur::sparse_conv2d: expected groups of 1, got {groups}; keep grouped convolutions dense"
         raise ValueError(msg)
+    if x.dim() == 4 and x.shape[1] != weight.shape[1]:
+        msg = (
+            f"secateur::sparse_conv2d: expected x of shape (batch, {weight.shape[1]}, height, width) for a weight of "
+            f"shape {weight.shape}, got {tuple(x.shape)}"
+        )
+        raise ValueError(msg)
     out: Tensor = torch.ops.secateur.sparse_conv2d(
         x,
         weight.values,
@@ -89,6 +95,12 @@ def sparse_linear(
     Raises:
         ValueError: naming the argument that does not fit.
     """
+    if x.dim() and weight.shape[1:] != (x.shape[-1], 1, 1):
+        msg = (
+            f"secateur::sparse_linear: expected x of shape (..., in) for a weight of shape (out, in, 1, 1), "
+            f"got {tuple(x.shape)} for {weight.shape}"
+        )
+        raise ValueError(msg)
     pattern = (weight.values, weight.columns, weight.counts)
     out: Tensor = torch.ops.secateur.sparse_linear(
         x, *pattern, bias, residual, weight.shape[0], weight.block, activation

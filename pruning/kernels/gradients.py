@@ -60,6 +60,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             output = torch.ops.secateur.sparse_linear(x, *pattern, bias, residual, grad.shape[-1], ctx.block, "none")
         grad = activation_grad(grad, output, ctx.activation)
     needs = ctx.needs_input_grad
+    if not grad.numel():  # an image of no pixels is none
+        zeros = [None if tensor is None else torch.zeros_like(tensor) for tensor in (x, values, bias)]
+        return zeros[0], zeros[1], None, None, zeros[2], grad if needs[5] else None, None, None, None
     # The rows of a linear layer are the pixels of one image of a 1x1 convolution.
     window = ([1, 1], [1, 1], [0, 0], [1, 1], ctx.block)
     image_grad = grad.reshape(-1, grad.shape[-1]).t().contiguous()[None, :, None]

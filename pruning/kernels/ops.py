@@ -231,7 +231,8 @@ class _Linear(NamedTuple):
         rows, values, bias = self.x.reshape(-1, in_features), self.values.contiguous(), _contiguous(self.bias)
         added = None if self.residual is None else self.residual.reshape(-1, self.out_features)
         if len(rows) <= max(2, self.block):
-            epilogue = Epilogue(pointer(bias), pointer(_contiguous(added)), ACTIVATIONS.index(self.activation))
+            added = _contiguous(added)  # the structure holds addresses alone
+            epilogue = Epilogue(pointer(bias), pointer(added), ACTIVATIONS.index(self.activation))
             sums = out.reshape(-1, self.out_features)
             native.linear_rows(pattern.native(values, self.columns), epilogue, rows.contiguous(), sums)
             return out

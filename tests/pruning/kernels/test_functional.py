@@ -146,6 +146,18 @@ def test_an_input_in_another_layout_gives_the_same() -> None:
     assert torch.equal(sparse_conv2d(x.transpose(2, 3).contiguous().transpose(2, 3), weight), expected)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_a_linear_layer_reads_inputs_and_residuals_of_any_strides(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(256, 200, generator=generator)
+    x = torch.randn(200, rows, generator=generator).t()
+    residual = torch.randn(256, rows, generator=generator).t()
+
+    found = sparse_linear(x, pack(dense, 16), None, residual)
+
+    torch.testing.assert_close(found, x @ dense.t() + residual, rtol=1e-4, atol=1e-4)
+
+
 def test_an_empty_batch_gives_an_empty_output() -> None:
     weight = pack(torch.ones(4, 3, 3, 3), 4)
 
@@ -234,7 +246,22 @@ def corrupt(**changes: Any) -> SparseWeight:
             "secateur::sparse_conv2d: expected residual of shape (1, 4, 3, 3), got (1, 4, 5, 5)",
         ),
         (
-            conv2d(x=torch.ones(1, 2, 5, 5)),
+            conv2d(x=torch.ones(1, 9, 5, 5)),
+            "secateur::sparse_conv2d: expected x of shape (batch, 3, height, width) for a weight of shape "
+            "(4, 3, 3, 3), got (1, 9, 5, 5)",
+        ),
+        (
+            lambda: sparse_linear(torch.ones(2, 9), pack(torch.ones(4, 3), 4)),
+            "secateur::sparse_linear: expected x of shape (..., in) for a weight of shape (out, in, 1, 1), "
+            "got (2, 9) for (4, 3, 1, 1)",
+        ),
+        (
+            lambda: sparse_linear(torch.ones(2, 3), pack(torch.ones(4, 3, 1, 2), 4)),
+            "secateur::sparse_linear: expected x of shape (..., in) for a weight of shape (out, in, 1, 1), "
+            "got (2, 3) for (4, 3, 1, 2)",
+        ),
+        (
+            conv2d(x=torch.ones(1, 2, 5, 5), weight=corrupt(shape=(4, 2, 3, 3))),
             "secateur::sparse_conv2d: expected columns from 0 to 17, got 0 to 26",
         ),
         (

@@ -74,6 +74,19 @@ def test_gradients_of_a_linear_layer_are_those_of_the_dense_one(
         torch.testing.assert_close(one.double(), exact, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("activation", ["none", "relu6", "gelu"])
+def test_no_rows_give_gradients_of_zero(activation: str) -> None:
+    packed = pack(sparse((12, 10), 4, 0.4, torch.Generator().manual_seed(0))[0], 4)
+    x, bias, residual = (torch.ones(size, requires_grad=True) for size in ((0, 10), (12,), (0, 12)))
+    leaves = (x, packed.values.requires_grad_(), bias, residual)
+
+    out = sparse_linear(x, packed, bias, residual, activation=activation)
+    found = torch.autograd.grad(out.sum(), leaves)
+
+    for one, leaf in zip(found, leaves, strict=True):
+        assert torch.equal(one, torch.zeros_like(leaf))
+
+
 def conv2d_arguments(block: int, requires_grad: bool) -> tuple[object, ...]:
     generator = torch.Generator().manual_seed(0)
     packed = pack(sparse((8, 5, 3, 3), block, 0.4, generator)[0], block)
