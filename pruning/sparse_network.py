@@ -61,7 +61,8 @@ class SparseReport:
     """How a network was prepared.
 
     Attributes:
-        layers: one choice for each convolution and linear layer; depthwise ones are always dense.
+        layers: one choice for each linear layer and each convolution whose channels are not grouped; depthwise ones
+            are always dense, and other grouped ones are ``foreign``.
         foreign: name and PyTorch operator of everything that PyTorch runs.
         native_calls: of a forward pass; 1 if the plan runs all of the network, 0 without the compiled library.
         instruction_set: of the kernels; None without the compiled library.
@@ -161,9 +162,10 @@ def sparsify(
 class SparseNetwork(nn.Module):
     """A prepared network, for inference only; `sparsify` makes it.
 
-    It computes what the model computed when it was prepared, without gradients, on as many threads as PyTorch has at
-    the call. Calls from several Python threads are allowed and take turns. It holds no parameters: save the model, and
-    prepare it again with ``report.choices``.
+    It computes what the model computed when it was prepared, in float32 under autocast too, without gradients, on as
+    many threads as PyTorch has at the call. An input that the model changes in place is left as it is. Calls from
+    several Python threads are allowed and take turns. It holds no parameters: save the model, and prepare it again with
+    ``report.choices``.
 
     Attributes:
         report: how it was prepared.
@@ -186,9 +188,11 @@ class SparseNetwork(nn.Module):
         """
         self._check(inputs)
         values: dict[str, Any] = dict(zip(self._lowered.inputs, inputs, strict=True)) | self._lowered.constants
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for part in self._parts:
                 part.run(values)
+        # The caller may write into what it gets.
+        values |= {name: value.clone() for name, value in self._lowered.constants.items()}
         return tree_unflatten([values[name] for name in self._lowered.outputs], self._lowered.structure)
 
     def train(self, mode: bool = True) -> SparseNetwork:
@@ -298,6 +302,8 @@ def _native_part(
 
 def _is_native(one: Operator, sizes: Mapping[str, tuple[int, ...]]) -> bool:
     shapes = [one.size, *(sizes[name] for name in one.inputs)]
+    if isinstance(one, Linear) and len(one.size) != 2:  # a plan takes the second of four dimensions for the channels
+        return False
     return not isinstance(one, Foreign) and all(len(shape) in (2, 4) and 0 not in shape for shape in shapes)
 
 
@@ -392,7 +398,7 @@ def _probe(native: Library, one: Weighted, sizes: Mapping[str, tuple[int, ...]],
         return Plan(native, [one], inputs, (), {one.output: form}, holds_inputs=True).run
     call = _torch_call(one, {one.output: form})
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(size, generator=generator) for size in inputs.values()]
+    tensors = [torch.randn(size, generator=generator, dtype=torch.float32, device="cpu") for size in inputs.values()]
     return lambda: call(*tensors)
 
 

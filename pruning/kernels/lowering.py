@@ -59,7 +59,8 @@ def lower(model: nn.Module, inputs: Sequence[Tensor]) -> Lowered:
     """
     try:
         # A graph for inference without anything that works in place; composite operators stay whole.
-        program = torch.export.export(copied(model), tuple(inputs)).run_decompositions({})
+        with torch.autocast("cpu", enabled=False):
+            program = torch.export.export(copied(model), tuple(inputs)).run_decompositions({})
     except Exception as error:  # the exporter raises whatever the step at fault raises
         msg = f"{type(model).__name__} cannot be exported, so it cannot run as one plan: {first_line(innermost(error))}"
         raise LoweringError(msg) from error
@@ -72,7 +73,7 @@ def lower(model: nn.Module, inputs: Sequence[Tensor]) -> Lowered:
     if OutputKind.BUFFER_MUTATION in kinds:
         msg = f"{type(model).__name__} changes a buffer at every call, which a plan does not"
         raise LoweringError(msg)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         # An input that forward changes in place is left as it is.
         returned = zip(reader.read(program.graph), kinds, strict=True)
         outputs = tuple(name for name, kind in returned if kind == OutputKind.USER_OUTPUT)
@@ -91,6 +92,7 @@ class _Reader:
         self.operators: list[Operator] = []
         self.inputs: list[str] = []
         self._same: dict[str, str] = {}  # nodes that only pass a value on, and the value
+        self._own: set[str] = set()  # values that operators of ours write
 
     def read(self, graph: fx.Graph) -> tuple[str, ...]:
         """Read all nodes; the names of the outputs."""
@@ -118,21 +120,31 @@ class _Reader:
             return self.constants.get(self.name(node))
         return node
 
+    def are_constant(self, *nodes: Any) -> bool:
+        """Whether the inputs decide none of them; what is not there is constant too."""
+        return all(not isinstance(node, fx.Node) or self.name(node) in self.constants for node in nodes)
+
     def _call(self, node: fx.Node) -> None:
-        if all(self.name(source) in self.constants for source in node.all_input_nodes):
+        if self.are_constant(*node.all_input_nodes) and not _is_random(node):
             arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda source: self.constants[self.name(source)])
             self.constants[node.name] = node.target(*arguments, **keywords)  # type: ignore[operator]
             return
-        if _is_pass_through(node):
+        if _is_pass_through(node) or self._is_normalized(node):
             self._same[node.name] = self.name(node.args[0])
             return
         read = _READERS.get(str(node.target))
         own = read(self, node) if read and _is_plain(node) else None
+        if own:
+            self._own.add(node.name)
         self.operators.append(own or self._foreign(node))
+
+    def _is_normalized(self, node: fx.Node) -> bool:
+        """Whether the node takes the output of a batch norm of ours; PyTorch's own gives it in a tuple."""
+        return node.target is operator.getitem and self.name(node.args[0]) in self._own and bool(node.args[1] == 0)
 
     def _foreign(self, node: fx.Node) -> Foreign:
         sources = [source for source in node.all_input_nodes if self.name(source) not in self.constants]
-        target = node.target
+        target = _OF_ANY_STRIDES.get(str(node.target), node.target)
         assert callable(target)
 
         def call(*values: Any) -> Any:
@@ -142,13 +154,22 @@ class _Reader:
             return target(*arguments, **keywords)
 
         names = tuple(self.name(source) for source in sources)
-        return Foreign(layer_name(node), names, node.name, _size(node), call, str(target).removesuffix(".default"))
+        kind = str(node.target).removesuffix(".default")
+        return Foreign(layer_name(node), names, node.name, _size(node), call, kind)
+
+
+_OF_ANY_STRIDES = {f"aten.{name}.default": torch.ops.aten.reshape.default for name in ("view", "_unsafe_view")}
+"""In place of operators that take only the strides that their input had when the network was exported."""
 
 
 def layer_name(node: fx.Node) -> str:
     """Qualified name of the module that a node came from, or the node's own."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return (stack[-1][0] if stack else "") or node.name
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _size(node: Any) -> tuple[int, ...]:
@@ -172,8 +193,6 @@ def _is_pass_through(node: fx.Node) -> bool:
         return True
     if target in ("aten.dropout.default", "aten.feature_dropout.default"):
         return node.args[2] is False
-    if node.target is operator.getitem and str(node.args[0].target) == _BATCH_NORM:  # type: ignore[union-attr]
-        return bool(node.args[1] == 0)
     if target in ("aten.view.default", "aten.reshape.default", "aten._to_copy.default", "aten.expand.default"):
         before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
         if not isinstance(before, Tensor) or not isinstance(after, Tensor):
@@ -204,9 +223,9 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def _read_convolution(reader: _Reader, node: fx.Node) -> Operator | None:
     x, weight, bias, stride, padding, dilation, groups = _arguments(node, None, (1, 1), (0, 0), (1, 1), 1)
-    weight, bias = reader.value(weight), reader.value(bias)
-    if not isinstance(weight, Tensor) or x.meta["val"].dim() != 4:
+    if not reader.are_constant(weight, bias) or x.meta["val"].dim() != 4:
         return None
+    weight, bias = reader.value(weight), reader.value(bias)
     if groups != 1 and not (groups == weight.shape[0] == x.meta["val"].shape[1]):
         return None
     dilation = _pair(dilation)
@@ -222,8 +241,10 @@ def _read_convolution(reader: _Reader, node: fx.Node) -> Operator | None:
 
 def _read_linear(reader: _Reader, node: fx.Node) -> Operator | None:
     x, weight, bias = _arguments(node, None)
+    if not reader.are_constant(weight, bias):
+        return None
     weight, bias = reader.value(weight), reader.value(bias)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    if weight.dim() != 2:
         return None
     return Linear(layer_name(node), (reader.name(x),), node.name, _size(node), weight, bias, "none")
 
@@ -231,10 +252,10 @@ def _read_linear(reader: _Reader, node: fx.Node) -> Operator | None:
 def _read_batch_norm(reader: _Reader, node: fx.Node) -> Operator | None:
     """A depthwise convolution of one pixel; `_fuse` folds it into the layer before, if it can."""
     x, *parts, _, epsilon = node.args
-    gamma, beta, mean, variance = (reader.value(part) for part in parts)
     size = x.meta["val"].shape  # type: ignore[union-attr]
-    if len(size) != 4 or mean is None or variance is None:
+    if len(size) != 4 or not reader.are_constant(*parts):
         return None
+    gamma, beta, mean, variance = (reader.value(part) for part in parts)
     factor = torch.rsqrt(variance.double() + epsilon) * (1.0 if gamma is None else gamma.double())
     bias = (0.0 if beta is None else beta.double()) - mean.double() * factor
     names = (layer_name(node), (reader.name(x),), node.name, tuple(size))

@@ -146,14 +146,15 @@ class Plan:
         held = [] if not holds_inputs else list(inputs)
         self.weight_bytes = 0
         offsets, floats = self._allocate(operators, held)
-        self._arena = torch.zeros(floats)
+        # As the kernels read them, whatever PyTorch's defaults are now.
+        self._arena = torch.zeros(floats, dtype=torch.float32, device="cpu")
         if holds_inputs:
             self._arena.normal_(generator=torch.Generator().manual_seed(0))
         self.arena_bytes = floats * 4
         base = self._arena.data_ptr()
         self._views = {name: self._view(self._layouts[name], base + 4 * at) for name, at in offsets.items()}
         # Steps are made for memory that stands in for the tensors of a call, and told of those before each run.
-        outside = [torch.empty(self._sizes[name]) for name in (*self._inputs, *outputs)]
+        outside = [self._empty(name) for name in (*self._inputs, *outputs)]
         for name, tensor in zip(self._inputs, outside, strict=False):
             self._views[name] = _contiguous(self._layouts[name].size, tensor.data_ptr())
         steps = [step for one in operators for step in self._steps(one, forms)]
@@ -162,14 +163,15 @@ class Plan:
             steps.append(_copy(self._views[self._root(name)], _contiguous(size, tensor.data_ptr()), size))
         self._steps_array = (Step * len(steps))(*steps)
         self._fields = [_fields_within(self._steps_array, tensor) for tensor in outside]
-        self._progress = torch.zeros(len(steps) * PROGRESS_VALUES, dtype=torch.int64)
+        self._progress = torch.zeros(len(steps) * PROGRESS_VALUES, dtype=torch.int64, device="cpu")
         self._lock = threading.Lock()
 
     def run(self, *inputs: Tensor) -> list[Tensor]:
-        """The outputs for ``inputs``, which are contiguous float32 of the prepared sizes: that is not checked again.
+        """The outputs for ``inputs``, which are contiguous and of the prepared sizes: that is not checked again.
 
         Raises:
             RuntimeError: if the library has changed to another instruction set since.
+            TypeError: if an input is not float32 on the CPU.
         """
         if self._native.instruction_set != self._instruction_set:
             # Their vectors are of different lengths, and so are the distances in memory.
@@ -178,7 +180,11 @@ class Plan:
                 f"'{self._native.instruction_set}' is in use now; prepare it again"
             )
             raise RuntimeError(msg)
-        outputs = [torch.empty(self._sizes[name]) for name in self._outputs]
+        for name, x in zip(self._inputs, inputs, strict=True):
+            if x.dtype != torch.float32 or x.device.type != "cpu":
+                msg = f"'{name}' is {x.dtype} on '{x.device}'; a plan reads torch.float32 on 'cpu', so convert it first"
+                raise TypeError(msg)
+        outputs = [self._empty(name) for name in self._outputs]
         with self._lock:
             for tensor, fields in zip((*inputs, *outputs), self._fields, strict=True):
                 for view, shift in fields:
@@ -187,6 +193,9 @@ class Plan:
         return outputs
 
     # ------------------------------------------------------------------------------------------------------- memory
+
+    def _empty(self, name: str) -> Tensor:
+        return torch.empty(self._sizes[name], dtype=torch.float32, device="cpu")
 
     def _set_borders(self, operators: Sequence[Operator]) -> None:
         borders: dict[tuple[int, int], tuple[int, int]] = {}
@@ -246,7 +255,7 @@ class Plan:
     def _lane_table(self, layout: _Layout) -> Tensor:
         key = layout.size[2:]
         if key not in self._lanes:
-            places = torch.arange(_round_up(layout.size[2] * layout.row, LANES) + 8 * LANES)
+            places = torch.arange(_round_up(layout.size[2] * layout.row, LANES) + 8 * LANES, device="cpu")
             is_pixel = (places % layout.row < layout.size[3]) & (places < layout.size[2] * layout.row)
             self._lanes[key] = -is_pixel.to(torch.int32)
         return self._lanes[key]
@@ -306,7 +315,8 @@ class Plan:
                 self._set_depthwise(step, one)
                 return step
         is_row = self._layouts[one.inputs[0]].is_vector and self._layouts[one.output].is_vector
-        if is_row and one.weight[0, 0].numel() == 1:
+        is_padded = isinstance(one, Convolution) and one.padding != (0, 0)
+        if is_row and one.weight[0, 0].numel() == 1 and not is_padded:
             step.kind = STEP_KINDS.index("linear")
         if form == WINOGRAD:
             self._set_winograd(step, one.weight)
@@ -327,14 +337,14 @@ class Plan:
         step.kind = STEP_KINDS.index("winograd")
         values = transform(weight)
         step.weight = Weight(block=values.shape[3], groups=values.shape[1], chunks=1, values=pointer(values))
-        offsets = self._native.step_offsets(step, torch.arange(values.shape[2], dtype=torch.int32))
+        offsets = self._native.step_offsets(step, torch.arange(values.shape[2], dtype=torch.int32, device="cpu"))
         step.weight.offsets = pointer(offsets)
         self._alive += [offsets, values]
         self.weight_bytes += 4 * (values.numel() + offsets.numel())
 
     def _set_depthwise(self, step: Step, one: Convolution) -> None:
         step.kind = STEP_KINDS.index("depthwise")
-        positions = torch.arange(one.weight[0].numel(), dtype=torch.int32)
+        positions = torch.arange(one.weight[0].numel(), dtype=torch.int32, device="cpu")
         offsets, values = self._native.step_offsets(step, positions), one.weight.contiguous()
         step.weight = Weight(offsets=pointer(offsets), values=pointer(values))
         self._alive += [offsets, values]
@@ -397,7 +407,7 @@ def _flatten(step: Step) -> None:
     shape, views = step.shape, (step.x, step.residual, step.out)
     if (shape.height, shape.width, shape.out_height, shape.out_width) != (1, 1, 1, 1):
         return
-    if any(view.data and view.channel != 1 for view in views):
+    if any(view.data and (view.channel, view.column) != (1, 1) for view in views):  # a slice has columns apart
         return
     shape.width, shape.out_width = shape.in_channels, shape.out_channels
     shape.in_channels = shape.out_channels = 1

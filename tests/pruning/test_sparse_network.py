@@ -242,6 +242,83 @@ def test_layers_called_twice_have_names_of_their_own() -> None:
         torch.testing.assert_close(sparse(x), model(x))
 
 
+@compiled
+@pytest.mark.parametrize("form", ["dense", "unstructured"])
+def test_linear_layers_take_tensors_of_any_dimensions(form: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).eval()
+    for size in ((2, 6), (2, 3, 6), (2, 3, 4, 6)):
+        x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+        sparse = sparsify(model, x, choices={"0": form, "2": form})
+
+        with torch.no_grad():
+            torch.testing.assert_close(sparse(x), model(x))
+
+
+class Stacked(nn.Module):
+    """A plan behind an operator that only PyTorch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv = nn.Linear(64, 64), nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.linear(x)[:, None])
+
+
+@compiled
+def test_autocast_does_not_reach_a_sparse_network() -> None:
+    model, x = network(Stacked), torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    sparse = sparsify(model, x, measure=choose("dense"))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = sparse(x)
+
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_reach_a_sparse_network(dtype: torch.dtype) -> None:
+    model, x = network(Stacked), torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(x)
+    before = sparsify(model, x, measure=choose("dense"))
+    torch.set_default_dtype(dtype)
+    try:
+        found = [before(x), sparsify(model, x, measure=choose("dense"))(x)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    for one in found:
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+
+
+@compiled
+def test_the_default_device_does_not_reach_a_sparse_network() -> None:
+    model, x = network(Stacked), torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    sparse = sparsify(model, x, measure=choose("dense"))
+
+    with torch.device("meta"):
+        found = sparse(x)
+
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_constants_that_are_returned_are_the_callers_own() -> None:
+    class Numbered(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 2, torch.arange(3.0)
+
+    sparse = sparsify(Numbered().eval(), torch.zeros(1, 3))
+
+    sparse(torch.zeros(1, 3))[1].add_(5)
+
+    assert sparse(torch.zeros(1, 3))[1].tolist() == [0.0, 1.0, 2.0]
+
+
 def test_preparing_leaves_the_model_as_it_was() -> None:
     model, inputs = network(NETWORKS["ResNet, option A"][0]), inputs_of("ResNet, option A", 1)
     before = copy.deepcopy(model.state_dict())

@@ -61,6 +61,7 @@ GEOMETRIES = {
     "1x1, several chunks": Geometry((1, 300, 6, 6), (1, 1), padding=(0, 0)),
     "1x1, strided": Geometry((1, 12, 9, 9), (1, 1), (2, 2), (0, 0)),
     "1x1, one pixel": Geometry((3, 20, 1, 1), (1, 1), padding=(0, 0)),
+    "1x1, one pixel beside the windows": Geometry((3, 20, 1, 1), (1, 1), (3, 3)),
     "several strips": Geometry((1, 96, 40, 40), out_channels=16),
 }
 

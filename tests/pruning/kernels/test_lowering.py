@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -87,6 +89,96 @@ def test_what_is_not_understood_is_foreign_and_computes_the_same() -> None:
     assert any(isinstance(one, Foreign) for one in lowered.operators)
     with torch.no_grad():
         torch.testing.assert_close(evaluate(lowered, x)[0], model(x), rtol=1e-4, atol=1e-5)
+
+
+class Composed(nn.Module):
+    """Layers, and a function of them and the inputs."""
+
+    def __init__(self, function: Callable[..., Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(self.layers, *inputs)
+
+
+def conditioned_norm(layers: nn.ModuleDict, x: Tensor, condition: Tensor) -> Tensor:
+    gamma = layers["gate"](condition)[0]
+    return F.batch_norm(layers["layer"](x), torch.zeros(5), torch.ones(5), gamma, gamma + 1, False)
+
+
+@pytest.mark.parametrize(
+    ("function", "layer"),
+    [
+        (lambda layers, x, c: F.linear(x, layers["layer"].weight, layers["gate"](c)[0]), nn.Linear(6, 5)),
+        (lambda layers, x, c: F.conv2d(x, layers["layer"].weight, layers["gate"](c)[0]), nn.Conv2d(3, 5, 3)),
+        (conditioned_norm, nn.Conv2d(3, 5, 3)),
+    ],
+    ids=["linear", "convolution", "batch norm"],
+)
+def test_parameters_that_the_inputs_decide_are_not_left_out(function: Callable[..., Tensor], layer: nn.Module) -> None:
+    model = Composed(function, layer=layer, gate=nn.Linear(4, 5)).eval()
+    inputs = [noise(2, 3, 7, 6), noise(2, 4)]
+
+    (found,) = evaluate(lower(model, inputs), *inputs)
+
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "size"),
+    [
+        (nn.Linear(4, 6), nn.BatchNorm1d(6), (5, 4)),
+        (nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), (2, 4, 9)),
+        (nn.Conv3d(4, 6, 3), nn.BatchNorm3d(6), (2, 4, 5, 4, 3)),
+    ],
+    ids=["rows", "sequences", "volumes"],
+)
+def test_a_batch_norm_of_anything_but_maps_computes_the_same(
+    layer: nn.Module, norm: nn.Module, size: tuple[int, ...]
+) -> None:
+    model, x = nn.Sequential(layer, norm, nn.ReLU()).eval(), noise(*size)
+
+    (found,) = evaluate(lower(model, [x]), x)
+
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(x))
+
+
+def test_random_values_are_drawn_at_every_call() -> None:
+    x = noise(1, 3, 4, 4)
+    lowered = lower(Composed(lambda _, x: x + torch.rand(1, 3, 4, 4)).eval(), [x])
+    found = []
+    with torch.random.fork_rng():
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            found += evaluate(lowered, x)
+            torch.manual_seed(seed)
+            torch.testing.assert_close(found[-1], x + torch.rand(1, 3, 4, 4))
+
+    assert not torch.equal(*found)
+
+
+def test_views_take_inputs_of_other_strides_than_the_example() -> None:
+    model, x = Composed(lambda _, x: x.reshape(6, 4, 4, -1) * 2).eval(), noise(2, 3, 8, 8)
+    lowered = lower(model, [x])
+
+    (found,) = evaluate(lowered, x.contiguous(memory_format=torch.channels_last))
+
+    assert torch.equal(found, model(x))
+
+
+def test_autocast_around_the_call_is_not_part_of_the_network() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU()).eval(), noise(2, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = lower(model, [x])
+
+    (found,) = evaluate(lowered, x)
+
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(x))
 
 
 def test_constants_are_computed_once_and_may_be_outputs() -> None:

@@ -237,6 +237,7 @@ OTHERS: dict[str, tuple[Operator, tuple[tuple[int, ...], ...]]] = {
     "add rows": (Add("a", ("x", "y"), "z", (2, 19), "relu"), ((2, 19), (2, 19))),
     "scale": (Scale("s", ("x", "y"), "z", (2, 3, 5, 7)), ((2, 3, 5, 7), (2, 3, 1, 1))),
     "slice": (Slice("s", ("x",), "y", (2, 3, 3, 3), (1, 2), (2, 3)), ((2, 3, 7, 11),)),
+    "slice of one pixel": (Slice("s", ("x",), "y", (2, 3, 1, 1), (0, 0), (2, 2)), ((2, 3, 1, 1),)),
     "pad": (Pad("p", ("x",), "y", (2, 7, 8, 12), (3, 1, 2)), ((2, 3, 6, 7),)),
     "pad channels of one pixel": (Pad("p", ("x",), "y", (2, 7, 1, 1), (3, 0, 0)), ((2, 3, 1, 1),)),
     "concat": (Concat("c", ("x", "y", "x"), "z", (2, 8, 5, 6)), ((2, 3, 5, 6), (2, 2, 5, 6))),
@@ -286,6 +287,15 @@ def test_packing_fills_up_the_last_block(form: str) -> None:
 
     assert torch.equal(packed.to_dense()[:10], weight)
     assert not packed.to_dense()[10:].any()
+
+
+def test_a_plan_reads_float32_alone() -> None:
+    native = library()
+    assert native is not None
+    plan = Plan(native, [Add("a", ("x",), "y", (1, 2), "none")], {"x": (1, 2)}, ["y"], {})
+    message = "'x' is torch.bfloat16 on 'cpu'; a plan reads torch.float32 on 'cpu', so convert it first"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        plan.run(noise(1, 2).bfloat16())
 
 
 def test_a_plan_for_another_instruction_set_is_refused() -> None:
