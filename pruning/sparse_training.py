@@ -12,9 +12,11 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -27,7 +29,7 @@ from .kernels import ops as _ops  # noqa: F401 - defines the operators
 from .kernels.formats import BLOCKS, SparseWeight, pack, positions_of
 from .kernels.gradients import layout_of
 from .kernels.native import library
-from .layer_policy import LayerPolicy
+from .layer_policy import LayerPolicy, PolicyError
 from .sparsity import can_be_sparse, layer_masks, sparse_weight
 
 _DROPPED, _PROGRESS = "_secateur_dropped", "_secateur_progress"
@@ -48,13 +50,14 @@ def hold_zeros(model: nn.Module, layers: Iterable[str], *, skip: bool = False) -
         layers: qualified names of convolutions and linear layers.
         skip: also run two-dimensional convolutions of those by the sparse kernels, forward and backward, so that steps
             get faster: those of one group that keep at most `MOST_KEPT` of their weights, in float32 on the CPU. The
-            others, and all of them without the compiled kernels, run as before. Results differ by rounding.
+            others, and all of them without the compiled kernels, run as before. Results differ by rounding. Their
+            gradients cannot be differentiated again.
 
     Raises:
-        PolicyError: if a layer is missing or cannot be sparse.
+        PolicyError: if a layer is missing or cannot be sparse, or zeros of the network are held already.
     """
     held = _Held(model, layers, "zeros as they are")
-    held.drop({name: weight == 0 for name, weight in held.weights.items()}, None)
+    held.drop({name: weight == 0 for name, weight in held.weights.items()}, ())
     with held.attached(lambda _step: {}), ExitStack() as stack:
         if skip and library() is not None:
             for name in held.weights:
@@ -78,7 +81,7 @@ def prune_along(model: nn.Module, layers: Mapping[str, LayerPolicy], schedule: D
         schedule: how dense a layer is after how many steps; N:M starts with all of M.
 
     Raises:
-        PolicyError: if a pattern does not fit its layer.
+        PolicyError: if a pattern does not fit its layer, or zeros of the network are held already.
         CheckpointError: after the first step, if the state dict loaded within is of other layers or another schedule.
     """
     final = {name: layer for name, layer in layers.items() if layer.is_sparse}
@@ -94,7 +97,7 @@ def prune_along(model: nn.Module, layers: Mapping[str, LayerPolicy], schedule: D
         }
         return {name: ~mask for name, mask in layer_masks(model, changed).items()}
 
-    held.drop(cut(0), None)
+    held.drop(cut(0), ())
     with held.attached(cut):
         yield
 
@@ -203,6 +206,9 @@ class _Held:
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[str], plan: object) -> None:
+        if any(name in module._buffers for module in model.modules() for name in (_DROPPED, _PROGRESS)):
+            msg = f"zeros of {type(model).__name__} are held already; hold those of all layers at once"
+            raise PolicyError(msg)
         self.weights: dict[str, nn.Parameter] = {}
         for name in layers:
             weight = sparse_weight(model, name)[0]
@@ -216,14 +222,16 @@ class _Held:
     @contextmanager
     def attached(self, cut: Callable[[int], Mapping[str, Tensor]]) -> Iterator[None]:
         """Buffers and hooks, for as long as it lasts; ``cut`` says what goes after so many steps."""
+        optimizers: WeakSet[Optimizer] = WeakSet()
 
         def after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-            if not self._is_stepped_by(optimizer):
+            if not any(_steps(optimizer, weight) for weight in self.weights.values()):
                 return
-            step = self._count_step()
-            # The optimizer may remember steps from before the zeros.
-            known = {name: self._buffer(name) for name in self.weights} if step == 1 else {}
-            self.drop({**known, **cut(step)}, optimizer)
+            dropped = cut(self._count_step()) if self._is_counted(optimizer) else {}
+            # One that is new here may remember steps from before the zeros.
+            known = {} if optimizer in optimizers else {name: self._buffer(name) for name in self.weights}
+            optimizers.add(optimizer)
+            self.drop({**known, **dropped}, optimizers)
 
         with ExitStack() as stack:
             stack.callback(register_optimizer_step_post_hook(after_step).remove)
@@ -231,9 +239,11 @@ class _Held:
             for name, weight in self.weights.items():
                 layer = self._model.get_submodule(name)
                 self._attach_buffer(stack, layer, _DROPPED, self._dropped[name])
-                if weight.requires_grad:
-                    silence = functools.partial(_silence, layer)
-                    stack.callback(weight.register_post_accumulate_grad_hook(silence).remove)
+                silence = functools.partial(_silence, layer)
+                is_trained = weight.requires_grad
+                weight.requires_grad_()  # PyTorch hooks nothing else, and a frozen layer may be trained later
+                stack.callback(weight.register_post_accumulate_grad_hook(silence).remove)
+                weight.requires_grad_(is_trained)
             yield
 
     @staticmethod
@@ -241,16 +251,17 @@ class _Held:
         module.register_buffer(name, buffer)
         stack.callback(module._buffers.pop, name)
 
-    def drop(self, dropped: Mapping[str, Tensor], optimizer: Optimizer | None) -> None:
-        """Zero weights, and what an optimizer remembers of them, from now on."""
+    def drop(self, dropped: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
+        """Zero weights, their gradients that wait for a step, and what the optimizers remember of them, from now on."""
         for name, mask in dropped.items():
             weight = self.weights[name]
             buffer = self._buffer(name)
             if mask is not buffer:  # a write would count as another pattern
                 buffer.copy_(mask)
-            remembered = optimizer.state[weight].values() if optimizer and weight in optimizer.state else ()
+            states = [optimizer.state[weight] for optimizer in optimizers if weight in optimizer.state]
+            remembered = [value for state in states for value in state.values()]
             with torch.no_grad():
-                for tensor in (weight, *remembered):
+                for tensor in (weight, weight.grad, *remembered):
                     if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
                         tensor.masked_fill_(mask, 0)
 
@@ -259,11 +270,10 @@ class _Held:
         buffer = self._model.get_submodule(name)._buffers.get(_DROPPED)
         return self._dropped[name] if buffer is None else buffer
 
-    def _is_stepped_by(self, optimizer: Optimizer) -> bool:
+    def _is_counted(self, optimizer: Optimizer) -> bool:
         # One that is frozen is handed to no optimizer.
         weights = [*self.weights.values()]
-        first = next((weight for weight in weights if weight.requires_grad), weights[0] if weights else None)
-        return any(parameter is first for group in optimizer.param_groups for parameter in group["params"])
+        return _steps(optimizer, next((weight for weight in weights if weight.requires_grad), weights[0]))
 
     def _count_step(self) -> int:
         """Note one more step: how many there were by now."""
@@ -277,6 +287,10 @@ class _Held:
             )
             raise CheckpointError(msg)
         return int(step)
+
+
+def _steps(optimizer: Optimizer, weight: nn.Parameter) -> bool:
+    return any(parameter is weight for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _silence(layer: nn.Module, weight: Tensor) -> None:
@@ -295,7 +309,8 @@ class _SkippingForward:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         layer = self._layer
         pattern = self._current_pattern()
-        is_plain = x.dim() == 4 and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, weight))
+        is_plain = x.dim() == 4 and x.shape[1] == weight.shape[1]
+        is_plain = is_plain and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, weight))
         if pattern is None or not is_plain or torch.is_autocast_enabled("cpu"):
             dense: Tensor = nn.Conv2d._conv_forward(layer, x, weight, bias)
             return dense
@@ -340,7 +355,8 @@ class _SkippingConvolution(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias."""
         x, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=layout_of(x))

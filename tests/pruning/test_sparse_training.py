@@ -1,6 +1,7 @@
 import copy
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,23 @@ def test_zeros_are_skipped_only_where_the_kernels_take_the_layer_and_gain() -> N
 
 
 @compiled
+def test_gradients_of_skipped_zeros_are_not_differentiated_again() -> None:
+    model, x = convolutions(), torch.randn(1, 3, 9, 9, requires_grad=True)
+    with hold_zeros(model, SKIPPED, skip=True):
+        (gradient,) = torch.autograd.grad(model(x).pow(2).sum(), x, create_graph=True)
+
+        with pytest.raises(RuntimeError, match=r"once_differentiable"):
+            gradient.sum().backward()
+
+
+@compiled
+def test_skipped_zeros_take_the_inputs_that_the_layer_takes() -> None:
+    model = convolutions()
+    with hold_zeros(model, SKIPPED, skip=True), pytest.raises(RuntimeError, match=r"to have 3 channels, but got 7"):
+        model[0](torch.zeros(1, 7, 9, 9))
+
+
+@compiled
 def test_a_pattern_loaded_from_a_checkpoint_is_the_one_that_is_skipped() -> None:
     model, x = convolutions(), torch.randn(2, 3, 9, 9)
     other = copy.deepcopy(model)
@@ -291,6 +309,67 @@ def test_frozen_layers_are_held_too() -> None:
     zeros = zeros_of(model)
     with hold_zeros(model, LAYERS):
         finetune(model, Blobs(), epochs=1, learning_rate=0.1)
+    assert all(torch.equal(zeros[name], found) for name, found in zeros_of(model).items())
+
+
+def train(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    for points, labels in Blobs()(0):
+        model.zero_grad()
+        F.cross_entropy(model(points), labels).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_zeros_are_held_under_several_optimizers_that_remember_steps_from_before() -> None:
+    model = network()
+    optimizers = [torch.optim.SGD(model[int(name)].parameters(), lr=0.05, momentum=0.9) for name in LAYERS]
+    train(model, optimizers)
+    zero_weights(model, LAYERS)
+    zeros = zeros_of(model)
+
+    with hold_zeros(model, LAYERS):
+        train(model, optimizers)
+
+    assert all(torch.equal(zeros[name], found) for name, found in zeros_of(model).items())
+
+
+def test_a_cut_reaches_the_momentum_of_every_optimizer() -> None:
+    model = network()
+    optimizers = [torch.optim.SGD(model[int(name)].parameters(), lr=0.05, momentum=0.9) for name in LAYERS]
+
+    with prune_along(model, LAYERS, OneShot(at=2)):
+        train(model, optimizers)
+
+    # 14 of 18 blocks of 4 weights, and 2 of 4 weights of 2 rows of 12.
+    assert [int(zeros.sum()) for zeros in zeros_of(model).values()] == [56, 12]
+
+
+def test_layers_that_are_trained_only_later_are_held_too() -> None:
+    model = sparse_network()
+    model[0].weight.requires_grad_(False)
+    zeros, before = zeros_of(model), model[0].weight.clone()
+
+    with hold_zeros(model, LAYERS):
+        assert not model[0].weight.requires_grad
+        model[0].weight.requires_grad_()
+        finetune(model, Blobs(), epochs=1, learning_rate=0.1)
+
+    assert not torch.equal(model[0].weight, before)
+    assert all(torch.equal(zeros[name], found) for name, found in zeros_of(model).items())
+
+
+@pytest.mark.parametrize(
+    "hold", [lambda model: hold_zeros(model, ["4"]), lambda model: prune_along(model, LAYERS, SCHEDULE)]
+)
+def test_zeros_are_held_once_at_a_time(hold: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
+    model = sparse_network()
+    names, zeros = list(model.state_dict()), zeros_of(model)
+    message = "zeros of Sequential are held already; hold those of all layers at once"
+
+    with hold_zeros(model, ["0"]), pytest.raises(PolicyError, match=f"^{message}$"), hold(model):
+        pass
+
+    assert list(model.state_dict()) == names
     assert all(torch.equal(zeros[name], found) for name, found in zeros_of(model).items())
 
 
