@@ -5,7 +5,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import onnxruntime
 import safetensors
 import safetensors.torch
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -225,7 +227,9 @@ def export_onnx(
     if not any(is_integer(layer.policy) for layer in layers.values()):
         content = _with_metadata(_to_onnx(_in_half_precision(frozen), inputs), metadata)
         is_half = bool(layers) or any(tensor.dtype == torch.float16 for tensor in frozen.state_dict().values())
-        _check_outputs(_session(content), frozen, example_inputs, "ONNX", HALF_TOLERANCE if is_half else TOLERANCE)
+        with _missing_kernels_named(frozen):
+            run = _session(content)
+        _check_outputs(run, frozen, example_inputs, "ONNX", HALF_TOLERANCE if is_half else TOLERANCE)
         write_atomic(path, content)
         return None
     if images is None:
@@ -236,7 +240,8 @@ def export_onnx(
         raise ExportError(msg)
     proto = integer_model(_in_half_precision(frozen), lambda marked: _to_onnx(marked, inputs))
     content = _with_metadata(proto, metadata)
-    report = integer_report(content, frozen, tuple(x.cpu() for x in inputs_of(images)))
+    with _missing_kernels_named(frozen):
+        report = integer_report(content, frozen, tuple(x.cpu() for x in inputs_of(images)))
     allowed = max(INTEGER_TOLERANCE, report.rounding)
     if not report.error <= allowed:
         msg = (
@@ -331,6 +336,13 @@ def _to_onnx(frozen: nn.Module, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
         msg = f"{type(frozen).__name__} cannot be exported to ONNX: the exporter returned nothing"
         raise ExportError(msg)
     proto: onnx.ModelProto = program.model_proto
+    for entry in proto.graph.input:
+        if entry.type.tensor_type.shape.dim[0].HasField("dim_value"):
+            msg = (
+                f"{type(frozen).__name__} cannot be exported to ONNX: its operators fix the batch of input "
+                f"'{entry.name}' at {entry.type.tensor_type.shape.dim[0].dim_value}; let forward take any batch size"
+            )
+            raise ExportError(msg)
     return proto
 
 
@@ -351,6 +363,18 @@ def _refused_operator(error: Exception, frozen: nn.Module, inputs: tuple[Tensor,
             layer = f"layer '{stack[-1][0]}'" if stack and stack[-1][0] else "forward"
             return f"{layer} calls '{operator}', which has no counterpart in ONNX; replace that operator"
     return f"the network calls '{operator}', which has no counterpart in ONNX; replace that operator"
+
+
+@contextmanager
+def _missing_kernels_named(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except MissingKernel as error:
+        msg = (
+            f"ONNX Runtime cannot run {type(model).__name__}: {first_line(error)}; most of its kernels are for "
+            f"float32, so convert a network in another type"
+        )
+        raise ExportError(msg) from error
 
 
 def _session(content: bytes) -> Callable[..., tuple[Tensor, ...]]:
@@ -383,6 +407,8 @@ def export_program(model: nn.Module, example_inputs: Inputs, path: Path | str) -
         # Without gradients, blocks of `torch.no_grad` in forward are no blocks of the graph.
         with torch.no_grad():
             program = torch.export.export(frozen, inputs, dynamic_shapes=_free_batch(inputs))
+        # Of several inputs they say that their batches are equal, in Python source; the graph's shapes say so too.
+        program._guards_code = []
         torch.export.save(program, buffer)
     except Exception as error:  # the exporter raises whatever the step at fault raises
         msg = f"{type(model).__name__} cannot be exported: {first_line(innermost(error))}"
@@ -507,7 +533,15 @@ def _check_outputs(
     for size in (1, 3):
         inputs = _batch(example_inputs, size)
         with torch.inference_mode():
-            expected, found = tensors_of(model(*inputs)), tensors_of(run(*inputs))
+            expected = tensors_of(model(*inputs))
+            try:
+                found = tensors_of(run(*inputs))
+            except Exception as raised:  # each runtime has errors of its own
+                msg = (
+                    f"the {what} of {type(model).__name__} does not run at batch size {size}: {first_line(raised)}; "
+                    f"nothing was written"
+                )
+                raise ExportError(msg) from raised
         for one, other in zip(expected, found, strict=True):
             error = _difference(one.double(), other.double())
             if not error <= tolerance:

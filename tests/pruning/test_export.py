@@ -256,6 +256,55 @@ def test_network_with_a_fixed_batch_cannot_be_exported(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+class Pair(nn.Module):
+    """The distance of two images' features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        return (self.conv(one) - self.conv(other)).square().mean((2, 3))
+
+
+def test_program_of_several_inputs_takes_any_batch_that_they_share(tmp_path: Path) -> None:
+    model, others = Pair().eval(), IMAGES.flip(0)
+    export_program(model, (EXAMPLE, EXAMPLE), tmp_path / "model.pt2")
+
+    program = load_program(tmp_path / "model.pt2").module()
+
+    torch.testing.assert_close(program(IMAGES, others), model(IMAGES, others))
+    with pytest.raises(AssertionError, match=r"Guard failed: other.size\(\)\[0\] == one.size\(\)\[0\]"):
+        program(IMAGES, others[:3])
+
+
+class Stacked(Pair):
+    """The features of both images, computed as one batch."""
+
+    def forward(self, one: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        return self.conv(torch.cat([one, other])).mean((2, 3)).chunk(2)
+
+
+def test_onnx_network_whose_batch_is_fixed_is_refused(tmp_path: Path) -> None:
+    message = (
+        "Stacked cannot be exported to ONNX: its operators fix the batch of input 'one' at 2; let forward take any "
+        "batch size"
+    )
+    with pytest.raises(ExportError, match=f"^{message}$"):
+        export_onnx(Stacked().eval(), (EXAMPLE, EXAMPLE), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_onnx_network_in_a_type_without_kernels_is_refused(tmp_path: Path, bits: int) -> None:
+    model, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).double().eval(), IMAGES.double()
+    if bits == 8:
+        model = quantize_layers(model, {"0": LayerPolicy(weight_bits=8, act_bits=8)}, [images])
+    with pytest.raises(ExportError, match=r"^ONNX Runtime cannot run \w+: .* implementation for Conv\(22\) .*"):
+        export_onnx(model, EXAMPLE.double(), tmp_path / "model.onnx", images=images)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_network_that_onnx_and_pytorch_both_cannot_export_is_refused(tmp_path: Path) -> None:
     class Sorts(nn.Module):
