@@ -144,7 +144,7 @@ class ActQuantizer(nn.Module):
         gradient_scale = 1.0
         if self.training and torch.is_grad_enabled():
             above_zero = max(self.top - int(self.zero_point), 1)
-            gradient_scale = 1 / math.sqrt(x.numel() / max(len(x), 1) * above_zero)
+            gradient_scale = 1 / math.sqrt(max(x.numel() / max(len(x), 1), 1) * above_zero)
         return _fake_quantize(x, self.scale, self.zero_point, 0, self.top, gradient_scale)
 
     def calibrate(self, method: RangeMethod) -> None:
@@ -161,11 +161,27 @@ class ActQuantizer(nn.Module):
         return f"bits={self.bits}"
 
 
+class _RoundToHalf(torch.autograd.Function):
+    """Values rounded to float16; the gradient, whose small values float16 does not hold, is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.to(torch.float16).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        return gradient
+
+
 class HalfPrecision(nn.Module):
-    """Values rounded to half precision (float16)."""
+    """Values rounded to half precision (float16); the gradient passes straight through."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Values of the shape and the type of ``x``."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            rounded: Tensor = _RoundToHalf.apply(x)
+            return rounded
         return x.to(torch.float16).to(x.dtype)
 
 
@@ -512,7 +528,13 @@ def step_sizes(model: nn.Module) -> list[nn.Parameter]:
 
 def quantizable_layers(model: nn.Module) -> tuple[str, ...]:
     """Qualified names of the layers of ``model`` that can be given bits; a module with several names counts once."""
-    return tuple(name for name, module in model.named_modules() if type(module) in _QUANTIZED)
+    return tuple(
+        name for name, module in model.named_modules() if type(module) in _QUANTIZED and not _computes_weight(module)
+    )
+
+
+def _computes_weight(layer: nn.Module) -> bool:
+    return layer._parameters.get("weight") is None
 
 
 def _check(layers: Mapping[str, LayerPolicy], modules: Mapping[str, nn.Module]) -> None:
@@ -525,6 +547,9 @@ def _check(layers: Mapping[str, LayerPolicy], modules: Mapping[str, nn.Module]) 
             kinds = ", ".join(f"nn.{kind.__name__}" for kind in _QUANTIZED)
             found = f"a {type(layer).__name__}" if not isinstance(layer, QuantizedLayer) else "quantized already"
             msg = f"layer '{name}' is {found}, which cannot be quantized; only {kinds} can, so leave it out"
+            raise PolicyError(msg)
+        if _computes_weight(layer):  # what it is set to now need not be what it will be
+            msg = f"layer '{name}' computes its weight (a parametrization); make it a plain parameter first"
             raise PolicyError(msg)
     shared: dict[int, str] = {}
     for name, policy in layers.items():

@@ -18,6 +18,7 @@ from pruning.quantize import (
     LinearWeightQuantizer,
     SharedWeightQuantizer,
     insert_quantizers,
+    quantizable_layers,
     quantize_layers,
     quantized_layers,
     without_quantizers,
@@ -490,6 +491,37 @@ def test_channels_of_zeros_in_half_precision_stay_zeros() -> None:
     out = quantize_layers(network, {"0": LayerPolicy(weight_bits=8)}, [x])(x)
     assert torch.equal(out[:, 0], network[0].bias[:1].expand(5))
     assert out.isfinite().all()
+
+
+def test_gradients_pass_half_precision_however_small_they_are() -> None:
+    x, network = noise(5, 3, 8, 8), Residual().eval()
+    half = quantize_layers(network, dict.fromkeys(LAYERS, LayerPolicy(weight_bits=16, act_bits=16)), [x]).eval()
+    (1e-9 * network(x).sum()).backward()
+
+    (1e-9 * half(x).sum()).backward()
+
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(half.get_parameter(name).grad, parameter.grad, rtol=0.05, atol=1e-10)
+
+
+def test_no_images_are_no_trouble_while_training() -> None:
+    quantized = quantize_layers(Residual(), dict.fromkeys(LAYERS, FOUR), [IMAGES]).eval()
+    quantized.stem.train()
+
+    quantized(IMAGES[:0]).sum().backward()
+
+    assert not quantized.stem.weight.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_layers_that_compute_their_weights_are_refused() -> None:
+    network = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
+    message = r"^layer '0' computes its weight \(a parametrization\); make it a plain parameter first$"
+
+    with pytest.raises(PolicyError, match=message):
+        quantize_layers(network, {"0": FOUR}, [noise(5, 4)])
+
+    assert quantizable_layers(network) == ("1",)
 
 
 class Encoder(nn.Module):
