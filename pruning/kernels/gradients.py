@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .reference import activation_grad
 
@@ -27,6 +28,7 @@ def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.activation = activation
 
 
+@once_differentiable
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, columns, counts, bias, residual, output = ctx.saved_tensors
     pattern = (values, columns, counts)
@@ -52,6 +54,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.block, ctx.activation = block, activation
 
 
+@once_differentiable
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, columns, counts, bias, residual, output = ctx.saved_tensors
     pattern = (values, columns, counts)

@@ -3,7 +3,7 @@
 Usable in eager mode, under `torch.compile` and in `torch.export`. All are for float32 on the CPU. Convolutions give
 their output channels last where the input is so and no residual is added. An input in any other layout is copied;
 weights never are. Where the compiled library is missing, the same operators run on
-`reference.py`. Gradients of gradients are not defined.
+`reference.py`. Gradients cannot be differentiated again.
 """
 
 from __future__ import annotations

@@ -87,6 +87,17 @@ def test_no_rows_give_gradients_of_zero(activation: str) -> None:
         assert torch.equal(one, torch.zeros_like(leaf))
 
 
+@pytest.mark.parametrize("kernel", [(3, 3), ()], ids=["convolution", "linear"])
+def test_gradients_are_not_differentiated_again(kernel: tuple[int, ...]) -> None:
+    packed = pack(torch.ones(4, 3, *kernel), 4)
+    x = torch.ones(2, 3, *(5 for _ in kernel), requires_grad=True)
+    out = sparse_conv2d(x, packed) if kernel else sparse_linear(x, packed)
+    (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def conv2d_arguments(block: int, requires_grad: bool) -> tuple[object, ...]:
     generator = torch.Generator().manual_seed(0)
     packed = pack(sparse((8, 5, 3, 3), block, 0.4, generator)[0], block)
