@@ -192,8 +192,9 @@ class SparseNetwork(nn.Module):
             for part in self._parts:
                 part.run(values)
         # The caller may write into what it gets.
-        values |= {name: value.clone() for name, value in self._lowered.constants.items()}
-        return tree_unflatten([values[name] for name in self._lowered.outputs], self._lowered.structure)
+        kept = self._lowered.constants
+        outputs = [values[name].clone() if name in kept else values[name] for name in self._lowered.outputs]
+        return tree_unflatten(outputs, self._lowered.structure)
 
     def train(self, mode: bool = True) -> SparseNetwork:
         """Stay in evaluation mode.
