@@ -85,7 +85,8 @@ before batch norms are re-estimated.""",
 _TUNED_20 = """15 epochs for each network, the dense one too: SGD with Nesterov momentum, cosine schedule, the same
 batches. Differences in points, with 95 % intervals: over the seeds (pairs of runs, Student's t), and over the test
 images (pairs of verdicts on the same image, averaged over the seeds, normal)."""
-_TUNED_56 = "30 epochs for each network, the dense one too; one seed, each network in a cell of its own."
+_TUNED_56 = """30 epochs for each network, the dense one too; one seed, each network in a cell of its own, fine-tuned in
+bfloat16 where the processor of its cell gains by it (AMD's does, Intel's without AMX does not), else in float32."""
 _TRANSFER = (
     "A frozen agent on another network",
     """An agent trained on ResNet-20 (300 evaluations from the uniform plan, without sensitivities, seed 0), its
