@@ -56,17 +56,18 @@ def locked(file: Path, where: str) -> Iterator[None]:
     """Keep other processes out while this one works; the system frees the lock when it ends, however it ends.
 
     Args:
-        file: what stands for the work; it is made if missing, and stays.
+        file: what stands for the work; it and its folder are made if missing, and stay.
         where: where the other process works, for the message.
 
     Raises:
         RunBusyError: if another process holds the lock.
-        FileWriteError: if the file cannot be made.
+        FileWriteError: if the file or its folder cannot be made.
     """
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         opened = file.open("w")
     except OSError as error:
-        msg = f"cannot write into '{file.parent}': {error.strerror}"
+        msg = f"cannot write into the folder '{file.parent}': {error.strerror}; choose another one"
         raise FileWriteError(error.errno, msg) from error
     with opened:
         try:
@@ -303,11 +304,6 @@ def claimed(out: Path) -> Iterator[None]:
     """
     refuse_existing(out)
     out = out.resolve()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        msg = f"cannot make the folder '{out.parent}': {error.strerror}; choose another name with --out"
-        raise FileWriteError(error.errno, msg) from error
     with locked(out.with_name(f".{out.name}.lock"), f"on {out}"):
         # The process that held the lock may have made it since.
         refuse_existing(out)

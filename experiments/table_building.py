@@ -10,7 +10,6 @@ from latency.decision import EIGHT_BITS
 from latency.predict import LatencyModel, calibrated
 from latency.runtimes import LatencyError
 from latency.table import Calibration, LatencyTable, build_table, needed_kinds, network_key, start_table
-from pruning.files import FileWriteError
 from pruning.layer_policy import FULL_BITS
 
 from .progress import Say
@@ -71,11 +70,6 @@ def build_named(
         raise LatencyError(msg)
     # A network that cannot be built leaves nothing behind.
     network = TimedNetwork.build(model, shape, n_classes, rounding)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        msg = f"cannot make the folder '{out.parent}' of the table: {error.strerror}"
-        raise FileWriteError(error.errno, msg) from error
     # Each save writes the whole table: two builds at once would lose what the other measured.
     with locked(out.with_name(f".{out.name}.lock"), f"on the table {out}"):
         if out.exists():
