@@ -360,8 +360,11 @@ def _outcome(
 
 def _log_metrics(folder: RunFolder, config: RunConfig, outcome: RunOutcome) -> None:
     """Hyper-parameters with final metrics, for TensorBoard's own table."""
-    chosen = {"model": outcome.model, "data": outcome.data, "budget": outcome.budget}
-    chosen |= config.search.model_dump(mode="json", exclude={"methods"}) | {"finetune_epochs": config.finetune.epochs}
+    settings = config.search.model_dump(mode="json", exclude={"methods"})
+    # By their names in a configuration; TensorBoard sorts them, and shows the first few.
+    chosen = {f"search.{name}": value for name, value in settings.items()}
+    chosen |= {"model": outcome.model, "data": outcome.data, "budget": outcome.budget}
+    chosen |= {"finetune.epochs": config.finetune.epochs}
     for row in outcome.rows:
         if row.method == DENSE:
             continue

@@ -367,8 +367,8 @@ def test_hyperparameters_are_shown_once_with_the_final_metrics(tiny_config: Conf
         ("model", "tests.experiments.tiny:network"),
         ("data", "tests.experiments.tiny:images"),
         ("budget", "at most 50 % of its MACs"),
-        ("evaluations", 12.0),
-        ("finetune_epochs", 1.0),
+        ("search.evaluations", 12.0),
+        ("finetune.epochs", 1.0),
     }
 
 
