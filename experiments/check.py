@@ -256,10 +256,13 @@ def _space(graph: NetworkGraph, settings: SearchSettings, kind: CostKind) -> Sea
 def _offered(label: str, groups: Sequence[ChannelGroup], whom: str) -> list[str]:
     """Groups that may be pruned, a line each below a heading."""
     heading = f"{label.ljust(16)}{len(groups)} {whom}, with {sum(group.size for group in groups):,} units"
-    lines = (
-        f"  {g.name}: {g.size} units, written by {_names(g.producers)}, read by {_names(g.consumers)}" for g in groups
-    )
-    return [heading, *lines]
+    return [heading, *(f"  {g.name}: {g.size} units, {_ties(g)}" for g in groups)]
+
+
+def _ties(group: ChannelGroup) -> str:
+    """The layers that a group ties; channels that attention sums over are read by none."""
+    readers = f", read by {_names(group.consumers)}" if group.consumers else ""
+    return f"written by {_names(group.producers)}{readers}"
 
 
 def _failure(result: Proof) -> str:
