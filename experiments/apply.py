@@ -51,7 +51,7 @@ def apply_saved(
         What to tell: the folder, accuracies on the validation images, and costs.
 
     Raises:
-        PolicyError: if the policy does not fit; it names everything that does not, and nothing is written.
+        PolicyError: if the policy does not fit; it names everything that does not, and no network is written.
         ConfigError: if a policy is to be refined, or an agent is given no budget.
         RunError: if ``out`` exists, or another process makes it.
     """

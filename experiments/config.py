@@ -70,7 +70,7 @@ class SearchSettings(_Section):
 
     methods: tuple[Method, ...] = ("uniform", "magnitude", "sensitivity", "random", "cem", "ppo", "ddpg")
     """Methods to compare, each with the same number of evaluations; greedy and knapsack can be named too. Where no
-    channels are decided, magnitude, which ranks them, is left out unless it is named."""
+    channels are named in decide, magnitude, which ranks them, is left out unless it is named."""
     evaluations: int = Field(default=300, ge=1)
     """Evaluations of one method, its probes and finalists included: a candidate built, repaired and scored."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)

@@ -215,8 +215,8 @@ class ImageData:
             elif (root := Path(source)).exists():
                 classes, size = classes_and_size(root, split.folder, split.list_file)
                 self._check_like_train("test", classes, None if self.recipe.size else size)
-            else:
-                self._function.check(split.folder)
+            elif (images := self._function.check(split.folder)) is not None:
+                self._check_images("test", _resized(self._checked(images), self.recipe.size))
         except MissingSplitError as error:
             if split == DataRecipe.model_fields["test"].default:
                 return
@@ -257,9 +257,12 @@ class ImageData:
 
     def _read_like_train(self, name: Literal["validation", "test"]) -> ImageSplit:
         images = self._read(getattr(self.recipe, name))
+        self._check_images(name, images)
+        return images
+
+    def _check_images(self, name: str, images: ImageSplit) -> None:
         height, width = images.images.shape[2:]
         self._check_like_train(name, images.classes, (width, height))
-        return images
 
     def _check_like_train(self, name: str, classes: tuple[str, ...], size: tuple[int, int] | None) -> None:
         self._check_classes(name, classes, self.sample.classes)

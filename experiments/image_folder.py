@@ -241,11 +241,12 @@ def _archive_tree(root: Path, folder: str) -> _Tree:
         msg = f"cannot read the archive '{root}': {error}; a folder or one of {', '.join(_ARCHIVES)} is expected"
         raise DataError(msg) from error
     whole = _Tree(
-        {name: file for name, file in whole.files.items() if not name.startswith(f"{_APPLE}/")}, whole.folders
+        {name: file for name, file in whole.files.items() if not name.startswith(f"{_APPLE}/")},
+        [name for name in whole.folders if name.split("/", 1)[0] != _APPLE],
     )
     if folder == ".":
         return whole
-    tops = whole.tops - {_APPLE}
+    tops = whole.tops
     # Many archives hold everything in one folder named after themselves.
     is_wrapped = len(tops) == 1 and folder.split("/", 1)[0] not in tops
     found = whole.below(f"{next(iter(tops))}/{folder}" if is_wrapped else folder)

@@ -123,7 +123,8 @@ def read_list(path: Path) -> tuple[str, ...]:
     except OSError as error:
         msg = f"cannot read the list of images '{path}': {error}"
         raise DataError(msg) from error
-    names = [line for line in lines if line.strip()]
+    # Names end in a suffix: blanks after it belong to the line.
+    names = [line.rstrip() for line in lines if line.strip()]
     if not names:
         msg = f"the list of images '{path}' is empty; it holds one relative path a line, such as 'cat/0001.jpg'"
         raise DataError(msg)

@@ -293,6 +293,9 @@ class MethodFolder:
         return self.root / "model"
 
 
+_LOCK = re.compile(r"\..+\.lock")
+
+
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
     """Let one process alone make ``out``, a file or folder that is not there; its lock is a hidden file beside it.
@@ -311,8 +314,11 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise `RunExistsError` if something other than an empty folder is at ``path``; nothing is ever overwritten."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    """Raise `RunExistsError` if something other than an empty folder is at ``path``; nothing is ever overwritten.
+
+    Locks that `claimed` left there are nothing.
+    """
+    if path.exists() and not (path.is_dir() and all(_LOCK.fullmatch(entry.name) for entry in path.iterdir())):
         raise _exists_already(path)
 
 
@@ -325,5 +331,6 @@ def _exists_already(path: Path) -> RunExistsError:
 def numbered_folder(parent: Path, stem: str) -> Path:
     """``parent/stem-N`` with the next free number."""
     pattern = re.compile(re.escape(stem) + r"-(\d+)")
-    taken = [int(match[1]) for path in parent.glob(f"{stem}-*") if (match := pattern.fullmatch(path.name))]
+    present = parent.iterdir() if parent.is_dir() else ()
+    taken = [int(match[1]) for path in present if (match := pattern.fullmatch(path.name))]
     return parent / f"{stem}-{max(taken, default=0) + 1}"

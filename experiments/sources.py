@@ -87,9 +87,9 @@ class FunctionSource:
 
     The function takes no arguments and returns a mapping of split names (``train``, ``validation``, ``test``) to pairs
     ``(images, labels)``, or to functions without arguments that return the pair, so that the test images need not be
-    read before the report. Images are uint8 of shape (N, C, H, W), labels integers of shape (N,); arrays and tensors
-    both serve. The key ``classes`` may hold the names of the classes. A run that is continued calls the function again
-    and needs the same images of it, so what it draws at random it draws with a seed.
+    read before the report. Images are uint8 of shape (N, C, H, W), of one size in all splits, labels integers of shape
+    (N,); arrays and tensors both serve. The key ``classes`` may hold the names of the classes. A run that is continued
+    calls the function again and needs the same images of it, so what it draws at random it draws with a seed.
 
     Args:
         reference: ``package.module:function``.
@@ -129,10 +129,9 @@ class FunctionSource:
             raise DataError(msg)
         return ImageSplit(images, labels, tuple(f"{i:06d}" for i in range(len(images))), tuple(map(str, classes)))
 
-    def check(self, folder: str) -> None:
-        """Raise what `read` would, but do not call a function that stands for the split."""
-        if not callable(self._split(folder)):
-            self.read(folder)
+    def check(self, folder: str) -> ImageSplit | None:
+        """What `read` returns, or raises; None in place of calling a function that stands for the split."""
+        return None if callable(self._split(folder)) else self.read(folder)
 
     @cached_property
     def _splits(self) -> Mapping[str, Any]:

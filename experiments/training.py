@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import random
 import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from graph_encoder.copies import copied
 from graph_encoder.modes import evaluation_mode, has_bfloat16
+from graph_encoder.randomness import kept_randomness
 from pruning.batch_norm import batch_norms, reestimate_batch_norm
 from pruning.export import unique_tensors
 from pruning.files import CheckpointError, FileWriteError, write_atomic
@@ -185,12 +188,14 @@ def behaviour(model: nn.Module, x: Tensor) -> str:
 
     Args:
         model: network, on the device of ``x``.
-        x: two images or more.
+        x: some images.
     """
     trained = copied(model).train()
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad():
+    with kept_randomness(), torch.no_grad():
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
         torch.manual_seed(0)
-        in_training = trained(x)
+        in_training = trained(torch.cat([x, x]))  # of one image a batch norm knows no variance
     with evaluation_mode(model), torch.inference_mode():
         outputs = [leaf for leaf in tree_leaves([model(x), in_training]) if isinstance(leaf, Tensor)]
     # What a module says of itself may hold a function, with its place in memory.

@@ -183,11 +183,15 @@ def _culprits(model: nn.Module, graph: NetworkGraph, dense: DenseRun, module: st
         if guilty:
             return module, guilty
         module = module.rpartition(".")[0]
-    while len(offered) > 1:
-        half = offered[: len(offered) // 2]
-        fails = holds_smaller_widths(model, graph, dense, frozenset(half)) is not None
-        offered = half if fails else offered[len(offered) // 2 :]
-    return "", set(offered)
+    # The last of the fewest first groups that fail: it takes part in the failure, though others may be needed for it.
+    n_holding, n_failing = 0, len(offered)
+    while n_failing - n_holding > 1:
+        middle = (n_holding + n_failing) // 2
+        if holds_smaller_widths(model, graph, dense, frozenset(offered[:middle])) is not None:
+            n_failing = middle
+        else:
+            n_holding = middle
+    return "", set(offered[n_failing - 1 : n_failing])
 
 
 def _alike(model: nn.Module, graph: NetworkGraph, module: str, culprits: set[int]) -> set[int]:

@@ -82,13 +82,14 @@ class Budget(BaseModel):
         Raises:
             BudgetError: if the text is none of these, or a share is not above 0 and at most 1.
         """
-        if time := _TIME.fullmatch(str(text).lower()):
+        written = str(text).replace("\u00a0", " ")
+        if time := _TIME.fullmatch(written.lower()):
             number = float(time[1]) * _NS[time[2]]
             if number < 1:
                 msg = f"budget '{text}' is less than a nanosecond; nothing runs in no time"
                 raise BudgetError(msg)
             return cls(kind="latency", absolute=math.floor(_finite(number, text)))
-        match = _PATTERN.fullmatch(str(text))
+        match = _PATTERN.fullmatch(written)
         if match is None:
             msg = (
                 f"budget '{text}' cannot be read; write a share of the dense network's cost such as '50%' or "

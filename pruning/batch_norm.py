@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -82,7 +82,9 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocas
 def _without_singles(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches, with each of a single image joined to the one before where the shapes let it."""
     held: list[Batch] = []
-    for batch in batches:
+    for drawn in batches:
+        # What is not in a list may be written over when the next is drawn.
+        batch = drawn if isinstance(batches, Sequence) else tuple(x.clone() for x in inputs_of(drawn))
         if held and _count_images(batch) == 1 < _count_images(held[0]) and _are_alike(held[0], batch):
             pairs = zip(inputs_of(held[0]), inputs_of(batch), strict=True)
             held = [tuple(torch.cat(pair) for pair in pairs)]

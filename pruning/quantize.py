@@ -164,9 +164,15 @@ class ActQuantizer(nn.Module):
 class _RoundToHalf(torch.autograd.Function):
     """Values rounded to float16; the gradient, whose small values float16 does not hold, is not."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return x.to(torch.float16).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:

@@ -549,6 +549,7 @@ def test_empty_class_folder_is_refused_as_it_would_shift_labels(root: Path, tmp_
 @pytest.mark.parametrize("kind", ["pets.tar", "pets.zip", "pets.tgz"])
 def test_hidden_entries_beside_the_folder_of_an_archive_are_nothing(root: Path, tmp_path: Path, kind: str) -> None:
     (root / "._data").touch()
+    (root / "__MACOSX").mkdir()
     (root / "data").mkdir()
     (root / "train").rename(root / "data" / "train")
     for split in ("validation", "test"):
@@ -600,6 +601,20 @@ def test_images_of_another_size_than_the_training_images_are_refused(root: Path,
     ImageData(DataRecipe(source=str(root), size=6)).check_test()
 
 
+def test_test_images_of_a_function_are_of_the_size_of_the_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = {
+        name: (torch.zeros(4, 1, size, size, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+        for name, size in (("train", 16), ("test", 24))
+    }
+    monkeypatch.setattr("experiments.user_function.load_function", lambda _: lambda: splits)
+    recipe = DataRecipe(source="mine:data", mean=(0.5,), std=(0.5,))
+
+    assert failure(ImageData(recipe).check_test).startswith(
+        "images of test are 24x24 pixels, those of train 16x16, in 'mine:data'; give a size "
+    )
+    ImageData(recipe.model_copy(update={"size": 16})).check_test()
+
+
 def test_pgm_of_16_bits_keeps_its_values(tmp_path: Path) -> None:
     (tmp_path / "train" / "a").mkdir(parents=True)
     values = np.array([[0, 257 * 100], [257 * 200, 65535]], ">u2")
@@ -613,7 +628,7 @@ def test_lists_hold_any_name(root: Path, tmp_path: Path) -> None:
         (root / "test" / "cat" / f"00{number}.png").rename(root / "test" / "cat" / f"{name}{number}.png")
 
     even, odd = write_split_lists(root, "test", tmp_path / "lists")
-    odd.write_bytes(b"\xef\xbb\xbf" + odd.read_bytes().replace(b"\n", b"\r\n"))
+    odd.write_bytes(b"\xef\xbb\xbf" + odd.read_bytes().replace(b"\n", b" \r\n"))
 
     found = [read_image_folder(root, "test", names).paths for names in (even, odd)]
     assert sorted(found[0] + found[1]) == sorted(read_image_folder(root, "test").paths)

@@ -219,6 +219,8 @@ def test_numbers_of_runs_go_on_after_the_highest(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
 
     assert numbered_folder(tmp_path, "digits") == tmp_path / "digits-10"
+    (tmp_path / "net[1]-1").mkdir()
+    assert numbered_folder(tmp_path, "net[1]") == tmp_path / "net[1]-2"
     assert numbered_folder(tmp_path / "missing", "digits") == tmp_path / "missing" / "digits-1"
 
 

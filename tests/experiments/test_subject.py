@@ -1,3 +1,4 @@
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -109,6 +110,22 @@ class Addressed(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {object()}"
+
+
+def test_behaviour_that_is_drawn_is_drawn_alike() -> None:
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.norm(x.mean((2, 3)))
+            return out * 2 if self.training and random.random() < 0.5 else out
+
+    states = random.getstate()
+
+    assert len({behaviour(Drops(), torch.ones(1, 3, 2, 2)) for _ in range(12)}) == 1
+    assert random.getstate() == states
 
 
 def test_behaviour_is_that_of_the_network_and_not_of_its_place_in_memory() -> None:

@@ -411,6 +411,18 @@ def test_what_happens_at_equal_widths_alone_keeps_one_of_them_dense(how: str) ->
     assert every_uneven_plan_holds(model, graph)
 
 
+def test_groups_that_have_no_part_in_it_are_offered() -> None:
+    model = seeded(lambda: nn.Sequential(AsksForWidths("adds"), nn.Unflatten(1, (5, 1, 1)), *_convolutions()))
+
+    graph = capture(model, EXAMPLE)
+
+    assert [group.name for group in graph.prunable] == ["0.a", "2", "4"]
+
+
+def _convolutions() -> list[nn.Module]:
+    return [nn.Conv2d(5, 9, 1), nn.ReLU(), nn.Conv2d(9, 11, 1), nn.ReLU(), nn.Conv2d(11, 5, 1)]
+
+
 class FollowsTheBatch(nn.Module):
     """Folds channels into the batch or into space, beside a pad that has to be rewritten."""
 

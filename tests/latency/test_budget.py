@@ -74,7 +74,12 @@ def test_parse_says_what_is_wrong(text: str, message: str) -> None:
         Budget.parse(text)
 
 
-@pytest.mark.parametrize("text", ["1e308T macs", "3 m\u017f", "0 ms", "1e-9 us"])
+@pytest.mark.parametrize(("text", "same"), [("50\u00a0%", "50%"), ("3.5\u00a0MS", "3.5 ms")])
+def test_parse_takes_spaces_that_do_not_break(text: str, same: str) -> None:
+    assert Budget.parse(text) == Budget.parse(same)
+
+
+@pytest.mark.parametrize("text", ["1e308T macs", "3 m\u017f", "5\u0660%", "1 \u212amacs", "0 ms", "1e-9 us"])
 def test_parse_refuses_what_nothing_can_cost(text: str) -> None:
     with pytest.raises(BudgetError):
         Budget.parse(text)

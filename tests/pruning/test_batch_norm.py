@@ -1,5 +1,6 @@
 import contextlib
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -150,6 +151,19 @@ def test_a_batch_of_one_image_is_joined_to_the_one_before(several: bool) -> None
     first, rest = features[:4], features[4:]
     torch.testing.assert_close(model.norm.running_mean, features.mean(0))
     torch.testing.assert_close(model.norm.running_var, (4 * first.var(0) + 5 * rest.var(0)) / 9)
+
+
+def test_batches_may_share_their_memory() -> None:
+    def batches() -> Iterator[Tensor]:
+        buffer = torch.empty(4, 3, 2, 2)
+        for value in range(4):
+            yield buffer.fill_(value)
+
+    model = nn.Sequential(nn.BatchNorm2d(3))
+
+    reestimate_batch_norm(model, batches())
+
+    torch.testing.assert_close(model[0].running_mean, torch.full((3,), 1.5))
 
 
 def test_images_that_are_all_alone_or_of_another_size_are_not_joined() -> None:
