@@ -411,16 +411,26 @@ def test_what_happens_at_equal_widths_alone_keeps_one_of_them_dense(how: str) ->
     assert every_uneven_plan_holds(model, graph)
 
 
-def test_groups_that_have_no_part_in_it_are_offered() -> None:
-    model = seeded(lambda: nn.Sequential(AsksForWidths("adds"), nn.Unflatten(1, (5, 1, 1)), *_convolutions()))
+class JoinsEarly(nn.Module):
+    """Two maps are joined in another way where they have the same width; layers follow that have no part in it."""
 
-    graph = capture(model, EXAMPLE)
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.join = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 24, 1), nn.Conv2d(40, 8, 1)
+        self.later = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(4)))
+        self.head = nn.Linear(8, 5)
 
-    assert [group.name for group in graph.prunable] == ["0.a", "2", "4"]
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x).relu(), self.b(x).relu()
+        x = self.join(torch.cat([a + b if a.shape == b.shape else b, a], 1))
+        out: Tensor = self.head(self.later(x).mean((2, 3)))
+        return out
 
 
-def _convolutions() -> list[nn.Module]:
-    return [nn.Conv2d(5, 9, 1), nn.ReLU(), nn.Conv2d(9, 11, 1), nn.ReLU(), nn.Conv2d(11, 5, 1)]
+def test_groups_that_have_no_part_in_a_failure_are_offered() -> None:
+    graph = capture(seeded(JoinsEarly), EXAMPLE)
+
+    assert [group.name for group in graph.groups if not group.is_prunable] == ["b", "head"]
 
 
 class FollowsTheBatch(nn.Module):
