@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from .config import (
     Start,
     validated,
 )
-from .identity import search_identity
+from .identity import search_identity, without_places
 from .methods import search_with
 from .problem import PROBES, OnEvaluation, Scoring, SearchProblem, least_squares, probe, settle_range, space_by
 
@@ -310,7 +309,7 @@ def _uncompiled(model: nn.Module) -> nn.Module:
 
 def _name_of(reward: str | RewardFunction | None) -> str:
     """What a journal calls a reward: its name, or what Python prints of it without its place in memory."""
-    return getattr(reward, "__qualname__", None) or re.sub(" at 0x[0-9a-fA-F]+", "", str(reward))
+    return getattr(reward, "__qualname__", None) or without_places(str(reward))
 
 
 def _check_importance(importance: Mapping[str, Tensor], graph: NetworkGraph) -> None:

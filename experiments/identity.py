@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -62,3 +63,8 @@ def _ranking_digest(importance: Mapping[str, Tensor]) -> str:
 
 def _short(digest: hashlib._Hash) -> str:
     return digest.hexdigest()[:_DIGITS]
+
+
+def without_places(written: str) -> str:
+    """What Python prints of objects, without their places in memory, which differ from process to process."""
+    return re.sub(" at 0x[0-9a-fA-F]+", "", written)

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import random
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -30,6 +29,7 @@ from pruning.sparse_training import hold_zeros
 
 from .config import FinetuneConfig, RunConfig, TrainConfig
 from .data import ImageData, TrainBatches, normalise
+from .identity import without_places
 from .images import cache_folder
 from .interrupt import StopFlag
 from .precision import NO_KERNELS
@@ -42,7 +42,6 @@ SETTLING_BATCHES = 10
 """Batches that they are taken from anew after fewer steps."""
 QUANTIZED_RATE = 0.1
 """Peak learning rate of the epochs with bits that follow others without, as a share of theirs."""
-_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 
 def tune(
@@ -198,9 +197,7 @@ def behaviour(model: nn.Module, x: Tensor) -> str:
         in_training = trained(torch.cat([x, x]))  # of one image a batch norm knows no variance
     with evaluation_mode(model), torch.inference_mode():
         outputs = [leaf for leaf in tree_leaves([model(x), in_training]) if isinstance(leaf, Tensor)]
-    # What a module says of itself may hold a function, with its place in memory.
-    written = _ADDRESS.sub("", repr(model))
-    return repr((written, [output.float().cpu().mul(1000).round().tolist() for output in outputs]))
+    return repr((without_places(repr(model)), [output.float().cpu().mul(1000).round().tolist() for output in outputs]))
 
 
 def train_from_scratch(

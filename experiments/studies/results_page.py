@@ -76,7 +76,7 @@ _JOINT_SEARCHES = (
     "the probes among them. Differences from the agent in points, paired by seed; latency of the saved files on one "
     "thread, as a share of the dense network's in single precision. Each cell spends what its own reading of the start "
     "plan leaves of the budget, and makes its plan smaller where the clock finds it over: readings of one plan lay up "
-    "to a fifth apart, so that methods are to be compared at like latencies only.",
+    "to 17 % apart, so that methods are to be compared at like latencies only.",
 )
 _RECONSTRUCTED = (
     "ResNet-56 before fine-tuning, with least-squares reconstruction",
