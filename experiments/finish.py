@@ -166,7 +166,7 @@ def _finalists(
     for search in searches:
         policy = problem.policy(search)
         readings: tuple[ClockReading, ...] = ()
-        if problem.space.timed is not None:
+        if problem.space.timed is not None and subject.config.latency.clock:
             own = folder.method(search.method)
             measured = kept_by_the_clock(policy, own, subject, problem.space, builder, problem.journal, display)
             policy, readings = measured.policy, measured.readings

@@ -67,7 +67,7 @@ def spent_by_the_clock(
     Plans of about one cost are about equally wrong in the table. A search that knows spends what is there; a plan that
     is made smaller afterwards was chosen for another budget. The start plan is made smaller as those that are found are
     (`within_measured_budget`), and what it then costs by the table is spent. Without a clock (the table's device is not
-    this one) the table is all there is.
+    this one, or `LatencyConfig.clock` rules it out) the table is all there is.
 
     Args:
         problem: with a budget of latency or without.
@@ -76,7 +76,7 @@ def spent_by_the_clock(
         display: told of the budget that is spent.
     """
     space, bound = problem.space, problem.space.timed
-    if bound is None:
+    if bound is None or not subject.config.latency.clock:
         return problem
     plan = space.policy(start_plan(space))
     # A search that began without a clock is not compared with others that spend less.

@@ -34,10 +34,10 @@ class Cells:
     def _read(self, file: str) -> dict[str, Any]:
         return {n: json.loads(path.read_text()) for n in self.names if (path := self.root / n / file).exists()}
 
-    def methods(self, table: str) -> list[str]:
-        """Methods of the searches of one table, in the matrix's order, run or not."""
+    def methods(self, table: str) -> dict[str, list[str]]:
+        """Names of the cells of each method's searches of one table, in the matrix's order, run or not."""
         parts = [name.removeprefix(f"{table}-").split("-") for name in self.names if name.startswith(f"{table}-")]
-        return list(dict.fromkeys(method for method, *seed in parts if len(seed) == 1))
+        return {method: self.seeds(table, method) for method, *seed in parts if len(seed) == 1}
 
     def seeds(self, table: str, method: str) -> list[str]:
         """Names of the cells of one method in one table."""

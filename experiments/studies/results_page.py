@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..outcome import DENSE, MethodOutcome, percent
 from ..pages import Table
 from ..progress import duration
 from .joint_page import joint_sections, reading_of
-from .matrix import JOINT_BUDGETS, JOINT_EVALUATIONS
+from .matrix import JOINT_BUDGETS, JOINT_EVALUATIONS, JOINT_METHODS
 from .results_cells import Cells, in_points, interval, spread
 
 
@@ -28,13 +28,15 @@ def render_page(root: Path, names: Sequence[str], agent: Method) -> str:
         agent: the method that the joint searches are compared with.
     """
     cells = Cells(root, names)
-    sections = [(title, text, _search_table(cells, table)) for table, title, text in _SEARCH_TABLES]
+    sections = [(title, text, _search_table(cells, cells.methods(table))) for table, title, text in _SEARCH_TABLES]
     sections.append((*_RECONSTRUCTED, _reconstructed_table(cells)))
     for model, text in (("resnet20", _TUNED_20), ("resnet56", _TUNED_56)):
         sections.append((f"{model} after fine-tuning", text, _tuned_table(cells, f"tuned-{model}")))
     sections.append((*_TRANSFER, _transfer_table(cells)))
     sections += joint_sections(cells)
-    sections.append((*_JOINT_SEARCHES, _search_table(cells, "resnet18_cifar", reference=agent)))
+    seeds = cells.seeds("resnet18_cifar", "methods")
+    together: dict[str, list[str]] = {method: seeds for method in JOINT_METHODS}
+    sections.append((*_JOINT_SEARCHES, _search_table(cells, together, reference=agent)))
     parts = [_HEAD]
     for title, text, tables in sections:
         parts += [f"## {title}", text, *tables] if tables else []
@@ -72,11 +74,11 @@ _SEARCH_TABLES = (
 
 _JOINT_SEARCHES = (
     f"ResNet-18 at {JOINT_BUDGETS['resnet18_cifar']}, before fine-tuning",
-    f"Channels and bits by the table, scored on 2,000 of the even-numbered files, {JOINT_EVALUATIONS} evaluations, "
-    "the probes among them. Differences from the agent in points, paired by seed; latency of the saved files on one "
-    "thread, as a share of the dense network's in single precision. Each cell spends what its own reading of the start "
-    "plan leaves of the budget, and makes its plan smaller where the clock finds it over: readings of one plan lay up "
-    "to 17 % apart, so that methods are to be compared at like latencies only.",
+    f"Channels and bits, scored on 2,000 of the even-numbered files, {JOINT_EVALUATIONS} evaluations, the probes among "
+    "them. The budget is kept by the table alone (`latency.clock: false`), so that no plan is made smaller by how a "
+    "reading of it came out. Mean and standard deviation over the seeds; differences from the agent in points, paired "
+    "by seed, with 95 % intervals (Student's t). Latency is that of the saved files on one thread, as a share of the "
+    "dense network's in single precision.",
 )
 _RECONSTRUCTED = (
     "ResNet-56 before fine-tuning, with least-squares reconstruction",
@@ -96,8 +98,15 @@ weights frozen, plans ResNet-56 in one forward pass with the features that cost 
 )
 
 
-def _search_table(cells: Cells, table: str, reference: Method = "cem") -> list[str]:
-    own = [name for method in cells.methods(table) for name in cells.seeds(table, method)]
+def _search_table(cells: Cells, searches: Mapping[str, Sequence[str]], reference: Method = "cem") -> list[str]:
+    """Methods at equal evaluations.
+
+    Args:
+        cells: the finished cells.
+        searches: names of each method's cells, one a seed.
+        reference: the method that the others are compared with.
+    """
+    own = [name for names in searches.values() for name in names]
     is_timed = any(name in cells.timed for name in own)
     heads = [
         "method",
@@ -112,8 +121,7 @@ def _search_table(cells: Cells, table: str, reference: Method = "cem") -> list[s
         *(["latency"] if is_timed else []),
     ]
     lines = []
-    for method in cells.methods(table):
-        names = cells.seeds(table, method)
+    for method, names in searches.items():
         rows = cells.rows(names, method)
         if not rows:
             continue
@@ -121,7 +129,7 @@ def _search_table(cells: Cells, table: str, reference: Method = "cem") -> list[s
             [
                 method,
                 spread([row.test_accuracy for row in rows]),
-                _against(cells, table, method, reference),
+                _against(cells, searches, method, reference),
                 f"{len(rows)} of {len(names)}",
                 spread([row.validation_accuracy for row in rows]),
                 f"{statistics.mean(row.evaluations for row in rows):.4g}",
@@ -138,9 +146,9 @@ def _search_table(cells: Cells, table: str, reference: Method = "cem") -> list[s
     return [Table(heads, lines).markdown()] if lines else []
 
 
-def _against(cells: Cells, table: str, method: str, reference: str) -> str:
+def _against(cells: Cells, searches: Mapping[str, Sequence[str]], method: str, reference: str) -> str:
     """Difference of test accuracies from those of the method ``reference``, seed by seed."""
-    own, theirs = (_test_accuracies(cells, table, name) for name in (method, reference))
+    own, theirs = (_test_accuracies(cells, searches.get(name, []), name) for name in (method, reference))
     return interval([accuracy - theirs[seed] for seed, accuracy in own.items() if seed in theirs])
 
 
@@ -150,10 +158,10 @@ def _share_of_dense(cells: Cells, names: Sequence[str], method: str) -> str:
     return spread([reading["ratio"] if reading else None for reading in readings])
 
 
-def _test_accuracies(cells: Cells, table: str, method: str) -> dict[str, float]:
-    """Test accuracies of a method by seed, those that are known."""
-    names = [name for name in cells.seeds(table, method) if name in cells.outcomes]
-    found = {name.rpartition("-seed")[2]: cells.outcomes[name].row(method).test_accuracy for name in names}
+def _test_accuracies(cells: Cells, names: Sequence[str], method: str) -> dict[str, float]:
+    """Test accuracies of a method in the cells ``names`` by seed, those that are known."""
+    done = [name for name in names if name in cells.outcomes]
+    found = {name.rpartition("-seed")[2]: cells.outcomes[name].row(method).test_accuracy for name in done}
     return {seed: accuracy for seed, accuracy in found.items() if accuracy is not None}
 
 
@@ -228,8 +236,7 @@ def _paired_by_image(cells: Cells, found: _TunedRows, method: str, other: str) -
 
 def _reconstructed_table(cells: Cells) -> list[str]:
     lines = []
-    for method in cells.methods("resnet56-reconstructed"):
-        names = cells.seeds("resnet56-reconstructed", method)
+    for method, names in cells.methods("resnet56-reconstructed").items():
         done = [name for name in names if name in cells.applied]
         if done:
             plain = cells.rows([name.replace("-reconstructed", "") for name in done], method)

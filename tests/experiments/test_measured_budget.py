@@ -13,6 +13,8 @@ from envs.action import start_plan
 from envs.journal import Journal, JournalEntry
 from envs.space import SearchSpace
 from experiments import measured_budget
+from experiments.config import LatencyConfig, RunConfig
+from experiments.interrupt import StopFlag
 from experiments.measured_budget import (
     MOST_PROJECTIONS,
     ROUNDS_OF_READINGS,
@@ -25,6 +27,8 @@ from experiments.measured_budget import (
 from experiments.problem import SearchProblem
 from experiments.progress import RunDisplay
 from experiments.run import MethodFolder
+from experiments.search import start_run
+from experiments.subject import Subject
 from graph_encoder.capture import capture
 from latency.budget import Budget, read_budgets
 from latency.measure import Comparison, LatencyReport, summarise
@@ -32,6 +36,8 @@ from latency.runtimes import LatencyError
 from latency.table import build_table, needed_kinds, start_table
 from pruning.policy import CompressionPolicy
 from tests.latency.synthetic import FormulaDevice
+
+from .test_floor import TINY, saved_table
 
 
 @pytest.fixture(scope="module")
@@ -243,21 +249,49 @@ def problem_with(space: SearchSpace, journal: Journal) -> SearchProblem:
     return SearchProblem(nn.Identity(), space.graph, space, never, journal, seed=0)
 
 
+def test_without_the_clock_searches_spend_what_the_table_says(space: SearchSpace) -> None:
+    problem, never = problem_with(space, Journal()), cast("Any", None)
+
+    with RunDisplay(quiet=True) as display:
+        assert spent_by_the_clock(problem, subject_by(clock=False), never, display) is problem
+
+
+@pytest.mark.parametrize("clock", [True, False])
+def test_a_run_without_the_clock_times_no_plan(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: bool
+) -> None:
+    table = saved_table(tmp_path, FormulaDevice(), [32])
+    latency = {"latency__table": str(table), "latency__clock": clock, "budget": "80% latency"}
+    search = {"search__methods": ["uniform"], "search__rounding": 4}
+    config = tiny_config(**latency, **search, model__name=TINY[0], finetune__epochs=0)
+
+    with RunDisplay() as display:
+        outcome = start_run(config, tmp_path / "run", ["secateur"], display, StopFlag())
+
+    # No clock is of the table's device, which is asked for and found missing.
+    assert ("uniform is not measured" in capsys.readouterr().err) == clock
+    assert outcome.row("uniform").cost <= 0.8 * outcome.dense_cost and not outcome.row("uniform").clock_readings
+
+
+def subject_by(*, clock: bool) -> Subject:
+    return cast("Subject", SimpleNamespace(config=RunConfig(latency=LatencyConfig(clock=clock))))
+
+
 def spent(problem: SearchProblem, clock: TimeShare, monkeypatch: pytest.MonkeyPatch) -> SearchProblem:
     monkeypatch.setattr(measured_budget, "_PlanClock", lambda *_: clock)
     never = cast("Any", None)
     with RunDisplay(quiet=True) as display:
-        return spent_by_the_clock(problem, never, never, display)
+        return spent_by_the_clock(problem, subject_by(clock=True), never, display)
 
 
 def test_searches_that_began_without_a_clock_go_on_without_one(space: SearchSpace) -> None:
     journal, never = Journal(), cast("Any", None)
-    problem = problem_with(space, journal)
+    problem, subject = problem_with(space, journal), subject_by(clock=True)
     policy = space.policy(start_plan(space))
     journal.append(JournalEntry(0, "cem", 0, "candidate", policy.digest, {}, 1.0, 0.7, 10, 0.1, 1.0))
 
     with RunDisplay(quiet=True) as display:
-        assert spent_by_the_clock(problem, never, never, display) is problem
+        assert spent_by_the_clock(problem, subject, never, display) is problem
 
 
 def no_clock(_: CompressionPolicy, rounds: int) -> Comparison:
