@@ -75,7 +75,8 @@ def build_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
 
     Args:
         name: one of `model_names`, or ``package.module:function``: that function is called with ``num_classes`` and
-            ``in_channels`` if it has parameters of these names, and returns the network.
+            ``in_channels`` if it has parameters of these names, and returns the network. One that takes any keywords,
+            as timm's do, is told of channels only where they are not 3.
         num_classes: outputs.
         in_channels: channels of the images; torchvision's networks read 3.
 
@@ -85,7 +86,7 @@ def build_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
         UserFunctionError: if the function cannot be called so, or raises.
     """
     if is_reference(name):
-        return _from_function(name, {"num_classes": num_classes, "in_channels": in_channels})
+        return _from_function(name, num_classes, in_channels)
     if name in _BUILT_IN:
         return _BUILT_IN[name](num_classes=num_classes, in_channels=in_channels)
     if name not in model_names():
@@ -106,8 +107,10 @@ def build_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     return model
 
 
-def _from_function(reference: str, offered: Mapping[str, int]) -> nn.Module:
-    model = call_function(reference, offered)
+def _from_function(reference: str, num_classes: int, in_channels: int) -> nn.Module:
+    outputs, inputs = {"num_classes": num_classes}, {"in_channels": in_channels}
+    # How keywords are called where they are passed on to is not known, and networks read 3 channels unless told.
+    model = call_function(reference, outputs | inputs, outputs if in_channels == 3 else outputs | inputs)
     if not isinstance(model, nn.Module):
         msg = f"'{reference}' returned {type(model).__name__}; it must return a torch.nn.Module"
         raise ModelError(msg)

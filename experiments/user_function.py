@@ -64,14 +64,19 @@ def load_function(reference: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def call_function(reference: str, offered: Mapping[str, Any]) -> Any:
+def call_function(reference: str, offered: Mapping[str, Any], to_any: Mapping[str, Any] | None = None) -> Any:
     """Call the function that ``reference`` names with those of the ``offered`` arguments that it has parameters for.
+
+    Args:
+        reference: ``package.module:function``.
+        offered: arguments by name.
+        to_any: those of them that one that takes any keywords gets, whatever they are called; none if not given.
 
     Raises:
         UserFunctionError: if it cannot be loaded, needs other arguments, or raises; the message names the line.
     """
     function = load_function(reference)
-    passed = _accepted(function, offered)
+    passed = _accepted(function, offered, to_any or {})
     try:
         inspect.signature(function).bind(**passed)
     except TypeError as error:
@@ -96,11 +101,11 @@ def call(what: str, function: Callable[..., Any], arguments: Mapping[str, Any]) 
         raise UserFunctionError(msg) from error
 
 
-def _accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+def _accepted(function: Callable[..., Any], offered: Mapping[str, Any], to_any: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(offered)
     by_name = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        by_name |= to_any.keys()
     return {name: value for name, value in offered.items() if name in by_name}
 
 

@@ -91,6 +91,8 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "    return torch.nn.Linear(5, num_classes)\n"
         "def fixed():\n"
         "    return torch.nn.Linear(5, 3)\n"
+        "def passed_on(pretrained=False, **options):\n"
+        "    return torch.nn.Linear(options.pop('in_channels', 5), options.pop('num_classes'), **options)\n"
         "def number():\n"
         "    return 3\n"
     )
@@ -110,6 +112,15 @@ def test_function_of_the_user_gets_what_it_asks_for(user_module: str) -> None:
     import colorsys
 
     assert colorsys.rgb_to_hsv(0, 0, 0) == (0.0, 0.0, 0)
+
+
+def test_function_of_the_user_that_takes_any_keywords_is_told_of_channels_where_they_are_not_3(
+    user_module: str,
+) -> None:
+    usual, grey = (build_model(f"{user_module}:passed_on", 7, in_channels) for in_channels in (3, 1))
+    assert isinstance(usual, nn.Linear)
+    assert isinstance(grey, nn.Linear)
+    assert ((usual.in_features, usual.out_features), grey.in_features) == ((5, 7), 1)
 
 
 def test_function_that_returns_no_network(user_module: str) -> None:
