@@ -16,7 +16,7 @@ from .network import ForwardError, NetworkGraph, Operator, TraceError
 from .opaque import Opaque
 from .real_run import record_calls
 from .resize import DenseRun, follow_computed_sizes, holds_smaller_widths
-from .symbolic import SymbolicRun, follows_mode, symbolic_trace
+from .symbolic import SymbolicRun, follows_mode, trace_around
 from .trace import LabelPass, batch_of_two
 
 
@@ -90,9 +90,9 @@ def _capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> NetworkGraph:
     graph = assemble(run.record, model, dense.opaque)
     if holds_smaller_widths(model, graph, dense) is None:
         return graph
-    traced = symbolic_trace(model, graph.opaque)
-    if traced is not None:
-        rewritten = _with_rewrites(traced, model, dense)
+    found = trace_around(model, graph.opaque)
+    if found is not None:
+        rewritten = _with_rewrites(*found, model, dense)
         if rewritten is not None:
             return rewritten
     return _freeze_what_does_not_hold(model, graph, dense)
@@ -137,7 +137,9 @@ def _run_around(
             return run, opaque
 
 
-def _with_rewrites(traced: fx.GraphModule, model: nn.Module, dense: DenseRun) -> NetworkGraph | None:
+def _with_rewrites(
+    traced: fx.GraphModule, whole: tuple[str, ...], model: nn.Module, dense: DenseRun
+) -> NetworkGraph | None:
     """The graph of the symbolic trace, whose held numbers can be rewritten; None if it does not run as the model."""
     # The trace holds the model's own tensors in another order; names come from the model, or tied ones get two.
     run = LabelPass(model, dense.opaque)
@@ -146,10 +148,11 @@ def _with_rewrites(traced: fx.GraphModule, model: nn.Module, dense: DenseRun) ->
         run.run(nodes.run, dense.inputs)
     except TraceError:
         return None
-    if run.record.output_shapes != dense.record.output_shapes:
-        return None
     run.record.held = nodes.held_numbers()
-    graph = replace(assemble(run.record, model, dense.opaque), follows_mode=follows_mode(traced))
+    if not run.record.held or run.record.output_shapes != dense.record.output_shapes:
+        return None
+    graph = assemble(run.record, model, dense.opaque)
+    graph = replace(graph, whole=whole, follows_mode=follows_mode(traced))
     dense = replace(dense, record=run.record)
     return _freeze_what_does_not_hold(model, follow_computed_sizes(model, graph, dense), dense)
 

@@ -225,6 +225,7 @@ class NetworkGraph:
         rewrites: channel counts held by ``forward``; empty where slicing the module's tensors is enough.
         follows_mode: whether ``forward`` passes its training mode on to functions, where there are ``rewrites``.
         opaque: qualified names of the modules that could not be captured and stay as they are.
+        whole: of those whose ``forward`` is called as it is where others are rewritten.
     """
 
     operators: tuple[Operator, ...]
@@ -236,6 +237,7 @@ class NetworkGraph:
     rewrites: tuple[HeldNumber, ...] = ()
     follows_mode: bool = False
     opaque: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
 
     @cached_property
     def group_index(self) -> Mapping[str, int]:

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .network import ForwardError, NetworkGraph, TraceError
 from .opaque import Opaque
-from .symbolic import ComputedSizes, rewrite
+from .symbolic import ComputedSizes, TracedRun, rewrite
 from .trace import LabelPass, Record
 
 _LEAST = 2
@@ -156,10 +156,11 @@ def follow_computed_sizes(model: nn.Module, graph: NetworkGraph, dense: DenseRun
         for held in computed:
             expected.setdefault(held.node, {})[held.argument[1]] = held.value(kept)
         forward = rewrite(model, replace(graph, rewrites=tuple(others)), kept)
-        run = ComputedSizes(forward, expected)
         try:
             with _resized(forward, _shrunk_by(graph, counts)):
-                LabelPass(model, dense.opaque, with_labels=False).run(run.run, dense.inputs)
+                labels = LabelPass(model, dense.opaque, with_labels=False)
+                run = ComputedSizes(forward, labels, expected)
+                labels.run(run.run, dense.inputs)
         except TraceError:
             # What stops it is found when the graph is tried.
             return graph
@@ -197,11 +198,11 @@ def _try(model: nn.Module, graph: NetworkGraph, dense: DenseRun, kept: Mapping[i
     """The forward pass, on shapes, with what is ``kept`` of the groups of these indices."""
     counts = {g: int((~is_kept).sum()) for g, is_kept in kept.items()}
     try:
-        forward = rewrite(model, graph, kept) if graph.is_rewritten(kept.keys()) else model
-        with _resized(forward, _shrunk_by(graph, counts)):
+        traced = rewrite(model, graph, kept) if graph.is_rewritten(kept.keys()) else None
+        with _resized(model if traced is None else traced, _shrunk_by(graph, counts)):
             # Names come from the model, whose modules a rewritten copy shares.
             run = LabelPass(model, dense.opaque, with_labels=False)
-            run.run(forward, dense.inputs)
+            run.run(model if traced is None else TracedRun(traced, run).run, dense.inputs)
     except ForwardError as error:
         return Failure(error.modules[-1] if error.modules else "", error.cause)
     except TraceError as error:

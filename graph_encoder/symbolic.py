@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
+import operator
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -27,13 +31,41 @@ _FORWARD_HOOKS = (
 )
 
 
+class _Untraceable(Exception):
+    """A forward pass that cannot be traced, or that a trace would freeze, in ``module``, or in the network's own."""
+
+    def __init__(self, module: str = "") -> None:
+        super().__init__(module)
+        self.module = module
+
+
 class _Tracer(fx.Tracer):
-    """A tracer that has more leaves than the layers of torch.nn."""
+    """A tracer that has more leaves than the layers of torch.nn, and names the module where a trace fails."""
 
     def __init__(self, leaves: Collection[str] = (), *, takes_defaults: bool = False) -> None:
         super().__init__()
         self._leaf_names = leaves
         self._takes_defaults = takes_defaults
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace a module, or note its call."""
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except _Untraceable:
+            raise
+        except Exception as error:  # a Python forward can fail on proxies in any way
+            raise _Untraceable(self.path_of_module(m)) from error
+
+    def create_arg(self, a: Any) -> Any:
+        """The argument of a node; a tensor that forward made is refused, for the trace would keep it for ever."""
+        n_known = len(self.tensor_attrs)
+        argument = super().create_arg(a)
+        if len(self.tensor_attrs) > n_known:
+            msg = "forward makes a tensor"
+            raise TraceError(msg)
+        return argument
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the trace holds a call of the module, and not what it does."""
@@ -43,17 +75,21 @@ class _Tracer(fx.Tracer):
         """What forward is called with: switches, such as ``mask=None``, as they are by default if so asked for."""
         function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
         if self._takes_defaults:
-            arguments = [_default_of(argument) for argument in arguments]
+            arguments = [_default_of(each.node) if _is_switch(each) else each for each in arguments]
         return function, arguments
 
 
-def _default_of(argument: Any) -> Any:
-    """The default of an argument of the root that is None, a truth value or a word; else the argument."""
-    if isinstance(argument, fx.Proxy) and argument.node.op == "placeholder" and argument.node.args:
-        (default,) = argument.node.args
+def _is_switch(argument: Any) -> bool:
+    return isinstance(argument, fx.Proxy) and _default_of(argument.node) is not argument.node
+
+
+def _default_of(node: fx.Node) -> Any:
+    """The default of an argument of the root that is None, a truth value or a word; else the node itself."""
+    if node.op == "placeholder" and node.args:
+        (default,) = node.args
         if default is None or isinstance(default, bool | str):
             return default
-    return argument
+    return node
 
 
 def symbolic_trace(model: nn.Module, leaves: Collection[str] = ()) -> fx.GraphModule | None:
@@ -66,36 +102,76 @@ def symbolic_trace(model: nn.Module, leaves: Collection[str] = ()) -> fx.GraphMo
     Returns:
         None if the forward pass cannot be traced, or does different things in training and in evaluation, or with and
         without an argument that may be left out (``mask=None``): a trace freezes one of them. What it only passes on,
-        as in ``F.dropout(x, training=self.training)``, follows the mode of the trace.
+        as in ``F.dropout(x, training=self.training)``, follows the mode of the trace, and the argument.
     """
+    try:
+        return _trace_of_any_call(model, leaves)
+    except _Untraceable:
+        return None
+
+
+def trace_around(model: nn.Module, leaves: Collection[str] = ()) -> tuple[fx.GraphModule, tuple[str, ...]] | None:
+    """The symbolic trace of ``model`` that leaves modules whole which cannot be traced, and their qualified names.
+
+    Args:
+        model: the network.
+        leaves: qualified names of modules to be leaves anyway; not among those returned.
+
+    Returns:
+        None if the network's own forward cannot be traced, see `symbolic_trace`.
+    """
+    whole: set[str] = set()
+    while True:
+        try:
+            return _trace_of_any_call(model, {*leaves, *whole}), tuple(sorted(whole))
+        except _Untraceable as failure:
+            more = _of_its_class(model, failure.module) - whole
+            if not more:
+                return None
+            whole |= more
+
+
+def _of_its_class(model: nn.Module, name: str) -> set[str]:
+    """The module and, where its class is a user's, all others of it, which would fail alike; none for the network."""
+    if not name:
+        return set()
+    kind = type(model.get_submodule(name))
+    if kind.__module__.startswith("torch.nn."):
+        return {name}
+    return {other for other, module in model.named_modules() if other and type(module) is kind}
+
+
+def _trace_of_any_call(model: nn.Module, leaves: Collection[str]) -> fx.GraphModule:
     traced = _trace_of_either_mode(model, leaves)
-    again = None if traced is None else _trace_of_either_mode(model, leaves, takes_defaults=True)
-    return traced if traced is not None and again is not None and str(again.graph) == str(traced.graph) else None
+    if _steps(_trace_of_either_mode(model, leaves, takes_defaults=True)) != _steps(traced):
+        raise _Untraceable
+    return traced
 
 
-def _trace_of_either_mode(
-    model: nn.Module, leaves: Collection[str], *, takes_defaults: bool = False
-) -> fx.GraphModule | None:
+def _steps(traced: fx.GraphModule) -> list[str]:
+    """What a trace does where the arguments that may be left out are left out."""
+    return [
+        f"{node.op} {node.name} {node.target} {fx.map_arg((node.args, dict(node.kwargs)), _default_of)}"
+        for node in traced.graph.nodes
+    ]
+
+
+def _trace_of_either_mode(model: nn.Module, leaves: Collection[str], *, takes_defaults: bool = False) -> fx.GraphModule:
     traced = _trace(model, leaves, takes_defaults=takes_defaults)
-    training = None if traced is None else _trace(model, leaves, takes_defaults=takes_defaults, training=True)
-    if traced is None or training is None or len(traced.graph.nodes) != len(training.graph.nodes):
-        return None
-    pairs = list(zip(traced.graph.nodes, training.graph.nodes, strict=True))
-    if not all(
-        (one.op, one.name) == (other.op, other.name)
-        and str(one.target) == str(other.target)
-        and _are_alike((one.args, one.kwargs), (other.args, other.kwargs))
-        for one, other in pairs
-    ):
-        return None
+    training = _trace(model, leaves, takes_defaults=takes_defaults, training=True)
+    pairs = []
+    for one, other in zip_longest(traced.graph.nodes, training.graph.nodes):
+        if one is None or other is None or not _is_same_step(one, other):
+            innermost = max(map(_modules_of, filter(None, (one, other))), key=len)
+            raise _Untraceable(next(reversed(innermost), ""))
+        pairs.append((one, other))
     switched = [pair for pair in pairs if str(pair[0].format_node()) != str(pair[1].format_node())]
     if switched:
         for one, other in switched:
             # The mode of the module that passes it on, which may be frozen where the others are not.
-            holder = next(reversed(one.meta.get("nn_module_stack") or {}), "")
             with traced.graph.inserting_before(one):
-                mode = traced.graph.create_node("get_attr", f"{holder}.{_MODE}".lstrip("."))
-            one.args, one.kwargs = _switched((one.args, dict(one.kwargs)), (other.args, dict(other.kwargs)), mode)
+                mode = traced.graph.create_node("get_attr", f"{_module_of(one)}.{_MODE}".lstrip("."))
+                one.args, one.kwargs = _switched((one.args, dict(one.kwargs)), (other.args, dict(other.kwargs)), mode)
         _give_everything(model, traced)
         traced.recompile()
     return traced
@@ -107,8 +183,28 @@ def follows_mode(traced: fx.GraphModule) -> bool:
     return any(target.rpartition(".")[2] == _MODE for target in targets)
 
 
+def _module_of(node: fx.Node) -> str:
+    """Qualified name of the module whose forward a node of a trace is a step of; empty for the network."""
+    return next(reversed(_modules_of(node)), "")
+
+
+def _modules_of(node: fx.Node) -> list[str]:
+    """The same with those around it, the outermost first, without the network."""
+    stack = [str(name) for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return stack[:-1] if node.op == "call_module" else stack
+
+
+def _is_same_step(one: fx.Node, other: fx.Node) -> bool:
+    """Whether a step in evaluation and one in training differ by the mode that they are told alone."""
+    return (
+        (one.op, one.name) == (other.op, other.name)
+        and str(one.target) == str(other.target)
+        and _are_alike((one.args, one.kwargs), (other.args, other.kwargs))
+    )
+
+
 def _are_alike(evaluating: Any, training: Any) -> bool:
-    """Whether arguments are the same but for truth values that are those of the mode."""
+    """Whether arguments are the same but for truth values that are those of the mode, and rates that are 0 without."""
     if isinstance(evaluating, fx.Node):
         return isinstance(training, fx.Node) and evaluating.name == training.name
     if isinstance(evaluating, tuple | list):
@@ -117,50 +213,94 @@ def _are_alike(evaluating: Any, training: Any) -> bool:
     if isinstance(evaluating, Mapping):
         is_as_long = isinstance(training, Mapping) and evaluating.keys() == training.keys()
         return is_as_long and all(_are_alike(value, training[key]) for key, value in evaluating.items())
-    return (evaluating is False and training is True) or repr(evaluating) == repr(training)
+    is_switched = _is_switched(evaluating, training) or _is_rate_of_training(evaluating, training)
+    return is_switched or repr(evaluating) == repr(training)
+
+
+def _is_switched(evaluating: Any, training: Any) -> bool:
+    return evaluating is False and training is True
+
+
+def _is_rate_of_training(evaluating: Any, training: Any) -> bool:
+    """Whether it is a number in training and zero else, as in ``dropout_p=self.p if self.training else 0.0``."""
+    return isinstance(evaluating, float) and evaluating == 0 and isinstance(training, float)
 
 
 def _switched(evaluating: Any, training: Any, mode: fx.Node) -> Any:
-    """The arguments with the mode in place of what follows it."""
+    """The arguments with the mode in place of what follows it; new nodes go where the graph inserts."""
     if isinstance(evaluating, fx.Node):
         return evaluating
     if isinstance(evaluating, tuple | list):
         return tuple(_switched(one, other, mode) for one, other in zip(evaluating, training, strict=True))
     if isinstance(evaluating, Mapping):
         return {key: _switched(value, training[key], mode) for key, value in evaluating.items()}
-    return mode if evaluating is False and training is True else evaluating
+    if _is_rate_of_training(evaluating, training) and training:
+        return mode.graph.call_function(operator.mul, (mode, training))
+    return mode if _is_switched(evaluating, training) else evaluating
 
 
 def _trace(
     model: nn.Module, leaves: Collection[str], *, training: bool = False, takes_defaults: bool = False
-) -> fx.GraphModule | None:
+) -> fx.GraphModule:
     own = set(model.__dict__)
     before = random_states()
     try:
-        with evaluation_mode(model), warnings.catch_warnings():
+        with evaluation_mode(model), _lengths_as_steps(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if training:
                 model.train()
             graph = _Tracer(leaves, takes_defaults=takes_defaults).trace(model)
             traced = fx.GraphModule(model, graph, type(model).__name__)
-    except Exception:  # a Python forward can fail on proxies in any way; the caller falls back
-        return None
+    except _Untraceable:
+        raise
+    except Exception as error:  # a Python forward can fail on proxies in any way; the caller falls back
+        raise _Untraceable from error
     finally:
         # The tracer leaves the tensors that forward makes on the model.
         made = model.__dict__.keys() - own
         for name in made:
             del model.__dict__[name]
-    # A tensor that forward makes anew at every call (a draw of noise) would be the same for ever, and so would be what
-    # it does by a draw of its own (a layer that is left out now and then).
-    return None if made or have_drawn(before) else traced
+    # What forward does by a draw of its own (a layer that is left out now and then) would be the same for ever.
+    if have_drawn(before):
+        raise _Untraceable
+    return traced
 
 
-class SymbolicRun(fx.Interpreter):
-    """Runs the trace under a label pass and keeps the labels of every node that may hold a channel count."""
+class TracedRun(fx.Interpreter):
+    """Runs a trace under a label pass, which takes each step as one of the module that it was traced in."""
 
     def __init__(self, traced: fx.GraphModule, labels: LabelPass) -> None:
         super().__init__(traced)
         self._labels = labels
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        with self._labels.inside(_modules_of(n)):
+            return super().run_node(n)
+
+
+@contextmanager
+def _lengths_as_steps() -> Iterator[None]:
+    """Let ``len(x)`` of what is traced be a step of the trace; Python takes nothing but a number from ``__len__``."""
+    plain = builtins.len
+
+    def length(value: Any) -> Any:
+        if isinstance(value, fx.Proxy):
+            return value.tracer.create_proxy("call_function", plain, (value,), {})
+        return plain(value)
+
+    builtins.len = length  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.len = plain
+
+
+class SymbolicRun(TracedRun):
+    """Keeps the labels of every node that may hold a channel count."""
+
+    def __init__(self, traced: fx.GraphModule, labels: LabelPass) -> None:
+        super().__init__(traced, labels)
         self._seen: list[Held] = []
 
     def run_node(self, n: fx.Node) -> Any:
@@ -221,16 +361,16 @@ def _numbers(node: fx.Node, holder: str, labels: Tensor, position: int, n_output
     return held
 
 
-class ComputedSizes(fx.Interpreter):
-    """Runs a trace, finds computed sizes of views that are not what is expected of them, and sets these right.
+class ComputedSizes(TracedRun):
+    """Finds computed sizes of views that are not what is expected of them, and sets these right.
 
     Attributes:
         wrong: the numbers found, by node and place.
     """
 
-    def __init__(self, traced: fx.GraphModule, expected: Mapping[str, Mapping[int, int]]) -> None:
+    def __init__(self, traced: fx.GraphModule, labels: LabelPass, expected: Mapping[str, Mapping[int, int]]) -> None:
         """The sizes that are expected, by node and dimension."""
-        super().__init__(traced)
+        super().__init__(traced, labels)
         self._expected = expected
         self.wrong: set[tuple[str, int]] = set()
 
@@ -259,10 +399,11 @@ def rewrite(model: nn.Module, graph: NetworkGraph, kept: Mapping[int, Tensor]) -
         TraceError: if the module can no longer be traced as it was when it was captured.
     """
     trace = _trace_of_either_mode if graph.follows_mode else _trace
-    traced = trace(model, graph.opaque)
-    if traced is None:
+    try:
+        traced = trace(model, {*graph.opaque, *graph.whole})
+    except _Untraceable as error:
         msg = "the network could be traced when it was captured and cannot be traced now; pass the network as captured"
-        raise TraceError(msg)
+        raise TraceError(msg) from error
     nodes = {node.name: node for node in traced.graph.nodes}
     for held in graph.rewrites:
         if held.node not in nodes:

@@ -202,6 +202,15 @@ class LabelPass(TorchDispatchMode):
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._stack.pop()
 
+    @contextmanager
+    def inside(self, modules: Sequence[str]) -> Iterator[None]:
+        """Take what runs as part of these modules' forward, the innermost last, although none of them is called."""
+        before = list(self._stack)
+        self._stack.extend(modules)
+        yield
+        # What stops a run stops it there: it is told of the modules that ran.
+        self._stack[:] = before
+
     def _replays(self) -> AbstractContextManager[None]:
         return forwards_replaced({self._modules[name]: partial(self._replay, name) for name in self._opaque.causes})
 
