@@ -1,7 +1,7 @@
 # make search    the main job on bundled data, from nothing but Python 3.11+ to a report
 # make check     format, lint, types, import order and the fast tests
 # make test      check and the slow tests: what CI runs
-# make coverage  docs/coverage.md: every classification model of torchvision, with Torch-Pruning beside it
+# make coverage  docs/coverage.md: the classification models of torchvision, with Torch-Pruning beside, and of timm
 # make kernels   compiles the sparse kernels in place (needs g++ or clang++; the install does it too where it can)
 # make bench-kernels  docs/benchmarks/kernels.md and training.md: sparse layers against the best dense runtime, and training
 # make han       docs/benchmarks/han.md: LeNet-300-100 and LeNet-5 as in Han et al. (2015), and runs/han/report.html
