@@ -94,7 +94,8 @@ class LabelClasses:
         meet = (a > 0) & (a != b)
         a, b = a[meet], b[meet]
         while len(a):
-            self._parent[b] = a
+            # The least of all that one class meets; the last alone would leave the others for as many more rounds.
+            np.minimum.at(self._parent, b, a)
             a, b = self.find(a), self.find(b)
             a, b = np.minimum(a, b), np.maximum(a, b)
             meet = a != b
