@@ -15,7 +15,7 @@ from .modes import attributes_kept, evaluation_mode
 from .network import ForwardError, NetworkGraph, Operator, TraceError
 from .opaque import Opaque
 from .real_run import record_calls
-from .resize import DenseRun, follow_computed_sizes, holds_smaller_widths
+from .resize import DenseRun, another_way, follow_computed_sizes, holds_smaller_widths
 from .symbolic import SymbolicRun, follows_mode, trace_around
 from .trace import LabelPass, batch_of_two
 
@@ -150,6 +150,8 @@ def _with_rewrites(
         return None
     run.record.held = nodes.held_numbers()
     if not run.record.held or run.record.output_shapes != dense.record.output_shapes:
+        return None
+    if another_way(dense.record, run.record) is not None:
         return None
     graph = assemble(run.record, model, dense.opaque)
     graph = replace(graph, whole=whole, follows_mode=follows_mode(traced))

@@ -207,7 +207,7 @@ def _try(model: nn.Module, graph: NetworkGraph, dense: DenseRun, kept: Mapping[i
         return Failure(error.modules[-1] if error.modules else "", error.cause)
     except TraceError as error:
         return Failure("", str(error))
-    if (changed := _another_way(dense.record, run.record)) is not None:
+    if (changed := another_way(dense.record, run.record)) is not None:
         return changed
     found = run.record.output_shapes
     if found != dense.record.output_shapes:
@@ -223,7 +223,7 @@ def _try(model: nn.Module, graph: NetworkGraph, dense: DenseRun, kept: Mapping[i
     return _folded_otherwise(dense.record, run.record, removed_positions(graph, kept))
 
 
-def _another_way(dense: Record, small: Record) -> Failure | None:
+def another_way(dense: Record, small: Record) -> Failure | None:
     """The first operator that is another one than in the dense network, or reads others.
 
     ``if x.shape == y.shape`` takes another way where widths that were different are equal.

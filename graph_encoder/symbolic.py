@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from .labels import compact, varying_dims
-from .modes import evaluation_mode
+from .modes import attributes_kept, evaluation_mode
 from .network import HeldNumber, NetworkGraph, TraceError
 from .randomness import have_drawn, random_states
 from .trace import Held, LabelPass
@@ -242,10 +242,10 @@ def _switched(evaluating: Any, training: Any, mode: fx.Node) -> Any:
 def _trace(
     model: nn.Module, leaves: Collection[str], *, training: bool = False, takes_defaults: bool = False
 ) -> fx.GraphModule:
-    own = set(model.__dict__)
     before = random_states()
     try:
-        with evaluation_mode(model), _lengths_as_steps(), warnings.catch_warnings():
+        # The tracer leaves the tensors that forward makes on the model.
+        with attributes_kept(model), evaluation_mode(model), _lengths_as_steps(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if training:
                 model.train()
@@ -255,11 +255,6 @@ def _trace(
         raise
     except Exception as error:  # a Python forward can fail on proxies in any way; the caller falls back
         raise _Untraceable from error
-    finally:
-        # The tracer leaves the tensors that forward makes on the model.
-        made = model.__dict__.keys() - own
-        for name in made:
-            del model.__dict__[name]
     # What forward does by a draw of its own (a layer that is left out now and then) would be the same for ever.
     if have_drawn(before):
         raise _Untraceable

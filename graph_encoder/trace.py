@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .errors import first_line
 from .labels import CONSTANT, LabelClasses, compact, varying_dims
-from .modes import autocast_on_shapes
+from .modes import attributes_kept, autocast_on_shapes
 from .network import ForwardError, Operator, TraceError
 from .opaque import ModuleCall, Opaque, forwards_replaced, summary_of, tensors_within_reach
 from .rules import RULES, Call, Result
@@ -127,6 +127,7 @@ class LabelPass(TorchDispatchMode):
         self._holders: dict[int, int] = {}
         self._fixed: dict[str, str] = {}
         self._module_names: dict[int, str] = {}
+        self._model = model
         self._modules = dict(model.named_modules())
         bound: dict[str, str] = {}
         for name, module in self._modules.items():
@@ -174,7 +175,11 @@ class LabelPass(TorchDispatchMode):
         fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with torch.inference_mode(), autocast_on_shapes(), self._module_stack(), self._replays(), self:
+            # What forward keeps for its next call fits these widths alone.
+            with (
+                attributes_kept(self._model), torch.inference_mode(), autocast_on_shapes(), self._module_stack(),
+                self._replays(), self,
+            ):  # fmt: skip
                 output = forward(*inputs)
         except Exception as error:  # a Python forward can fail in any way: an assert on a width, a missing key
             modules = [name for name in dict.fromkeys(self._stack) if name]

@@ -47,6 +47,92 @@ def test_assert_on_a_width_keeps_its_group_dense_and_names_the_module() -> None:
     assert reason == "forward of 'block' holds a channel count: AssertionError: the width changed"
 
 
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc(x).sigmoid()
+
+
+class Checked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(12, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        torch._assert(y.shape[1] == 8, "the width changed")
+        return y
+
+
+class CheckedAndViewed(nn.Module):
+    """A trace is needed for the view, and one group has to stay all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3)
+        self.gate = Gate()
+        self.checked = Checked()
+        self.mix = nn.Conv2d(8, 16, 1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mix(self.checked(self.gate(self.stem(x))))
+        out: Tensor = self.head(y.mean((2, 3)).view(-1, 16))
+        return out
+
+
+def test_a_failure_in_the_trace_keeps_only_the_group_to_blame_dense() -> None:
+    graph = capture(seeded(CheckedAndViewed), EXAMPLE)
+
+    assert [group.name for group in graph.prunable] == ["stem", "mix"]
+    reason = graph.group("checked.conv").reason
+    assert reason == "forward of 'checked' holds a channel count: AssertionError: the width changed"
+
+
+def test_operators_of_a_trace_are_named_after_their_modules() -> None:
+    graph = capture(seeded(CheckedAndViewed), EXAMPLE)
+
+    assert graph.rewrites
+    assert "gate.mul" in [operator.name for operator in graph.operators]
+
+
+class KeepsItsScale(nn.Module):
+    """Keeps what it makes of a parameter, as tables of positions are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.scale = nn.Parameter(torch.linspace(1, 2, 8))
+        self.head = nn.Linear(8, 5)
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = str(x.device)
+        if device not in self.kept:
+            self.kept[device] = self.scale.view(-1, 1, 1)
+        out: Tensor = self.head((self.conv(x) * self.kept[device]).mean((2, 3)))
+        return out
+
+
+def test_what_forward_keeps_of_one_width_is_not_met_by_another() -> None:
+    model = seeded(KeepsItsScale)
+
+    graph = capture(model, EXAMPLE)
+
+    assert [group.name for group in graph.prunable] == ["conv"]
+    assert all(proof.holds for proof in prove(model, graph, EXAMPLE, generator=torch.Generator().manual_seed(0)))
+
+
+def test_symbolic_trace_leaves_nothing_behind() -> None:
+    model = seeded(KeepsItsScale)
+
+    assert symbolic_trace(model) is not None
+    assert model.kept == {}
+
+
 def test_any_exception_of_forward_becomes_a_trace_error_that_names_it() -> None:
     class Looks(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
