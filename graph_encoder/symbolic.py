@@ -39,6 +39,19 @@ class _Untraceable(Exception):
         self.module = module
 
 
+class _Proxy(fx.Proxy):
+    """A proxy whose attributes are nodes at once, not only where they are used.
+
+    The device by whose name a table is kept in evaluation would be read in one mode only, and the traces differ.
+    """
+
+    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        attribute = super().__getattr__(k)
+        if not callable(getattr(Tensor, k, None)):
+            _ = attribute.node
+        return attribute
+
+
 class _Tracer(fx.Tracer):
     """A tracer that has more leaves than the layers of torch.nn, and names the module where a trace fails."""
 
@@ -70,6 +83,10 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the trace holds a call of the module, and not what it does."""
         return module_qualified_name in self._leaf_names or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What stands for the value of a node."""
+        return _Proxy(node, self)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """What forward is called with: switches, such as ``mask=None``, as they are by default if so asked for."""

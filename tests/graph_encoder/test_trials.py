@@ -133,6 +133,29 @@ def test_symbolic_trace_leaves_nothing_behind() -> None:
     assert model.kept == {}
 
 
+class KeepsItsScaleInEvaluation(KeepsItsScale):
+    def forward(self, x: Tensor) -> Tensor:
+        y = (self.conv(x) * self.scale_on(x.device)).mean((2, 3)).view(-1, 8)
+        torch._assert(y.ndim == 2, f"expected 2 dimensions, not {y.ndim}")
+        out: Tensor = self.head(y)
+        return out
+
+    def scale_on(self, device: torch.device) -> Tensor:
+        if self.training:
+            return self.scale.view(-1, 1, 1)
+        return self.kept.setdefault(str(device), self.scale.view(-1, 1, 1))
+
+
+def test_what_is_kept_in_evaluation_alone_does_not_stop_a_trace() -> None:
+    model = seeded(KeepsItsScaleInEvaluation)
+
+    graph = capture(model, EXAMPLE)
+
+    assert [group.name for group in graph.prunable] == ["conv"]
+    assert graph.rewrites
+    assert all(proof.holds for proof in prove(model, graph, EXAMPLE, generator=torch.Generator().manual_seed(0)))
+
+
 def test_any_exception_of_forward_becomes_a_trace_error_that_names_it() -> None:
     class Looks(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
