@@ -165,8 +165,14 @@ def _transposed(
 
 @_rule("linear")
 def _linear(run: LabelPass, call: Call) -> Result:
-    x, weight, bias = call.args[0], call.args[1], call.get(2, "bias")
-    out_width, in_width = int(weight.shape[0]), int(weight.shape[1])
+    return _affine(run, call, call.args[0], call.args[1], call.get(2, "bias"), dims=(0, 1))
+
+
+def _affine(
+    run: LabelPass, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, dims: tuple[int, int]
+) -> Result:
+    """A linear layer; ``dims`` are those of its outputs and of its inputs in the weight."""
+    out_width, in_width = (int(weight.shape[dim]) for dim in dims)
     positions = run.per_image(call, call.outputs[0].numel() // out_width)
     name = run.name_of(weight)
     out_dim: Tensor | int = out_width
@@ -178,8 +184,8 @@ def _linear(run: LabelPass, call: Call) -> Result:
             run.note_computed(weight)
             run.freeze(read, "is read by a linear layer whose weight is computed")
         else:
-            in_dim = run.axis(name, 1, "in", read)
-            out_dim = labels = run.out_axis(name, 0, out_width)
+            in_dim = run.axis(name, dims[1], "in", read)
+            out_dim = labels = run.out_axis(name, dims[0], out_width)
             if (bias_name := run.name_of(bias)) is not None:
                 run.axis(bias_name, 0, "elementwise", labels)
     sources = run.add_weighted(
@@ -298,7 +304,10 @@ def _matmul(run: LabelPass, call: Call) -> Result:
 
 @_rule("addmm", "baddbmm", "addbmm", "addmv")
 def _added_product(run: LabelPass, call: Call) -> Result:
-    first, second = call.args[1:3]
+    bias, first, second = call.args[:3]
+    is_layer = run.name_of(second) is not None and run.name_of(bias) is not None and bias.shape == second.shape[1:]
+    if call.name == "addmm" and is_layer:
+        return _affine(run, call, first, second, bias, dims=(1, 0))
     columns = int(second.shape[-1]) if second.dim() > 1 else 1
     return _dense_product(run, call, first.numel() * columns // run.batch)
 
@@ -657,7 +666,7 @@ def _concatenate(run: LabelPass, call: Call) -> Result:
             if dim in varying_dims(part):
                 run.record.classes.merge_along(part, dim)
     parts = [p.expand(*shape[:dim], p.shape[dim], *shape[dim + 1 :]) for p in parts]
-    return [torch.cat(parts, dim).expand(call.outputs[0].shape)], sources
+    return [tighten(torch.cat(parts, dim).expand(call.outputs[0].shape))], sources
 
 
 @_rule("pixel_shuffle")

@@ -156,7 +156,7 @@ def reconstruct(
         operator.weight.removesuffix(".weight"): operator.norm
         for operator in graph.operators
         # A weight used twice has two outputs to fit, which one solution does not serve.
-        if operator.kind in ("conv", "linear") and 1 in removed.get(operator.weight, {}) and uses[operator.weight] == 1
+        if operator.layer_type and 1 in removed.get(operator.weight, {}) and uses[operator.weight] == 1
     }
     layers = {name: norm for name, norm in layers.items() if _is_refittable(dense.get_submodule(name))}
     taken = first_images(batches, most_images(graph))

@@ -272,3 +272,29 @@ def test_silenced_branches_and_linear_layers_over_maps_are_fitted(scale: float) 
     with torch.no_grad():
         off, left = (float((network(images) - model(images)).square().mean()) for network in (plain, fitted))
     assert left < 0.7 * off
+
+
+class Bare(nn.Module):
+    """A layer, and products with a weight that none holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 12)
+        self.matrix = nn.Parameter(torch.randn(8, 12))
+        self.turned, self.bias = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.linear(self.layer(x).relu(), self.matrix)
+        return torch.addmm(self.bias, x.relu(), self.turned)
+
+
+def test_weights_that_no_layer_holds_are_left_as_they_are() -> None:
+    torch.manual_seed(0)
+    model, x = Bare().eval(), torch.randn(32, 6)
+    graph = capture(model, x)
+    policy = CompressionPolicy({"layer": tuple(range(8)), "matrix": tuple(range(6))}, {"layer": 12, "matrix": 8})
+    plain, fitted = (apply_policy(model, graph, policy) for _ in range(2))
+
+    reconstruct(model, fitted, graph, policy, [x], generator=torch.Generator().manual_seed(0))
+
+    assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), fitted.parameters(), strict=True))
