@@ -707,7 +707,7 @@ def _index(run: LabelPass, call: Call) -> Result:
     x = call.args[0]
     indices = list(tensors_in(call.args[1:]))
     labels = run.labels_or_constant(x)
-    if call.name == "index" and all(t.device.type != "meta" for t in indices):
+    if call.name == "index" and not any(map(run.is_unknown, indices)):
         indexed = [dim for dim, index in enumerate(call.args[1]) if index is not None]
         if run.is_activation(x):
             for dim in set(indexed) & set(varying_dims(labels)):

@@ -152,7 +152,10 @@ class LabelPass(TorchDispatchMode):
         self._replayed: dict[str, int] = {}
         self._stack: list[str] = []
         self._shadows: dict[int, Shadow] = {}
-        self._meta: dict[int, Tensor] = {}
+        self._meta: dict[int, tuple[Tensor, Tensor]] = {}
+        self._overwritten: dict[int, Tensor] = {}
+        own_tensors = [*model.parameters(), *model.buffers()]
+        self._device = next((tensor.device for tensor in own_tensors if not tensor.is_meta), torch.device("cpu"))
         self.batch = 1
         self._used_names: dict[str, int] = {}
 
@@ -300,8 +303,8 @@ class LabelPass(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         tensors = [*tensors_in(args), *tensors_in(kwargs)]
-        on_meta = any(t.is_meta for t in tensors)
-        out = self._on_shapes(func, name, args, kwargs, tensors) if on_meta else func(*args, **kwargs)
+        on_meta = any(map(self.is_unknown, tensors))
+        out = self._on_shapes(func, name, args, kwargs, tensors) if on_meta else self._on_values(func, args, kwargs)
         sources = frozenset[int]().union(*(s.sources for t in tensors if (s := self._shadows.get(id(t))) is not None))
         outputs = [out] if isinstance(out, Tensor) else list(tensors_in(out)) if isinstance(out, list | tuple) else []
         if not on_meta and not any(self.is_labelled(t) for t in tensors):
@@ -323,21 +326,48 @@ class LabelPass(TorchDispatchMode):
             if result is not None:
                 return result
             if name == "index":
-                args = (args[0], [each for index in args[1] for each in _as_integers(index)])
+                args = (args[0], [each for index in args[1] for each in self._as_integers(index)])
+            for tensor in _written(func, args, kwargs):
+                if not tensor.is_meta:
+                    self._overwritten[tensor.untyped_storage().data_ptr()] = tensor
             return func(*tree_map(self._to_meta, args), **tree_map(self._to_meta, kwargs))
         except (RuntimeError, NotImplementedError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             msg = f"{reason} ({func} on shapes {[tuple(t.shape) for t in tensors]})"
             raise RuntimeError(msg) from error
 
+    def _as_integers(self, index: Any) -> Sequence[Any]:
+        """The indices that a mask with values stands for, one for each of its dimensions; others as they are."""
+        is_mask = isinstance(index, Tensor) and index.dtype == torch.bool and not self.is_unknown(index)
+        return index.nonzero(as_tuple=True) if is_mask else [index]
+
     def _to_meta(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.device.type == "meta":
             return value
         if id(value) not in self._meta:
-            self._meta[id(value)] = torch.empty_strided(
+            meta = torch.empty_strided(
                 value.shape, value.stride(), dtype=value.dtype, device="meta", requires_grad=False
             )
-        return self._meta[id(value)]
+            # With the tensor itself, so that its identity is not used again.
+            self._meta[id(value)] = value, meta
+        return self._meta[id(value)][1]
+
+    def _on_values(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run what reads no activation; integers made where the activations are have values all the same.
+
+        They are positions and masks, which forward may ask for a value, and follow from shapes alone.
+        """
+        out = func(*args, **kwargs)
+        is_made = isinstance(out, Tensor) and out.is_meta and "device" in kwargs
+        if not is_made or out.is_floating_point() or out.is_complex() or torch.Tag.nondeterministic_seeded in func.tags:
+            return out
+        return func(*args, **{**kwargs, "device": self._device})
+
+    def is_unknown(self, tensor: Tensor) -> bool:
+        """Whether the values of a tensor are not known: on ``meta`` there are none, others may be overwritten."""
+        if tensor.is_meta or not self._overwritten:
+            return tensor.is_meta
+        return tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() in self._overwritten
 
     def is_activation(self, tensor: Tensor) -> bool:
         """Whether the tensor was computed in this run."""
@@ -588,6 +618,14 @@ def _check_outputs(output: Any, leaves: list[Any]) -> None:
         raise TraceError(msg)
 
 
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors that an operator writes into."""
+    for position, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+            yield value
+
+
 def _is_composite(func: Any) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
@@ -596,12 +634,6 @@ def _layer_name(parameter: str) -> str:
     for suffix in (".weight", "_weight", ".bias"):
         parameter = parameter.removesuffix(suffix)
     return parameter
-
-
-def _as_integers(index: Any) -> Sequence[Any]:
-    """The indices that a mask with values stands for, one for each of its dimensions; others as they are."""
-    is_mask = isinstance(index, Tensor) and index.dtype == torch.bool and not index.is_meta
-    return index.nonzero(as_tuple=True) if is_mask else [index]
 
 
 def _channels(shape: tuple[int, ...], *, is_line: bool = False) -> int:

@@ -404,3 +404,41 @@ def test_heads_by_a_number_written_down_are_right_or_kept_dense(spelling: str) -
             model.q.weight *= 20
         generator = torch.Generator().manual_seed(0)
         assert all(proof.holds for _ in range(3) for proof in prove(model, graph, tokens, generator=generator))
+
+
+class Positions(nn.Module):
+    """Tells by the positions of its tokens, made where the activations are, whether they are one sequence."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("frequencies", torch.rand(6))
+        self.embed, self.place = nn.Embedding(20, 6), nn.Embedding(7, 6)
+        self.wide, self.head = nn.Linear(6, 16), nn.Linear(16, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        if self.how == "overwritten":
+            positions[:, 0] = tokens[0, 0]
+        is_one = bool((positions.diff(prepend=positions[:, :1] - 1) == 1).all())
+        mask = torch.ones(len(tokens), x.shape[1], dtype=torch.bool, device=x.device)
+        x = (x + self.place(positions) + (positions[..., None].float() * self.frequencies.to(x.device)).cos())[mask]
+        out: Tensor = self.head(self.wide(x).relu() if is_one else x)
+        return out
+
+
+def test_positions_have_values_wherever_they_are_made() -> None:
+    model, tokens = seeded(lambda: Positions("made")), torch.arange(14).reshape(2, 7)
+
+    graph = capture(model, tokens)
+
+    assert {group.name for group in graph.prunable} == {"embed", "wide"} and not graph.opaque
+    assert [
+        proof for proof in prove(model, graph, tokens, generator=torch.Generator().manual_seed(0)) if not proof.holds
+    ] == []
+
+
+def test_positions_that_are_overwritten_with_what_is_not_known_have_no_values() -> None:
+    with pytest.raises(TraceError, match=r"cannot be captured: Tensor\.item\(\) cannot be called on meta tensors"):
+        capture(Positions("overwritten"), torch.arange(14).reshape(2, 7))
