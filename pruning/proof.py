@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from graph_encoder.batches import inputs_of, tensors_of
 from graph_encoder.copies import copied
 from graph_encoder.errors import first_line
+from graph_encoder.modes import evaluation_mode
 from graph_encoder.network import NetworkGraph, TraceError
+from graph_encoder.randomness import kept_randomness
 
-from .batch_norm import reestimate_batch_norm
+from .batch_norm import batch_norms, reestimate_batch_norm
 from .policy import CompressionPolicy
 from .surgery import apply_policy, mask_policy
 
@@ -24,6 +29,10 @@ RESPONSE = 1e-2
 """Least difference, on the same scale, that other inputs must make to the outputs for a comparison to mean anything."""
 _NOTHING = 1e-6
 """Share of the largest output's scale that the others' are taken to have at least."""
+_ASLEEP, _AWAKE = 1e-3, 0.1
+"""A parameter with no value above the one lets nothing through; the values that it gets instead go up to the other."""
+_FAILURES = (RuntimeError, ValueError, IndexError)
+"""What a forward pass raises where shapes do not fit."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,9 @@ def prove(
 ) -> list[Proof]:
     """Compare removing with masking, on random units of all offered groups together and of each alone.
 
-    The comparison is made on a copy whose batch norms have the statistics of these inputs, and on the inputs beside
-    others, for floats half of their negatives: with statistics that do not fit, as those of random weights, signals die
-    out on the way, and whatever is removed makes no difference. Each output is compared on a scale of its own.
+    What is to be shown holds for any weights. The comparison is made on a copy in which signals do not die out on the
+    way, or whatever is removed would make no difference, as in many networks before they are trained: see `_rouse`. It
+    is made on the inputs beside others, for floats half of their negatives, and of each output on a scale of its own.
 
     Args:
         model: the captured network; untouched.
@@ -98,7 +107,7 @@ def prove(
         for x in inputs_of(example_inputs)
     )
     model = copied(model)
-    reestimate_batch_norm(model, [inputs])
+    _rouse(model, inputs)
     subjects: list[tuple[str, list[str] | None]] = [("all groups", None)]
     if each_group:
         subjects += [(group.name, [group.name]) for group in graph.prunable]
@@ -165,6 +174,54 @@ def _why(proof: Proof) -> str:
     return proof.message or f"outputs differ by {proof.error:.1e} of their scale"
 
 
+def _rouse(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Have every layer of ``model`` make a difference to what comes out, in place.
+
+    Parameters of all but zeros, with which residual branches and heads begin, get random values. Convolutions and
+    linear layers are scaled, or what they say would be lost beside their biases and the epsilon of norms, and batch
+    norms get the statistics of these inputs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), kept_randomness(), _scaled_layers(model):
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.numel() and parameter.abs().max() < _ASLEEP:
+                parameter.copy_(_AWAKE * torch.rand(parameter.shape, generator=generator))
+        if batch_norms(model):
+            reestimate_batch_norm(model, [inputs])
+        else:
+            # What stops it stops the smaller network, too, and is told of that.
+            with evaluation_mode(model), suppress(*_FAILURES):
+                model(*inputs)
+
+
+@contextmanager
+def _scaled_layers(model: nn.Module) -> Iterator[None]:
+    """Scale each convolution and linear layer when it first runs: what it adds to its bias has a mean square of one."""
+    scaled: set[Tensor] = set()
+
+    def scale(layer: Any, args: Any, kwargs: Any) -> None:
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if weight is None or not weight.is_floating_point() or weight in scaled:
+            return
+        scaled.add(weight)
+        if bias is not None:
+            kept = bias.clone()
+            bias.zero_()
+        size = float(layer.forward(*args, **kwargs).float().square().mean().sqrt())
+        if bias is not None:
+            bias.copy_(kept)
+        if 0 < size < math.inf:
+            weight.div_(size)
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | _ConvNd)]
+    hooks = [layer.register_forward_pre_hook(scale, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _prove(
     model: nn.Module, graph: NetworkGraph, inputs: tuple[Tensor, ...], subject: str, policy: CompressionPolicy
 ) -> Proof:
@@ -172,7 +229,7 @@ def _prove(
     with torch.inference_mode():
         try:
             small = _outputs(apply_policy(model, graph, policy).eval(), inputs)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except _FAILURES as error:
             return Proof(subject, n_removed, math.inf, first_line(error))
         wide = _outputs(mask_policy(model, graph, policy).eval(), inputs)
     if [t.shape for t in small] != [t.shape for t in wide]:

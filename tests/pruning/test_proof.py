@@ -32,6 +32,44 @@ def test_a_wrong_group_of_a_deep_network_of_random_weights_is_caught_among_all_o
     assert not any(proof(with_wrong_consumer(graph, index)) for index in consumed[:: len(consumed) // 4])
 
 
+class Faint(nn.Module):
+    """Begins with small weights beside larger biases, and with branches and a head that add nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.wide, self.narrow = (nn.ModuleList(nn.Conv2d(*size, 1) for _ in range(6)) for size in ((8, 12), (12, 8)))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(6))
+        self.scale, self.head = nn.Parameter(torch.full((8, 1, 1), 1e-6)), nn.Linear(8, 5)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 and name != "scale":
+                nn.init.normal_(parameter, std=2e-3)
+            elif name.endswith("bias"):
+                nn.init.normal_(parameter)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for wide, narrow, norm in zip(self.wide, self.narrow, self.norms, strict=True):
+            x = norm(x).relu() + self.scale * narrow(wide(x).relu())
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+def test_a_wrong_group_of_a_network_through_which_nothing_comes_yet_is_caught() -> None:
+    torch.manual_seed(0)
+    model, x = Faint().eval(), torch.randn(2, 3, 8, 8)
+    graph = capture(model, x)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def proof(of: NetworkGraph) -> bool:
+        return prove(model, of, x, generator=torch.Generator().manual_seed(0), each_group=False)[0].holds
+
+    assert len(graph.prunable) == 7 and proof(graph)
+    assert not any(proof(with_wrong_consumer(graph, i)) for i, group in enumerate(graph.groups) if group.is_prunable)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 class Constant(nn.Module):
     """The input reaches the output with nothing left of it."""
 
@@ -40,7 +78,7 @@ class Constant(nn.Module):
         self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(1e-6 * self.first(x))
+        out: Tensor = self.last(0 * self.first(x))
         return out
 
 
