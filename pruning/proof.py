@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from graph_encoder.batches import inputs_of, tensors_of
 from graph_encoder.copies import copied
 from graph_encoder.errors import first_line
-from graph_encoder.modes import evaluation_mode
+from graph_encoder.modes import attributes_kept, evaluation_mode
 from graph_encoder.network import NetworkGraph, TraceError
 from graph_encoder.randomness import kept_randomness
 
@@ -182,7 +182,8 @@ def _rouse(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     norms get the statistics of these inputs.
     """
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad(), kept_randomness(), _scaled_layers(model):
+    # What forward keeps for its next call was made of what is roused.
+    with attributes_kept(model), torch.no_grad(), kept_randomness(), _scaled_layers(model):
         for parameter in model.parameters():
             if parameter.is_floating_point() and parameter.numel() and parameter.abs().max() < _ASLEEP:
                 parameter.copy_(_AWAKE * torch.rand(parameter.shape, generator=generator))
