@@ -35,7 +35,7 @@ from pruning.surgery import apply_policy
 
 from ..pages import Table
 
-SIZES = (64, 128, 224, 299)
+SIZES = (64, 128, 224, 240, 256, 299, 384)
 """Image sizes in pixels; the first that a network accepts is used."""
 SEEDS = (0, 1, 2)
 """Seeds of the random keep ratios."""
