@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .labels import IntArray, LabelClasses
+from .labels import IntArray, LabelClasses, varying_dims
 from .network import ChannelGroup, HeldNumber, LinearDim, Member, NetworkGraph, Term
 from .opaque import Opaque
 from .trace import Axis, Held, Record
@@ -20,6 +20,7 @@ def assemble(record: Record, model: nn.Module, opaque: Opaque) -> NetworkGraph:
     """Turn the labels of one run of ``model`` into groups, members and cost terms; ``opaque`` modules are named."""
     for fold in record.folds:
         record.classes.make_rectangular(fold.labels)
+    _bind_shared_parameters(record)
     _bind_loose_parameters(record)
     roots = _Roots(record.classes)
     places = _Places(roots, _units_by_signature(record, roots), record.classes.size)
@@ -62,6 +63,14 @@ class _Roots:
             # With the labels, lest another array come to lie at the address of one that is gone.
             self._known[key] = labels, self._classes.find(labels.reshape(-1).numpy())
         return self._known[key][1]
+
+
+def _bind_shared_parameters(record: Record) -> None:
+    """Bind a parameter that all heads share to the channels of each, unless heads go whole and it stays."""
+    for labels, shared in record.shared:
+        roots = torch.from_numpy(record.classes.find(labels.reshape(-1).numpy())).reshape(labels.shape)
+        if any(bool((roots != roots.narrow(dim, 0, 1)).any()) for dim in varying_dims(shared)):
+            record.classes.union(labels, shared)
 
 
 def _bind_loose_parameters(record: Record) -> None:

@@ -210,6 +210,7 @@ def _attention(run: LabelPass, call: Call) -> Result:
     query, key, value = call.args[:3]
     rows, columns = int(query.shape[-2]), int(key.shape[-2])
     batch = math.prod(call.outputs[0].shape[:-2])
+    n_shared = 1
     out: Tensor | None = None
     read: list[Tensor] = []
     if run.with_labels:
@@ -221,12 +222,18 @@ def _attention(run: LabelPass, call: Call) -> Result:
             classes.merge_along(labels, labels.dim() - 1)
             read.append(compact(labels))
         heads = [labels[..., :1, :1] for labels in read]
-        if heads[0].numel() == heads[1].numel() == heads[2].numel():
-            classes.union(heads[0], heads[1])
-            classes.union(heads[0], heads[2])
+        # Several heads of queries may share one of keys and values; then they go with it.
+        n_shared = heads[0].numel() // heads[1].numel() if call.kwargs.get("enable_gqa") else 1
+        if heads[0].numel() == n_shared * heads[1].numel() == n_shared * heads[2].numel():
+            queries = heads[0].reshape(-1, n_shared)
+            classes.merge_along(queries, 1)
+            classes.union(queries[:, 0], heads[1].flatten())
+            classes.union(queries[:, 0], heads[2].flatten())
             if isinstance(mask := call.get(3, "attn_mask"), Tensor):
                 _bind_mask(run, mask, heads[0])
             out = run.labels_or_constant(value).narrow(-2, 0, 1)
+            if n_shared > 1:
+                out = compact(out).repeat_interleave(n_shared, -3)
         else:
             for labels in read:
                 run.freeze(labels, "takes part in attention with unequal numbers of heads")
@@ -234,7 +241,7 @@ def _attention(run: LabelPass, call: Call) -> Result:
     macs = run.per_image(call, batch * rows * columns * width)
     counted = None
     if out is not None and all(labels.numel() > 1 for labels in read):
-        counted = torch.cat([read[0].flatten(), read[2].flatten()])
+        counted = read[0].flatten() if n_shared > 1 else torch.cat([read[0].flatten(), read[2].flatten()])
     return [out], run.add_product(call, "attention", *_per_label(run, macs, counted))
 
 

@@ -96,6 +96,7 @@ class Record:
     loose: dict[str, Tensor] = field(default_factory=dict)
     views: list[tuple[int, ...]] = field(default_factory=list)
     folds: list[Fold] = field(default_factory=list)
+    shared: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     multiplies: list[Multiply] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
     readers: dict[tuple[str, int], list[str]] = field(default_factory=dict)
@@ -567,12 +568,15 @@ class LabelPass(TorchDispatchMode):
             return [self.labels_or_constant(labelled[0])], sources
         shape = call.outputs[0].shape
         merged: Tensor | None = None
-        for tensor in operands:
+        for tensor in sorted(operands, key=self.is_parameter):
             labels = self.labels_or_constant(tensor)
             if tensor.dim() == 0:
                 continue
             labels = labels.reshape((1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape))
-            merged = labels if merged is None else self.meet(merged, labels)
+            if merged is not None and self.is_parameter(tensor) and _is_shared(labels, merged):
+                self.record.shared.append((compact(merged), compact(labels)))
+            else:
+                merged = labels if merged is None else self.meet(merged, labels)
         if merged is None:
             return [None], sources
         return [merged.expand(shape)], sources
@@ -600,6 +604,12 @@ class LabelPass(TorchDispatchMode):
             if self.is_labelled(leaf):
                 self.freeze(self.labels_or_constant(leaf), f"is read by the operator '{call.func}', which has no rule,")
         return [None for _ in call.outputs], call.sources
+
+
+def _is_shared(labels: Tensor, by: Tensor) -> bool:
+    """Whether one value goes with several channels, which other dimensions tell apart: those of heads."""
+    own, others = set(varying_dims(labels)), set(varying_dims(by))
+    return bool(own) and own < others and all(labels.shape[dim] == 1 for dim in others - own)
 
 
 def _check_outputs(output: Any, leaves: list[Any]) -> None:

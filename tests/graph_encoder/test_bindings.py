@@ -189,22 +189,83 @@ class Grouped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).flatten(2).transpose(1, 2)
-        query = self.query(x).view(len(x), 16, 4, 6).transpose(1, 2)
-        keys = self.keys(x).view(len(x), 16, 2, 6).transpose(1, 2)
+        query = self.query(x).view(x.shape[0], 16, 4, 6).transpose(1, 2)
+        keys = self.keys(x).view(x.shape[0], 16, 2, 6).transpose(1, 2)
         x = functional.scaled_dot_product_attention(query, keys, keys, enable_gqa=True)
         out: Tensor = self.head(self.out(x.transpose(1, 2).flatten(2)).mean(1))
         return out
 
 
-def test_heads_that_share_keys_stay_and_are_counted() -> None:
+def test_heads_that_share_keys_go_with_them_and_are_counted() -> None:
     model = seeded(Grouped)
 
     graph = capture(model, EXAMPLE)
 
-    reason = "takes part in attention with unequal numbers of heads in 'the network'"
-    assert graph.group("query").reason == graph.group("keys").reason == reason
-    assert {"stem", "out"} <= {group.name for group in graph.prunable}
+    assert {group.name: group.size for group in graph.prunable} == {"stem": 16, "query": 2, "out": 16}
+    members = {(member.tensor, *member.indices.shape) for member in graph.group("query").members}
+    assert {("query.weight", 2, 12), ("keys.weight", 2, 6), ("out.weight", 2, 12)} <= members
     assert next(op.macs for op in graph.operators if op.kind == "attention") == 4 * 16 * 16 * (6 + 6)
+    assert every_uneven_plan_holds(model, graph)
+
+
+class Rotary(nn.Module):
+    """Attention whose heads share the frequencies of their positions, and the scale of a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.rand(3))
+        self.stem, self.scale = nn.Conv2d(3, 16, 2, stride=2), nn.Parameter(torch.rand(6))
+        self.query, self.keys, self.values = nn.Linear(16, 24), nn.Linear(16, 12), nn.Linear(16, 12)
+        self.out, self.head = nn.Linear(24, 16), nn.Linear(16, 5)
+
+    def turned(self, x: Tensor) -> Tensor:
+        x = self.scale * x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+        angles = torch.arange(x.shape[2], device=x.device)[:, None].float() * self.frequencies.to(x.device)
+        angles = torch.cat([angles, angles], -1)
+        half = torch.cat([-x[..., 3:], x[..., :3]], -1)
+        return x * angles.cos() + half * angles.sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        query, keys, values = (
+            layer(x).unflatten(-1, (-1, 6)).transpose(1, 2) for layer in (self.query, self.keys, self.values)
+        )
+        x = functional.scaled_dot_product_attention(self.turned(query), self.turned(keys), values, enable_gqa=True)
+        out: Tensor = self.head(self.out(x.transpose(1, 2).flatten(2)).mean(1))
+        return out
+
+
+def test_what_all_heads_share_stays_whole() -> None:
+    model = seeded(Rotary)
+
+    graph = capture(model, EXAMPLE)
+
+    assert {group.name: group.size for group in graph.prunable} == {"stem": 16, "query": 2, "out": 16}
+    assert not {"scale", "frequencies"} & {member.tensor for group in graph.groups for member in group.members}
+    assert every_uneven_plan_holds(model, graph)
+    assert all(proof.holds for proof in prove(model, graph, EXAMPLE, generator=torch.Generator().manual_seed(0)))
+
+
+class ScaledHeads(nn.Module):
+    """Heads that are summed position by position, and share a scale of each position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.scale, self.head = nn.Conv2d(3, 24, 1), nn.Parameter(torch.rand(6)), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.stem(x).mean((2, 3)).unflatten(1, (4, -1))
+        out: Tensor = self.head((heads * self.scale).sum(1))
+        return out
+
+
+def test_what_all_heads_share_goes_with_a_position_of_each() -> None:
+    model = seeded(ScaledHeads)
+
+    graph = capture(model, EXAMPLE)
+
+    assert {group.name: group.size for group in graph.prunable} == {"stem": 6}
+    assert ("scale", 6, 1) in {(member.tensor, *member.indices.shape) for member in graph.group("stem").members}
     assert every_uneven_plan_holds(model, graph)
 
 
