@@ -392,6 +392,32 @@ def test_layers_whose_weight_is_computed_are_named() -> None:
     assert {group.name for group in graph.prunable} == {"3"}
 
 
+class Standardized(nn.Conv2d):
+    """Standardizes its filters, each over all that it reads, by a batch norm."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.ones(self.out_channels))
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = functional.batch_norm(rows, None, None, self.gain, training=True).reshape_as(self.weight)
+        return functional.conv2d(input, weight, self.bias)
+
+
+def test_channels_that_a_standardized_convolution_reads_or_writes_stay() -> None:
+    model = seeded(
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), Standardized(8, 6, 1), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 5, 1))
+    )
+
+    graph = capture(model, EXAMPLE)
+
+    assert [group.name for group in graph.prunable] == ["2"]
+    assert graph.group("0").reason == "is read by a convolution whose weight is computed in '1'"
+    assert graph.skipped["1"] == "its weight is computed from other tensors"
+    assert all(proof.holds for proof in prove(model, graph, EXAMPLE, generator=torch.Generator().manual_seed(0)))
+
+
 class InFullPrecision(nn.Module):
     """Leaves autocast for a part of its pass, and looks at half of the columns by a mask."""
 
