@@ -37,7 +37,9 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
 def _held(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
     attributes = dict(vars(module))
-    return attributes, [(value, value.copy()) for value in attributes.values() if isinstance(value, dict | list)]
+    containers = [value for value in attributes.values() if isinstance(value, dict | list)]
+    # Most are empty, those of hooks, and copies of these would take most of the time.
+    return attributes, [(each, each.copy() if each else ()) for each in containers]
 
 
 @contextmanager
