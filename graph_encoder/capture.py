@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor, fx, nn
@@ -161,8 +162,15 @@ def _with_rewrites(
 
 def _freeze_what_does_not_hold(model: nn.Module, graph: NetworkGraph, dense: DenseRun) -> NetworkGraph:
     """Keep dense, by name, the groups without which the rest of the network holds at smaller widths."""
+    tried = graph
+
+    # Once each: it makes no difference which of the others are kept dense in the meantime.
+    @cache
+    def fail(groups: frozenset[int]) -> bool:
+        return holds_smaller_widths(model, tried, dense, groups) is not None
+
     while (failure := holds_smaller_widths(model, graph, dense)) is not None:
-        module, culprits = _culprits(model, graph, dense, failure.module)
+        module, culprits = _culprits(graph, failure.module, fail)
         culprits |= _alike(model, graph, module, culprits)
         if not culprits:
             msg = (
@@ -176,15 +184,15 @@ def _freeze_what_does_not_hold(model: nn.Module, graph: NetworkGraph, dense: Den
     return graph
 
 
-def _culprits(model: nn.Module, graph: NetworkGraph, dense: DenseRun, module: str) -> tuple[str, set[int]]:
+def _culprits(graph: NetworkGraph, module: str, fail: Callable[[frozenset[int]], bool]) -> tuple[str, set[int]]:
     """Groups to blame for a failure inside ``module``, and the module around it that binds them.
 
-    They are the groups bound there that fail alone; where there are none, the first that fails.
+    They are the groups bound there that ``fail`` alone; where there are none, the first that fails.
     """
     offered = [index for index, group in enumerate(graph.groups) if group.is_prunable]
     while module:
         near = [i for i in offered if any(m.tensor.startswith(f"{module}.") for m in graph.groups[i].members)]
-        guilty = {i for i in near if holds_smaller_widths(model, graph, dense, frozenset({i})) is not None}
+        guilty = {i for i in near if fail(frozenset({i}))}
         if guilty:
             return module, guilty
         module = module.rpartition(".")[0]
@@ -192,7 +200,7 @@ def _culprits(model: nn.Module, graph: NetworkGraph, dense: DenseRun, module: st
     n_holding, n_failing = 0, len(offered)
     while n_failing - n_holding > 1:
         middle = (n_holding + n_failing) // 2
-        if holds_smaller_widths(model, graph, dense, frozenset(offered[:middle])) is not None:
+        if fail(frozenset(offered[:middle])):
             n_failing = middle
         else:
             n_holding = middle

@@ -1,6 +1,7 @@
 """What capture says of forwards that fail, or lie, at other widths than their own."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional
 
 from graph_encoder.capture import capture
 from graph_encoder.network import TraceError
+from graph_encoder.resize import Failure, holds_smaller_widths
 from graph_encoder.symbolic import symbolic_trace
 from pruning.proof import prove
 
@@ -154,6 +156,32 @@ def test_what_is_kept_in_evaluation_alone_does_not_stop_a_trace() -> None:
     assert [group.name for group in graph.prunable] == ["conv"]
     assert graph.rewrites
     assert all(proof.holds for proof in prove(model, graph, EXAMPLE, generator=torch.Generator().manual_seed(0)))
+
+
+class OneMayShrink(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 8, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [conv(x) for conv in self.convs]
+        assert sum(each.shape[1] == 8 for each in maps) >= 3, "too many widths changed"
+        return torch.cat(maps, 1)
+
+
+def test_no_groups_are_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[frozenset[int]] = []
+
+    def counted(*args: Any) -> Failure | None:
+        tried.extend(args[3:])
+        return holds_smaller_widths(*args)
+
+    monkeypatch.setattr("graph_encoder.capture.holds_smaller_widths", counted)
+
+    graph = capture(nn.Sequential(OneMayShrink(), nn.Conv2d(32, 5, 1)), EXAMPLE)
+
+    assert len(graph.prunable) == 1
+    assert len(tried) == len(set(tried))
 
 
 def test_any_exception_of_forward_becomes_a_trace_error_that_names_it() -> None:
