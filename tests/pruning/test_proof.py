@@ -82,6 +82,35 @@ class Constant(nn.Module):
         return out
 
 
+class Rounds(nn.Module):
+    """Rounds its map to a ten thousandth of its scale, as deep networks do by and by."""
+
+    def __init__(self, *, casts: bool = False) -> None:
+        super().__init__()
+        self.casts = casts
+        self.first, self.second = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).relu())
+        return (x.float() if self.casts else x) + 4096 - 4096
+
+
+def test_rounding_is_told_from_a_wrong_group_in_double_precision() -> None:
+    torch.manual_seed(0)
+    model, x = Rounds(), torch.randn(2, 3, 16, 16)
+    graph = capture(model, x)
+    (group,) = graph.prunable
+
+    def error(of: NetworkGraph, network: nn.Module = model) -> float:
+        return prove(network, of, x, generator=torch.Generator().manual_seed(0), each_group=False)[0].error
+
+    assert error(graph) < 1e-9
+    assert error(with_wrong_consumer(graph, graph.group_index[group.name])) > 1e-2
+    # Where a network rounds by itself, there is no telling.
+    assert error(graph, Rounds(casts=True)) > 1e-5
+    assert next(model.parameters()).dtype == torch.float32
+
+
 def test_outputs_that_do_not_depend_on_the_inputs_prove_nothing() -> None:
     torch.manual_seed(0)
     model, x = Constant(), torch.randn(3, 4)
