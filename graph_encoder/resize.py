@@ -60,10 +60,7 @@ def slice_tensor(tensor: Tensor, removed: Mapping[int, Tensor]) -> Tensor:
 
 
 def resize_attributes(module: nn.Module, old: Mapping[str, torch.Size]) -> dict[str, int]:
-    """The sizes that a layer notes beside its tensors, for the tensors it holds now.
-
-    A layer of a class that is not known notes a size in a whole number that was that of its weight in one dimension,
-    or in several that have the same size now, too; the trial at smaller widths shows whether it did.
+    """The sizes that a torch.nn layer notes beside its tensors, for the tensors it holds now.
 
     Args:
         module: a layer whose parameters and buffers have their new shapes.
@@ -95,11 +92,7 @@ def resize_attributes(module: nn.Module, old: Mapping[str, torch.Size]) -> dict[
         return {"embedding_dim": now[1]}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": now[0]}
-    sizes: dict[int, set[int]] = {}
-    for size, left in zip(before, now, strict=True):
-        sizes.setdefault(size, set()).add(left)
-    noted = [(name, sizes[value]) for name, value in vars(module).items() if type(value) is int and value in sizes]
-    return {name: next(iter(left)) for name, left in noted if len(left) == 1}
+    return {}
 
 
 @dataclass(frozen=True)

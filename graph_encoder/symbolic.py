@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import operator
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -240,7 +241,7 @@ def _is_switched(evaluating: Any, training: Any) -> bool:
 
 def _is_rate_of_training(evaluating: Any, training: Any) -> bool:
     """Whether it is a number in training and zero else, as in ``dropout_p=self.p if self.training else 0.0``."""
-    return isinstance(evaluating, float) and evaluating == 0 and isinstance(training, float)
+    return isinstance(evaluating, float) and evaluating == 0 and isinstance(training, float) and math.isfinite(training)
 
 
 def _switched(evaluating: Any, training: Any, mode: fx.Node) -> Any:
