@@ -6,7 +6,7 @@ import builtins
 import math
 import operator
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
@@ -65,12 +65,23 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Trace a module, or note its call."""
+        before = _versions(m.buffers(recurse=False))
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
         except _Untraceable:
             raise
         except Exception as error:  # a Python forward can fail on proxies in any way
             raise _Untraceable(self.path_of_module(m)) from error
+        if _versions(m.buffers(recurse=False)) != before:
+            raise _Untraceable(self.path_of_module(m))
+        return result
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Note a step; one without gradients is refused, for the trace would compute them."""
+        if not torch.is_grad_enabled():
+            msg = "forward computes without gradients"
+            raise TraceError(msg)
+        return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         """The argument of a node; a tensor that forward made is refused, for the trace would keep it for ever."""
@@ -95,6 +106,11 @@ class _Tracer(fx.Tracer):
         if self._takes_defaults:
             arguments = [_default_of(each.node) if _is_switch(each) else each for each in arguments]
         return function, arguments
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each was changed in place."""
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def _is_switch(argument: Any) -> bool:
@@ -263,7 +279,16 @@ def _trace(
     before = random_states()
     try:
         # The tracer leaves the tensors that forward makes on the model.
-        with attributes_kept(model), evaluation_mode(model), _lengths_as_steps(), warnings.catch_warnings():
+        with (
+            attributes_kept(model),
+            _buffers_kept(model),
+            evaluation_mode(model),
+            torch.inference_mode(mode=False),
+            torch.enable_grad(),
+            _autocast_refused(),
+            _lengths_as_steps(),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             if training:
                 model.train()
@@ -290,6 +315,37 @@ class TracedRun(fx.Interpreter):
         """Run one node."""
         with self._labels.inside(_modules_of(n)):
             return super().run_node(n)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the values of buffers back, and refuse a trace that changed one: counting on is no step of a trace."""
+    before = [(buffer, buffer.clone(), _versions([buffer])) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        changed = [(buffer, values) for buffer, values, version in before if _versions([buffer]) != version]
+        with torch.no_grad():
+            for buffer, values in changed:
+                buffer.copy_(values)
+    if changed:
+        raise _Untraceable
+
+
+@contextmanager
+def _autocast_refused() -> Iterator[None]:
+    """Let ``with torch.autocast(...)`` fail: steps in a precision of their own are in no trace."""
+    enter = torch.autocast.__enter__
+
+    def refused(_: torch.autocast) -> None:
+        msg = "forward sets the precision"
+        raise TraceError(msg)
+
+    torch.autocast.__enter__ = refused  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -87,6 +87,33 @@ class MakesATensor(nn.Module):
         return x + torch.tensor([0.5])
 
 
+class WithoutGradients(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x * self.scale
+
+
+class InSinglePrecision(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return x.float() * 2
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls.add_(1)
+        return x
+
+
 class Draws(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * 2 if random.random() < 2 else x
@@ -106,7 +133,7 @@ class Around(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("inner", [DropsPath, AsksForASize, MakesATensor])
+@pytest.mark.parametrize("inner", [DropsPath, AsksForASize, MakesATensor, WithoutGradients, InSinglePrecision, Counts])
 def test_a_module_that_no_trace_can_follow_is_called_whole_and_all_else_is_rewritten(
     inner: Callable[[], nn.Module],
 ) -> None:
@@ -128,6 +155,17 @@ def test_a_module_that_is_called_whole_keeps_its_own_mode_and_asks_for_every_siz
     assert any(not torch.equal(dropping.train()(EXAMPLE), dropping(EXAMPLE)) for _ in range(9))
     masked = mask_policy(asks, capture(asks, EXAMPLE), policy)
     torch.testing.assert_close(asking(EXAMPLE[..., :7]), masked(EXAMPLE[..., :7]))
+
+
+def test_a_trace_counts_no_call_and_the_rewritten_copy_does() -> None:
+    model = seeded(lambda: Around(Counts()))
+
+    graph = capture(model.train(), EXAMPLE)
+
+    assert model.inner.calls == 0
+    small = apply_policy(model, graph, CompressionPolicy({"stem": (0, 1)}, {"stem": 4}))
+    small(EXAMPLE)
+    assert small.inner.calls == 2
 
 
 def test_what_draws_in_forward_is_in_no_trace() -> None:
