@@ -77,8 +77,8 @@ _JOINT_SEARCHES = (
     f"Channels and bits, scored on 2,000 of the even-numbered files, {JOINT_EVALUATIONS} evaluations, the probes among "
     "them. The budget is kept by the table alone (`--set latency.clock=false`), so that no plan is made smaller by how "
     "a reading of it came out. Mean and standard deviation over the seeds; differences from the agent in points, "
-    "paired by seed, with 95 % intervals (Student's t). Latency is that of the saved files on one thread, as a share of "
-    "the dense network's in single precision.",
+    "paired by seed, with 95 % intervals (Student's t). Latency is that of the saved files on one thread, as a share "
+    "of the dense network's in single precision.",
 )
 _RECONSTRUCTED = (
     "ResNet-56 before fine-tuning, with least-squares reconstruction",
