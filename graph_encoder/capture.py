@@ -150,9 +150,8 @@ def _with_rewrites(
     except TraceError:
         return None
     run.record.held = nodes.held_numbers()
-    if not run.record.held or run.record.output_shapes != dense.record.output_shapes:
-        return None
-    if another_way(dense.record, run.record) is not None:
+    is_alike = run.record.output_shapes == dense.record.output_shapes and not another_way(dense.record, run.record)
+    if not run.record.held or not is_alike:
         return None
     graph = assemble(run.record, model, dense.opaque)
     graph = replace(graph, whole=whole, follows_mode=follows_mode(traced))

@@ -1,4 +1,4 @@
-"""How many networks are captured right: all of torchvision's classification, with Torch-Pruning beside, and timm's.
+"""How many networks are captured right: torchvision's classifiers, with Torch-Pruning beside them, and timm's.
 
 Run as ``python -m experiments.studies.coverage``. Finished models are kept in ``docs/coverage``, under version control,
 and skipped, so that the run can be stopped at any time; the page is rendered from them. To have a model measured again,
@@ -63,8 +63,6 @@ TIMM = (
 )
 # fmt: on
 """The smallest network of each family of timm 1.0.31, by parameters."""
-_TIMES = ("capture s", "slice ms")
-"""Columns of seconds, which are shown where Torch-Pruning's are beside them."""
 PEER_LIMIT = 120
 """Seconds of processor time after which Torch-Pruning is stopped, in each of its two tasks."""
 
@@ -245,20 +243,14 @@ def render(cells: list[Cell], missing: list[str]) -> str:
     peer_passed = sum(not cell.peer_failure for cell in cells)
     both = [cell for cell in cells if not math.isnan(cell.peer_seconds)]
     ratio = statistics.median(cell.capture_seconds / cell.peer_seconds for cell in both) if both else math.nan
-    heads = [
-        "model",
-        "pixels",
-        "GMACs",
-        "groups, offered",
-        "prunable",
-        "worst error",
-        "passes",
-        *_TIMES,
-    ]
-    table = Table([*heads, "left", "peer"], [_row(cell) for cell in cells], words=("passes",)).markdown()
-    heads_of_timm = [*heads[: -len(_TIMES)], "left"]
-    rows_of_timm = [[*_row(cell)[: len(heads) - len(_TIMES)], _row(cell)[len(heads)]] for cell in timms]
-    table_of_timm = Table(heads_of_timm, rows_of_timm, words=("passes",)).markdown()
+    heads = ["model", "pixels", "GMACs", "groups, offered", "prunable", "worst error", "passes", "left"]
+    table = Table(
+        [*heads, "capture s", "slice ms", "peer"],
+        [[*_found(cell), *_beside_the_peer(cell)] for cell in cells],
+        words=("passes",),
+    ).markdown()
+    # Times are shown where the peer's are beside them.
+    table_of_timm = Table(heads, list(map(_found, timms)), words=("passes",)).markdown()
     failures = "\n".join(
         f"- `{c.model}`{who}: {why}"
         for c in [*cells, *timms]
@@ -315,10 +307,7 @@ def _measured_with(cells: Sequence[Cell]) -> str:
     return " and ".join(sorted({cell.measured_with for cell in cells})) or "nothing yet"
 
 
-def _row(cell: Cell) -> list[str]:
-    left = "fails" if cell.peer_failure else f"{cell.peer_left_at_half:.2f}"
-    peer = left if math.isnan(cell.peer_seconds) else f"{cell.peer_seconds:.2f}, {left}"
-    passes = "yes" if cell.passes else "**no**"
+def _found(cell: Cell) -> list[str]:
     return [
         cell.model,
         str(cell.size),
@@ -326,12 +315,15 @@ def _row(cell: Cell) -> list[str]:
         f"{cell.groups}, {cell.offered}",
         f"{cell.prunable_share:.0%}",
         f"{cell.worst_error:.1e}",
-        passes,
-        f"{cell.capture_seconds:.2f}",
-        f"{cell.slice_seconds * 1e3:.0f}",
+        "yes" if cell.passes else "**no**",
         f"{cell.left_at_half:.2f}",
-        peer,
     ]
+
+
+def _beside_the_peer(cell: Cell) -> list[str]:
+    left = "fails" if cell.peer_failure else f"{cell.peer_left_at_half:.2f}"
+    peer = left if math.isnan(cell.peer_seconds) else f"{cell.peer_seconds:.2f}, {left}"
+    return [f"{cell.capture_seconds:.2f}", f"{cell.slice_seconds * 1e3:.0f}", peer]
 
 
 def _versions(name: str) -> str:
