@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -14,6 +15,9 @@ from pydantic import BaseModel, ConfigDict
 
 from latency.measure import cpu_name
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Parameters of mallopt(3): from how many freed bytes on the heap shrinks, and how many allocations are maps of their
+own, which the system gets back when they are freed."""
 PACKAGES = ("torch", "torchvision", "torch-geometric", "stable-baselines3", "gymnasium", "onnxruntime", "numpy")
 
 
@@ -52,6 +56,8 @@ class Machine(BaseModel):
 def set_up_device(device: str, threads: int) -> torch.device:
     """The torch device called ``device``, with ``threads`` CPU threads in force (0: `default_threads`).
 
+    For a CPU the process keeps the memory that it frees, see `keep_freed_memory`.
+
     Raises:
         DeviceError: if torch does not know the device or cannot use it here.
     """
@@ -65,7 +71,24 @@ def set_up_device(device: str, threads: int) -> torch.device:
         msg = f"device '{device}' cannot be used here ({reason}); available: {', '.join(available)}"
         raise DeviceError(msg) from error
     torch.set_num_threads(threads or default_threads())
+    if found.type == "cpu":
+        keep_freed_memory()
     return found
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed memory for what is allocated next; whether it can (glibc on Linux).
+
+    Layers allocate and free tens of megabytes each time they run. As it stands glibc gives them back to the system,
+    which hands them out again page by page and cleared: a good part of the time of layers that compute little.
+    """
+    if platform.system() != "Linux":
+        return False
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False  # another C library
+    return bool(set_option(_M_MMAP_MAX, 0)) and bool(set_option(_M_TRIM_THRESHOLD, -1))
 
 
 def default_threads() -> int:

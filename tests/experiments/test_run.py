@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import torch
 
 from experiments import machine
 from experiments.config import RunConfig
-from experiments.machine import describe_machine, set_up_device, usable_cores
+from experiments.machine import describe_machine, keep_freed_memory, set_up_device, usable_cores
 from experiments.run import (
     RunBusyError,
     RunError,
@@ -238,6 +239,41 @@ def test_threads_are_those_asked_for_else_of_the_environment_else_one_a_core(
         torch.set_num_threads(before)
 
     assert found.threads == threads
+
+
+_FREED = """
+import os
+import torch
+from experiments.machine import keep_freed_memory, set_up_device
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+def left():
+    before = resident()
+    large = [torch.ones(size << 18) for size in (40, 64)]  # MiB of float32
+    del large
+    return resident() - before
+
+print(left(), end=" ")
+set_up_device("cpu", 1)
+print(left())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_memory_that_is_freed_stays_with_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", _FREED], capture_output=True, text=True, check=True)
+
+    given_back, kept = (int(mebibytes) for mebibytes in done.stdout.split())
+    assert given_back < 10
+    assert kept > 90
+
+
+def test_other_systems_keep_their_own_way_with_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Windows")
+
+    assert not keep_freed_memory()
 
 
 def test_machine_differences_are_told_by_name() -> None:
