@@ -31,7 +31,7 @@ def joint_sections(cells: Cells) -> list[tuple[str, str, list[str]]]:
     joint: list[str] = []
     for model, asked in JOINT_BUDGETS.items():
         if table := _joint_table(cells, f"{model}-joint"):
-            words = f"{asked} times the least of its table" if isinstance(asked, float) else asked
+            words = f"{asked} times the latency of its floor" if isinstance(asked, float) else asked
             joint += [f"### {model} at {words}", *table]
     return [
         ("Channels and bits under a latency budget", _JOINT, joint),

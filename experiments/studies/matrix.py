@@ -22,8 +22,8 @@ JOINT_BUDGETS: dict[str, str | float] = {
     "resnet56": 1.1,
     "mobilenet_v2_cifar": "35% latency",
 }
-"""Latencies asked for: a share of the dense network's in single precision, or a multiple of the least that the table
-of layers knows, where many thin layers soon leave nothing to save."""
+"""Latencies asked for: a share of the dense network's in single precision, or a multiple of what the fastest network
+takes that may be chosen, where many thin layers soon leave nothing to save."""
 DECIDED = {"channels": ["channels"], "bits": ["bits"], "both": ["channels", "bits"]}
 CURVE_SHARES = {"channels": (20, 30, 50), "bits": (30, 45), "both": (14, 20, 30)}
 """The same for the curves of ResNet-18, where 8 bits in every layer leave 25 to 27."""
@@ -48,7 +48,8 @@ class Cell:
         is_timed: its budget is one of latency, or what it saves is compared by latency: the networks are timed in a
             process of their own when it is finished.
         beside: name of the cell whose networks are timed in the same rounds.
-        above_floor: its budget of latency as a multiple of the least that the table knows; 0 if the options say it.
+        above_floor: its budget of latency as a multiple of what the fastest network takes that may be chosen, on the
+            clock; 0 if the options say it.
     """
 
     name: str

@@ -29,7 +29,7 @@ from pruning.policy import CompressionPolicy
 
 from ..apply import apply_saved
 from ..config import Method, RunConfig, load_config
-from ..floor import find_floors
+from ..floor import LatencyFloors, find_floors
 from ..image_folder import split_lists
 from ..interrupt import Interrupted, StopFlag, stop_on_signals
 from ..machine import describe_machine, set_up_device
@@ -40,7 +40,7 @@ from ..progress import RunDisplay
 from ..run import RunBusyError, RunFolder, locked
 from ..search import create_run, resume_run, space_of_graph
 from ..standalone_training import train_named
-from ..subject import Subject, prepare_subject
+from ..subject import prepare_subject
 from ..table_building import build_named
 from ..user_errors import USER_ERRORS
 from .matrix import EVALUATIONS, SHORTCUT_GROUPS, Cell, matrix
@@ -175,26 +175,28 @@ class Sitting:
             done = subprocess.run([*measure, *rounds], check=True, stdout=subprocess.PIPE)
             write_atomic(folder / "timed.json", done.stdout)
         if cell.above_floor:
-            config, subject = self._subject(cell, display, stop)
-            images = subject.example(FLOOR_IMAGES)
-            floors = find_floors(subject.model, subject.graph, config, config.budget, images)
-            write_atomic(folder / "floor.json", json.dumps(floors.to_dict(), indent=2).encode())
+            floors = self._floors(cell, display, stop).to_dict()
+            write_atomic(folder / "floor.json", json.dumps(floors, indent=2).encode())
 
     def _above_floor(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> RunConfig:
         """The configuration, with the latency that `Cell.above_floor` asks for."""
+        config = self.config(cell)
         if not cell.above_floor:
-            return self.config(cell)
-        config, subject = self._subject(cell, display, stop)
-        limit = math.floor(cell.above_floor * space_of_graph(config, subject.graph).lowest_cost)
-        return config.model_copy(update={"budget": (Budget(kind="latency", absolute=limit),)})
+            return config
+        # A share: the clock of a shared machine runs slow and fast, and with it both networks.
+        (floor,) = self._floors(cell, display, stop).floors
+        share = floor.measured.ratio if floor.measured else floor.predicted_ns / floor.dense_ns
+        asked = math.floor(1000 * cell.above_floor * share) / 1000
+        return config.model_copy(update={"budget": (Budget(kind="latency", share=asked),)})
 
-    def _subject(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> tuple[RunConfig, Subject]:
-        """The configuration of a cell, and its network and images."""
+    def _floors(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> LatencyFloors:
+        """What the fastest network takes that the cell may choose."""
         config = self.config(cell)
         device = set_up_device(config.device, config.threads)
-        return config, prepare_subject(
+        subject = prepare_subject(
             config, device, display, stop, check=lambda subject: space_of_graph(config, subject.graph)
         )
+        return find_floors(subject.model, subject.graph, config, config.budget, subject.example(FLOOR_IMAGES))
 
     def _applied_in(self, cell: Cell) -> Path | None:
         if cell.plan:
