@@ -353,7 +353,7 @@ def test_the_floor_of_a_network_is_shown_as_it_was_measured(tmp_path: Path) -> N
 
     page = render_page(tmp_path, NAMES, "ppo")
 
-    lines = page.split("### resnet56 at 1.1 times the least of its table\n")[1].splitlines()
+    lines = page.split("### resnet56 at 1.1 times the latency of its floor\n")[1].splitlines()
     assert lines[1].endswith(
         " The fastest network that could be chosen: 0.5 ms, 41.0% of the dense network, by the table; "
         "42.0% [40.0%, 44.0%] when measured."
