@@ -190,7 +190,8 @@ class HeldNumber:
 
     Attributes:
         node: name of the node in the symbolic trace.
-        argument: which number: a dimension of a view or an expand, an entry of a split, ``(dim, 0 or 1)`` of a pad.
+        argument: which number: a dimension of a view or an expand, an entry of a split or an unflatten, ``(dim, 0 or
+            1)`` of a pad, the groups of a convolution.
         group: int64 of shape ``(positions,)``: index of the channel group at each position counted, -1 for none.
         unit: int64 of shape ``(positions,)``: the unit within that group.
         is_computed: whether ``forward`` takes it from the width of some tensor, which need not be of the same group.

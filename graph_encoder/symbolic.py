@@ -23,6 +23,9 @@ from .trace import Held, LabelPass
 
 _MODE = "training"
 _VIEWS = ("view", "reshape", "expand")
+_CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
+_GROUPS_AT = 6
+"""Place of the groups among the arguments of a convolution."""
 _FORWARD_HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -93,8 +96,9 @@ class _Tracer(fx.Tracer):
         return argument
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether the trace holds a call of the module, and not what it does."""
-        return module_qualified_name in self._leaf_names or super().is_leaf_module(m, module_qualified_name)
+        """Whether the trace holds a call of the module, and not what it does, which may hold a number."""
+        is_layer = super().is_leaf_module(m, module_qualified_name) and type(m) is not nn.Unflatten
+        return is_layer or module_qualified_name in self._leaf_names
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What stands for the value of a node."""
@@ -398,6 +402,10 @@ def _holder(node: fx.Node) -> str | None:
         return "pad"
     if (node.op == "call_method" and node.target == "split") or node.target is torch.split:
         return "split"
+    if (node.op == "call_method" and node.target == "unflatten") or node.target is torch.unflatten:
+        return "unflatten"
+    if node.op == "call_function" and node.target in _CONVOLUTIONS:
+        return "groups"
     return None
 
 
@@ -420,6 +428,20 @@ def _numbers(node: fx.Node, holder: str, labels: Tensor, position: int, n_output
         parts = given if isinstance(given, tuple | list) else [given]
         is_computed = any(isinstance(part, fx.Node) for part in parts)
         return [Held(node.name, ("split", position, n_outputs), compacted.movedim(dim, 0), is_computed)]
+    if holder == "unflatten":
+        sizes = _argument(node, 2, "sizes")
+        # What is computed, or filled in, follows.
+        first = int(_argument(node, 1, "dim")) % (labels.dim() + 1 - len(sizes))
+        return [
+            Held(node.name, ("unflatten", index, 0), compacted.movedim(first + index, 0))
+            for index, size in enumerate(sizes)
+            if isinstance(size, int) and size != -1 and first + index in varying_dims(labels)
+        ]
+    if holder == "groups":
+        # One for each channel; of others it is the channels in a group that shrink.
+        if _argument(node, _GROUPS_AT, "groups") != labels.shape[1] or 1 not in varying_dims(labels):
+            return []
+        return [Held(node.name, ("groups", 0, 0), compacted.movedim(1, 0))]
     pads = node.kwargs.get("pad", node.args[1] if len(node.args) > 1 else ())
     held = []
     for index, count in enumerate(pads):  # type: ignore[arg-type]
@@ -490,7 +512,8 @@ def _give_everything(model: nn.Module, traced: fx.GraphModule) -> None:
     plain = {name: tensor for name, tensor in traced._buffers.items() if name not in model._buffers}
     traced._modules = model._modules
     traced._parameters = model._parameters
-    traced._buffers = {**model._buffers, **plain}
+    # One mapping where it can be: what is put in place of a buffer in the trace is found by its name in the model.
+    traced._buffers = {**model._buffers, **plain} if plain else model._buffers
     traced._non_persistent_buffers_set = {*model._non_persistent_buffers_set, *plain}
     traced.training = model.training
     for hooks in _FORWARD_HOOKS:
@@ -508,6 +531,12 @@ def _set_number(node: fx.Node, held: HeldNumber, value: int) -> None:
         sizes = list(given) if isinstance(given, tuple | list) else [0] * count  # type: ignore[arg-type]
         sizes[index] = value
         _set_argument(node, 1, "split_size_or_sections", sizes)
+    elif what == "unflatten":
+        sizes = list(_argument(node, 2, "sizes"))
+        sizes[index] = value
+        _set_argument(node, 2, "sizes", tuple(sizes))
+    elif what == "groups":
+        _set_argument(node, _GROUPS_AT, "groups", value)
     else:
         _set_size(node, index, value)
 
@@ -537,6 +566,10 @@ def _set_size(node: fx.Node, dim: int, value: int) -> None:
         node.kwargs = {**node.kwargs, name: tuple(sizes)}
     else:
         node.args = (node.args[0], tuple(sizes)) if is_nested else (node.args[0], *sizes)
+
+
+def _argument(node: fx.Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
 def _set_argument(node: fx.Node, position: int, name: str, value: Any) -> None:

@@ -225,6 +225,90 @@ def test_size_given_by_keyword_is_rewritten(spelling: str) -> None:
     assert all(proof.holds for proof in proofs)
 
 
+class Unflattened(nn.Module):
+    """A linear layer whose outputs are taken as channels of 2x2."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.encoder = nn.Linear(192, 24)
+        self.unflatten = nn.Unflatten(1, (6, 2, 2))
+        self.decoder = nn.Conv2d(6, 5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encoder(x.flatten(1)).relu()
+        if self.spelling == "module":
+            y = self.unflatten(y)
+        elif self.spelling == "method":
+            y = y.unflatten(-1, (6, 2, -1))
+        elif self.spelling == "keywords":
+            y = y.unflatten(dim=1, sizes=(6, 2, 2))
+        else:
+            y = torch.unflatten(y, 1, (6, 2, 2))
+        out: Tensor = self.decoder(y).flatten(1)
+        return out
+
+
+@pytest.mark.parametrize("spelling", ["module", "method", "keywords", "function"])
+def test_channels_that_an_unflatten_counts_are_rewritten(spelling: str) -> None:
+    model, example = seeded(lambda: Unflattened(spelling)), torch.randn(2, 3, 8, 8)
+    graph = capture(model, example)
+
+    proofs = prove(model, graph, example, generator=torch.Generator().manual_seed(0))
+
+    assert [(group.name, group.size) for group in graph.prunable] == [("encoder", 6)]
+    assert [held.argument for held in graph.rewrites] == [("unflatten", 0, 0)]
+    assert all(proof.holds for proof in proofs)
+
+
+class OwnDepthwise(nn.Module):
+    """A depthwise convolution, or one of two groups, whose weight and groups the network holds itself."""
+
+    def __init__(self, groups: int, *, is_filter: bool = False, by_keyword: bool = False) -> None:
+        super().__init__()
+        self.groups, self.by_keyword = groups, by_keyword
+        self.stem = nn.Conv2d(3, 6, 3)
+        kernel = torch.randn(6, 6 // groups, 3, 3)
+        if is_filter:
+            self.register_buffer("kernel", kernel)
+        else:
+            self.kernel = nn.Parameter(kernel)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).relu()
+        if self.by_keyword:
+            y = functional.conv2d(y, self.kernel, groups=self.groups)
+        else:
+            y = functional.conv2d(y, self.kernel, None, 1, 0, 1, self.groups)
+        out: Tensor = self.head(y.mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("is_filter", [False, True])
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_groups_of_a_depthwise_convolution_are_rewritten(is_filter: bool, by_keyword: bool) -> None:
+    model = seeded(lambda: OwnDepthwise(6, is_filter=is_filter, by_keyword=by_keyword))
+    graph = capture(model, EXAMPLE)
+
+    proofs = prove(model, graph, EXAMPLE, generator=torch.Generator().manual_seed(0))
+
+    assert [(group.name, group.size) for group in graph.prunable] == [("stem", 6)]
+    assert [held.argument for held in graph.rewrites] == [("groups", 0, 0)]
+    assert all(proof.holds for proof in proofs)
+
+
+def test_groups_of_other_convolutions_stay() -> None:
+    model = seeded(lambda: OwnDepthwise(2))
+    graph = capture(model, EXAMPLE)
+
+    proofs = prove(model, graph, EXAMPLE, generator=torch.Generator().manual_seed(0))
+
+    assert [(group.name, group.size) for group in graph.prunable] == [("stem", 3), ("kernel", 3)]
+    assert graph.rewrites == ()
+    assert all(proof.holds for proof in proofs)
+
+
 @dataclass
 class Answer:
     logits: Tensor
@@ -425,8 +509,8 @@ def test_heads_by_a_number_written_down_are_right_or_kept_dense(spelling: str) -
 
     graph = capture(model, tokens)
 
-    assert graph.group("q").is_prunable == (spelling == "inferred")
-    if spelling == "inferred":
+    assert graph.group("q").is_prunable == (spelling != "computed")
+    if spelling != "computed":
         with torch.no_grad():
             # Sharp attention, so that other heads give other outputs.
             model.q.weight *= 20
