@@ -54,6 +54,9 @@ _WEIGHT_INPUT = {
 }
 """Integer kernels of layers, and which of their inputs is the weight."""
 _NORMAL_EPSILON = 1e-5
+_SCALE_OF_MARKS = 1 / 64
+"""The largest byte is then below 6, as it is where ranges were calibrated behind a ReLU6: ONNX Runtime drops the clip,
+and only then fuses the layer before it into an integer kernel."""
 EXACT_SUMS = {"session.x64quantprecision": "1"}
 """Setting of an ONNX Runtime session on x86 without VNNI: no sum of products saturates, and layers take longer."""
 
@@ -147,7 +150,8 @@ def integer_model(model: nn.Module, export: Callable[[nn.Module], onnx.ModelProt
 class MarkedNetwork:
     """A network exported once, of which any layers can be made integers in a moment, for the stopwatch only.
 
-    Every tensor that could be quantized has a mark behind it. All scales are 1: time does not depend on them.
+    Every tensor that could be quantized has a mark behind it. All have one scale: beside the range that a clip leaves,
+    time does not depend on it.
 
     Attributes:
         proto: the exported network.
@@ -167,7 +171,7 @@ class MarkedNetwork:
         own = onnx.ModelProto()
         own.CopyFrom(proto)
         chosen = {node.name for node in tensors_to_quantize(self.traced, set(layers))}
-        found = _Reader(own, _Marks({name: _Scale(np.array(1, np.float32)) for name in chosen}))
+        found = _Reader(own, _Marks({name: _Scale(np.array(_SCALE_OF_MARKS, np.float32)) for name in chosen}))
         found.take_marks_off()
         found.choose_layers(layers)
         if not found.layers:

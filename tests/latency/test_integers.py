@@ -1,7 +1,10 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from graph_encoder.capture import capture
 from graph_encoder.network import LinearDim
@@ -14,8 +17,9 @@ from pruning.qdq import count_kernels
 class Joined(nn.Module):
     """A residual sum behind the stem, a layer behind it, a concatenation, a mean over positions and a linear layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: Callable[[Tensor], Tensor] = functional.relu) -> None:
         super().__init__()
+        self.activation = activation
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.inner = nn.Conv2d(8, 12, 3, padding=1)
         self.outer = nn.Conv2d(12, 8, 3, padding=1)
@@ -24,9 +28,9 @@ class Joined(nn.Module):
         self.head = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x).relu()
-        x = (x + self.outer(self.inner(x).relu())).relu()
-        x = torch.cat([self.left(x).relu(), self.right(x).relu()], dim=1)
+        x = self.activation(self.stem(x))
+        x = self.activation(x + self.outer(self.activation(self.inner(x))))
+        x = torch.cat([self.activation(self.left(x)), self.activation(self.right(x))], dim=1)
         return self.head(x.mean(dim=(2, 3)))
 
 
@@ -92,8 +96,9 @@ def test_channels_of_joins_shrink_with_their_terms() -> None:
     assert FLOW.positions[GRAPH.operators.index(next(o for o in GRAPH.operators if o.name == "concat"))] == 36
 
 
-def test_kernels_and_conversions_are_those_of_the_runtime() -> None:
-    marked = export_marked(MODEL, EXAMPLE)
+@pytest.mark.parametrize("activation", [functional.relu, functional.relu6])
+def test_kernels_and_conversions_are_those_of_the_runtime(activation: Callable[[Tensor], Tensor]) -> None:
+    marked = export_marked(Joined(activation).eval(), EXAMPLE)
     assert marked is not None
     generator = np.random.default_rng(0)
     for _ in range(20):
