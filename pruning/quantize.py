@@ -22,12 +22,13 @@ from graph_encoder.modes import evaluation_mode
 from graph_encoder.symbolic import symbolic_trace
 
 from .calibration import CalibrationError, Observer, RangeMethod, nothing_seen, shared_values, weight_steps
-from .integer_flow import tensors_to_quantize
+from .integer_flow import kind_of, tensors_to_quantize
 from .layer_policy import FULL_BITS, LayerPolicy, PolicyError
 
 INTEGER_BITS = 8
 HALF_BITS = 16
 _SMALLEST_STEP = 1e-12
+_RELU6 = 6.0
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -111,16 +112,19 @@ class ActQuantizer(nn.Module):
         step: learned, a single value; its gradient is scaled by ``1 / sqrt(values of an image * levels above zero)``
             (Esser et al. 2020, section 2.2).
         zero_point: the integer that stands for zero; 0 where no value is negative.
+        ceiling: the grid reaches no higher, whatever is learned; what a ReLU6 writes needs no more, and behind a grid
+            that does, ONNX Runtime keeps the clip and computes the layer before it in floats.
         observer: where not None, values pass unchanged and are looked at.
     """
 
     step: nn.Parameter
     zero_point: Tensor
 
-    def __init__(self, bits: int, place: str) -> None:
+    def __init__(self, bits: int, place: str, ceiling: float = math.inf) -> None:
         super().__init__()
         self.bits = bits
         self.place = place
+        self.ceiling = ceiling
         self.observer: Observer | None = None
         self.step = nn.Parameter(torch.ones(()))
         self.register_buffer("zero_point", torch.zeros(()))
@@ -132,8 +136,10 @@ class ActQuantizer(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """The distance of neighbours on the grid, above 0."""
-        return _positive(self.step)
+        """The distance of neighbours on the grid, above 0; beyond the ceiling it keeps a gradient, to sink again."""
+        step = _positive(self.step)
+        highest = self.ceiling / self.top
+        return torch.where(step > highest, highest + (step - step.detach()), step)
 
     @_single_precision
     def forward(self, x: Tensor) -> Tensor:
@@ -598,10 +604,12 @@ def _act_quantizer(bits: int, place: str) -> nn.Module:
 def _quantize_tensors(traced: fx.GraphModule, integer: set[str]) -> None:
     """Put a quantizer behind every tensor that integer kernels write or read, for all that read it."""
     device = next((tensor.device for tensor in traced.parameters()), torch.device("cpu"))
-    chosen = tensors_to_quantize(traced, integer)
-    traced.act_quantizers = nn.ModuleDict(
-        {node.name: ActQuantizer(INTEGER_BITS, f"the output of '{node.name}'").to(device) for node in chosen}
-    )
+    chosen, modules = tensors_to_quantize(traced, integer), dict(traced.named_modules(remove_duplicate=False))
+    traced.act_quantizers = nn.ModuleDict()
+    for node in chosen:
+        ceiling = _RELU6 if kind_of(node, modules) in (nn.ReLU6, F.relu6) else math.inf
+        quantizer = ActQuantizer(INTEGER_BITS, f"the output of '{node.name}'", ceiling).to(device)
+        traced.act_quantizers[node.name] = quantizer
     for node in chosen:
         readers = [reader for reader in node.users if reader.op != "output"]
         with traced.graph.inserting_after(node):

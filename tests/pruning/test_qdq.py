@@ -46,6 +46,11 @@ class Mixed(nn.Module):
         return logits
 
 
+class Clip(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(x)
+
+
 LAYERS = ("stem", "conv1", "conv2", "after", "inner", "linear")
 
 
@@ -163,6 +168,28 @@ def test_trained_step_sizes_are_those_in_the_file(tmp_path: Path) -> None:
 
     assert report is not None
     assert report.error < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", [nn.ReLU6(), Clip()])
+def test_learned_steps_that_reach_beyond_a_relu6_leave_its_layer_an_integer_kernel(
+    clip: nn.Module, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), clip, nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    quantized = quantize_layers(model, dict.fromkeys(("0", "2", "5"), INT8), [IMAGES])
+    quantizers = [module for module in quantized.modules() if isinstance(module, ActQuantizer)]
+    for quantizer in quantizers:
+        quantizer.step.data.fill_(0.05)
+    report = export_onnx(quantized.eval(), EXAMPLE, tmp_path / "model.onnx", images=20 * IMAGES)
+
+    assert report is not None
+    assert report.unfused == ()
+    assert report.error < 0.01
+    # What is learned is held by the step itself, which can sink again.
+    (clipped,) = (quantizer for quantizer in quantizers if quantizer.scale < 0.05)
+    assert clipped.scale.item() == pytest.approx(6 / 255)
+    clipped.scale.backward()  # type: ignore[no-untyped-call]
+    assert clipped.step.grad == 1
 
 
 @pytest.mark.slow
