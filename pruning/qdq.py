@@ -54,9 +54,9 @@ _WEIGHT_INPUT = {
 }
 """Integer kernels of layers, and which of their inputs is the weight."""
 _NORMAL_EPSILON = 1e-5
-_SCALE_OF_MARKS = 1 / 64
-"""The largest byte is then below 6, as it is where ranges were calibrated behind a ReLU6: ONNX Runtime drops the clip,
-and only then fuses the layer before it into an integer kernel."""
+_SCALE_OF_MARKS = 2**-10
+"""So small that the largest byte lies below any clip, as it does where ranges were calibrated behind a ReLU6: ONNX
+Runtime drops the clip, and only then fuses the layer before it into an integer kernel."""
 EXACT_SUMS = {"session.x64quantprecision": "1"}
 """Setting of an ONNX Runtime session on x86 without VNNI: no sum of products saturates, and layers take longer."""
 
