@@ -551,7 +551,7 @@ def _outputs(model: nn.Module, images: Sequence[Batch]) -> Tensor:
     rows = []
     with evaluation_mode(model), torch.no_grad():
         for batch in images:
-            n_images = len(inputs_of(batch)[0])
+            n_images = count_images([batch])
             leaves = [leaf for leaf in tensors_of(model(*inputs_of(batch))) if leaf.dim()]
             of_images = [leaf.reshape(n_images, -1).float() for leaf in leaves if len(leaf) == n_images]
             rows.append(torch.cat(of_images, dim=1))

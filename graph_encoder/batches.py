@@ -23,16 +23,20 @@ def tensors_of(outputs: Any) -> list[Tensor]:
 
 
 def count_images(batches: Iterable[Batch]) -> int:
-    """Images (or whatever else a row of a batch holds) in all batches."""
-    return sum(len(inputs_of(batch)[0]) for batch in batches)
+    """Images (or whatever else a row of a batch holds) in all batches.
+
+    Inputs of no dimension are numbers that hold for all images of their batch; a batch of such alone counts as one.
+    """
+    return sum(next((len(x) for x in inputs_of(batch) if x.dim()), 1) for batch in batches)
 
 
 def first_images(batches: Iterable[Batch], n: int) -> list[Batch]:
-    """The first ``n`` images, fewer if there are no more, in the batches that they are in."""
+    """The first ``n`` images, fewer if there are no more, in the batches that they are in; numbers stay as they are."""
     taken: list[Batch] = []
     for batch in batches:
         if n <= 0:
             break
-        taken.append(batch[:n] if isinstance(batch, Tensor) else tuple(x[:n] for x in batch))
+        cut = tuple(x[:n] if x.dim() else x for x in inputs_of(batch))
+        taken.append(cut[0] if isinstance(batch, Tensor) else cut)
         n -= count_images([batch])
     return taken

@@ -16,6 +16,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from graph_encoder.batches import count_images
+
 from .runtimes import ONNXRUNTIME, PYTORCH, Artifact, LatencyError, Runtime, find_runtime
 from .worker import Stopwatch, Timer, allowed_cpus, interleave, refusal_of_cpus
 from .worker import cpu_name as cpu_name  # read from here by the other rooms
@@ -212,7 +214,7 @@ def measure(
         allowed = tuple(allowed_cpus())
     entries = tuple(timed[place] for place in range(len(variants)))
     versions = {name: runtime.version() for name, runtime in runtimes.items()}
-    return LatencyReport(entries, len(values[0]), threads, cpu_name(), allowed, versions)
+    return LatencyReport(entries, count_images([values]), threads, cpu_name(), allowed, versions)
 
 
 def summarise(

@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from graph_encoder.batches import count_images
+
 from .measure import LatencyReport, summarise
 from .runtimes import ONNXRUNTIME, Artifact, LatencyError, find_runtime
 from .table import Fingerprint
@@ -129,9 +131,8 @@ class RemoteDevice:
             for name, elapsed, waited in zip(networks, answer["elapsed_ns"], answer["waited_ns"], strict=True)
         )
         cpus, versions = tuple(answer["cpus"]), {ONNXRUNTIME: str(answer["version"])}
-        return LatencyReport(
-            entries, len(values[0]), self.threads, Processor.of_json(answer["processor"]).name, cpus, versions
-        )
+        processor = Processor.of_json(answer["processor"])
+        return LatencyReport(entries, count_images([values]), self.threads, processor.name, cpus, versions)
 
     def _run(
         self, networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], n_runs: int, n_warmup: int

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from graph_encoder.batches import Batch, inputs_of
+from graph_encoder.batches import Batch, count_images, inputs_of
 from graph_encoder.modes import evaluation_mode, mixed_precision
 
 
@@ -60,7 +60,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], *, autocas
                 norm.momentum = None
             with torch.no_grad():  # tensors that forward keeps are for training too
                 for batch in _without_singles(batches):
-                    inputs, n_images = inputs_of(batch), _count_images(batch)
+                    inputs, n_images = inputs_of(batch), count_images([batch])
                     with mixed_precision(inputs[0].device.type, autocast):
                         model(*inputs)
                     n_batches += 1
@@ -85,18 +85,13 @@ def _without_singles(batches: Iterable[Batch]) -> Iterator[Batch]:
     for drawn in batches:
         # What is not in a list may be written over when the next is drawn.
         batch = drawn if isinstance(batches, Sequence) else tuple(x.clone() for x in inputs_of(drawn))
-        if held and _count_images(batch) == 1 < _count_images(held[0]) and _are_alike(held[0], batch):
+        if held and count_images([batch]) == 1 < count_images(held) and _are_alike(held[0], batch):
             pairs = zip(inputs_of(held[0]), inputs_of(batch), strict=True)
             held = [tuple(torch.cat(pair) for pair in pairs)]
         else:
             yield from held
             held = [batch]
     yield from held
-
-
-def _count_images(batch: Batch) -> int:
-    """Images of a batch, whose first inputs may be numbers that hold for all of them."""
-    return next((len(x) for x in inputs_of(batch) if x.dim()), 1)
 
 
 def _are_alike(one: Batch, other: Batch) -> bool:

@@ -160,7 +160,9 @@ def reconstruct(
     }
     layers = {name: norm for name, norm in layers.items() if _is_refittable(dense.get_submodule(name))}
     taken = first_images(batches, most_images(graph))
-    inputs = tuple(torch.cat(parts) for parts in zip(*map(inputs_of, taken), strict=True))
+    # Numbers that hold for a whole batch cannot be joined: those of the first hold for all.
+    columns = zip(*map(inputs_of, taken), strict=True)
+    inputs = tuple(torch.cat(parts) if parts[0].dim() else parts[0] for parts in columns)
     n_positions = math.ceil(n_positions * count_images(batches) / count_images(taken))
     targets = _sample_outputs(dense, layers, inputs, n_positions, generator)
     # Of a layer that is not called, only its weight is taken, there is no output to fit.

@@ -458,6 +458,33 @@ def test_channels_and_bits_of_a_network_of_two_inputs_are_decided_on_tuples() ->
     assert found.model(*pair()).shape == (6, 3)
 
 
+class Scaled(nn.Module):
+    """A network whose first input is one number for all images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.second, self.head = nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.second(self.norm(self.first(scale * x)).relu()).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("options", [{"decide": ["channels", "density"]}, {"reconstruct": True}], ids=str)
+def test_first_input_may_be_a_number_for_all_images(options: dict[str, Any]) -> None:
+    scale = torch.tensor(2.0)
+    batches = [(scale, x) for x in images(9).split(4)]
+
+    found = secateur.compress(
+        Scaled().eval(), (scale, images()), evaluate=lambda _: 0.5, budget="60%", method="random", evaluations=12,
+        calibration=batches, rounding=1, protect_first=False, **options,
+    )  # fmt: skip
+
+    assert found.cost <= 0.6 * found.dense_cost
+    assert found.model(scale, images()).shape == (6, 3)
+
+
 def test_journal_tells_batches_of_two_inputs_apart_by_both(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     x, y = pair()

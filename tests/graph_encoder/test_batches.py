@@ -19,3 +19,13 @@ def test_first_images_are_all_where_there_are_fewer_and_end_at_whole_batches() -
 
     assert count_images(first_images(batches, 10)) == 6
     assert [len(batch) for batch in first_images(batches, 3)] == [3]
+
+
+def test_inputs_of_no_dimension_hold_for_all_images_and_are_not_cut() -> None:
+    scale, x = torch.tensor(2.0), torch.arange(6)
+
+    batches = first_images([(scale, part) for part in x.split(4)], 5)
+
+    assert [[part.tolist() for part in batch] for batch in batches] == [[2.0, [0, 1, 2, 3]], [2.0, [4]]]
+    assert count_images(batches) == 5
+    assert count_images(first_images([scale, scale, scale], 2)) == 2

@@ -51,6 +51,16 @@ def relu_onnx() -> bytes:
     return model.SerializeToString()
 
 
+def test_images_of_a_call_are_counted_where_the_first_input_is_a_number() -> None:
+    class Scale(nn.Module):
+        def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+            return scale * x
+
+    report = measure([Variant("scaled", PYTORCH, Scale())], (torch.tensor(2.0), torch.zeros(3, 2)), n_runs=5)
+
+    assert report.batch_size == 3
+
+
 def test_times_are_those_of_the_clock() -> None:
     clock = FakeClock()
     variants = [Variant("short", PYTORCH, Work(clock, 2_000_000)), Variant("long", PYTORCH, Work(clock, 8_000_000))]
