@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from graph_encoder.batches import count_images
 
 from .runtimes import ONNXRUNTIME, PYTORCH, Artifact, LatencyError, Runtime, find_runtime
-from .worker import Stopwatch, Timer, allowed_cpus, interleave, refusal_of_cpus
+from .worker import Stopwatch, Timer, allowed_cpus, interleave, refusal_of_cpus, without_waits
 from .worker import cpu_name as cpu_name  # read from here by the other rooms
 
 DISTURBED = 0.02
@@ -223,8 +223,7 @@ def summarise(
     """Median and quartiles of the calls of one network, from what `latency.worker.interleave` returns."""
     elapsed, waited = np.array(elapsed_ns, dtype=float), np.array(waited_ns, dtype=float)
     disturbed = float((waited > DISTURBED * elapsed).mean())
-    # With several threads one may wait while the others work: what was lost is not the wait of one of them.
-    times_ms = (elapsed - waited if threads == 1 else elapsed) / 1e6
+    times_ms = np.array(without_waits(elapsed_ns, waited_ns, threads), dtype=float) / 1e6
     lower, median, upper = (float(q) for q in np.percentile(times_ms, [25, 50, 75]))
     return LatencyEntry(model, runtime, median, lower, upper, len(times_ms), disturbed, tuple(times_ms.tolist()))
 

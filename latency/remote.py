@@ -26,7 +26,7 @@ from graph_encoder.batches import count_images
 from .measure import LatencyReport, summarise
 from .runtimes import ONNXRUNTIME, Artifact, LatencyError, find_runtime
 from .table import Fingerprint
-from .worker import Processor
+from .worker import Processor, without_waits
 
 _HOME = re.compile(r"~[\w.-]*")
 _CUT = 75
@@ -107,8 +107,8 @@ class RemoteDevice:
     ) -> NDArray[np.float64]:
         """Time the networks in turn, less what a call of one thread waited for a processor."""
         answer = self._run(networks, n_runs, n_warmup)
-        times = np.array(answer["elapsed_ns"], dtype=float)
-        return times - np.array(answer["waited_ns"], dtype=float) if self.threads == 1 else times
+        pairs = zip(answer["elapsed_ns"], answer["waited_ns"], strict=True)
+        return np.array([without_waits(own, waits, self.threads) for own, waits in pairs], dtype=float)
 
     def measure(
         self,

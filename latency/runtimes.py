@@ -22,7 +22,7 @@ from pruning.kernels.lowering import LoweringError
 from pruning.kernels.native import library
 from pruning.sparse_network import SparseNetwork, SparseNetworkError, sparsify
 
-from .worker import Stopwatch, Timer, interleave, onnx_call
+from .worker import Stopwatch, Timer, interleave, onnx_call, without_waits
 
 Artifact = nn.Module | bytes | Path
 """A network as a runtime takes it: a module, or an ONNX file by content or path."""
@@ -260,9 +260,9 @@ def fastest_calls(candidates: Mapping[str, Callable[[], object]]) -> dict[str, f
     """
     stopwatch = Stopwatch()
     elapsed, waited = interleave([stopwatch.timer(call) for call in candidates.values()], n_runs=15, n_warmup=3)
-    corrects = torch.get_num_threads() == 1
+    threads = torch.get_num_threads()
     return {
-        name: min(ns - (wait if corrects else 0) for ns, wait in zip(own, waits, strict=True)) / 1e9
+        name: min(without_waits(own, waits, threads)) / 1e9
         for name, own, waits in zip(candidates, elapsed, waited, strict=True)
     }
 

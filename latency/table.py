@@ -30,7 +30,7 @@ from pruning.files import write_atomic
 from .layers import LayerKind, empty_artifact, layer_artifact, layer_input, layers_of
 from .measure import LatencyReport, Variant, affinity, check_cpus, measure, torch_threads
 from .runtimes import Artifact, LatencyError, Runtime
-from .worker import Processor, Stopwatch, interleave
+from .worker import Processor, Stopwatch, interleave, without_waits
 
 FORMAT_VERSION = 5
 _READABLE = (1, 2, 3, 4, 5)
@@ -141,8 +141,8 @@ class LocalDevice:
             calls = [self.runtime.load(artifact, inputs, self.threads) for artifact, inputs in networks]
             timers = [self.runtime.timer(call, stopwatch) for call in calls]
             elapsed, waited = interleave(timers, n_runs, n_warmup)
-        times = np.array(elapsed, dtype=float)
-        return times - np.array(waited, dtype=float) if self.threads == 1 else times
+        rows = [without_waits(own, waits, self.threads) for own, waits in zip(elapsed, waited, strict=True)]
+        return np.array(rows, dtype=float)
 
     @contextmanager
     def in_force(self) -> Iterator[None]:

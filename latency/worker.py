@@ -89,6 +89,16 @@ def interleave(timers: Sequence[Timer], n_runs: int, n_warmup: int) -> tuple[lis
     return elapsed, waited
 
 
+def without_waits(elapsed_ns: Sequence[int], waited_ns: Sequence[int], threads: int) -> list[int]:
+    """What calls took less what they waited for a processor, where one thread did the work.
+
+    With several threads one may wait while the others work: what was lost is not the wait of one of them.
+    """
+    if threads != 1:
+        return list(elapsed_ns)
+    return [elapsed - waited for elapsed, waited in zip(elapsed_ns, waited_ns, strict=True)]
+
+
 def onnx_call(
     model: bytes | str, inputs: Sequence[Any], threads: int, settings: Mapping[str, str] | None = None
 ) -> Callable[[], object]:

@@ -35,6 +35,11 @@ def test_stopwatches_leave_no_file_open() -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
 
 
+@pytest.mark.parametrize(("threads", "times"), [(1, [3, 7]), (2, [5, 7])])
+def test_waiting_is_taken_off_where_one_thread_did_the_work(threads: int, times: list[int]) -> None:
+    assert worker.without_waits([5, 7], [2, 0], threads) == times
+
+
 def test_the_worker_alone_times_networks_and_tells_its_processor(tmp_path: Path) -> None:
     assert answer_to(tmp_path).returncode == 0
     answer = json.loads((tmp_path / "result.json").read_text())
