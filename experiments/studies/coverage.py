@@ -26,8 +26,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from graph_encoder.capture import capture, trace_operators
+from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
+from latency.cost import count_macs, predict_cost
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
 from pruning.proof import prove, random_policy
@@ -142,7 +143,7 @@ def measure(name: str) -> Cell:
             start = time.perf_counter()
             small = apply_policy(model, graph, policy)
             sliced.append(time.perf_counter() - start)
-            cost_agrees &= _macs(small, image) == _predicted(graph, policy)
+            cost_agrees &= count_macs(small, image) == predict_cost(graph, policy)
     floor = CompressionPolicy({g.name: (0,) for g in graph.prunable}, {g.name: g.size for g in graph.prunable})
     left, peer_left_failure = (math.nan, peer_failure)
     if not peer_failure and not _is_timms(name):
@@ -150,8 +151,8 @@ def measure(name: str) -> Cell:
     return Cell(
         model=name, measured_with=_versions(name), size=image.shape[-1], macs=graph.macs,
         groups=len(graph.groups), offered=len(graph.prunable),
-        prunable_share=1 - _predicted(graph, floor) / graph.macs,
-        left_at_half=_predicted(graph, _half(graph)) / graph.macs,
+        prunable_share=1 - predict_cost(graph, floor) / graph.macs,
+        left_at_half=predict_cost(graph, _half(graph)) / graph.macs,
         capture_seconds=statistics.median(ours), slice_seconds=statistics.median(sliced) if sliced else math.nan,
         worst_error=worst, cost_agrees=cost_agrees,
         unnamed=sum(not g.is_prunable and not g.reason for g in graph.groups),
@@ -164,18 +165,9 @@ def _is_timms(name: str) -> bool:
     return name.startswith(_OF_TIMM)
 
 
-def _predicted(graph: NetworkGraph, policy: CompressionPolicy) -> int:
-    removed = {graph.group_index[name]: policy.sizes[name] - len(kept) for name, kept in policy.kept.items()}
-    return sum(term.value(removed) for term in graph.mac_terms)
-
-
 def _half(graph: NetworkGraph) -> CompressionPolicy:
     kept = {g.name: tuple(range(-(-g.size // 2))) for g in graph.prunable}
     return CompressionPolicy(kept, {g.name: g.size for g in graph.prunable})
-
-
-def _macs(model: nn.Module, image: Tensor) -> int:
-    return sum(operator.macs for operator in trace_operators(model, image))
 
 
 def _peer_groups(model: nn.Module, image: Tensor) -> tuple[float, str]:
@@ -210,7 +202,7 @@ def _peer_half(model: nn.Module, image: Tensor) -> tuple[float, str]:
             small.eval()(image)
 
     failure = _failure_of(run)
-    return (math.nan, failure) if failure else (_macs(small, image) / _macs(model, image), "")
+    return (math.nan, failure) if failure else (count_macs(small, image) / count_macs(model, image), "")
 
 
 def _failure_of(run: Callable[[], None]) -> str:
