@@ -201,7 +201,7 @@ def kinds(
 
 def _operators_of(graph: NetworkGraph, layer: str) -> list[int]:
     """Positions of the operators that ``layer`` runs: several where it is called several times."""
-    return [i for i, operator in enumerate(graph.operators) if operator.weight.rpartition(".")[0] == layer]
+    return [i for i, operator in enumerate(graph.operators) if operator.layer == layer]
 
 
 def _operator_row(

@@ -108,6 +108,11 @@ class Operator:
     norm: str = ""
     layer_type: str = ""
 
+    @property
+    def layer(self) -> str:
+        """Qualified name of the module that holds the weight, empty for a join and for the network itself."""
+        return self.weight.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Member:

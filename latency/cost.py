@@ -16,7 +16,7 @@ from pruning.layer_policy import FULL_BITS, LayerPolicy
 from pruning.policy import CompressionPolicy
 from pruning.stored_size import SCALE_BYTES, ZERO_POINT_BYTES, parameter_bytes
 
-from .decision import FULL_DENSITY, LayerChoice, LayerDecision, layer_of
+from .decision import FULL_DENSITY, LayerChoice, LayerDecision
 
 CountedKind = Literal["macs", "params", "bytes", "bops"]
 """Multiply-adds with a non-zero weight, for a batch of one; parameters that are not zero; bytes that the parameters can
@@ -238,7 +238,7 @@ def _terms(graph: NetworkGraph, kind: CountedKind, layers: Sequence[LayerDecisio
         choices.setdefault(decision.layer, {}).update(dict.fromkeys(names, dim))
     counts_params = kind in ("params", "bytes")
     weighted = [operator for operator in graph.operators if operator.weight]
-    layer_by_owner = {o.weight if counts_params else o.name: layer_of(o.weight) for o in weighted}
+    layer_by_owner = {o.weight if counts_params else o.name: o.layer for o in weighted}
     for term in graph.param_terms if counts_params else graph.mac_terms:
         own = choices.get(layer_by_owner.get(term.owner, ""), {})
         dims = [own.get("density", LinearDim(FULL_DENSITY))]

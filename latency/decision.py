@@ -55,14 +55,9 @@ class LayerDecision:
         return FULL_DENSITY if self.choice == "density" else FULL_BITS
 
 
-def layer_of(weight: str) -> str:
-    """Qualified name of the layer that holds the parameter ``weight``."""
-    return weight.rpartition(".")[0]
-
-
 def weighted_layers(graph: NetworkGraph) -> tuple[str, ...]:
     """Layers of ``graph`` that hold a weight, in the order in which they first run."""
-    return tuple(dict.fromkeys(layer_of(operator.weight) for operator in graph.operators if operator.weight))
+    return tuple(dict.fromkeys(operator.layer for operator in graph.operators if operator.weight))
 
 
 def layer_decisions(
@@ -96,7 +91,7 @@ def layer_decisions(
     if pattern.n_of_m:
         n, m = pattern.n_of_m
         densities = sorted({-(-FULL_DENSITY * n // m), FULL_DENSITY})
-    operators = {layer_of(o.weight): o for o in reversed(graph.operators) if o.layer_type in _DECIDABLE}
+    operators = {o.layer: o for o in reversed(graph.operators) if o.layer_type in _DECIDABLE}
     layers = [name for name in weighted_layers(graph) if name in operators]
     found = []
     for layer in layers:

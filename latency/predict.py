@@ -15,7 +15,7 @@ from scipy.optimize import lsq_linear
 from graph_encoder.network import LinearDim, NetworkGraph
 from pruning.layer_policy import FULL_BITS
 
-from .decision import EIGHT_BITS, LayerDecision, layer_of
+from .decision import EIGHT_BITS, LayerDecision
 from .integers import IntegerFlow, State
 from .layers import Layer, LayerKind, layers_of
 from .runtimes import LatencyError
@@ -147,7 +147,7 @@ class LatencyModel:
         place = {name: index for index, name in enumerate(self.owners)}
         self._layer_at = [place.get(operator.name, -1) for operator in graph.operators]
         self._gates = [
-            self._bits_row.get(layer_of(operator.weight), -1) if operator.weight else -1 for operator in graph.operators
+            self._bits_row.get(operator.layer, -1) if operator.weight else -1 for operator in graph.operators
         ]
 
     def _read_kinds(self, timed: Sequence[Layer], table: LatencyTable) -> None:

@@ -208,7 +208,7 @@ class CompressionPolicy:
                 found.append(f"group '{name}' has {group.size} units, the policy was made for {self.sizes[name]}")
             elif not group.is_prunable and len(kept) < group.size:
                 found.append(f"group '{name}' has to stay dense ({group.reason})")
-        weighted = {operator.weight.rpartition(".")[0] for operator in graph.operators if operator.weight}
+        weighted = {operator.layer for operator in graph.operators if operator.weight}
         found += [f"the network has no weighted layer '{name}'" for name in self.layers if name not in weighted]
         return found
 

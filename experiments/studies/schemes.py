@@ -210,7 +210,7 @@ def sparse_layers(cell: Cell, graph: NetworkGraph) -> dict[str, LayerPolicy]:
     """The same density in all convolutions but the first, and not in the layer of the outputs."""
     if cell.density == 1:
         return {}
-    weighted = [operator.weight.rpartition(".")[0] for operator in graph.operators if operator.weight]
+    weighted = [operator.layer for operator in graph.operators if operator.weight]
     return {name: LayerPolicy(cell.pattern, cell.density) for name in dict.fromkeys(weighted[1:-1])}
 
 

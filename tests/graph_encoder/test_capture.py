@@ -239,6 +239,13 @@ def test_operators_keep_the_data_flow_with_everything_else_contracted() -> None:
     assert graph.operators[1].norm == "norm"
 
 
+def test_operators_name_the_layer_that_holds_their_weight_at_every_call() -> None:
+    layers = [operator.layer for operator in graph_of("Residual").operators]
+    assert layers == ["", "stem", "conv1", "conv2", "", "head", ""]
+    called = {operator.name: operator.layer for operator in graph_of("SharedWeights").operators if operator.weight}
+    assert called["shared"] == called["shared#3"] == "shared"
+
+
 @pytest.mark.parametrize("model", [nn.Linear(3, 4), nn.Sequential(nn.Linear(3, 4), Numpy(4))])
 def test_no_hook_of_all_modules_is_left_behind(model: nn.Module) -> None:
     capture(model, torch.zeros(2, 3))

@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from graph_encoder.capture import capture
 from graph_encoder.network import LinearDim
-from latency.decision import layer_of
 from latency.integers import IntegerFlow
 from pruning.export import export_marked
 from pruning.qdq import count_kernels
@@ -43,7 +42,7 @@ FLOW = IntegerFlow(GRAPH)
 
 def states(*layers: str) -> tuple[set[str], dict[str, int]]:
     """What runs in integers, and conversions of what each operator writes, where there are any."""
-    found = FLOW.states([layer_of(operator.weight) in layers for operator in GRAPH.operators])
+    found = FLOW.states([operator.layer in layers for operator in GRAPH.operators])
     pairs = list(zip(GRAPH.operators, found, strict=True))
     return {o.name for o, state in pairs if state.in_integers}, {
         o.name: s.conversions for o, s in pairs if s.conversions
@@ -80,7 +79,7 @@ def test_what_runs_in_integers_and_what_is_converted_by_hand(
 
 def test_a_convolution_that_the_runtime_would_quantize_is_taken_to_be_transposed_around() -> None:
     def transposed(*layers: str) -> dict[str, int]:
-        found = FLOW.states([layer_of(operator.weight) in layers for operator in GRAPH.operators])
+        found = FLOW.states([operator.layer in layers for operator in GRAPH.operators])
         return {o.name: s.transpositions for o, s in zip(GRAPH.operators, found, strict=True) if s.transpositions}
 
     assert transposed("stem", "outer") == {"inner": 2}
