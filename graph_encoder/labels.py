@@ -2,8 +2,7 @@
 
 A label tensor has the shape of the activation it shadows. It is kept as a stride-zero expansion along every dimension
 where the label does not change, so that shadowing a feature map costs as much as its channels. The label `CONSTANT`
-stands for values no channel owns (network inputs, constants of full width): what meets it cannot be removed. `NEUTRAL`
-stands for values that bind nothing.
+stands for values no channel owns (network inputs, constants of full width): what meets it cannot be removed.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 CONSTANT = 0
-NEUTRAL = -1
 
 IntArray = NDArray[np.int64]
 
@@ -68,7 +66,7 @@ class LabelClasses:
         return torch.from_numpy(labels)
 
     def find(self, labels: IntArray) -> IntArray:
-        """The representative of each label's class; `CONSTANT` and `NEUTRAL` are their own."""
+        """The representative of each label's class; `CONSTANT` is its own."""
         roots = np.where(labels > 0, self._parent[labels], labels)
         while True:
             above = np.where(roots > 0, self._parent[roots], roots)

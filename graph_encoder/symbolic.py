@@ -130,12 +130,8 @@ def _default_of(node: fx.Node) -> Any:
     return node
 
 
-def symbolic_trace(model: nn.Module, leaves: Collection[str] = ()) -> fx.GraphModule | None:
+def symbolic_trace(model: nn.Module) -> fx.GraphModule | None:
     """The symbolic trace of ``model`` with torch.nn layers as leaves, sharing its tensors.
-
-    Args:
-        model: the network.
-        leaves: qualified names of more modules to be leaves.
 
     Returns:
         None if the forward pass cannot be traced, or does different things in training and in evaluation, or with and
@@ -143,7 +139,7 @@ def symbolic_trace(model: nn.Module, leaves: Collection[str] = ()) -> fx.GraphMo
         as in ``F.dropout(x, training=self.training)``, follows the mode of the trace, and the argument.
     """
     try:
-        return _trace_of_any_call(model, leaves)
+        return _trace_of_any_call(model, ())
     except _Untraceable:
         return None
 

@@ -39,11 +39,6 @@ def count_macs(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) ->
     return sum(operator.macs for operator in trace_operators(model, example_inputs))
 
 
-def flops_of(macs: int) -> int:
-    """Floating-point operations of so many multiply-adds."""
-    return FLOPS_PER_MAC * macs
-
-
 def count_params(model: nn.Module) -> int:
     """Elements of all parameters; a shared parameter counts once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -6,10 +6,10 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,12 @@ from .worker import cpu_name as cpu_name  # read from here by the other rooms
 
 DISTURBED = 0.02
 """A call is disturbed if it waited for a processor longer than this share of its time."""
+CONFIDENCE = 0.95
+"""Probability that the interval of a comparison holds the median ratio."""
+RESOLUTION = 0.01
+"""Smallest difference between two times that is worth telling, as a share of the baseline's."""
+_LEAST_ROUNDS = math.ceil(1 - math.log2(1 - CONFIDENCE))
+"""Fewer hold no interval."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +78,17 @@ class Comparison:
 
     Attributes:
         ratio: median of time over the baseline's time; below 1 is faster.
-        low: lower end of the interval that holds the true median with the confidence asked for.
+        low: lower end of the interval that holds the true median with probability `CONFIDENCE`.
         high: its upper end.
         n_runs: rounds.
-        resolution: smallest difference that is worth telling, as a share of the baseline's time.
         repeats_needed: rounds after which the interval would end on this side of 1, or, where the ratio is nearer to
-            1 than ``resolution``, would leave no larger difference; more than ``n_runs`` while it is undecided.
+            1 than `RESOLUTION`, would leave no larger difference; more than ``n_runs`` while it is undecided.
     """
 
     ratio: float
     low: float
     high: float
     n_runs: int
-    resolution: float
     repeats_needed: int
 
     @property
@@ -92,7 +96,7 @@ class Comparison:
         """Where the interval lies: below 1, above 1, around 1 within the resolution, or around 1 and wider."""
         if self.high < 1 or self.low > 1:
             return "faster" if self.high < 1 else "slower"
-        return "equal" if self.low > 1 - self.resolution and self.high < 1 + self.resolution else "undecided"
+        return "equal" if self.low > 1 - RESOLUTION and self.high < 1 + RESOLUTION else "undecided"
 
     def __str__(self) -> str:
         text = f"{self.verdict}: {self.ratio:.3f} of the baseline's time ({self.low:.3f} to {self.high:.3f})"
@@ -135,10 +139,6 @@ class LatencyReport:
     def compare(self, model: str, baseline: str, runtime: str = PYTORCH) -> Comparison:
         """Whether ``model`` is faster than ``baseline`` on the same runtime; see `compare`."""
         return compare(self.entry(model, runtime).times_ms, self.entry(baseline, runtime).times_ms)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
-        return asdict(self)
 
 
 def measure_latency(
@@ -228,7 +228,7 @@ def summarise(
     return LatencyEntry(model, runtime, median, lower, upper, len(times_ms), disturbed, tuple(times_ms.tolist()))
 
 
-def compare(times: ArrayLike, baseline: ArrayLike, *, confidence: float = 0.95, resolution: float = 0.01) -> Comparison:
+def compare(times: ArrayLike, baseline: ArrayLike) -> Comparison:
     """Tell two networks apart by the ratios of their times in the same rounds.
 
     The interval of the median ratio lies between two order statistics (the sign test inverted: Conover, "Practical
@@ -238,12 +238,9 @@ def compare(times: ArrayLike, baseline: ArrayLike, *, confidence: float = 0.95, 
     Args:
         times: times of shape ``(rounds,)``, one for each round, at least 6 (fewer hold no interval at 95 %).
         baseline: times of the baseline in the same rounds.
-        confidence: probability that the interval holds the median, in (0, 1).
-        resolution: smallest difference that is worth telling, as a share of the baseline's time.
 
     Raises:
-        ValueError: if there are not as many times as baseline times, too few for the confidence, or ``resolution`` is
-            not above 0.
+        ValueError: if there are not as many times as baseline times, or too few.
     """
     mine, other = np.asarray(times, dtype=float), np.asarray(baseline, dtype=float)
     if mine.shape != other.shape or mine.ndim != 1:
@@ -251,33 +248,29 @@ def compare(times: ArrayLike, baseline: ArrayLike, *, confidence: float = 0.95, 
         raise ValueError(msg)
     ratios = np.sort(mine / other)
     n = len(ratios)
-    if resolution <= 0:
-        msg = f"a resolution of {resolution:g}; no number of rounds tells times that are alike apart, so pass more"
-        raise ValueError(msg)
-    rank = _lower_rank(n, confidence)
+    rank = _lower_rank(n)
     if rank == 0:
-        least = math.ceil(1 - math.log2(1 - confidence))
-        msg = f"{n} rounds hold no interval of confidence {confidence:g}; measure at least {least}"
+        msg = f"{n} rounds hold no interval of confidence {CONFIDENCE:g}; measure at least {_LEAST_ROUNDS}"
         raise ValueError(msg)
     ratio, low, high = float(np.median(ratios)), float(ratios[rank - 1]), float(ratios[n - rank])
     # On the scale on which a ratio and its inverse are alike.
     below, above, distance = math.log(ratio / low), math.log(high / ratio), abs(math.log(ratio))
-    if distance < resolution:
+    if distance < RESOLUTION:
         # Both sides have to end within the resolution.
-        half_width, distance = max(below, above), resolution
+        half_width, distance = max(below, above), RESOLUTION
     else:
         # The side towards 1 has to end before it.
         half_width = above if ratio < 1 else below
-    needed = max(math.ceil(1 - math.log2(1 - confidence)), math.ceil(n * (half_width / distance) ** 2))
-    found = Comparison(ratio, low, high, n, resolution, needed)
+    needed = max(_LEAST_ROUNDS, math.ceil(n * (half_width / distance) ** 2))
+    found = Comparison(ratio, low, high, n, needed)
     # A ratio that is itself near the edge of the resolution is undecided with an interval that is narrow enough.
     return replace(found, repeats_needed=max(needed, n + 1)) if found.verdict == "undecided" else found
 
 
-def _lower_rank(n: int, confidence: float) -> int:
-    """Rank (1 is the smallest of ``n``) below which the median lies with probability ``(1 - confidence) / 2``."""
+def _lower_rank(n: int) -> int:
+    """Rank (1 is the smallest of ``n``) below which the median lies with probability ``(1 - CONFIDENCE) / 2``."""
     # In whole numbers: a power of a half to the thousandth is no float any more.
-    allowed, rank, below = Fraction(1 - confidence) / 2 * 2**n, 0, 1
+    allowed, rank, below = Fraction(1 - CONFIDENCE) / 2 * 2**n, 0, 1
     while below <= allowed:
         rank += 1
         below += math.comb(n, rank)

@@ -45,6 +45,8 @@ _STEEP = 4
 """Stairs that get knots on both sides; farther up a stair is less than a fifth of the time."""
 _REFERENCE = LayerKind("conv", (3, 3), (1, 1), (16, 16))
 _REFERENCE_CHANNELS = 64
+_CHUNK = 24
+"""Layers timed in turn; a table is saved after so many."""
 
 Floats = NDArray[np.float64]
 
@@ -550,7 +552,6 @@ def build_table(
     needed: Mapping[LayerKind, tuple[Sequence[int], Sequence[int]]],
     *,
     n_runs: int = 15,
-    chunk: int = 24,
     save: Callable[[LatencyTable], None] = lambda table: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LatencyTable:
@@ -565,7 +566,6 @@ def build_table(
         device: where to measure.
         needed: knots by layer kind, from `needed_kinds`.
         n_runs: timed calls of each layer.
-        chunk: layers timed in turn.
         save: called with the table after each chunk, so that a build that is stopped can go on.
         progress: called with the layers measured and the layers needed.
 
@@ -579,8 +579,8 @@ def build_table(
     points = [(kind, *at) for kind in needed for at in kinds[kind].missing()]
     total = sum(kinds[kind].ratios.size for kind in needed)
     progress(total - len(points), total)
-    for start in range(0, len(points), chunk):
-        part = points[start : start + chunk]
+    for start in range(0, len(points), _CHUNK):
+        part = points[start : start + _CHUNK]
         shapes = [(kind, kinds[kind].inputs[row], kinds[kind].outputs[column]) for kind, row, column in part]
         for (kind, row, column), ratio in zip(part, _layer_ratios(device, shapes, n_runs), strict=True):
             kinds[kind].ratios[row, column] = ratio

@@ -182,7 +182,7 @@ def test_a_search_refuses_a_latency_below_the_floor_before_any_training(
 
 
 def reading(low: float, ratio: float, high: float) -> Comparison:
-    return Comparison(ratio, low, high, 60, 0.01, 0)
+    return Comparison(ratio, low, high, 60, 0)
 
 
 @pytest.mark.parametrize(

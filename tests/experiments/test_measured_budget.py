@@ -69,7 +69,7 @@ def by_the_table(space: SearchSpace, policy: CompressionPolicy) -> float:
 
 
 def found(share: float, rounds: int, half_width: float = 1e-6) -> Comparison:
-    return Comparison(share, share - half_width, share + half_width, rounds, 0.01, 0)
+    return Comparison(share, share - half_width, share + half_width, rounds, 0)
 
 
 def exactly(share: Callable[[CompressionPolicy], float]) -> TimeShare:
