@@ -120,6 +120,8 @@ class LabelClasses:
         rows = compact(labels).movedim(dim, 0).flatten(1) if labels.dim() > 1 else compact(labels)[:, None]
         if rows.shape[1] == 1:
             one = rows[:, 0]
+        elif not rows.numel():
+            one = torch.tensor(CONSTANT)  # an empty tensor holds no labels of its positions
         else:
             one = rows.max(dim=1).values
             self.union(rows, one[:, None])

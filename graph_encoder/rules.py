@@ -61,7 +61,7 @@ def _window(call: Call, weight: Tensor, stride: Any, dilation: Any) -> dict[str,
         (value,) * len(kernel) if isinstance(value, int) else tuple(map(int, value)) * (len(kernel) // len(value))
         for value in (stride, dilation)
     )
-    out_size = tuple(call.outputs[0].shape[2:])
+    out_size = tuple(call.outputs[0].shape[-len(kernel) :])
     return {"kernel": kernel, "stride": stride, "dilation": dilation, "out_size": out_size}
 
 
@@ -80,9 +80,9 @@ def _convolution(run: LabelPass, call: Call) -> Result:
         groups = int(call.get(6, "groups", 1))
     out_width, in_width = int(weight.shape[0]), int(weight.shape[1])
     kernel = math.prod(weight.shape[2:])
-    positions = run.per_image(call, math.prod(call.outputs[0].shape[2:]) * int(call.outputs[0].shape[0]))
+    positions = run.per_image(call, call.outputs[0].numel() // out_width)
     name = run.name_of(weight)
-    read = run.record.classes.along(run.labels_or_constant(x), 1) if run.with_labels else None
+    read = _channels_read(run, x, weight.dim() - 1) if run.with_labels else None
     out_dim: Tensor | int = out_width
     in_dim: Tensor | int = in_width
     labels = None
@@ -107,7 +107,7 @@ def _convolution(run: LabelPass, call: Call) -> Result:
         out_dim = out
         if (bias_name := run.name_of(bias)) is not None:
             run.axis(bias_name, 0, "elementwise", out)
-        labels = out.reshape(1, -1, *(1,) * (call.outputs[0].dim() - 2))
+        labels = out.reshape(-1, *(1,) * (weight.dim() - 2))
     channels = in_width * groups
     kind = "depthwise_conv" if groups == channels and groups > 1 else "conv"
     sources = run.add_weighted(
@@ -115,6 +115,11 @@ def _convolution(run: LabelPass, call: Call) -> Result:
         groups=groups, **_window(call, weight, stride, dilation),
     )  # fmt: skip
     return [labels], sources
+
+
+def _channels_read(run: LabelPass, x: Tensor, n_dims: int) -> Tensor:
+    """Labels of the channels of ``x``, the first of its last ``n_dims`` dimensions: a batch may stand before them."""
+    return run.record.classes.along(run.labels_or_constant(x), x.dim() - n_dims)
 
 
 @_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -129,13 +134,13 @@ def _transposed(
 ) -> Result:
     in_width, out_width = int(weight.shape[0]), int(weight.shape[1])
     kernel = math.prod(weight.shape[2:])
-    positions = run.per_image(call, math.prod(x.shape[2:]) * int(x.shape[0]))
+    positions = run.per_image(call, x.numel() // in_width)
     name = run.name_of(weight)
     in_dim: Tensor | int = in_width
     out_dim: Tensor | int = out_width
     labels = None
     if run.with_labels:
-        read = run.record.classes.along(run.labels_or_constant(x), 1)
+        read = _channels_read(run, x, weight.dim() - 1)
         if name is None:
             run.note_computed(weight)
             run.freeze(read, "is read by a convolution whose weight is computed")
@@ -146,13 +151,13 @@ def _transposed(
             out_dim, in_dim = out, 1
             if (bias_name := run.name_of(bias)) is not None:
                 run.axis(bias_name, 0, "elementwise", out)
-            labels = out.reshape(1, -1, *(1,) * (call.outputs[0].dim() - 2))
+            labels = out.reshape(-1, *(1,) * (weight.dim() - 2))
         elif groups == 1:
             in_dim = run.axis(name, 0, "in", read)
             out_dim = out = run.out_axis(name, 1, out_width)
             if (bias_name := run.name_of(bias)) is not None:
                 run.axis(bias_name, 0, "elementwise", out)
-            labels = out.reshape(1, -1, *(1,) * (call.outputs[0].dim() - 2))
+            labels = out.reshape(-1, *(1,) * (weight.dim() - 2))
         else:
             run.freeze(read, "is read by a grouped transposed convolution")
     kind = "depthwise_conv" if groups == in_width > 1 == out_width else "conv"
@@ -173,13 +178,13 @@ def _affine(
 ) -> Result:
     """A linear layer; ``dims`` are those of its outputs and of its inputs in the weight."""
     out_width, in_width = (int(weight.shape[dim]) for dim in dims)
-    positions = run.per_image(call, call.outputs[0].numel() // out_width)
+    positions = run.per_image(call, call.outputs[0].numel() // max(1, out_width))
     name = run.name_of(weight)
     out_dim: Tensor | int = out_width
     in_dim: Tensor | int = in_width
     labels = None
     if run.with_labels:
-        read = run.record.classes.along(run.labels_or_constant(x), x.dim() - 1)
+        read = _channels_read(run, x, 1)
         if name is None:
             run.note_computed(weight)
             run.freeze(read, "is read by a linear layer whose weight is computed")
@@ -271,6 +276,8 @@ def _matmul(run: LabelPass, call: Call) -> Result:
         reason = "takes part in a product with a vector"
     elif run.is_parameter(first) or run.is_parameter(second):
         reason = "is multiplied by a bare parameter"
+    elif not (first.numel() and second.numel()):
+        reason = "takes part in a product of nothing"
     if not run.with_labels or reason:
         if run.with_labels:
             for tensor in (first, second):
@@ -438,17 +445,25 @@ def _reduction(run: LabelPass, call: Call) -> Result:
     if not run.with_labels:
         return [None], call.sources
     labels = run.labels_or_constant(call.args[0])
+    if not labels.numel():
+        return [run.constant(out) for out in call.outputs], call.sources
     position = 2 if call.name in ("norm", "linalg_vector_norm") else 1
     given = call.get(position, "dim")
     if isinstance(given, bool):  # `x.std(False)` is over everything
         given = None
-    dims = list(range(labels.dim())) if given is None or given == [] else [given] if isinstance(given, int) else given
-    dims = sorted({int(d) % labels.dim() for d in dims}, reverse=True)
+    dims = sorted(_numbered(given, labels.dim()), reverse=True)
     _combine(run, labels, dims, f"is reduced over channels ({call.name})")
     keep = call.outputs[0].dim() == labels.dim()
     for dim in dims:
         labels = labels.narrow(dim, 0, 1) if keep else labels.select(dim, 0)
     return [labels for _ in call.outputs], call.sources
+
+
+def _numbered(given: int | Collection[int] | None, n_dims: int) -> set[int]:
+    """Dimensions counted from the first: all where none is given, none where a number stands alone."""
+    if given is None or given == [] or not n_dims:
+        return set(range(n_dims))
+    return {int(dim) % n_dims for dim in ([given] if isinstance(given, int) else given)}
 
 
 @_rule("stft", "istft", "take_along_dim")
@@ -495,6 +510,8 @@ def _spatial(run: LabelPass, call: Call) -> Result:
     if not run.with_labels:
         return [None for _ in call.outputs], call.sources
     labels = run.labels_or_constant(call.args[0])
+    if not labels.numel():
+        return [run.constant(out) for out in call.outputs], call.sources
     # Without a batch, the dimension of channels is the first of those that the operator takes for space.
     n_spatial = len(call.args[1]) // 2 if call.name == "_pad_circular" else int(_SPATIAL_DIMS.findall(call.name)[0])
     for dim in range(labels.dim() - n_spatial, labels.dim()):
@@ -517,8 +534,8 @@ def _grid_sampler(run: LabelPass, call: Call) -> Result:
 def _im2col(run: LabelPass, call: Call) -> Result:
     if not run.with_labels:
         return [None], call.sources
-    read = run.record.classes.along(run.labels_or_constant(call.args[0]), 1)
-    return [read.repeat_interleave(math.prod(call.args[1])).reshape(1, -1, 1)], call.sources
+    read = _channels_read(run, call.args[0], 3)
+    return [read.repeat_interleave(math.prod(call.args[1])).reshape(-1, 1)], call.sources
 
 
 @_rule("constant_pad_nd")
@@ -526,6 +543,8 @@ def _constant_pad(run: LabelPass, call: Call) -> Result:
     if not run.with_labels:
         return [None], call.sources
     labels = run.labels_or_constant(call.args[0])
+    if not labels.numel():
+        return [run.constant(call.outputs[0])], call.sources
     pads = list(call.args[1])
     varying = varying_dims(labels)
     for position in range(len(pads) // 2):
@@ -609,7 +628,8 @@ def _rearrange(run: LabelPass, call: Call) -> Result:
     labels = run.labels_or_constant(call.args[0])
     if call.name in ("expand", "expand_as", "broadcast_to"):
         return [labels.expand(call.outputs[0].shape)], call.sources
-    return [call.func(labels, *call.args[1:], **call.kwargs)], call.sources
+    # As a tensor of its own: in place, the operator would change the shape of what others hold too.
+    return [call.func(labels.view(labels.shape), *call.args[1:], **call.kwargs)], call.sources
 
 
 @_rule("select", "slice", "narrow", "unbind", "roll", "flip")
@@ -619,11 +639,11 @@ def _pick(run: LabelPass, call: Call) -> Result:
     labels = run.labels_or_constant(call.args[0])
     if call.name in ("roll", "flip"):
         given = call.get(2 if call.name == "roll" else 1, "dims")
-        dims = [int(d) % labels.dim() for d in given] if given else list(range(labels.dim()))
-        if not set(dims) & set(varying_dims(labels)):
+        dims = _numbered(given, labels.dim())
+        if not dims & set(varying_dims(labels)):
             return [labels], call.sources
     else:
-        dims = [int(call.get(1, "dim", 0)) % labels.dim()]
+        dims = _numbered(call.get(1, "dim", 0), labels.dim())
         if call.name == "slice" and call.outputs[0].shape == labels.shape:
             return [labels], call.sources
     for dim in dims:
@@ -641,7 +661,8 @@ def _split(run: LabelPass, call: Call) -> Result:
     labels = run.labels_or_constant(call.args[0])
     dim = int(call.get(2, "dim", 0)) % labels.dim()
     sizes = [int(out.shape[dim]) for out in call.outputs]
-    pieces = list(labels.split(sizes, dim))
+    # Of `tensor_split` they may overlap.
+    pieces = list(call.func(labels, *call.args[1:]) if call.name == "tensor_split" else labels.split(sizes, dim))
     if dim in varying_dims(labels) and call.name in ("chunk", "tensor_split"):
         if len(set(sizes)) > 1:
             run.freeze(labels, "is cut into unequal chunks")
@@ -661,6 +682,8 @@ def _concatenate(run: LabelPass, call: Call) -> Result:
         return [None], sources
     dim = int(call.get(1, "dim", 0))
     parts = [run.labels_or_constant(t) for t in tensors if t.numel()]
+    if not parts:
+        return [run.constant(call.outputs[0])], sources
     if call.name == "stack":
         parts = [part.unsqueeze(dim) for part in parts]
     dim %= parts[0].dim()
@@ -681,10 +704,10 @@ def _pixel_shuffle(run: LabelPass, call: Call) -> Result:
     if not run.with_labels:
         return [None], call.sources
     factor = int(call.args[1])
-    read = run.record.classes.along(run.labels_or_constant(call.args[0]), 1)
+    read = _channels_read(run, call.args[0], 3)
     blocks = read.reshape(-1, factor * factor)
     run.record.classes.merge_along(blocks, 1)
-    return [blocks[:, 0].reshape(1, -1, 1, 1)], call.sources
+    return [blocks[:, 0].reshape(-1, 1, 1)], call.sources
 
 
 @_rule("pixel_unshuffle")
@@ -692,8 +715,8 @@ def _pixel_unshuffle(run: LabelPass, call: Call) -> Result:
     if not run.with_labels:
         return [None], call.sources
     factor = int(call.args[1])
-    read = run.record.classes.along(run.labels_or_constant(call.args[0]), 1)
-    return [read.repeat_interleave(factor * factor).reshape(1, -1, 1, 1)], call.sources
+    read = _channels_read(run, call.args[0], 3)
+    return [read.repeat_interleave(factor * factor).reshape(-1, 1, 1)], call.sources
 
 
 @_rule("channel_shuffle", "native_channel_shuffle")
@@ -704,7 +727,7 @@ def _channel_shuffle(run: LabelPass, call: Call) -> Result:
     read = run.record.classes.along(run.labels_or_constant(call.args[0]), 1)
     grid = read.reshape(n_groups, -1)
     run.record.classes.merge_along(grid, 0)
-    return [grid.t().reshape(1, -1, 1, 1)], call.sources
+    return [grid.t().reshape(1, -1, *(1,) * (call.args[0].dim() - 2))], call.sources
 
 
 @_rule("index", "index_select", "gather")
@@ -720,6 +743,8 @@ def _index(run: LabelPass, call: Call) -> Result:
             for dim in set(indexed) & set(varying_dims(labels)):
                 run.record.classes.merge_along(labels, dim)
         return [call.func(labels, *call.args[1:], **call.kwargs)], call.sources
+    if not labels.numel():
+        return [run.constant(call.outputs[0])], call.sources
     if not varying_dims(labels):
         return [labels.flatten()[:1].reshape((1,) * call.outputs[0].dim())], call.sources
     return run.unknown(call)

@@ -25,7 +25,7 @@ from .labels import CONSTANT, LabelClasses, compact, varying_dims
 from .modes import attributes_kept, autocast_on_shapes
 from .network import ForwardError, Operator, TraceError
 from .opaque import ModuleCall, Opaque, forwards_replaced, summary_of, tensors_within_reach
-from .rules import RULES, Call, Result
+from .rules import RULES, Call, Result, Rule
 from .shapes import is_pointwise, quick_result, tensors_in
 
 _LOOSE_LIMIT = 1 << 20
@@ -310,16 +310,31 @@ class LabelPass(TorchDispatchMode):
         outputs = [out] if isinstance(out, Tensor) else list(tensors_in(out)) if isinstance(out, list | tuple) else []
         if not on_meta and not any(self.is_labelled(t) for t in tensors):
             return out
-        if rule is not None:
-            result = rule(self, Call(name, func, args, kwargs, outputs, sources))
-        elif pointwise:
-            result = self.elementwise(Call(name, func, args, kwargs, outputs, sources))
-        else:
-            result = self.unknown(Call(name, func, args, kwargs, outputs, sources))
-        labels, sources = result
+        follow = rule or (LabelPass.elementwise if pointwise else LabelPass.unknown)
+        labels, sources = self._followed(follow, Call(name, func, args, kwargs, outputs, sources))
         for position, tensor in enumerate(outputs):
             self._remember(tensor, labels[position] if position < len(labels) else None, sources)
         return out
+
+    def _followed(self, rule: Rule, call: Call) -> Result:
+        """What ``rule`` says of a call; what it reads stays dense where the rule fails: forward is not to blame."""
+        n_operators = len(self.record.operators)
+        try:
+            labels, sources = rule(self, call)
+            if self.with_labels:
+                pairs = zip(labels, call.outputs, strict=False)
+                labels = [one if one is None else _fitted(one, tensor) for one, tensor in pairs]
+            return labels, sources
+        except Exception as error:  # a rule may meet what nobody thought of, and fail in any way
+            labels, sources = self.unknown(call, f"whose rule failed ({first_line(error)})")
+        if len(self.record.operators) > n_operators:
+            return labels, frozenset({len(self.record.operators) - 1})
+        if self.with_labels:
+            # It costs what runs without labels say that it does.
+            self.with_labels = False
+            _, sources = self._followed(rule, call)
+            self.with_labels = True
+        return labels, sources
 
     def _on_shapes(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         try:
@@ -388,9 +403,8 @@ class LabelPass(TorchDispatchMode):
         return not shadow.sources and shadow.labels is not None and bool((compact(shadow.labels) != CONSTANT).any())
 
     def _remember(self, tensor: Tensor, labels: Tensor | None, sources: frozenset[int]) -> None:
-        if labels is not None and labels.shape != tensor.shape:
-            labels = labels.expand(tensor.shape)
-        self._shadows[id(tensor)] = Shadow(tensor, labels if self.with_labels else None, sources)
+        fitting = None if labels is None or not self.with_labels else _fitted(labels, tensor)
+        self._shadows[id(tensor)] = Shadow(tensor, fitting, sources)
 
     # ---------------------------------------------------------------- labels of operands
 
@@ -598,12 +612,27 @@ class LabelPass(TorchDispatchMode):
         a, b = torch.broadcast_tensors(a, b)
         return torch.where(a > 0, a, b).expand(shape)
 
-    def unknown(self, call: Call) -> Result:
-        """Freeze every label that an operator without a rule reads."""
+    def unknown(self, call: Call, why: str = "which has no rule") -> Result:
+        """Keep dense everything that an operator reads of which no more is known."""
+        reason = f"is read by the operator '{call.func}', {why},"
         for leaf in (*tensors_in(call.args), *tensors_in(call.kwargs)):
             if self.is_labelled(leaf):
-                self.freeze(self.labels_or_constant(leaf), f"is read by the operator '{call.func}', which has no rule,")
+                self.freeze(self.labels_or_constant(leaf), reason)
+            if (name := self.name_of(leaf)) is not None:
+                self._fix(name, reason)
         return [None for _ in call.outputs], call.sources
+
+    def _fix(self, tensor: str, reason: str) -> None:
+        """Keep a parameter or buffer as it is, whatever else reads it."""
+        self._fixed.setdefault(tensor, reason)
+        for axis in self.record.axes.values():
+            if axis.tensor == tensor:
+                self.freeze(axis.labels, reason)
+
+
+def _fitted(labels: Tensor, tensor: Tensor) -> Tensor:
+    """``labels`` in the shape of the tensor that they are of."""
+    return labels if labels.shape == tensor.shape else labels.expand(tensor.shape)
 
 
 def _is_shared(labels: Tensor, by: Tensor) -> bool:

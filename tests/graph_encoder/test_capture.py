@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graph_encoder.capture import capture, trace_operators
 from graph_encoder.network import NetworkGraph, TraceError
+from graph_encoder.rules import RULES, Call, Result
+from graph_encoder.trace import LabelPass
 
 from .networks import EXAMPLE, NETWORKS, build
 from .opaque_networks import Numpy
@@ -123,6 +126,124 @@ def test_operator_without_a_rule_freezes_what_it_reads_and_nothing_else() -> Non
 
     assert offered(graph) == {"a": 8}
     assert graph.group("b").reason == "is read by the operator 'aten.sort.default', which has no rule, in 'the network'"
+
+
+def test_weight_that_an_operator_without_a_rule_reads_beside_its_layer_stays_dense() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.b(self.a(x).relu())) * torch.sort(self.a.weight, dim=0).values[0].sum()
+            return out
+
+    graph = capture(Scaled(), torch.randn(2, 4))
+
+    assert offered(graph) == {"b": 6}
+    assert graph.group("a").reason == "is read by the operator 'aten.sort.default', which has no rule, in 'the network'"
+
+
+class Beside(nn.Module):
+    """A layer that can be pruned, one that writes the outputs, and what ``more`` makes of what they write."""
+
+    def __init__(self, more: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.more = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), more
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = self.b(y.relu())
+        more = self.more(y, z)
+        return z.mean((2, 3)) + more
+
+
+BESIDE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum of a number": lambda y, z: z.mean().sum(dim=0),
+    "least of a number": lambda y, z: z.mean().min(-1).values,
+    "norm of a number": lambda y, z: z.mean().norm(dim=0, keepdim=True),
+    "deviation of a number": lambda y, z: z.mean().var(dim=(-1,), correction=0),
+    "number flipped": lambda y, z: z.mean().flip(0),
+    "sum over no images": lambda y, z: y[:0].sum((0, 2, 3)).sum(),
+    "sum of no channels": lambda y, z: z[:, :0].sum(1).mean(),
+    "no images in one": lambda y, z: torch.cat([y[:0], y[:0]], 1).sum(),
+    "no images on each other": lambda y, z: torch.stack([y[:0], y[:0]], -1).sum(),
+    "nothing before images": lambda y, z: torch.cat([z.new_zeros(0), z], -1).mean(),
+    "no images picked": lambda y, z: y[:0].index_select(1, torch.zeros(2, dtype=torch.long)).sum(),
+    "no channels padded": lambda y, z: nn.functional.pad(z[:, :0], (0, 0, 0, 0, 1, 0)).mean(),
+    "product of nothing": lambda y, z: (z.flatten(2)[:, :, :0] @ z.flatten(2)[:, :, :0].mT).sum(),
+    "pieces that overlap": lambda y, z: z.tensor_split((3, 1), dim=-1)[2].mean(),
+    "in place": lambda y, z: z.clone().unsqueeze_(0).mean(),
+}
+
+
+@pytest.mark.parametrize("how", BESIDE)
+def test_numbers_and_empty_tensors_are_read_as_any_others(how: str) -> None:
+    graph = capture(Beside(BESIDE[how]), EXAMPLE)
+
+    assert not graph.opaque
+    assert not any("rule failed" in group.reason for group in graph.groups)
+    assert offered(graph) == {"a": 8}
+
+
+class OneByOne(nn.Module):
+    """What layers make of a batch, in a loop over its images where ``loops``."""
+
+    def __init__(self, *, loops: bool) -> None:
+        super().__init__()
+        self.loops, self.head = loops, nn.Linear(5, 3)
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.PixelShuffle(2), nn.PixelUnshuffle(2),
+            nn.ConvTranspose2d(8, 6, 2, stride=2), nn.Conv2d(6, 5, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.stack([self.layers(image) for image in x]) if self.loops else self.layers(x)
+        return self.head(y.mean((2, 3)))
+
+
+def test_images_of_a_loop_are_read_as_those_of_a_batch() -> None:
+    batch, loop = (capture(OneByOne(loops=loops), EXAMPLE) for loops in (False, True))
+
+    assert offered(batch) == offered(loop) == {"layers.0": 8, "layers.2": 2, "layers.5": 6, "layers.6": 5}
+    assert loop.macs == batch.macs
+    sizes = {operator.name: operator.out_size for operator in loop.operators}
+    assert all(sizes[operator.name] == operator.out_size for operator in batch.operators if operator.kind == "conv")
+
+
+def test_what_a_rule_that_fails_reads_stays_dense_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: LabelPass, call: Call) -> Result:
+        return [torch.zeros(7, 7)], call.sources
+
+    monkeypatch.setitem(RULES, "sort", fails)
+
+    graph = capture(Beside(lambda y, z: y.relu().sort(2).values.mean()), EXAMPLE)
+
+    assert not graph.opaque and not graph.prunable
+    assert re.fullmatch(
+        r"is read by the operator 'aten\.sort\.default', whose rule failed \(The expanded size .*\), in 'the network'",
+        graph.group("a").reason,
+    )
+
+
+def test_layer_whose_rule_fails_on_labels_alone_costs_what_it_costs_without_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rule, model = RULES["conv2d"], build("Residual")
+
+    def fails(run: LabelPass, call: Call) -> Result:
+        if run.with_labels and run.name_of(call.args[1]) == "conv1.weight":
+            raise KeyError("width")  # noqa: EM101 - as a fault of its own would
+        return rule(run, call)
+
+    expected = capture(model, EXAMPLE)
+    monkeypatch.setitem(RULES, "conv2d", fails)
+    graph = capture(model, EXAMPLE)
+
+    assert graph.macs == expected.macs == sum(operator.macs for operator in trace_operators(model, EXAMPLE))
+    assert [operator.name for operator in graph.operators] == [operator.name for operator in expected.operators]
+    assert graph.edges == expected.edges
+    assert offered(expected) == {"stem": 8, "conv1": 6} and not graph.prunable
 
 
 def test_forward_that_names_a_channel_keeps_its_layer_dense() -> None:

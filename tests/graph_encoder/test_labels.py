@@ -2,7 +2,7 @@
 
 import pytest
 
-from graph_encoder.labels import IntArray, LabelClasses
+from graph_encoder.labels import CONSTANT, IntArray, LabelClasses
 
 
 @pytest.mark.parametrize("pairs", ["each with the last", "each with the next"])
@@ -21,3 +21,11 @@ def test_one_large_class_is_made_in_a_few_rounds(pairs: str, monkeypatch: pytest
 
     assert (classes.find(labels.numpy()) == int(labels[0])).all()
     assert len(rounds) < 40
+
+
+def test_channels_of_an_empty_tensor_have_no_labels() -> None:
+    classes = LabelClasses()
+    labels = classes.fresh(3)[None, :, None].expand(0, 3, 4)
+
+    assert classes.along(labels, 1).tolist() == [CONSTANT] * 3
+    assert not classes.frozen_reasons()
