@@ -2,7 +2,7 @@
 
 Run as ``python -m experiments.studies.coverage``. Finished models are kept in ``docs/coverage``, under version control,
 and skipped, so that the run can be stopped at any time; the page is rendered from them. To have a model measured again,
-delete its file.
+delete its file; ``--models`` without names measures none, and renders the page alone.
 """
 
 from __future__ import annotations
@@ -232,6 +232,9 @@ def render(cells: list[Cell], missing: list[str]) -> str:
     """The page, in Markdown; ``missing`` names the models not measured yet."""
     timms = [cell for cell in cells if _is_timms(cell.model)]
     cells = [cell for cell in cells if not _is_timms(cell.model)]
+    timms_missing = sum(map(_is_timms, missing))
+    of_torchvision = f"{len(cells)} of {len(cells) + len(missing) - timms_missing}"
+    of_timm = f"{len(timms)} of {len(timms) + timms_missing}"
     peer_passed = sum(not cell.peer_failure for cell in cells)
     both = [cell for cell in cells if not math.isnan(cell.peer_seconds)]
     ratio = statistics.median(cell.capture_seconds / cell.peer_seconds for cell in both) if both else math.nan
@@ -251,8 +254,8 @@ def render(cells: list[Cell], missing: list[str]) -> str:
     )
     return f"""# Coverage
 
-Every classification model of torchvision and the smallest of each family of timm, random weights, random keep ratios
-(seeds {", ".join(map(str, SEEDS))}).
+The classification models of torchvision ({of_torchvision}) and the smallest network of each family of timm ({of_timm}),
+random weights, random keep ratios (seeds {", ".join(map(str, SEEDS))}). What is not measured yet is named at the end.
 A model passes if removing random units of all offered groups computes what silencing them computes (largest difference
 at most 1e-4 of the output's scale), every group that is not offered has a reason, and the MACs predicted for the policy
 are those of the model that was built.

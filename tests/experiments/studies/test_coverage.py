@@ -1,9 +1,12 @@
 """One small network of each family of the coverage page, so that a loss is seen before the page is made again."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from experiments.studies.coverage import build
+from experiments.studies.coverage import Cell, build, render
 from graph_encoder.capture import capture
 from latency.cost import count_macs, predict_cost
 from pruning.policy import CompressionPolicy
@@ -22,6 +25,20 @@ PRUNABLE = {
     "vit_b_32": 0.64,
 }
 """Share of the multiply-adds that can go: as in ``docs/coverage.md``, where it has the network."""
+
+
+def test_page_says_how_many_networks_of_how_many_were_measured() -> None:
+    records = Path(__file__).parents[3] / "docs" / "coverage"
+    names = ("alexnet.json", "convnext_tiny.json", "timm/dpn48b.json")
+    cells = [Cell(**json.loads((records / name).read_text())) for name in names]
+
+    page = render(cells, ["resnet18", "timm/vgg11", "timm/volo_d1_224"])
+
+    assert (
+        "The classification models of torchvision (2 of 3) and the smallest network of each family of timm (1 of 3)"
+        in page
+    )
+    assert page.endswith("## Not measured yet\nresnet18, timm/vgg11, timm/volo_d1_224\n")
 
 
 @pytest.mark.slow
