@@ -367,7 +367,13 @@ def latency_build(
     classes: Classes = 10,
     rounding: Rounding = None,
     integers: Annotated[bool, typer.Option("--integers", help="Time every layer with 8 bits too.")] = False,
-    networks: Annotated[int, typer.Option(help="Whole networks to calibrate with.", min=2)] = 8,
+    networks: Annotated[
+        int,
+        typer.Option(
+            help="Whole networks to calibrate with beside the dense one; with --integers each has two mixes beside it.",
+            min=2,
+        ),
+    ] = 8,
     host: Host = None,
     host_python: HostPython = "python3",
     as_json: AsJson = False,
