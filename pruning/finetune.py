@@ -66,7 +66,6 @@ def finetune(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     warmup_steps: int | None = None,
-    label_smoothing: float = 0.0,
     teacher: nn.Module | None = None,
     distillation_weight: float = 0.0,
     temperature: float = 4.0,
@@ -98,7 +97,6 @@ def finetune(
         momentum: of the gradient.
         weight_decay: L2 penalty on every parameter but the step sizes of quantizers.
         warmup_steps: steps of linear rise; by default one epoch, at most a twentieth of the run.
-        label_smoothing: share of the target spread over all classes.
         teacher: network to distil from, on the same device; put into evaluation mode meanwhile.
         distillation_weight: ``w`` above; needs a teacher unless it is 0.
         temperature: ``T`` above.
@@ -137,7 +135,6 @@ def finetune(
         "momentum": momentum,
         "weight_decay": weight_decay,
         "warmup_steps": warmup_steps,
-        "label_smoothing": label_smoothing,
         "distillation_weight": distillation_weight,
         "temperature": temperature,
         "autocast": autocast,
@@ -145,7 +142,7 @@ def finetune(
     } | ({"first_epoch": first_epoch} if first_epoch else {})
     progress = _restore(checkpoint, settings, model, optimizer) if checkpoint else _Progress()
     resumed_epoch = len(progress.losses)
-    objective = _Objective(teacher, distillation_weight, temperature, label_smoothing)
+    objective = _Objective(teacher, distillation_weight, temperature)
     modes = [(module, module.training) for module in model.modules()]
     # In a network that is ready to train, what is in evaluation mode is so by choice: a batch norm that is frozen.
     frozen = [module for module, training in modes if model.training and not training]
@@ -204,10 +201,9 @@ class _Objective:
     teacher: nn.Module | None
     weight: float
     temperature: float
-    label_smoothing: float
 
     def __call__(self, x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(logits, labels)
         if self.teacher is None or self.weight == 0:
             return loss
         with evaluation_mode(self.teacher), torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal, get_args
 
 import torch
@@ -21,7 +21,6 @@ def rank_units(
     criterion: Criterion = "l1",
     *,
     batches: Iterable[tuple[Batch, Tensor]] | None = None,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Score the units of every group that may be pruned.
 
@@ -30,10 +29,9 @@ def rank_units(
         graph: its graph.
         criterion: ``"l1"`` and ``"l2"``, norms of the producing filters (Li et al. 2017, section 3.1);
             ``"fpgm"``, distance to the layer's other filters (He et al. 2019, section 3.2); ``"taylor"``, squared
-            first-order change of the loss (Molchanov et al. 2019, equation 8); ``"bn_scale"``, magnitude of the
-            batch-norm scale (Liu et al. 2017, section 3).
+            first-order change of the cross-entropy (Molchanov et al. 2019, equation 8); ``"bn_scale"``, magnitude of
+            the batch-norm scale (Liu et al. 2017, section 3).
         batches: pairs of inputs and targets on the model's device; ``"taylor"`` only.
-        loss: of outputs and targets; cross-entropy if left out.
 
     Returns:
         Float scores of shape ``(size,)`` by group name, higher is kept. Scores of one layer are divided by their
@@ -53,7 +51,7 @@ def rank_units(
         raise ValueError(msg)
     # Squared batch by batch: over all batches the gradients of a trained network cancel.
     scores: dict[str, Tensor] = {}
-    for products in _gradient_products(model, batches, loss or nn.functional.cross_entropy):
+    for products in _gradient_products(model, batches):
         for group in graph.prunable:
             score = _group_scores(group, tensors | products, criterion)
             scores[group.name] = scores.get(group.name, torch.zeros_like(score)) + score
@@ -101,16 +99,15 @@ def _per_unit(scores: Tensor, member: Member) -> Tensor:
     return scores.cpu()[member.indices].sum(dim=1)
 
 
-def _gradient_products(
-    model: nn.Module, batches: Iterable[tuple[Batch, Tensor]], loss: Callable[[Tensor, Tensor], Tensor]
-) -> Iterator[dict[str, Tensor]]:
-    """Weight times gradient by every name of each parameter, frozen ones too, batch by batch."""
+def _gradient_products(model: nn.Module, batches: Iterable[tuple[Batch, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Weight times gradient of the cross-entropy by every name of each parameter, frozen ones too, batch by batch."""
     names = {id(p): name for name, p in model.named_parameters()}
     own = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     for inputs, targets in batches:
         with evaluation_mode(model), torch.enable_grad():
             outputs = torch.func.functional_call(model, own, inputs_of(inputs))
-            gradients = torch.autograd.grad(loss(outputs, targets), list(own.values()), allow_unused=True)
+            loss = nn.functional.cross_entropy(outputs, targets)
+            gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
         pairs = zip(own.items(), gradients, strict=True)
         products = {name: torch.zeros_like(p) if g is None else p.detach() * g for (name, p), g in pairs}
         yield {name: products[names[id(p)]] for name, p in model.named_parameters(remove_duplicate=False)}

@@ -208,7 +208,7 @@ def test_step_sizes_do_not_decay_and_everything_else_does(monkeypatch: pytest.Mo
 
 
 def test_network_without_quantizers_is_trained_by_one_group_of_all_parameters_in_order(tmp_path: Path) -> None:
-    # So that its results, and checkpoints from before there were two groups, stay what they were.
+    # So that its results do not hang on whether there could have been quantizers.
     path = tmp_path / "state.pt"
     finetune(network(), Blobs(), epochs=1, learning_rate=0.1, checkpoint=path)
 
