@@ -209,7 +209,8 @@ class Allowance(_Record):
 class RunOutcome(_Record):
     """Everything that results.json holds."""
 
-    version: int = 1
+    version: Literal[1] = 1
+    """Of this format; a file of another one is refused."""
     model: str
     data: str
     budget: str

@@ -86,6 +86,7 @@ def test_results_of_an_unfinished_run_say_how_to_finish_it(folder: RunFolder) ->
     [
         ("[]", "Input should be an object"),
         (outcome().model_dump_json(exclude={"machine", "seed"}), "seed: Field required, and 1 more"),
+        (outcome().model_dump_json().replace('"version":1', '"version":2'), "version: Input should be 1"),
         ("", "Invalid JSON: EOF while parsing a value at line 1 column 0"),
         (None, "Is a directory"),
     ],
