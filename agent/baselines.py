@@ -16,9 +16,6 @@ from numpy.typing import NDArray
 
 from .search_env import MOST_KNOWN, Episode, tell_exhausted
 
-Plan = NDArray[np.float64]
-"""One score a decision, in ``[-1, 1]``, ``(D,)``."""
-
 
 @dataclass(frozen=True)
 class BaselineResult:
@@ -27,12 +24,10 @@ class BaselineResult:
     Attributes:
         rewards: of every plan, in order.
         best: the plan with the highest reward.
-        plan: where the search had arrived, ``(D,)``; for a search that goes nowhere, its best plan.
     """
 
     rewards: tuple[float, ...]
     best: Episode
-    plan: Plan
 
 
 class Scorer:
@@ -114,21 +109,14 @@ def run_baseline(
     scorer = Scorer(env, 4 * n_evaluations)
     env.reset(seed=seed)
     generator = np.random.default_rng(seed)
-    plan: Plan | None = None
-    if baseline == "cem":
-        plan = cross_entropy(scorer, n_decisions, generator)
-    else:
-        random_search(scorer, n_decisions, generator)
+    search = cross_entropy if baseline == "cem" else random_search
+    search(scorer, n_decisions, generator)
     if scorer.known_in_a_row >= MOST_KNOWN:
         tell_exhausted(scorer.evaluations, n_evaluations)
     elif not scorer.is_spent and scorer.evaluations < n_evaluations:
         tell_exhausted(scorer.evaluations, n_evaluations, f"most of the {len(scorer.episodes)} plans were known before")
     best = max(scorer.episodes, key=lambda episode: episode.reward)
-    return BaselineResult(
-        rewards=tuple(episode.reward for episode in scorer.episodes),
-        best=best,
-        plan=best.actions[0].astype(np.float64) if plan is None else plan,
-    )
+    return BaselineResult(rewards=tuple(episode.reward for episode in scorer.episodes), best=best)
 
 
 def random_search(scorer: Scorer, n_decisions: int, generator: np.random.Generator, *, std: float = 0.3) -> None:
@@ -155,7 +143,7 @@ def cross_entropy(
     std: float = 0.4,
     mean_step: float = 0.9,
     std_step: float = 0.2,
-) -> Plan:
+) -> None:
     """Cross-entropy method with a diagonal Gaussian (de Boer et al. 2005, section 3.2, with smoothing).
 
     It starts at the start plan. The first plan of a generation is the Gaussian's mean, the others mirrored pairs.
@@ -169,9 +157,6 @@ def cross_entropy(
         std: its spread at the start, on the scale of actions.
         mean_step: share of the way that its mean moves, in ``(0, 1]``.
         std_step: share of the way that its spread moves; small, since so few elites underestimate it.
-
-    Returns:
-        Its mean at the end.
     """
     mean, spread = np.zeros(n_decisions), np.full(n_decisions, std)
     while scorer.goes_on:
@@ -184,4 +169,3 @@ def cross_entropy(
         elite = plans[np.argsort(-rewards, kind="stable")[:n_elite]]
         mean = mean + mean_step * (elite.mean(axis=0) - mean)
         spread = spread + std_step * (elite.std(axis=0) - spread)
-    return mean

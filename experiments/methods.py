@@ -165,11 +165,6 @@ def ranked_plans(problem: SearchProblem, evaluator: WatchedEvaluator) -> list[Jo
     return sorted(plans, key=lambda entry: (-entry.fidelity, -problem.reward(entry.accuracy, entry.cost)))
 
 
-def is_finalists(searcher: str) -> bool:
-    """Whether a name in the journal is that of a method's finalists."""
-    return searcher.endswith(_FINALISTS)
-
-
 def _n_finalists(method: Method, settings: SearchSettings) -> int:
     return 1 if method in ONE_SHOT else settings.finalists
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -84,10 +84,6 @@ class SparseReport:
     def choices(self) -> dict[str, str]:
         """The form of each layer by name, for `sparsify` to take the same ones again."""
         return {layer.layer: layer.form for layer in self.layers}
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
-        return asdict(self)
 
 
 def measure_in_turn(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 4) -> dict[str, float]:

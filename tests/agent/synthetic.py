@@ -101,9 +101,6 @@ class PlanEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def accuracy(self, action: np.ndarray) -> float:
         raise NotImplementedError
 
-    def keep_ratios(self, action: np.ndarray) -> np.ndarray:
-        return 0.5 + 0.5 * action
-
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -124,7 +121,7 @@ class PlanEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             "evaluation": SimpleNamespace(evaluations_used=self.evaluations),
             "accuracy": reward,
             "budget_spent": spent,
-            "kept_ratios": self.keep_ratios(action),
+            "kept_ratios": 0.5 + 0.5 * action,
         }
         return dict(self.observation), reward, True, False, info
 
@@ -221,63 +218,3 @@ class LayerwiseTargetEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.actions = list(state["actions"])
         self.whole.load_state_dict(state["whole"])
-
-
-class PruningEnv(PlanEnv):
-    """A stand-in for pruning a 90.5 % network to half its cost, with interactions and unexplained differences.
-
-    Keep ratios are ``clip(prior + action / 2 + shift, 0.1, 1)`` with the shift that spends half of the cost, rounded
-    down to whole channels. Removing channels of group ``i`` costs ``l_i = s_i (exp(-k_i keep_i) - exp(-k_i))``, and
-
-        accuracy = 0.1 + 0.805 exp(-sum_i l_i - 8 sum_i w_i l_i l_{i+1}) + noise.
-
-    ``s_i`` is log-normal and only in part a function of the features; it is scaled so that the uniform plan scores
-    75.7 %. ``prior_slope`` 0 starts from the uniform plan; 0.125 from one tilted by a noisy sensitivity measurement.
-    """
-
-    def __init__(
-        self, n_decisions: int = 27, *, seed: int = 0, prior_slope: float = 0.0, noise: float = 0.005, **options: Any
-    ) -> None:
-        generator = np.random.default_rng(seed)
-        place = np.arange(n_decisions) / n_decisions
-        stage = np.floor(3 * place)
-        first = (np.arange(n_decisions) % max(1, n_decisions // 3) == 0).astype(float)
-        self.width = 16 * 2**stage
-        self.decay = np.exp(np.log(3.5) + 0.25 * generator.normal(size=n_decisions))
-        self.coupling = 0.5 * np.abs(generator.normal(size=n_decisions - 1))
-        self.sensitivity = np.exp(0.9 * first - 0.25 * (stage - 1) + 0.9 * generator.normal(size=n_decisions))
-        self.sensitivity *= self._scale_for_uniform(0.757)
-        measured = np.maximum(
-            self._losses(np.full(n_decisions, 0.3)) + 0.003 * generator.normal(size=n_decisions), 0.002
-        )
-        prior = prior_slope * np.log(measured)
-        self.prior = 0.5 + prior - prior.mean()
-        features = np.stack([place, stage / 2, stage, first, np.log(measured) / 3 + 1, 0 * place], axis=1)
-        super().__init__(features, noise=noise, seed=seed + 1000, **options)
-
-    def _losses(self, keep: np.ndarray) -> np.ndarray:
-        return self.sensitivity * (np.exp(-self.decay * keep) - np.exp(-self.decay))
-
-    def _value(self, keep: np.ndarray) -> float:
-        losses = self._losses(keep)
-        return float(0.1 + 0.805 * np.exp(-losses.sum() - 8 * (self.coupling * losses[1:] * losses[:-1]).sum()))
-
-    def _scale_for_uniform(self, accuracy: float) -> float:
-        unit, low, high = self.sensitivity, 1e-4, 1e2
-        for _ in range(60):
-            scale = float(np.sqrt(low * high))
-            self.sensitivity = unit * scale
-            low, high = (scale, high) if self._value(np.full(len(unit), 0.5)) > accuracy else (low, scale)
-        self.sensitivity = unit
-        return scale
-
-    def keep_ratios(self, action: np.ndarray) -> np.ndarray:
-        wanted = self.prior + 0.5 * action
-        low, high = -2.0, 2.0
-        for _ in range(40):
-            shift = (low + high) / 2
-            low, high = (low, shift) if np.clip(wanted + shift, 0.1, 1).mean() > 0.5 else (shift, high)
-        return np.floor(np.clip(wanted + low, 0.1, 1) * self.width) / self.width
-
-    def accuracy(self, action: np.ndarray) -> float:
-        return self._value(self.keep_ratios(action))
