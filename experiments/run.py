@@ -264,7 +264,7 @@ class MethodFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Checkpoints of the search."""
+        """Checkpoints of the search while it runs."""
         return self.root / "checkpoints"
 
     @property

@@ -351,7 +351,21 @@ def _search(
         display.say(f"{method}: searched before")
         todo = f"delete it, and 'secateur resume {folder.root}' makes it again from the evaluations in the journal"
         with reading(own.search_file, todo):
-            return MethodSearch.model_validate_json(own.search_file.read_text())
+            found = MethodSearch.model_validate_json(own.search_file.read_text())
+    else:
+        found = _search_anew(folder, subject, problem, method, display, stop)
+        problem.policy(found).save(own.policy_file)
+        write_atomic(own.search_file, found.model_dump_json(indent=2).encode())
+    # Also those that a run left which ended right after it wrote the file: nothing reads them any more.
+    shutil.rmtree(own.checkpoints, ignore_errors=True)
+    return found
+
+
+def _search_anew(
+    folder: RunFolder, subject: Subject, problem: SearchProblem, method: Method, display: RunDisplay, stop: StopFlag
+) -> MethodSearch:
+    """Search with one method, from its newest checkpoint and what the journal holds, if there is any."""
+    own = folder.method(method)
     entries = [e for e in problem.journal.entries(method, problem.seed) if e.purpose == "candidate"]
     recorded = {math.ceil(e.evaluations_used): problem.reward(e.accuracy, e.cost) for e in entries}
     scalars = EvaluationScalars(folder.tensorboard / method, recorded)
@@ -378,8 +392,6 @@ def _search(
             f"{method}: ended with {found.evaluations:g} of {settings.evaluations} evaluations, as it proposed little "
             f"but plans that it knew: {count(found.plans, 'different plan')}, {found.cache_hits} proposed again"
         )
-    problem.policy(found).save(own.policy_file)
-    write_atomic(own.search_file, found.model_dump_json(indent=2).encode())
     return found
 
 

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from experiments.run import RunBusyError, RunError, RunFolder
 from experiments.search import create_run, resume_run, start_run
 from tests.event_files import Series, hyperparameters, scalars
 
-from .stopping import StopAfter
+from .stopping import StopAfter, StopWhen
 from .tiny import images as tiny_images
 
 Configured = Callable[..., RunConfig]
@@ -191,6 +192,37 @@ def test_run_stopped_at_any_step_goes_on_to_the_same_end(tiny_config: Configured
         f"stopped by SIGTERM; everything so far is saved: continue with 'secateur resume {tmp_path / 'stopped'}'"
     )
     assert timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
+
+
+def test_checkpoints_are_gone_once_a_search_is_written_and_none_is_needed_later(
+    tiny_config: Configured, tmp_path: Path
+) -> None:
+    options = {"search__evaluations": 30, "ppo__rollout": 4, "ppo__checkpoint_every": 4}
+    folder = RunFolder(tmp_path / "run")
+    own = folder.method("ppo")
+    with pytest.raises(Interrupted):
+        search(
+            tiny_config(search__methods=["ppo"], **options),
+            folder.root,
+            StopWhen(lambda: any(own.checkpoints.glob("*.pt"))),
+        )
+    shutil.copytree(own.checkpoints, tmp_path / "kept")
+    resume(folder.root)
+    found = timeless(folder.root)
+    assert not own.checkpoints.exists()
+
+    # As a run leaves them that is killed right after it wrote what its search found.
+    folder.results_file.unlink()
+    shutil.copytree(tmp_path / "kept", own.checkpoints)
+    resume(folder.root)
+    assert not own.checkpoints.exists()
+    assert timeless(folder.root) == found
+
+    # What the user is told to do about a damaged file: the whole search is played again from the journal.
+    folder.results_file.unlink()
+    own.search_file.unlink()
+    resume(folder.root)
+    assert timeless(folder.root) == found
 
 
 def test_tensorboard_shows_each_evaluation_once_after_a_stop(tiny_config: Configured, tmp_path: Path) -> None:
@@ -391,7 +423,7 @@ def test_run_killed_at_random_moments_goes_on_to_the_same_end(
         search(config, tmp_path / "killed", StopAfter(1))
     moments = random.Random(0)
 
-    n_kills = 0
+    n_kills, resumed = 0, set()
     while True:
         # Later and later, so that a slow machine gets to the end too.
         seconds = moments.uniform(0.1, 0.8) * (1 + (n_kills / 8) ** 2)
@@ -401,7 +433,8 @@ def test_run_killed_at_random_moments_goes_on_to_the_same_end(
             break
         assert done.returncode == -signal.SIGKILL, done.stderr
         n_kills += 1
+        resumed |= {path.parents[1].name for path in (tmp_path / "killed/methods").glob("*/checkpoints/*.pt")}
 
     assert n_kills >= 3
-    assert all(any((tmp_path / "killed/methods" / agent / "checkpoints").iterdir()) for agent in ("ppo", "ddpg"))
+    assert resumed  # some kill left checkpoints to go on from
     assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
