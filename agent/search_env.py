@@ -140,8 +140,7 @@ class Ledger(VecEnvWrapper):
         self._running = [list(actions) for actions in state["running"]]
         self._returns = list(state["returns"])
         self.is_spent = state["is_spent"]
-        # Version 0.1.0 did not count them.
-        self.known_in_a_row = state.get("known_in_a_row", 0)
+        self.known_in_a_row = state["known_in_a_row"]
 
 
 class StandardisedRewards(VecEnvWrapper):

@@ -297,11 +297,22 @@ class Search:
         state = load_checkpoint(checkpoints, self._notify)
         if state is None:
             return False
-        self._check_same_search(state["search"], checkpoints)
+        try:
+            self._check_same_search(state["search"], checkpoints)
+            self._load_state(state)
+        except KeyError as missing:
+            msg = (
+                f"the checkpoints in '{checkpoints}' lack {missing}, so they are of another version; use that one, or "
+                "remove the folder to start the search over (evaluations in the journal are not run again)"
+            )
+            raise CheckpointError(msg) from missing
+        return True
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
         agent = self.agent
         # The seeds that Stable-Baselines3 gave the environments wait for their next reset: let them have it now.
         self.ledger.reset()
-        self.ledger.load_state_dict(_with_evaluator(state))
+        self.ledger.load_state_dict(state["ledger"])
         agent.policy.load_state_dict(state["policy"])
         for optimizer, saved in zip(_optimizers(agent), state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -312,7 +323,6 @@ class Search:
         agent._last_episode_starts = state["last_episode_starts"]
         agent.load_extra_state(state["extra"])
         set_random_states(state["random"])
-        return True
 
     def _check_same_search(self, saved: Mapping[str, Any], checkpoints: Path) -> None:
         identity = self.plan.identity()
@@ -371,14 +381,6 @@ class SearchHooks(BaseCallback):
         self.logger.record("plan/keep_ratios", ratios)
         self.logger.record("plan/evaluations", self._search.ledger.evaluations)
         self.logger.dump(self.num_timesteps)
-
-
-def _with_evaluator(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The books of a checkpoint, whose environments hold their evaluators' states."""
-    # Checkpoints used to hold the evaluator's state, of one environment alone, beside the books.
-    beside = state.get("companions", {})
-    ledger = state["ledger"]
-    return {**ledger, "environments": [{**beside, **environment} for environment in ledger["environments"]]}
 
 
 def _optimizers(agent: Agent) -> list[torch.optim.Optimizer]:

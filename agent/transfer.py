@@ -30,7 +30,7 @@ FEATURES = (*NODE_FEATURES, *GLOBAL_FEATURES)
 
 @dataclass(frozen=True)
 class Task:
-    """What an agent plans, beside the network; what a file of an older version does not say is empty.
+    """What an agent plans, beside the network.
 
     Attributes:
         environment: "network" for a plan of a whole network at once, "layerwise" for one group a step.
@@ -44,8 +44,8 @@ class Task:
 
     environment: str
     start: str
-    decide: tuple[str, ...] = ()
-    budgets: tuple[str, ...] = ()
+    decide: tuple[str, ...]
+    budgets: tuple[str, ...]
     sparsity: str = ""
     densities: tuple[int, ...] = ()
     bits: tuple[int, ...] = ()
@@ -58,7 +58,7 @@ class Training:
     Attributes:
         task: what it planned.
         measured_dropout: share of its episodes that did not show measured features; 1 if none did.
-        features: names of what it read of nodes and of the whole, in order; empty where its file does not say.
+        features: names of what it read of nodes and of the whole, in order.
     """
 
     task: Task
@@ -67,15 +67,13 @@ class Training:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Training:
-        """Read what `dataclasses.asdict` made, or what versions wrote that recorded three values alone."""
-        if "task" not in state:
-            return cls(Task(state["environment"], state["start"]), state["measured_dropout"], ())
+        """Read what `dataclasses.asdict` made."""
         return cls(Task(**state["task"]), state["measured_dropout"], tuple(state["features"]))
 
     def refusal(self, here: Task) -> str | None:
         """Why it cannot plan ``here`` at all: it never decided what is to be decided; None if it can."""
         unknown = [choice for choice in here.decide if choice not in self.task.decide]
-        if not self.task.decide or not unknown:
+        if not unknown:
             return None
         return (
             f"it learned to decide {_listed(self.task.decide)} and is to decide {_listed(here.decide)} here, but knows "
@@ -117,8 +115,6 @@ class Training:
 
     def _other_choices(self, here: Task) -> list[str]:
         there, found = self.task, []
-        if not there.decide:
-            return ["its file is of an older version, which does not say what it decided and under what budget"]
         if set(there.decide) != set(here.decide):
             found.append(
                 f"it learned to decide {_listed(there.decide)} together and decides {_listed(here.decide)} here; train "
@@ -146,12 +142,12 @@ class SavedAgent:
     Attributes:
         config: its hyper-parameters.
         policy: its policy, for the network that it is to plan, in evaluation mode.
-        training: what it was trained on; None if the file is of a version that did not record it.
+        training: what it was trained on.
     """
 
     config: AgentConfig
     policy: BasePolicy
-    training: Training | None
+    training: Training
 
 
 def policy_options(config: AgentConfig) -> dict[str, Any]:
@@ -192,7 +188,8 @@ def load_agent(path: Path, observation_space: spaces.Dict, action_space: spaces.
         action_space: its decisions.
 
     Raises:
-        CheckpointError: if the file cannot be read, or the agent reads other features than the observations hold.
+        CheckpointError: if the file cannot be read or does not say what the agent was trained on, or the agent reads
+            other features than the observations hold.
     """
     state = read_state(path)
     if state.get("algorithm") not in get_args(Algorithm):
@@ -203,12 +200,22 @@ def load_agent(path: Path, observation_space: spaces.Dict, action_space: spaces.
     algorithm: Algorithm = state["algorithm"]
     config = _CONFIGS[algorithm].model_validate(state["config"])
     policy = build_policy(config, observation_space, action_space)
-    training = Training.from_state(state["training"]) if "training" in state else None
-    if training is not None and training.features:
-        _check_features(training.features, path)
+    training = _training(state, path)
+    _check_features(training.features, path)
     load_weights(policy, state["policy"], path)
     policy.set_training_mode(False)
     return SavedAgent(config, policy, training)
+
+
+def _training(state: Mapping[str, Any], path: Path) -> Training:
+    try:
+        return Training.from_state(state["training"])
+    except (KeyError, TypeError) as error:
+        msg = (
+            f"'{path}' does not say what its agent was trained on, so it is of another version; train the agent again, "
+            "or use the version that trained it"
+        )
+        raise CheckpointError(msg) from error
 
 
 def _check_features(features: Sequence[str], path: Path) -> None:

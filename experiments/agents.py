@@ -96,7 +96,7 @@ def plan_by_agent(
         problem: network, decisions and start.
         evaluator: not asked to score anything but the dense network.
         settings: what is decided; the plan is made for the whole network at once, whatever environment they name.
-        notify: told what the agent was not trained for, or that its file does not say.
+        notify: told what the agent was not trained for.
 
     Returns:
         The agent's hyper-parameters, and its plan.
@@ -107,17 +107,14 @@ def plan_by_agent(
     settings = settings.model_copy(update={"environment": "network"})
     env = search_env(problem, evaluator, settings)
     agent = load_agent(path, cast("spaces.Dict", env.observation_space), cast("spaces.Box", env.action_space))
-    if agent.training is None:
-        notify(f"the agent in '{path}' does not say what it was trained on, as its file is of an older version")
-    else:
-        here = _task(problem, settings)
-        if refusal := agent.training.refusal(here):
-            msg = f"the agent in '{path}' cannot plan here: {refusal}"
-            raise CheckpointError(msg)
-        for difference in agent.training.differences(
-            here, shows_measured=problem.shows_probes, knows_places=agent.config.n_frequencies > 0
-        ):
-            notify(f"the agent in '{path}' is not used as it was trained: {difference}")
+    here = _task(problem, settings)
+    if refusal := agent.training.refusal(here):
+        msg = f"the agent in '{path}' cannot plan here: {refusal}"
+        raise CheckpointError(msg)
+    for difference in agent.training.differences(
+        here, shows_measured=problem.shows_probes, knows_places=agent.config.n_frequencies > 0
+    ):
+        notify(f"the agent in '{path}' is not used as it was trained: {difference}")
     observation, _ = env.reset(seed=problem.seed)
     return agent.config, decode(act(agent.policy, observation), problem.space)
 

@@ -296,7 +296,7 @@ def _subject(
     if saved is None:
         report_dense(subject, display)
         write_atomic(folder.dense_file, save(unique_tensors(subject.model), metadata={_IMAGES: images}))
-    elif _images_of(saved) not in (images, ""):
+    elif _images_of(saved) != images:
         msg = (
             f"the training or validation images of {folder.root} are others than when it was begun, and its "
             "evaluations would not compare with new ones; put those images back, or start a new run"
@@ -306,9 +306,20 @@ def _subject(
 
 
 def _images_of(dense_file: Path) -> str:
-    """Digest of the images that a run was begun with; empty for runs from before it was kept."""
+    """Digest of the images that a run was begun with.
+
+    Raises:
+        RunError: if the file does not say.
+    """
     with safe_open(dense_file, framework="pt") as file:
-        return str((file.metadata() or {}).get(_IMAGES, ""))
+        metadata: dict[str, str] = file.metadata() or {}
+    if _IMAGES not in metadata:
+        msg = (
+            f"'{dense_file}' does not say on which images the run was begun: it was changed, or written by another "
+            "version of secateur; put it back, or start a new run"
+        )
+        raise RunError(msg)
+    return metadata[_IMAGES]
 
 
 def importance_of(subject: Subject) -> dict[str, torch.Tensor]:

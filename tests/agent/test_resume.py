@@ -163,9 +163,7 @@ def test_a_search_killed_among_known_plans_ends_where_it_would_have(algorithm: A
     assert search("killed").n_steps == whole.n_steps
 
 
-def test_a_checkpoint_of_a_version_that_did_not_count_known_plans_continues(
-    whole: Callable[[Algorithm], Whole], tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_lacks_something_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         train("ppo", MortalEnv(20), tmp_path)
     for path in (tmp_path / "checkpoints").iterdir():
@@ -173,7 +171,12 @@ def test_a_checkpoint_of_a_version_that_did_not_count_known_plans_continues(
         del state["ledger"]["known_in_a_row"]
         write_state(path, state)
 
-    assert_same(tmp_path, train("ppo", MortalEnv(), tmp_path), whole("ppo"))
+    with pytest.raises(CheckpointError) as caught:
+        train("ppo", MortalEnv(), tmp_path)
+    assert str(caught.value) == (
+        f"the checkpoints in '{tmp_path / 'checkpoints'}' lack 'known_in_a_row', so they are of another version; use "
+        "that one, or remove the folder to start the search over (evaluations in the journal are not run again)"
+    )
 
 
 def test_a_damaged_checkpoint_costs_no_more_than_the_steps_since_the_one_before(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from agent.checkpoint import read_state
 from envs.journal import Journal, JournalEntry
@@ -281,7 +282,7 @@ def test_a_run_is_not_continued_on_other_images(
     tiny_config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     with pytest.raises(Interrupted):
-        search(tiny_config(), tmp_path / "run", StopAfter(3))
+        search(tiny_config(), tmp_path / "run", StopWhen(RunFolder(tmp_path / "run").dense_file.exists))
     images, labels = tiny_images()[name]
     changed = {**tiny_images(), name: (255 - images, labels)}
     with monkeypatch.context() as patched:
@@ -294,6 +295,22 @@ def test_a_run_is_not_continued_on_other_images(
         "evaluations would not compare with new ones; put those images back, or start a new run"
     )
     assert resume(tmp_path / "run").row("random").evaluations == 12
+
+
+def test_a_run_that_does_not_say_on_which_images_it_was_begun_is_not_continued(
+    tiny_config: Configured, tmp_path: Path
+) -> None:
+    file = RunFolder(tmp_path / "run").dense_file
+    with pytest.raises(Interrupted):
+        search(tiny_config(), tmp_path / "run", StopWhen(file.exists))
+    save_file(load_file(file), file)
+
+    with pytest.raises(RunError) as caught:
+        resume(tmp_path / "run")
+    assert str(caught.value) == (
+        f"'{file}' does not say on which images the run was begun: it was changed, or written by another version of "
+        "secateur; put it back, or start a new run"
+    )
 
 
 def test_what_a_damaged_file_of_a_run_held_is_made_again(tiny_config: Configured, tmp_path: Path) -> None:
