@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,9 @@ class AgentConfig(BaseModel):
     """What both agents have in common."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    algorithm: ClassVar[Algorithm]
+    """Which agent it is for."""
 
     hidden: Annotated[int, Field(ge=1)] = 64
     """Width of the graph encoder's embeddings."""
@@ -40,6 +43,8 @@ class AgentConfig(BaseModel):
 class PPOConfig(AgentConfig):
     """Proximal policy optimisation."""
 
+    algorithm = "ppo"
+
     rollout: Count = 20
     """Evaluations of a rollout, adjusted by up to a quarter so that rollouts fill the budget."""
     learning_rate: Positive = 3e-3
@@ -58,6 +63,8 @@ class PPOConfig(AgentConfig):
 
 class DDPGConfig(AgentConfig):
     """Deep deterministic policy gradient."""
+
+    algorithm = "ddpg"
 
     rollout: Count = 10
     """Evaluations between trainings, adjusted by up to a quarter so that rollouts fill the budget."""

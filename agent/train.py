@@ -27,7 +27,7 @@ from .checkpoint import (
     save_checkpoint,
     warn,
 )
-from .config import AgentConfig, Algorithm, DDPGConfig, PPOConfig, default_config
+from .config import AgentConfig, DDPGConfig, PPOConfig
 from .ddpg import GraphDDPG, GraphDDPGPolicy
 from .policies import GraphActorCriticPolicy
 from .ppo import GraphPPO
@@ -62,12 +62,11 @@ class TrainResult:
 
 
 def train_agent(
-    algorithm: Algorithm,
+    config: AgentConfig,
     env: gym.Env[Any, Any] | VecEnv,
     *,
     n_evaluations: int,
     seed: int,
-    config: AgentConfig | None = None,
     episode_length: int = 1,
     logdir: Path | None = None,
     checkpoints: Path | None = None,
@@ -87,13 +86,12 @@ def train_agent(
     result is that of a run never interrupted, bit by bit.
 
     Args:
-        algorithm: "ppo" or "ddpg".
+        config: the agent's hyper-parameters, which say what agent it is.
         env: a Gymnasium environment over graphs (see `GraphEncoder`) with actions in ``[-1, 1]``, or several of one
             size, vectorised. If ``checkpoints`` is given, with ``state_dict`` and ``load_state_dict``, which hold all
             that later steps depend on, what was scored so far included.
         n_evaluations: evaluations that the environments grant in all.
         seed: of weights, noise and batches.
-        config: hyper-parameters; `default_config` if not given.
         episode_length: steps of an episode: 1 for a plan for the whole network, the number of decisions layer by layer.
         logdir: folder for TensorBoard.
         checkpoints: folder for checkpoints.
@@ -104,13 +102,8 @@ def train_agent(
     Raises:
         CheckpointError: if a checkpoint or ``start_from`` cannot be read, or is of another search.
         FileWriteError: if a checkpoint cannot be written.
-        ValueError: if ``config`` is of another algorithm, the spaces are not those of a search, or environments share
-            an evaluator.
+        ValueError: if the spaces are not those of a search, or environments share an evaluator.
     """
-    config = config or default_config(algorithm)
-    if not isinstance(config, PPOConfig if algorithm == "ppo" else DDPGConfig):
-        msg = f"config is a {type(config).__name__}, but the algorithm is '{algorithm}'; pass its own configuration"
-        raise ValueError(msg)
     plan = SearchPlan(config, n_evaluations, seed, episode_length, device)
     search = Search(plan, env, notify)
     if start_from is not None:
@@ -147,16 +140,11 @@ class SearchPlan:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint is compared by."""
         return {
-            "config": {"algorithm": self.algorithm, **self.config.model_dump()},
+            "config": {"algorithm": self.config.algorithm, **self.config.model_dump()},
             "n_evaluations": self.n_evaluations,
             "seed": self.seed,
             "episode_length": self.episode_length,
         }
-
-    @property
-    def algorithm(self) -> Algorithm:
-        """What the configuration is for."""
-        return "ddpg" if isinstance(self.config, DDPGConfig) else "ppo"
 
     def most_steps(self) -> int:
         """Steps after which a search that proposes known plans over and over is ended."""
@@ -244,7 +232,7 @@ class Search:
         self.ledger = Ledger(vectorised(env), self.new_episodes.append)
         self.rewards = StandardisedRewards(self.ledger)
         # DDPG's buffer standardises by itself, over all it holds.
-        self.agent = plan.build(self.rewards if plan.algorithm == "ppo" else self.ledger, notify)
+        self.agent = plan.build(self.rewards if plan.config.algorithm == "ppo" else self.ledger, notify)
 
     def run(self, checkpoints: Path | None) -> None:
         """Train until the evaluations are spent, or no new plan comes."""

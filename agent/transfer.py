@@ -21,7 +21,7 @@ from .config import AgentConfig, Algorithm, DDPGConfig, PPOConfig
 from .ddpg import GraphDDPGPolicy
 from .policies import GraphActorCriticPolicy
 
-_CONFIGS: dict[Algorithm, type[AgentConfig]] = {"ppo": PPOConfig, "ddpg": DDPGConfig}
+_CONFIGS: dict[Algorithm, type[AgentConfig]] = {kind.algorithm: kind for kind in (PPOConfig, DDPGConfig)}
 
 
 FEATURES = (*NODE_FEATURES, *GLOBAL_FEATURES)
@@ -174,9 +174,8 @@ def save_agent(path: Path, config: AgentConfig, policy: BasePolicy, training: Tr
     Raises:
         FileWriteError: if the disk refuses.
     """
-    algorithm = "ddpg" if isinstance(config, DDPGConfig) else "ppo"
     state = {"config": config.model_dump(), "policy": dict(policy.state_dict()), "training": asdict(training)}
-    write_state(path, {"algorithm": algorithm, **state})
+    write_state(path, {"algorithm": config.algorithm, **state})
 
 
 def load_agent(path: Path, observation_space: spaces.Dict, action_space: spaces.Box) -> SavedAgent:

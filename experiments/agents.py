@@ -10,7 +10,7 @@ from typing import cast
 from gymnasium import spaces
 
 from agent.checkpoint import warn
-from agent.config import AgentConfig, DDPGConfig
+from agent.config import AgentConfig
 from agent.train import train_agent
 from agent.transfer import Task, Training, act, load_agent, save_agent
 from envs.action import decode
@@ -65,11 +65,10 @@ def search_by_agent(
     """
     env = search_env(problem, evaluator, settings)
     result = train_agent(
-        "ddpg" if isinstance(config, DDPGConfig) else "ppo",
+        config,
         env,
         n_evaluations=math.floor(evaluator.max_evaluations),
         seed=problem.seed,
-        config=config,
         episode_length=1 if settings.environment == "network" else problem.space.n,
         logdir=tensorboard,
         checkpoints=files.checkpoints if files else None,

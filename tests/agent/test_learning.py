@@ -30,9 +30,7 @@ CONFIGS: dict[Algorithm, AgentConfig] = {
 
 
 def search(algorithm: Algorithm, n_evaluations: int, env: TargetEnv, **options: Any) -> TrainResult:
-    return train_agent(
-        algorithm, env, n_evaluations=n_evaluations, seed=options.pop("seed", 0), config=CONFIGS[algorithm], **options
-    )
+    return train_agent(CONFIGS[algorithm], env, n_evaluations=n_evaluations, seed=options.pop("seed", 0), **options)
 
 
 def ddpg(env: TargetEnv, **config: Any) -> GraphDDPG:
@@ -299,20 +297,13 @@ def test_a_search_ends_a_hundred_plans_after_the_last_new_one(
     ]
 
 
-def test_a_configuration_of_the_other_algorithm_is_refused() -> None:
-    message = "config is a DDPGConfig, but the algorithm is 'ppo'; pass its own configuration"
-
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        train_agent("ppo", TargetEnv(2), n_evaluations=10, seed=0, config=DDPGConfig())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["ppo", "ddpg"])
 def test_an_agent_finds_the_plan_that_is_a_function_of_the_features(algorithm: Algorithm) -> None:
     env = TargetEnv(10, budget=300)
     start = env.accuracy(np.zeros(10))
 
-    result = train_agent(algorithm, env, n_evaluations=300, seed=0, config=default_config(algorithm))
+    result = train_agent(default_config(algorithm), env, n_evaluations=300, seed=0)
 
     found = env.accuracy(act(result.policy, env.observation).astype(np.float64))
     assert found > 0.1 * start  # both are negative; the optimum is 0
@@ -326,8 +317,7 @@ def test_layer_by_layer_ppo_takes_away_seventy_percent_of_the_error_and_ddpg_hal
     env = LayerwiseTargetEnv(3, budget=200)
     start = env.whole.accuracy(np.zeros(3))
 
-    config = default_config(algorithm)
-    result = train_agent(algorithm, env, n_evaluations=200, seed=0, config=config, episode_length=3)
+    result = train_agent(default_config(algorithm), env, n_evaluations=200, seed=0, episode_length=3)
 
     observation, _ = env.reset()
     plan = []
@@ -341,9 +331,7 @@ def test_layer_by_layer_ppo_takes_away_seventy_percent_of_the_error_and_ddpg_hal
 def test_several_environments_share_one_budget() -> None:
     envs = [TargetEnv(3, budget=20) for _ in range(2)]
 
-    result = train_agent(
-        "ppo", DummyVecEnv([lambda: envs[0], lambda: envs[1]]), n_evaluations=40, seed=0, config=CONFIGS["ppo"]
-    )
+    result = train_agent(CONFIGS["ppo"], DummyVecEnv([lambda: envs[0], lambda: envs[1]]), n_evaluations=40, seed=0)
 
     assert [env.evaluations for env in envs] == [20, 20]
     assert result.evaluations == 40

@@ -65,11 +65,10 @@ class MortalLayerwiseEnv(LayerwiseTargetEnv):
 
 def train(algorithm: Algorithm, env: Any, folder: Path, **options: Any) -> TrainResult:
     return train_agent(
-        algorithm,
+        options.pop("config", CONFIGS[algorithm]),
         env,
         n_evaluations=options.pop("n_evaluations", N_EVALUATIONS),
         seed=options.pop("seed", 0),
-        config=options.pop("config", CONFIGS[algorithm]),
         episode_length=3 if isinstance(env, LayerwiseTargetEnv) else 1,
         checkpoints=folder / "checkpoints",
         logdir=folder / "tensorboard",

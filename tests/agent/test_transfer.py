@@ -24,8 +24,7 @@ TRAINING = Training(CHANNELS, measured_dropout=0.25)
 
 def trained(config: AgentConfig, path: Path) -> TargetEnv:
     env = TargetEnv(4, budget=41)
-    algorithm = "ppo" if isinstance(config, PPOConfig) else "ddpg"
-    result = train_agent(algorithm, env, n_evaluations=41, seed=0, config=config)
+    result = train_agent(config, env, n_evaluations=41, seed=0)
     save_agent(path, result.config, result.policy, TRAINING)
     return env
 
@@ -60,7 +59,7 @@ def test_training_may_start_from_a_saved_agent(tmp_path: Path) -> None:
     first = trained(CONFIGS[0], tmp_path / "agent.pt")
     again = TargetEnv(4, budget=41)
 
-    train_agent("ppo", again, n_evaluations=41, seed=1, config=CONFIGS[0], start_from=tmp_path / "agent.pt")
+    train_agent(CONFIGS[0], again, n_evaluations=41, seed=1, start_from=tmp_path / "agent.pt")
 
     assert again.proposed[0] == pytest.approx(first.proposed[-1], abs=1e-6)
 

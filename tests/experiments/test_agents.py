@@ -65,11 +65,10 @@ def train(algorithm: Algorithm, folder: Path, lives: int = 10**9) -> TrainResult
     """Train in two environments of which the second may be killed."""
     envs = [journalled_env(folder / "0.jsonl", 10**9), journalled_env(folder / "1.jsonl", lives)]
     return train_agent(
-        algorithm,
+        CONFIGS[algorithm],
         DummyVecEnv([lambda env=env: env for env in envs]),  # type: ignore[misc]
         n_evaluations=2 * GRANTED,
         seed=0,
-        config=CONFIGS[algorithm],
         checkpoints=folder / "checkpoints",
     )
 
