@@ -120,7 +120,6 @@ def plan_by_agent(
 
 def _task(problem: SearchProblem, settings: SearchSettings) -> Task:
     """What an agent plans in this problem."""
-    decides_bits = set(settings.decide) & {"bits", "weight_bits", "act_bits"}
     decides_density = "density" in settings.decide
     return Task(
         environment=settings.environment,
@@ -129,7 +128,7 @@ def _task(problem: SearchProblem, settings: SearchSettings) -> Task:
         budgets=tuple(bound.cost.kind for bound in problem.space.bounds) or ("none",),
         sparsity=settings.sparsity if decides_density else "",
         densities=settings.densities if decides_density else (),
-        bits=settings.bits if decides_bits else (),
+        bits=settings.bits if settings.decides_bits else (),
     )
 
 
