@@ -50,8 +50,6 @@ COMPARED_IMAGES = 256
 """Calibration images on which outputs are compared with the dense network's."""
 PROBED_LEVELS = 3
 """Most levels of a choice inside a layer that its sensitivity is measured at."""
-USUAL_GAP = 0.05
-"""Accuracy that networks commonly lose on images that they were not trained on; many lose more, some less."""
 RESOLVED_LOSS = 1e-6
 """Least loss that follows from a comparison of outputs: rounding errors lie below."""
 ROUNDING = 1e-6
@@ -594,65 +592,3 @@ def check_accuracy(returned: object) -> float:
         msg = f"evaluate returned {float(returned)}, but an accuracy lies in [0, 1]{hint}"
         raise EvaluateError(msg)
     return float(returned)
-
-
-def check_validation_is_unseen(
-    train_accuracy: float, validation_accuracy: float, n_validation: int, n_train: int | None = None
-) -> str | None:
-    """Warn when the network does as well on the validation images as on those it was trained on.
-
-    A trained network does better on what it was trained on. The test is the one-sided two-proportion z-test with the
-    pooled variance: no warning if ``(train - validation) / sqrt(p (1 - p) (1 / n_train + 1 / n_validation))``
-    exceeds 1.645, that is, if validation is lower at the 5 % level. Nor is there one where the images are too few to
-    tell: where a true gap of `USUAL_GAP` would be missed by that test in more than 5 % of the cases. A network that
-    truly generalises without loss is warned about: the text says so.
-
-    Args:
-        train_accuracy: of the dense network on training images without augmentation, in ``[0, 1]``.
-        validation_accuracy: of the dense network on the validation images.
-        n_validation: validation images.
-        n_train: training images; as many as validation images if not given.
-
-    Returns:
-        The warning, or None if validation is clearly lower, or the images are too few to say.
-    """
-    n_train = n_train or n_validation
-    pooled = (train_accuracy * n_train + validation_accuracy * n_validation) / (n_train + n_validation)
-    error = math.sqrt(pooled * (1 - pooled) * (1 / n_train + 1 / n_validation))
-    if train_accuracy - validation_accuracy > 1.645 * error or 2 * 1.645 * error > USUAL_GAP:
-        return None
-    return (
-        f"the network scores {validation_accuracy:.2%} on the {n_validation:,} validation images and "
-        f"{train_accuracy:.2%} on {n_train:,} training images: no lower at the 5 % level, though so many images would "
-        f"show a gap of {100 * USUAL_GAP:g} points. If it was trained on these validation images, the search will "
-        "choose plans that remember them rather than plans that work; pass images that were held out of training. If "
-        "they were held out, ignore this"
-    )
-
-
-def check_calibration_is_like_training(dense: float, reestimated: float, n_images: int) -> str | None:
-    """Warn when re-estimating batch-norm statistics alone changes the accuracy of the dense network.
-
-    Args:
-        dense: accuracy of the dense network as it is, in ``[0, 1]``.
-        reestimated: its accuracy with statistics from the calibration images.
-        n_images: images that both were scored on.
-
-    Returns:
-        The warning, or None if less is lost than one point or the standard error of an accuracy, or gained than twice
-        as much.
-    """
-    noticed = max(0.01, math.sqrt(dense * (1 - dense) / n_images))
-    if reestimated - dense > 2 * noticed:
-        return (
-            f"with batch-norm statistics re-estimated the dense network scores {reestimated:.2%} in place of "
-            f"{dense:.2%}: its own statistics do not fit its weights or these images, and plans, whose statistics are "
-            f"re-estimated, look better beside it than they are. Compare them with {reestimated:.2%}"
-        )
-    if dense - reestimated <= noticed:
-        return None
-    return (
-        f"with batch-norm statistics re-estimated the dense network scores {reestimated:.2%} in place of {dense:.2%}, "
-        "so every plan will score below what it is worth. Prepare the calibration images as those it was trained on: "
-        "the same normalisation and augmentation, and a few hundred of them"
-    )

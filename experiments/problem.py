@@ -21,7 +21,6 @@ from envs.evaluator import (
     Evaluation,
     ReconstructFunction,
     Sensitivity,
-    check_calibration_is_like_training,
     probed_levels,
 )
 from envs.journal import Journal
@@ -353,3 +352,31 @@ def probe(
         shows_probes=shown,
     )
     return replace(probed, space=problem.space.with_prior(probed.sensitivity_offsets())) if as_start else probed
+
+
+def check_calibration_is_like_training(dense: float, reestimated: float, n_images: int) -> str | None:
+    """Warn when re-estimating batch-norm statistics alone changes the accuracy of the dense network.
+
+    Args:
+        dense: accuracy of the dense network as it is, in ``[0, 1]``.
+        reestimated: its accuracy with statistics from the calibration images.
+        n_images: images that both were scored on.
+
+    Returns:
+        The warning, or None if less is lost than one point or the standard error of an accuracy, or gained than twice
+        as much.
+    """
+    noticed = max(0.01, math.sqrt(dense * (1 - dense) / n_images))
+    if reestimated - dense > 2 * noticed:
+        return (
+            f"with batch-norm statistics re-estimated the dense network scores {reestimated:.2%} in place of "
+            f"{dense:.2%}: its own statistics do not fit its weights or these images, and plans, whose statistics are "
+            f"re-estimated, look better beside it than they are. Compare them with {reestimated:.2%}"
+        )
+    if dense - reestimated <= noticed:
+        return None
+    return (
+        f"with batch-norm statistics re-estimated the dense network scores {reestimated:.2%} in place of {dense:.2%}, "
+        "so every plan will score below what it is worth. Prepare the calibration images as those it was trained on: "
+        "the same normalisation and augmentation, and a few hundred of them"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from envs.evaluator import RANGE_IMAGES, check_validation_is_unseen
+from envs.evaluator import RANGE_IMAGES
 from envs.plans import count_shared
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
@@ -32,6 +33,9 @@ from .models import build_model, check_outputs, load_weights
 from .outcome import percent
 from .progress import RunDisplay
 from .training import trained_weights
+
+USUAL_GAP = 0.05
+"""Accuracy that networks commonly lose on images that they were not trained on; many lose more, some less."""
 
 
 class NearChanceError(ValueError):
@@ -230,3 +234,37 @@ def report_dense(subject: Subject, display: RunDisplay) -> float:
         if each:
             display.say(f"warning: {each}")
     return accuracy
+
+
+def check_validation_is_unseen(
+    train_accuracy: float, validation_accuracy: float, n_validation: int, n_train: int | None = None
+) -> str | None:
+    """Warn when the network does as well on the validation images as on those it was trained on.
+
+    A trained network does better on what it was trained on. The test is the one-sided two-proportion z-test with the
+    pooled variance: no warning if ``(train - validation) / sqrt(p (1 - p) (1 / n_train + 1 / n_validation))``
+    exceeds 1.645, that is, if validation is lower at the 5 % level. Nor is there one where the images are too few to
+    tell: where a true gap of `USUAL_GAP` would be missed by that test in more than 5 % of the cases. A network that
+    truly generalises without loss is warned about: the text says so.
+
+    Args:
+        train_accuracy: of the dense network on training images without augmentation, in ``[0, 1]``.
+        validation_accuracy: of the dense network on the validation images.
+        n_validation: validation images.
+        n_train: training images; as many as validation images if not given.
+
+    Returns:
+        The warning, or None if validation is clearly lower, or the images are too few to say.
+    """
+    n_train = n_train or n_validation
+    pooled = (train_accuracy * n_train + validation_accuracy * n_validation) / (n_train + n_validation)
+    error = math.sqrt(pooled * (1 - pooled) * (1 / n_train + 1 / n_validation))
+    if train_accuracy - validation_accuracy > 1.645 * error or 2 * 1.645 * error > USUAL_GAP:
+        return None
+    return (
+        f"the network scores {validation_accuracy:.2%} on the {n_validation:,} validation images and "
+        f"{train_accuracy:.2%} on {n_train:,} training images: no lower at the 5 % level, though so many images would "
+        f"show a gap of {100 * USUAL_GAP:g} points. If it was trained on these validation images, the search will "
+        "choose plans that remember them rather than plans that work; pass images that were held out of training. If "
+        "they were held out, ignore this"
+    )

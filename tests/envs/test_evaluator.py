@@ -18,8 +18,6 @@ from envs.evaluator import (
     EvaluationBudgetSpent,
     ReplayError,
     check_accuracy,
-    check_calibration_is_like_training,
-    check_validation_is_unseen,
 )
 from envs.journal import Journal
 from envs.space import SearchSpace
@@ -502,47 +500,3 @@ def test_a_state_from_another_journal_is_refused(model: SmallNetwork, space: Sea
         make_evaluator(model, space, journal=Journal(path), searcher="ppo").load_state_dict(
             {"handed_out": [0], "cache_hits": 0}
         )
-
-
-def test_validation_as_good_as_training_is_warned_about() -> None:
-    text = check_validation_is_unseen(0.998, 0.996, 1000)
-    assert text is not None
-    assert text.startswith(
-        "the network scores 99.60% on the 1,000 validation images and 99.80% on 1,000 training images"
-    )
-
-
-def test_validation_clearly_below_training_is_not() -> None:
-    assert check_validation_is_unseen(0.99, 0.90, 1000) is None
-    # 0.90 against 0.88 on 1,000 images is z = 1.43; on 10,000 it is 4.5.
-    assert check_validation_is_unseen(0.90, 0.88, 1000) is not None
-    assert check_validation_is_unseen(0.90, 0.88, 10_000) is None
-
-
-@pytest.mark.parametrize(
-    ("train", "validation", "n_images", "is_told"),
-    [
-        # Pooled 67.7 %, of 600 images each: standard error 2.7 points, so that a gap of 5 would be missed in 42 %.
-        (0.697, 0.657, 600, False),
-        (0.697, 0.697, 600, False),
-        # 10,000 images: 0.65 points.
-        (0.697, 0.697, 10_000, True),
-        # What was learned by heart is right on every image that was trained on, however few they are.
-        (1.0, 1.0, 90, True),
-    ],
-)
-def test_validation_is_likened_to_training_only_by_enough_images(
-    train: float, validation: float, n_images: int, is_told: bool
-) -> None:
-    assert (check_validation_is_unseen(train, validation, n_images) is not None) == is_told
-
-
-def test_calibration_unlike_training_is_warned_about() -> None:
-    assert check_calibration_is_like_training(0.8968, 0.862, 5000) == (
-        "with batch-norm statistics re-estimated the dense network scores 86.20% in place of 89.68%, so every plan "
-        "will score below what it is worth. Prepare the calibration images as those it was trained on: the same "
-        "normalisation and augmentation, and a few hundred of them"
-    )
-    assert check_calibration_is_like_training(0.8968, 0.889, 5000) is None
-    # Four of 100 images are lost by chance.
-    assert check_calibration_is_like_training(0.5, 0.46, 100) is None

@@ -9,7 +9,13 @@ from envs.action import project, start_plan
 from envs.plans import uniform
 from experiments.config import ConfigError, RunConfig, SearchSettings
 from experiments.methods import check_enough
-from experiments.problem import evaluations_to_probe, probe, settle_range, space_by
+from experiments.problem import (
+    check_calibration_is_like_training,
+    evaluations_to_probe,
+    probe,
+    settle_range,
+    space_by,
+)
 from graph_encoder.capture import capture
 from latency.budget import Budget
 from latency.table import (
@@ -146,3 +152,14 @@ def test_a_table_that_is_not_calibrated_is_refused(
         "goes on where it stopped"
     )
     assert space_by(settings, graph, importance, [Budget(kind="latency", share=0.8)], as_calibrated(table, graph)).timed
+
+
+def test_calibration_unlike_training_is_warned_about() -> None:
+    assert check_calibration_is_like_training(0.8968, 0.862, 5000) == (
+        "with batch-norm statistics re-estimated the dense network scores 86.20% in place of 89.68%, so every plan "
+        "will score below what it is worth. Prepare the calibration images as those it was trained on: the same "
+        "normalisation and augmentation, and a few hundred of them"
+    )
+    assert check_calibration_is_like_training(0.8968, 0.889, 5000) is None
+    # Four of 100 images are lost by chance.
+    assert check_calibration_is_like_training(0.5, 0.46, 100) is None

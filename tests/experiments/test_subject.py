@@ -12,7 +12,7 @@ from experiments.config import RunConfig
 from experiments.data import ImageData, normalise
 from experiments.interrupt import StopFlag
 from experiments.progress import RunDisplay
-from experiments.subject import Subject
+from experiments.subject import Subject, check_validation_is_unseen
 from experiments.training import behaviour
 from graph_encoder.capture import capture
 from graph_encoder.copies import copied
@@ -195,3 +195,36 @@ def test_training_images_that_stand_in_for_validation_and_a_class_that_it_lacks_
     assert lacking.startswith(
         "warning: the validation split has no image of 1 of the 3 classes of the training split ("
     )
+
+
+def test_validation_as_good_as_training_is_warned_about() -> None:
+    text = check_validation_is_unseen(0.998, 0.996, 1000)
+    assert text is not None
+    assert text.startswith(
+        "the network scores 99.60% on the 1,000 validation images and 99.80% on 1,000 training images"
+    )
+
+
+def test_validation_clearly_below_training_is_not() -> None:
+    assert check_validation_is_unseen(0.99, 0.90, 1000) is None
+    # 0.90 against 0.88 on 1,000 images is z = 1.43; on 10,000 it is 4.5.
+    assert check_validation_is_unseen(0.90, 0.88, 1000) is not None
+    assert check_validation_is_unseen(0.90, 0.88, 10_000) is None
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "n_images", "is_told"),
+    [
+        # Pooled 67.7 %, of 600 images each: standard error 2.7 points, so that a gap of 5 would be missed in 42 %.
+        (0.697, 0.657, 600, False),
+        (0.697, 0.697, 600, False),
+        # 10,000 images: 0.65 points.
+        (0.697, 0.697, 10_000, True),
+        # What was learned by heart is right on every image that was trained on, however few they are.
+        (1.0, 1.0, 90, True),
+    ],
+)
+def test_validation_is_likened_to_training_only_by_enough_images(
+    train: float, validation: float, n_images: int, is_told: bool
+) -> None:
+    assert (check_validation_is_unseen(train, validation, n_images) is not None) == is_told
