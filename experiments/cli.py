@@ -418,12 +418,12 @@ def latency_check(
     as_json: AsJson = False,
 ) -> None:
     """Compare a table with whole networks of random policies, timed as it was: error and rank correlation."""
-    from .table_checking import check_named
+    from .table_checking import check_table
     from .table_page import write_page
     from .timing_device import Remote
 
     checks = [
-        check_named(
+        check_table(
             table,
             name,
             shape=shape,

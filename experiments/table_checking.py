@@ -67,7 +67,7 @@ class CheckedTable:
         }
 
 
-def check_named(
+def check_table(
     path: Path,
     model: str,
     *,

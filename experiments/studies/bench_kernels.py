@@ -47,7 +47,7 @@ from .bench_setup import (
     random_network,
     ratio_with_quartiles,
     require_library,
-    time_in_turn,
+    time_calls_in_turn,
     write_page,
 )
 
@@ -240,7 +240,7 @@ def bench_layers(
         for scheme in SCHEMES[network]:
             sparse.update(sparse_sides(native, layer, scheme, x, generator))
         with torch.inference_mode():
-            seconds, _ = time_in_turn(dense | sparse, rounds)
+            seconds, _ = time_calls_in_turn(dense | sparse, rounds)
         best, eager = fastest(dense, seconds), fastest(EAGER, seconds)
         base, peak = float(np.median(seconds[best])), native.peak_flops() * threads
         row = [str(layer), str(layer.count), best, f"{base * 1e6:.0f}", f"{layer.flops / base / 1e9:.0f}"]
@@ -280,7 +280,7 @@ def bench_network(name: str, rounds: int, threads: int, with_compile: bool) -> t
         shares[scheme] = scheme.density + (1 - scheme.density) * count_macs(first, x) / macs
     calls: dict[str, Callable[[], object]] = {str(scheme): partial(network, x) for scheme, network in sparse.items()}
     with torch.inference_mode():
-        seconds, busy = time_in_turn(dense | calls, rounds)
+        seconds, busy = time_calls_in_turn(dense | calls, rounds)
     dense_rows, sparse_rows = [], []
     for side in dense:
         low, median, high = np.percentile(seconds[side], [25, 50, 75])
@@ -324,7 +324,7 @@ def profile(native: Library, name: str, scheme: Scheme, form: str, rounds: int) 
         is_pruned = isinstance(one, Weighted) and bool((one.weight == 0).any())
         forms = {one.output: form if is_pruned else "dense"}
         plan = Plan(native, [one], {source: sizes[source] for source in one.inputs}, (), forms, holds_inputs=True)
-        _, busy = time_in_turn({"step": plan.run}, rounds)
+        _, busy = time_calls_in_turn({"step": plan.run}, rounds)
         seconds, added = float(np.median(busy["step"])), " + residual" if len(one.inputs) > 1 else ""
         before, after = ("x".join(map(str, size[1:])) for size in (sizes[one.inputs[0]], one.size))
         key = f"{type(one).__name__.lower()} {before} to {after}{added}{f', {form}' if is_pruned else ''}"

@@ -116,7 +116,7 @@ def write_page(page: Path, head: Sequence[str], measured: Iterable[tuple[str, st
         )
 
 
-def time_in_turn(
+def time_calls_in_turn(
     sides: dict[str, Callable[[], object]], rounds: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Seconds of each call by the clock and of processor time, by side, shape ``(rounds,)``.

@@ -35,7 +35,7 @@ from .bench_setup import (
     random_network,
     ratio_with_quartiles,
     require_library,
-    time_in_turn,
+    time_calls_in_turn,
     write_page,
 )
 
@@ -94,7 +94,7 @@ def bench_training(batch: int, rounds: int, threads: int) -> tuple[str, list[Rea
     for scheme in SCHEMES:
         with ExitStack() as stack:
             steps = {side: stack.enter_context(training_step(side, scheme, batch)) for side in (*MASKS, *HELD)}
-            seconds, busy = time_in_turn(steps, rounds)
+            seconds, busy = time_calls_in_turn(steps, rounds)
         best, frugal = fastest(MASKS, seconds), fastest(MASKS, busy)
         memory = {side: memory_of(side, scheme, batch, threads) for side in steps}
         for side, (kept, peak) in memory.items():
@@ -204,7 +204,7 @@ def bench_fake_quantize(rounds: int, threads: int) -> tuple[str, list[Reading]]:
     def backward(run: Callable[[], Tensor]) -> object:
         return torch.autograd.grad(run(), weight, upstream)
 
-    seconds, _ = time_in_turn({side: partial(backward, run) for side, run in sides.items()}, rounds)
+    seconds, _ = time_calls_in_turn({side: partial(backward, run) for side, run in sides.items()}, rounds)
     *others, own = sides
     best = fastest(others, seconds)
     rows = [
