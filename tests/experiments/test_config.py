@@ -2,9 +2,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from experiments.config import METHODS, ConfigError, RunConfig, SearchSettings, config_file, load_config, parse_setting
+from experiments.config import (
+    METHODS,
+    ConfigError,
+    RunConfig,
+    SearchSettings,
+    config_file,
+    load_as,
+    load_config,
+    parse_setting,
+)
+from experiments.studies.han_config import HanConfig
 from latency.budget import Budget, BudgetError
+
+BUNDLED = sorted(config_file("digits").parent.rglob("*.yaml"))
 
 
 def written(folder: Path, text: str) -> Path:
@@ -281,12 +294,19 @@ def test_setting_without_a_value_is_told() -> None:
     )
 
 
-def test_config_fileurations_are_valid() -> None:
-    folder = config_file("digits").parent
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_bundled_configuration_is_found_by_its_name_and_written_out_is_read_back_equal(
+    path: Path, tmp_path: Path
+) -> None:
+    experiment = "" if path.parent.name == "configs" else path.parent.name
+    kind = {"": RunConfig, "han": HanConfig}[experiment]
+    config = load_as(kind, config_file(path.stem, experiment))
+    text = yaml.safe_dump(config.model_dump(mode="json"))
 
-    assert all(isinstance(load_config(path), RunConfig) for path in folder.glob("*.yaml"))
+    assert config_file(path.stem, experiment) == path
+    assert load_as(kind, written(tmp_path, text)) == config
 
 
-def test_unknown_config_fileuration_names_the_nearest() -> None:
+def test_unknown_name_of_a_configuration_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"called 'digit'; did you mean 'digits'\? Allowed: "):
         config_file("digit")

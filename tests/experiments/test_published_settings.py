@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config import RunConfig, config_file, load_config
+from experiments.config import config_file, load_config
 from experiments.interrupt import StopFlag
 from experiments.outcome import RunOutcome
 from experiments.progress import RunDisplay
@@ -86,4 +86,3 @@ def test_every_bundled_configuration_is_named_by_the_command(command: Callable[.
     shown = " ".join(str(command("search", "--help").out).replace("│", " ").split())  # type: ignore[attr-defined]
 
     assert all(name in shown for name in names)
-    assert all(isinstance(load_config(config_file(name)), RunConfig) for name in names)
