@@ -25,7 +25,7 @@ from .figures import Plan
 from .images import MissingSplitError
 from .interrupt import StopFlag
 from .measured_budget import kept_by_the_clock
-from .methods import MethodSearch
+from .methods import MethodSearch, other_finalists
 from .outcome import DENSE, Allowance, MethodOutcome, RunOutcome, budget_words
 from .problem import SearchProblem
 from .progress import RunDisplay
@@ -168,7 +168,8 @@ def _finalists(
         readings: tuple[ClockReading, ...] = ()
         if problem.space.timed is not None and subject.config.latency.clock:
             own = folder.method(search.method)
-            measured = kept_by_the_clock(policy, own, subject, problem.space, builder, problem.journal, display)
+            others = other_finalists(search.method, problem, subject.config.search, policy)
+            measured = kept_by_the_clock(policy, own, subject, problem.space, builder, problem.journal, display, others)
             policy, readings = measured.policy, measured.readings
             # What is handed on to others is the plan of the network that is handed on.
             policy.save(own.policy_file)

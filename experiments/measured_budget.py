@@ -23,7 +23,7 @@ from pruning.policy import CompressionPolicy
 from .clock import ROUNDS, Clock
 from .outcome import DENSE
 from .problem import SearchProblem, started_uniformly
-from .progress import RunDisplay
+from .progress import RunDisplay, count
 from .run import MethodFolder
 from .subject import Subject
 
@@ -43,7 +43,7 @@ class MeasuredPlan:
 
     Attributes:
         policy: the plan that was found, or the last of those that followed.
-        readings: what the clock said of the plan that was found, and of each that followed, in this order.
+        readings: what the clock said of the plan that was found and of each that was read after it, of ``policy`` last.
         allowed: the budget, over the latency of the dense network.
         unmeasured: why the clock does not say all that was asked of `policy`; empty if it does.
     """
@@ -104,6 +104,7 @@ def kept_by_the_clock(
     builder: CandidateEvaluator,
     journal: Journal,
     display: RunDisplay,
+    others: Sequence[CompressionPolicy] = (),
 ) -> MeasuredPlan:
     """The plan that keeps the budget on the clock of the table's device, if that is this one.
 
@@ -117,22 +118,25 @@ def kept_by_the_clock(
         builder: builds the network of a plan.
         journal: holds what was read before, and gets what is read now.
         display: told what was read.
+        others: finalists that may take its place, the best first.
     """
     name, settled = own.root.name, ""
     if own.tuned_file.exists() or own.finetuning.exists() or own.model.exists():
         settled = "its network is fine-tuned or saved already, which a smaller plan would undo"
     assert space.timed is not None
     clock = _PlanClock(subject, builder, space.timed.cost.dense, settled)
-    plan = within_measured_budget(policy, space, clock, journal, name)
+    plan = within_measured_budget(policy, space, clock, journal, name, others)
     if plan.unmeasured:
         display.say(f"warning: {name} is not measured: {plan.unmeasured}")
         return plan
     _tell_of_disturbance(plan.readings, display)
     last, n_more = plan.readings[-1], len({reading.digest for reading in plan.readings}) - 1
-    smaller = f", after {n_more} smaller {'plan' if n_more == 1 else 'plans'}" if n_more else ""
+    kind = "finalist" if plan.policy in others else "smaller plan"
+    after = f", a {kind} in its place" if plan.policy != policy else ""
+    tried = f" ({count(n_more + 1, 'plan')} timed)" if n_more else ""
     display.say(
         f"{name}: {last.predicted:.1%} of the dense latency by the table, {last.measured:.1%} ({last.low:.1%} to "
-        f"{last.high:.1%}) on the clock{smaller}"
+        f"{last.high:.1%}) on the clock{after}{tried}"
     )
     if not plan.is_within:
         display.say(
@@ -153,13 +157,19 @@ def _tell_of_disturbance(readings: Sequence[ClockReading], display: RunDisplay) 
 
 
 def within_measured_budget(
-    policy: CompressionPolicy, space: SearchSpace, time_share: TimeShare, journal: Journal, name: str
+    policy: CompressionPolicy,
+    space: SearchSpace,
+    time_share: TimeShare,
+    journal: Journal,
+    name: str,
+    others: Sequence[CompressionPolicy] = (),
 ) -> MeasuredPlan:
-    """The plan, or one of the same shape that is small enough for the clock too.
+    """The plan, or one that takes its place, that is small enough for the clock too.
 
-    Where the clock says more than the budget, the plan is projected again to the budget scaled by predicted over
-    measured, but to no less than the least that a plan takes by the table, up to `MOST_PROJECTIONS` times. Budgets of
-    other kinds stay as they are, and are kept by every plan.
+    Where the clock says more than the budget, the first of ``others`` that keeps it is taken: plans that cost the same
+    by the table differ on the clock, and what they score is known. Where none does, the plan is projected again to the
+    budget scaled by predicted over measured, but to no less than the least that a plan takes by the table, up to
+    `MOST_PROJECTIONS` times. Budgets of other kinds stay as they are, and are kept by every plan.
 
     A reading is enough if the interval that holds its true median at 95 % lies within the limit. Else it is taken again
     with more rounds, for how much smaller a plan is made follows from it; anew and not on top, for readings that end
@@ -173,6 +183,7 @@ def within_measured_budget(
         time_share: measures a plan; not called for readings that the journal holds.
         journal: each reading is in it before it is used, so that a continued run comes to the same plan.
         name: of the search that found the plan.
+        others: plans within the budget by the table that may take its place, the best first.
     """
     assert space.timed is not None
     limit, cost = space.timed.limit, space.timed.cost
@@ -180,20 +191,31 @@ def within_measured_budget(
     found = space.keep_ratios(policy)
     base = np.array([found[name] for name in space.names])
     readings: list[ClockReading] = []
-    try:
-        for n_smaller in range(MOST_PROJECTIONS + 1):
-            before = len(readings)
-            for reading in _readings(policy, space, time_share, journal, name):
-                readings.append(reading)
-                if reading.high <= allowed or (len(readings) > before + 1 and not _lie_apart(*readings[-2:])):
-                    break
-            is_lowest = space.cost_of(policy, cost) <= lowest
-            if readings[-1].measured <= allowed or n_smaller == MOST_PROJECTIONS or is_lowest:
+
+    def last_reading(plan: CompressionPolicy) -> ClockReading:
+        before = len(readings)
+        for reading in _readings(plan, space, time_share, journal, name):
+            readings.append(reading)
+            if reading.high <= allowed or (len(readings) > before + 1 and not _lie_apart(*readings[-2:])):
                 break
-            smaller = max(lowest, math.floor(limit * readings[-1].predicted / readings[-1].measured))
+        return readings[-1]
+
+    try:
+        last = last_reading(policy)
+        if last.measured > allowed:
+            for other in others:
+                if last_reading(other).measured <= allowed:
+                    return MeasuredPlan(other, tuple(readings), allowed)
+        for _ in range(MOST_PROJECTIONS):
+            if last.measured <= allowed or space.cost_of(policy, cost) <= lowest:
+                break
+            smaller = max(lowest, math.floor(limit * last.predicted / last.measured))
             policy = space.policy(project(base, space.with_limit("latency", smaller)))
+            last = last_reading(policy)
     except LatencyError as error:
         return MeasuredPlan(policy, tuple(readings), allowed, unmeasured=str(error))
+    if readings[-1] != last:
+        readings.append(last)  # of the plan that stays, where no smaller one was left to read
     return MeasuredPlan(policy, tuple(readings), allowed)
 
 

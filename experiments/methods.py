@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from envs.journal import JournalEntry
 from envs.network_env import NetworkEnv
 from envs.plans import global_magnitude, uniform
 from envs.space import Ratios, SearchSpace
+from pruning.policy import CompressionPolicy
 
 from .agents import search_by_agent
 from .config import AGENTS, ONE_SHOT, PROBING, ConfigError, Method, SearchSettings
@@ -127,6 +128,17 @@ def search_with(
     )
 
 
+def other_finalists(
+    method: Method, problem: SearchProblem, settings: SearchSettings, chosen: CompressionPolicy
+) -> list[CompressionPolicy]:
+    """The finalists of a method that has ended beside the one it chose, the best first."""
+    journal = problem.journal
+    # Where the search images are all there are, they were not scored again.
+    scored = journal.entries(f"{method}{_FINALISTS}", problem.seed) or journal.entries(method, problem.seed)
+    policies = [problem.policy(entry) for entry in _ranked(problem, scored)[: _n_finalists(method, settings)]]
+    return [policy for policy in policies if policy.digest != chosen.digest]
+
+
 def propose(
     method: Method,
     problem: SearchProblem,
@@ -161,7 +173,11 @@ def _one_shot(method: Method, problem: SearchProblem) -> Ratios:
 
 def ranked_plans(problem: SearchProblem, evaluator: WatchedEvaluator) -> list[JournalEntry]:
     """The plans scored, best reward first; those scored on more images come before those scored on fewer."""
-    plans = [entry for entry in evaluator.history if entry.purpose in ("candidate", "finalist")]
+    return _ranked(problem, evaluator.history)
+
+
+def _ranked(problem: SearchProblem, entries: Iterable[JournalEntry]) -> list[JournalEntry]:
+    plans = [entry for entry in entries if entry.purpose in ("candidate", "finalist")]
     return sorted(plans, key=lambda entry: (-entry.fidelity, -problem.reward(entry.accuracy, entry.cost)))
 
 

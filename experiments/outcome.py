@@ -178,7 +178,7 @@ class MethodOutcome(_Record):
     keep_ratios: dict[str, float] = {}
     """What each decision left, in the network's order: share of channels by group, of weights and bits by layer."""
     clock_readings: tuple[ClockReading, ...] = ()
-    """Under a latency budget: predicted and measured time of the plan found and of each smaller one that followed."""
+    """Under a latency budget: predicted and measured time of the plans that were read, the one that is kept last."""
     latencies: tuple[Latency, ...] = ()
     """Measured times, one a runtime; through `sparsify` too where a method decided densities."""
     layer_forms: tuple[LayerForm, ...] = ()

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from envs.action import start_plan
-from envs.journal import Journal, JournalEntry
+from envs.action import project, start_plan
+from envs.journal import Journal, JournalEntry, Purpose
 from envs.space import SearchSpace
 from experiments import measured_budget
-from experiments.config import LatencyConfig, RunConfig
+from experiments.config import LatencyConfig, RunConfig, SearchSettings
 from experiments.interrupt import StopFlag
 from experiments.measured_budget import (
     MOST_PROJECTIONS,
@@ -24,6 +24,7 @@ from experiments.measured_budget import (
     spent_by_the_clock,
     within_measured_budget,
 )
+from experiments.methods import other_finalists
 from experiments.problem import SearchProblem
 from experiments.progress import RunDisplay
 from experiments.run import MethodFolder
@@ -78,9 +79,13 @@ def exactly(share: Callable[[CompressionPolicy], float]) -> TimeShare:
 
 
 def kept(
-    policy: CompressionPolicy, space: SearchSpace, clock: TimeShare, journal: Journal | None = None
+    policy: CompressionPolicy,
+    space: SearchSpace,
+    clock: TimeShare,
+    journal: Journal | None = None,
+    others: Sequence[CompressionPolicy] = (),
 ) -> MeasuredPlan:
-    return within_measured_budget(policy, space, clock, Journal() if journal is None else journal, "uniform")
+    return within_measured_budget(policy, space, clock, Journal() if journal is None else journal, "uniform", others)
 
 
 def test_a_plan_within_the_budget_on_the_clock_is_left_as_it_is(space: SearchSpace) -> None:
@@ -104,6 +109,66 @@ def test_a_plan_that_the_clock_finds_slower_is_made_smaller_until_it_keeps_the_b
         pytest.approx(1.5 * by_the_table(space, each)) for each in (policy, measured.policy)
     ]
     assert len(measured.policy.kept) > 0 and by_the_table(space, measured.policy) <= measured.allowed / 1.5
+
+
+def three_plans(space: SearchSpace) -> list[CompressionPolicy]:
+    """Three plans within the budget, which keep more of one layer and less of another."""
+    shifts = ((0.0, 0.0, 0.0), (0.6, -0.6, 0.0), (-0.6, 0.6, 0.0))
+    plans = [space.policy(project(np.array(shift), space)) for shift in shifts]
+    assert len({plan.digest for plan in plans}) == 3
+    return plans
+
+
+def test_another_finalist_that_keeps_the_budget_on_the_clock_takes_the_place_of_the_best(space: SearchSpace) -> None:
+    best, second, third = three_plans(space)
+    shares = {best.digest: 0.65, second.digest: 0.61, third.digest: 0.59}
+    clock = exactly(lambda plan: shares[plan.digest])
+
+    measured = kept(best, space, clock, others=(second, third))
+
+    assert measured.policy == third and measured.is_within
+    assert list(dict.fromkeys(reading.digest for reading in measured.readings)) == list(shares)
+
+
+def test_the_best_is_made_smaller_where_no_finalist_keeps_the_budget(space: SearchSpace) -> None:
+    best, second, third = three_plans(space)
+    shares = {second.digest: 0.61, third.digest: 0.7}
+    clock = exactly(lambda plan: shares.get(plan.digest, 1.2 * by_the_table(space, plan)))
+
+    measured = kept(best, space, clock, others=(second, third))
+
+    assert measured.policy == kept(best, space, clock).policy not in (best, second, third)
+    assert measured.is_within
+
+
+def test_the_last_reading_is_of_the_plan_that_stays(space: SearchSpace) -> None:
+    fastest = space.policy(space.fastest)
+
+    measured = kept(fastest, space, exactly(lambda plan: 0.7 if plan == fastest else 0.8), others=three_plans(space))
+
+    assert measured.policy == fastest and not measured.is_within
+    assert measured.readings[-1].digest == fastest.digest and measured.readings[-1].measured == 0.7
+
+
+def test_finalists_are_those_scored_on_most_images_the_best_first(space: SearchSpace) -> None:
+    plans, journal = three_plans(space), Journal()
+    scoring = cast("Any", SimpleNamespace(reward=lambda accuracy, *_: accuracy))
+    problem = replace(problem_with(space, journal), scoring=scoring)
+
+    def score(searcher: str, purpose: Purpose, accuracies: Sequence[float]) -> None:
+        for index, (plan, accuracy) in enumerate(zip(plans, accuracies, strict=False)):
+            counts = {name: len(units) for name, units in plan.kept.items()}
+            cost = space.cost_of(plan)
+            journal.append(
+                JournalEntry(index, searcher, 0, purpose, plan.digest, counts, 1.0, accuracy, cost, 0.0, index + 1.0)
+            )
+
+    score("ppo", "candidate", (0.3, 0.2, 0.9))
+    assert other_finalists("ppo", problem, SearchSettings(finalists=2), plans[2]) == [plans[0]]
+    score("ppo finalists", "finalist", (0.4, 0.5))
+    assert other_finalists("ppo", problem, SearchSettings(finalists=2), plans[2]) == [plans[1], plans[0]]
+    assert other_finalists("ppo", problem, SearchSettings(finalists=2), plans[1]) == [plans[0]]
+    assert other_finalists("uniform", problem, SearchSettings(), plans[0]) == []
 
 
 def test_a_smaller_plan_keeps_the_other_budgets_and_only_the_time_is_cut(beside_bytes: SearchSpace) -> None:
