@@ -26,6 +26,7 @@ from torch import Tensor
 
 from graph_encoder.network import LinearDim, NetworkGraph
 from pruning.files import write_atomic
+from pruning.layer_policy import FULL_BITS
 
 from .layers import LayerKind, empty_artifact, layer_artifact, layer_input, layers_of
 from .measure import LatencyReport, Variant, affinity, check_cpus, measure, torch_threads
@@ -404,9 +405,10 @@ class LatencyTable:
         found = self.kinds.get(kind)
         if found is None or found.missing():
             state = "does not hold" if found is None else "is not finished for"
+            option = "" if kind.bits == FULL_BITS else " --integers"
             msg = (
-                f"the table {state} the layer kind '{kind}'; 'secateur latency build' into the same file, for this "
-                "model with its shape and number of classes, adds what is missing"
+                f"the table {state} the layer kind '{kind}'; 'secateur latency build{option}' into the same file, for "
+                "this model with its shape and number of classes, adds what is missing"
             )
             raise TableError(msg)
         return found

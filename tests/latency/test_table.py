@@ -289,8 +289,12 @@ def test_a_table_without_a_layer_of_the_network_says_which(graph: NetworkGraph) 
         "the table does not hold the layer kind 'conv 3x3, stride 1x1, to 8x8, 32 bits'; 'secateur latency build' into "
         "the same file, for this model with its shape and number of classes, adds what is missing"
     )
+    table = start_table(FormulaDevice())
     with pytest.raises(TableError, match=f"^{re.escape(message)}$"):
-        LatencyModel(graph, start_table(FormulaDevice()))
+        LatencyModel(graph, table)
+    (kind, *_) = needed_kinds(graph, {group.name: 1 for group in graph.prunable}, [8])
+    with pytest.raises(TableError, match="8 bits'; 'secateur latency build --integers' into the same file"):
+        table.times(kind)
 
 
 @pytest.mark.parametrize(
