@@ -42,7 +42,7 @@ class MeasuredPlan:
     """A plan after it was measured.
 
     Attributes:
-        policy: the plan that was found, or the last of those that followed.
+        policy: the plan that was found, or the finalist or smaller plan that took its place.
         readings: what the clock said of the plan that was found and of each that was read after it, of ``policy`` last.
         allowed: the budget, over the latency of the dense network.
         unmeasured: why the clock does not say all that was asked of `policy`; empty if it does.
@@ -122,7 +122,7 @@ def kept_by_the_clock(
     """
     name, settled = own.root.name, ""
     if own.tuned_file.exists() or own.finetuning.exists() or own.model.exists():
-        settled = "its network is fine-tuned or saved already, which a smaller plan would undo"
+        settled = "its network is fine-tuned or saved already, which another plan would undo"
     assert space.timed is not None
     clock = _PlanClock(subject, builder, space.timed.cost.dense, settled)
     plan = within_measured_budget(policy, space, clock, journal, name, others)

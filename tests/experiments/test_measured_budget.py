@@ -306,7 +306,7 @@ def test_a_plan_that_was_made_without_a_clock_is_not_made_smaller_by_one_found_l
         plan = kept_by_the_clock(policy, own, never, space, never, Journal(), display)
 
     assert plan.policy == policy
-    assert plan.unmeasured == "its network is fine-tuned or saved already, which a smaller plan would undo"
+    assert plan.unmeasured == "its network is fine-tuned or saved already, which another plan would undo"
 
 
 def problem_with(space: SearchSpace, journal: Journal) -> SearchProblem:
