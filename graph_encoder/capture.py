@@ -16,7 +16,7 @@ from .modes import attributes_kept, evaluation_mode
 from .network import ForwardError, NetworkGraph, Operator, TraceError
 from .opaque import Opaque
 from .real_run import record_calls
-from .resize import DenseRun, another_way, follow_computed_sizes, holds_smaller_widths
+from .resize import DenseRun, another_way, follow_computed_numbers, holds_smaller_widths
 from .symbolic import SymbolicRun, follows_mode, trace_around
 from .trace import LabelPass, batch_of_two
 
@@ -151,12 +151,12 @@ def _with_rewrites(
         return None
     run.record.held = nodes.held_numbers()
     is_alike = run.record.output_shapes == dense.record.output_shapes and not another_way(dense.record, run.record)
-    if not run.record.held or not is_alike:
+    if not (run.record.held or nodes.factors) or not is_alike:
         return None
     graph = assemble(run.record, model, dense.opaque)
     graph = replace(graph, whole=whole, follows_mode=follows_mode(traced))
     dense = replace(dense, record=run.record)
-    return _freeze_what_does_not_hold(model, follow_computed_sizes(model, graph, dense), dense)
+    return _freeze_what_does_not_hold(model, follow_computed_numbers(model, graph, dense, nodes.factors), dense)
 
 
 def _freeze_what_does_not_hold(model: nn.Module, graph: NetworkGraph, dense: DenseRun) -> NetworkGraph:

@@ -181,17 +181,19 @@ class _Places:
         )
 
     def held(self, held: Held) -> HeldNumber | None:
-        """The number as a count of units, or None if the dimension it stands for never shrinks."""
+        """The number as a count of units, or None if it stays and nothing can make it another."""
         rows = held.labels.flatten(1) if held.labels.dim() > 1 else held.labels[:, None]
         roots = self._roots.of(held.labels).reshape(rows.shape)
-        # A dimension whose positions hold several classes does not shrink: another one does.
-        if (roots != roots[:, :1]).any():
-            return None
         group, unit = self._group[roots[:, 0]], self._unit[roots[:, 0]]
-        if held.argument[0] != "split" and (group < 0).all():
+        # A dimension whose positions hold several classes does not shrink: another one does.
+        is_fixed = bool((roots != roots[:, :1]).any())
+        if is_fixed:
+            group = np.full_like(group, -1)
+        # What is computed may follow a width that it should not: ``x.shape[-1] // n_heads`` where heads go.
+        if not held.computed_by and (is_fixed or (held.argument[0] != "split" and (group < 0).all())):
             return None
         counted = torch.from_numpy(group), torch.from_numpy(unit)
-        return HeldNumber(held.node, held.argument, *counted, is_computed=held.is_computed)
+        return HeldNumber(held.node, held.argument, *counted, computed_by=held.computed_by)
 
 
 def _build_groups(record: Record, places: _Places) -> list[ChannelGroup]:

@@ -199,14 +199,23 @@ class HeldNumber:
             1)`` of a pad, the groups of a convolution.
         group: int64 of shape ``(positions,)``: index of the channel group at each position counted, -1 for none.
         unit: int64 of shape ``(positions,)``: the unit within that group.
-        is_computed: whether ``forward`` takes it from the width of some tensor, which need not be of the same group.
+        computed_by: the node that ``forward`` takes it from, the width of some tensor, which need not be of the same
+            group; empty where it is written down.
+        is_scaled: whether what ``forward`` computes follows the batch or the image size and no channels, as in
+            ``view(batch * heads, ...)``, so that it is multiplied by the share that is left.
     """
 
     node: str
     argument: tuple[str, int, int]
     group: Tensor
     unit: Tensor
-    is_computed: bool = False
+    computed_by: str = ""
+    is_scaled: bool = False
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it counts no units, and stays."""
+        return bool((self.group < 0).all())
 
     def value(self, kept: Mapping[int, Tensor]) -> int:
         """The number once only the units ``kept[g]`` (boolean, by group index) are left."""
@@ -215,6 +224,19 @@ class HeldNumber:
             here = self.group == g
             total -= int((~is_kept[self.unit[here]]).sum())
         return total
+
+
+@dataclass(frozen=True)
+class FixedNumber:
+    """A number that ``forward`` computes from a width that may shrink, and that stays: ``x.shape[-1] // n_heads``.
+
+    Attributes:
+        node: name of the node in the symbolic trace that gives it.
+        value: what it is in the dense network.
+    """
+
+    node: str
+    value: float
 
 
 @dataclass(frozen=True)
@@ -229,6 +251,7 @@ class NetworkGraph:
         param_terms: one term a parameter tensor.
         skipped: layer name to the reason why (part of) its output is left dense; so are the opaque modules.
         rewrites: channel counts held by ``forward``; empty where slicing the module's tensors is enough.
+        fixed: numbers that ``forward`` would compute otherwise at smaller widths.
         follows_mode: whether ``forward`` passes its training mode on to functions, where there are ``rewrites``.
         opaque: qualified names of the modules that could not be captured and stay as they are.
         whole: of those whose ``forward`` is called as it is where others are rewritten.
@@ -241,6 +264,7 @@ class NetworkGraph:
     param_terms: tuple[Term, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
     rewrites: tuple[HeldNumber, ...] = ()
+    fixed: tuple[FixedNumber, ...] = ()
     follows_mode: bool = False
     opaque: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
@@ -268,7 +292,8 @@ class NetworkGraph:
         """Whether a number that ``forward`` holds has to be rewritten once the groups of these indices lose units."""
         if not touched:
             return False
-        return not self.rewritten_groups.isdisjoint(touched) or any(held.is_computed for held in self.rewrites)
+        is_computed = bool(self.fixed) or any(held.computed_by for held in self.rewrites)
+        return is_computed or not self.rewritten_groups.isdisjoint(touched)
 
     @cached_property
     def macs(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .network import ForwardError, NetworkGraph, TraceError
+from .network import FixedNumber, ForwardError, HeldNumber, NetworkGraph, TraceError
 from .opaque import Opaque
-from .symbolic import ComputedSizes, TracedRun, rewrite
+from .symbolic import ComputedNumbers, Expected, TracedRun, rewrite
 from .trace import LabelPass, Record
 
 _LEAST = 2
@@ -136,37 +136,76 @@ def holds_smaller_widths(
     return None
 
 
-def follow_computed_sizes(model: nn.Module, graph: NetworkGraph, dense: DenseRun) -> NetworkGraph:
-    """The graph without the rewrites of sizes that ``forward`` computes rightly at smaller widths, too.
+def follow_computed_numbers(
+    model: nn.Module, graph: NetworkGraph, dense: DenseRun, factors: Mapping[str, float]
+) -> NetworkGraph:
+    """The graph with as few numbers in place of those that ``forward`` computes as smaller widths need.
 
-    A number in their place would hold for one batch and one image size: ``y.view(n * c, h * w)``.
+    A number holds for one batch and one image size: ``y.view(n * c, h * w)``. What is right at smaller widths, too,
+    stays as it is; what follows no width is scaled; what follows a wrong one gets a number, unless it follows the batch
+    or the image size, too.
 
     Args:
         model: the captured module.
         graph: its graph, all of whose held numbers are to be rewritten.
         dense: the run of the network as it stands.
+        factors: numbers that ``forward`` computes and that have to stay, by the node of the trace that gives them.
     """
-    computed = [held for held in graph.rewrites if held.is_computed and held.argument[0] == "size"]
-    others = [held for held in graph.rewrites if not (held.is_computed and held.argument[0] == "size")]
-    sizes = {index: group.size for index, group in enumerate(graph.groups) if group.is_prunable}
-    wrong: set[tuple[str, int]] = set()
-    for counts in _trials(sizes) if computed else ():
-        kept = {index: torch.arange(sizes[index]) >= count for index, count in counts.items()}
-        expected: dict[str, dict[int, int]] = {}
-        for held in computed:
-            expected.setdefault(held.node, {})[held.argument[1]] = held.value(kept)
-        forward = rewrite(model, replace(graph, rewrites=tuple(others)), kept)
-        try:
-            with _resized(forward, _shrunk_by(graph, counts)):
-                labels = LabelPass(model, dense.opaque, with_labels=False)
-                run = ComputedSizes(forward, labels, expected)
-                labels.run(run.run, dense.inputs)
-        except TraceError:
-            # What stops it is found when the graph is tried.
-            return graph
-        wrong |= run.wrong
-    needed = [held for held in computed if (held.node, held.argument[1]) in wrong]
-    return replace(graph, rewrites=(*others, *needed))
+    sizes = {(held.node, held.argument[1]): held for held in graph.rewrites if _is_computed_size(held)}
+    # A number that stays is set where it comes from: ``d = width // heads`` is a size here, and a scale there.
+    shrinking = {held.computed_by for held in graph.rewrites if not held.is_fixed}
+    stays = {held.computed_by: held.value({}) for held in graph.rewrites if held.computed_by and held.is_fixed}
+    numbers = {node: value for node, value in {**stays, **factors}.items() if node not in shrinking}
+    sizes = {place: held for place, held in sizes.items() if held.computed_by not in numbers}
+    others = tuple(held for held in graph.rewrites if not _is_computed_size(held))
+    plain = replace(graph, rewrites=others)
+
+    def wrong(inputs: tuple[Tensor, ...], kept: Mapping[int, Tensor]) -> dict[tuple[str, int] | str, float]:
+        expected = Expected({place: held.value(kept) for place, held in sizes.items()}, numbers)
+        return _wrong_numbers(model, plain, replace(dense, inputs=inputs), kept, expected)
+
+    if not (sizes or numbers):
+        return plain
+    found: dict[tuple[str, int] | str, set[float]] = {}
+    units = {index: group.size for index, group in enumerate(graph.groups) if group.is_prunable}
+    for counts in _trials(units):
+        kept = {index: torch.arange(units[index]) >= count for index, count in counts.items()}
+        for place, value in wrong(dense.inputs, kept).items():
+            found.setdefault(place, set()).add(value)
+    follows_none = {place for place in found if place in sizes and found[place] == {sizes[place].value({})}}
+    if found.keys() - follows_none:
+        elsewhere = set().union(*(wrong(inputs, {}) for inputs in _other_inputs(dense.inputs)))
+        found = {place: each for place, each in found.items() if place in follows_none or place not in elsewhere}
+    needed = [replace(sizes[place], is_scaled=place in follows_none) for place in found if place in sizes]
+    fixed = [FixedNumber(place, numbers[place]) for place in found if place in numbers]
+    return replace(graph, rewrites=(*others, *needed), fixed=tuple(fixed))
+
+
+def _is_computed_size(held: HeldNumber) -> bool:
+    return bool(held.computed_by) and held.argument[0] == "size"
+
+
+def _wrong_numbers(
+    model: nn.Module, graph: NetworkGraph, dense: DenseRun, kept: Mapping[int, Tensor], expected: Expected
+) -> dict[tuple[str, int] | str, float]:
+    """What ``forward`` computes with what is ``kept`` in place of what is expected, as far as it runs."""
+    counts = {index: int((~is_kept).sum()) for index, is_kept in kept.items()}
+    labels = LabelPass(model, dense.opaque, with_labels=False)
+    run = ComputedNumbers(rewrite(model, graph, kept), labels, expected)
+    # What stops it is found when the graph is tried.
+    with _resized(run.module, _shrunk_by(graph, counts)), suppress(TraceError):
+        labels.run(run.run, dense.inputs)
+    return run.wrong
+
+
+def _other_inputs(inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """The inputs with a longer batch, then with each other dimension twice as long, which a network need not take."""
+    for dim in range(max(x.dim() for x in inputs)):
+        shapes = [list(x.shape) for x in inputs]
+        for shape in shapes:
+            if dim < len(shape):
+                shape[dim] = 2 * shape[dim] if dim else shape[dim] + 1
+        yield tuple(x.new_empty(shape) for x, shape in zip(inputs, shapes, strict=True))
 
 
 def _trials(sizes: Mapping[int, int]) -> list[dict[int, int]]:
@@ -209,6 +248,8 @@ def _try(model: nn.Module, graph: NetworkGraph, dense: DenseRun, kept: Mapping[i
         return Failure("", str(error))
     if (changed := another_way(dense.record, run.record)) is not None:
         return changed
+    if (changed := _other_factor(dense.record, run.record)) is not None:
+        return changed
     found = run.record.output_shapes
     if found != dense.record.output_shapes:
         message = f"with fewer channels its outputs have shapes {found} instead of {dense.record.output_shapes}"
@@ -233,6 +274,16 @@ def another_way(dense: Record, small: Record) -> Failure | None:
             name, kind, _ = found or expected or ("", "", ())
             message = f"with fewer channels it computes something else (first at '{name}', {kind}): it asks for a width"
             return Failure(name.partition("#")[0], message)
+    return None
+
+
+def _other_factor(dense: Record, small: Record) -> Failure | None:
+    """The first number that activations meet and that is another one than in the dense network."""
+    for expected, found in zip(dense.factors, small.factors, strict=False):
+        if expected != found:
+            numbers = [", ".join(f"{number:g}" for number in each.numbers) for each in (found, expected)]
+            message = f"with fewer channels it computes {numbers[0]} in place of {numbers[1]} (for {found.operator})"
+            return Failure(expected.module, message)
     return None
 
 

@@ -8,6 +8,7 @@ import operator
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -15,15 +16,22 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from .labels import compact, varying_dims
+from .labels import CONSTANT, compact, varying_dims
 from .modes import attributes_kept, evaluation_mode
 from .network import HeldNumber, NetworkGraph, TraceError
 from .randomness import have_drawn, random_states
-from .trace import Held, LabelPass
+from .trace import Held, LabelPass, is_number
 
 _MODE = "training"
 _VIEWS = ("view", "reshape", "expand")
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
+_ARITHMETIC = {
+    *(operator.mul, operator.truediv, operator.floordiv, operator.add, operator.sub, operator.pow),
+    *(operator.imul, operator.itruediv, operator.iadd, operator.isub),
+    *(torch.mul, torch.multiply, torch.div, torch.divide, torch.true_divide, torch.add, torch.sub, torch.pow),
+    *(functional.scaled_dot_product_attention, "mul", "mul_", "multiply", "div", "div_", "divide", "true_divide"),
+    *("add", "add_", "sub", "sub_", "pow", "pow_"),
+}
 _GROUPS_AT = 6
 """Place of the groups among the arguments of a convolution."""
 _FORWARD_HOOKS = (
@@ -100,6 +108,14 @@ class _Tracer(fx.Tracer):
         is_layer = super().is_leaf_module(m, module_qualified_name) and type(m) is not nn.Unflatten
         return is_layer or module_qualified_name in self._leaf_names
 
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """The parts of what is chunked or split, one after the other, as in ``map(f, x.chunk(3, -1))``."""
+        count = _n_parts(obj.node)
+        if count is None:
+            msg = f"forward goes through '{obj.node.target}', whose length a trace does not know"
+            raise TraceError(msg)
+        return (obj[part] for part in range(count))  # type: ignore[index]
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What stands for the value of a node."""
         return _Proxy(node, self)
@@ -110,6 +126,17 @@ class _Tracer(fx.Tracer):
         if self._takes_defaults:
             arguments = [_default_of(each.node) if _is_switch(each) else each for each in arguments]
         return function, arguments
+
+
+def _n_parts(node: fx.Node) -> int | None:
+    """How many tensors a step gives, None where its arguments do not say."""
+    if node.target in ("chunk", torch.chunk):
+        count = _argument(node, 1, "chunks")
+        return count if isinstance(count, int) else None
+    if node.target in ("split", torch.split, "split_with_sizes", torch.split_with_sizes):
+        sizes = _argument(node, 1, "split_size_or_sections" if "sizes" not in node.kwargs else "sizes")
+        return len(sizes) if isinstance(sizes, tuple | list) else None
+    return None
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[int]:
@@ -366,15 +393,25 @@ def _lengths_as_steps() -> Iterator[None]:
 
 
 class SymbolicRun(TracedRun):
-    """Keeps the labels of every node that may hold a channel count."""
+    """Keeps the labels of every node that may hold a channel count.
+
+    Attributes:
+        factors: numbers that ``forward`` computes and multiplies tensors by, or combines them with in another way, by
+            the node that gives them.
+    """
 
     def __init__(self, traced: fx.GraphModule, labels: LabelPass) -> None:
         super().__init__(traced, labels)
         self._seen: list[Held] = []
+        self.factors: dict[str, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and note what it may hold."""
         result = super().run_node(n)
+        if isinstance(result, Tensor) and n.target in _ARITHMETIC:
+            arguments = [*n.args, *n.kwargs.values()]
+            numbers = {each.name: self.env[each] for each in arguments if isinstance(each, fx.Node)}
+            self.factors.update((name, number) for name, number in numbers.items() if is_number(number))
         holder = _holder(n)
         outputs = result if isinstance(result, tuple | list) else [result]
         if holder is not None:
@@ -408,22 +445,27 @@ def _holder(node: fx.Node) -> str | None:
 def _numbers(node: fx.Node, holder: str, labels: Tensor, position: int, n_outputs: int) -> list[Held]:
     compacted = compact(labels)
     if holder == "size":
-        sizes = _sizes_of(node)
+        sizes = _sizes_of(node) or [None] * labels.dim()
+        varying = varying_dims(labels)
         return [
+            # A computed size may follow the channels also where they do not run along its dimension.
             Held(
                 node.name,
                 ("size", dim, labels.dim()),
-                compacted.movedim(dim, 0),
-                isinstance(sizes, list) and isinstance(sizes[dim], fx.Node),
+                compacted.movedim(dim, 0) if dim in varying else torch.tensor(CONSTANT).expand(labels.shape[dim]),
+                _computed_by(size),
             )
-            for dim in varying_dims(labels)
+            for dim, size in enumerate(sizes)
+            if dim in varying or isinstance(size, fx.Node)
         ]
     if holder == "split":
         dim = int(node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)) % labels.dim()  # type: ignore
         given = node.args[1] if len(node.args) > 1 else node.kwargs.get("split_size_or_sections")
         parts = given if isinstance(given, tuple | list) else [given]
-        is_computed = any(isinstance(part, fx.Node) for part in parts)
-        return [Held(node.name, ("split", position, n_outputs), compacted.movedim(dim, 0), is_computed)]
+        part = parts[position if len(parts) > 1 else 0]
+        if compacted.shape[dim] != labels.shape[dim]:
+            return []
+        return [Held(node.name, ("split", position, n_outputs), compacted.movedim(dim, 0), _computed_by(part))]
     if holder == "unflatten":
         sizes = _argument(node, 2, "sizes")
         # What is computed, or filled in, follows.
@@ -448,27 +490,51 @@ def _numbers(node: fx.Node, holder: str, labels: Tensor, position: int, n_output
     return held
 
 
-class ComputedSizes(TracedRun):
-    """Finds computed sizes of views that are not what is expected of them, and sets these right.
+def _computed_by(size: Any) -> str:
+    return size.name if isinstance(size, fx.Node) else ""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What numbers that ``forward`` computes should be.
 
     Attributes:
-        wrong: the numbers found, by node and place.
+        sizes: of views, by node and dimension.
+        numbers: others, by the node that gives them.
     """
 
-    def __init__(self, traced: fx.GraphModule, labels: LabelPass, expected: Mapping[str, Mapping[int, int]]) -> None:
-        """The sizes that are expected, by node and dimension."""
+    sizes: Mapping[tuple[str, int], int]
+    numbers: Mapping[str, float]
+
+
+class ComputedNumbers(TracedRun):
+    """Finds numbers that ``forward`` computes otherwise than is expected of them, and sets these right.
+
+    Attributes:
+        wrong: what ``forward`` computes in place of each, by node and dimension, or by node.
+    """
+
+    def __init__(self, traced: fx.GraphModule, labels: LabelPass, expected: Expected) -> None:
         super().__init__(traced, labels)
-        self._expected = expected
-        self.wrong: set[tuple[str, int]] = set()
+        self._sizes: dict[str, dict[int, int]] = {}
+        for (node, dim), value in expected.sizes.items():
+            self._sizes.setdefault(node, {})[dim] = value
+        self._numbers = expected.numbers
+        self.wrong: dict[tuple[str, int] | str, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, with the sizes that are expected of it."""
-        for dim, value in self._expected.get(n.name, {}).items():
-            size = (_sizes_of(n) or [])[dim]
-            if self.env[size] not in (-1, value):
-                self.wrong.add((n.name, dim))
+        for dim, value in self._sizes.get(n.name, {}).items():
+            found = self.env[(_sizes_of(n) or [])[dim]]
+            if found not in (-1, value):
+                self.wrong[n.name, dim] = found
                 _set_size(n, dim, value)
-        return super().run_node(n)
+        result = super().run_node(n)
+        expected = self._numbers.get(n.name, result)
+        if expected is result or result in (-1, expected):
+            return result
+        self.wrong[n.name] = result
+        return expected
 
 
 def rewrite(model: nn.Module, graph: NetworkGraph, kept: Mapping[int, Tensor]) -> fx.GraphModule:
@@ -492,11 +558,15 @@ def rewrite(model: nn.Module, graph: NetworkGraph, kept: Mapping[int, Tensor]) -
         msg = "the network could be traced when it was captured and cannot be traced now; pass the network as captured"
         raise TraceError(msg) from error
     nodes = {node.name: node for node in traced.graph.nodes}
+    missing = {*(held.node for held in graph.rewrites), *(number.node for number in graph.fixed)} - nodes.keys()
+    if missing:
+        msg = f"the trace of the network has no node '{min(missing)}'; capture the network again"
+        raise TraceError(msg)
     for held in graph.rewrites:
-        if held.node not in nodes:
-            msg = f"the trace of the network has no node '{held.node}'; capture the network again"
-            raise TraceError(msg)
         _set_number(nodes[held.node], held, held.value(kept))
+    for number in graph.fixed:
+        node = nodes[number.node]
+        node.op, node.target, node.args, node.kwargs = "call_function", type(number.value), (number.value,), {}
     traced.recompile()
     _give_everything(model, traced)
     return traced
@@ -533,6 +603,8 @@ def _set_number(node: fx.Node, held: HeldNumber, value: int) -> None:
         _set_argument(node, 2, "sizes", tuple(sizes))
     elif what == "groups":
         _set_argument(node, _GROUPS_AT, "groups", value)
+    elif held.is_scaled:
+        _scale_size(node, index, value, held.value({}))
     else:
         _set_size(node, index, value)
 
@@ -550,7 +622,7 @@ def _place_of_sizes(node: fx.Node) -> tuple[str | None, bool]:
     return name, name is not None or (len(node.args) == 2 and isinstance(node.args[1], tuple | list | fx.Node))
 
 
-def _set_size(node: fx.Node, dim: int, value: int) -> None:
+def _set_size(node: fx.Node, dim: int, value: int | fx.Node) -> None:
     sizes = _sizes_of(node)
     # A whole shape that is computed holds no number.
     if sizes is None:
@@ -562,6 +634,15 @@ def _set_size(node: fx.Node, dim: int, value: int) -> None:
         node.kwargs = {**node.kwargs, name: tuple(sizes)}
     else:
         node.args = (node.args[0], tuple(sizes)) if is_nested else (node.args[0], *sizes)
+
+
+def _scale_size(node: fx.Node, dim: int, left: int, of: int) -> None:
+    """Put a size that is computed times ``left / of`` in its place."""
+    computed, shared = (_sizes_of(node) or [])[dim], math.gcd(left, of)
+    with node.graph.inserting_before(node):
+        product = node.graph.call_function(operator.mul, (computed, left // shared))
+        scaled = node.graph.call_function(operator.floordiv, (product, of // shared))
+    _set_size(node, dim, scaled)
 
 
 def _argument(node: fx.Node, position: int, name: str) -> Any:

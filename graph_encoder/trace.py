@@ -29,6 +29,8 @@ from .rules import RULES, Call, Result, Rule
 from .shapes import is_pointwise, quick_result, tensors_in
 
 _LOOSE_LIMIT = 1 << 20
+_ARITHMETIC = {"mul", "div", "add", "sub", "rsub", "pow", "scaled_dot_product_attention"}
+"""Operators in which a number beside an activation makes a difference to what it says."""
 """Largest parameter that is labelled element by element when it meets activations outside a weighted operator."""
 
 
@@ -58,7 +60,7 @@ class Held:
     node: str
     argument: tuple[str, int, int]
     labels: Tensor
-    is_computed: bool = False
+    computed_by: str = ""
 
 
 @dataclass
@@ -85,6 +87,21 @@ class Fold:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Factor:
+    """Numbers that activations meet in one operator: ``scores / q.shape[-1] ** 0.5``.
+
+    Attributes:
+        module: qualified name of the module that ran.
+        operator: name of the operator.
+        numbers: in the order of its arguments.
+    """
+
+    module: str
+    operator: str
+    numbers: tuple[float, ...]
+
+
 @dataclass
 class Record:
     """Everything that one run leaves behind."""
@@ -101,6 +118,7 @@ class Record:
     held: list[Held] = field(default_factory=list)
     readers: dict[tuple[str, int], list[str]] = field(default_factory=dict)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
+    factors: list[Factor] = field(default_factory=list)
     computed: dict[str, str] = field(default_factory=dict)
 
 
@@ -310,6 +328,9 @@ class LabelPass(TorchDispatchMode):
         outputs = [out] if isinstance(out, Tensor) else list(tensors_in(out)) if isinstance(out, list | tuple) else []
         if not on_meta and not any(self.is_labelled(t) for t in tensors):
             return out
+        if name in _ARITHMETIC:
+            numbers = tuple(filter(is_number, (*args, *kwargs.values())))
+            self.record.factors.extend([Factor(self.here(), name, numbers)] if numbers else [])
         follow = rule or (LabelPass.elementwise if pointwise else LabelPass.unknown)
         labels, sources = self._followed(follow, Call(name, func, args, kwargs, outputs, sources))
         for position, tensor in enumerate(outputs):
@@ -628,6 +649,11 @@ class LabelPass(TorchDispatchMode):
         for axis in self.record.axes.values():
             if axis.tensor == tensor:
                 self.freeze(axis.labels, reason)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an int or a float; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _fitted(labels: Tensor, tensor: Tensor) -> Tensor:

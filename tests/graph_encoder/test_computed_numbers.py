@@ -1,0 +1,199 @@
+"""Numbers that forward computes from widths: right at every batch and image size, or the channels stay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from graph_encoder.capture import capture
+from graph_encoder.network import NetworkGraph
+from graph_encoder.symbolic import rewrite
+from pruning.proof import prove
+
+WIDTH, HEADS = 32, 4
+
+
+class Attention(nn.Module):
+    """Attention of several heads, in one of the ways in which it is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_width = WIDTH // HEADS
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+
+class FoldedHeads(Attention):
+    """Heads beside each other in the batch, as in BART and in fairseq."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        q, k, v = (
+            layer(x).view(n, tokens, HEADS, self.head_width).transpose(1, 2).reshape(n * HEADS, -1, self.head_width)
+            for layer in (self.q, self.k, self.v)
+        )
+        attended = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        out: Tensor = self.o(attended.view(n, HEADS, tokens, width // HEADS).transpose(1, 2).reshape(n, tokens, width))
+        return out
+
+
+class TokensFirst(Attention):
+    """The same with the batch in the second dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        tokens, n, width = x.shape
+        q, k, v = (layer(x).view(-1, n * HEADS, self.head_width).transpose(0, 1) for layer in (self.q, self.k, self.v))
+        attended = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        out: Tensor = self.o(attended.transpose(0, 1).reshape(tokens, n, width)).transpose(0, 1)
+        return out
+
+
+class ChunkedHeads(nn.Module):
+    """Queries, keys and values from one layer, each part taken in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        head_width = width // HEADS
+        q, k, v = map(lambda part: part.view(n, tokens, HEADS, head_width).transpose(1, 2), self.q(x).chunk(3, -1))
+        scores = (q @ k.transpose(-1, -2)) * head_width**-0.5
+        out: Tensor = self.o((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, tokens, width))
+        return out
+
+
+class OwnWidth(ChunkedHeads):
+    """The width of a head by that of each part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, _ = x.shape
+        q, k, v = (
+            part.view(n, tokens, HEADS, part.shape[-1] // HEADS).transpose(1, 2)
+            for part in self.q(x).split([WIDTH, WIDTH, WIDTH], dim=-1)
+        )
+        out: Tensor = self.o(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+class AroundImage(nn.Module):
+    """Attention over the positions of a feature map, heads in the batch, as in guided diffusion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Conv1d(WIDTH, 3 * WIDTH, 1), nn.Conv1d(WIDTH, WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        n, width, length = (qkv := self.q(x)).shape
+        channels = width // (3 * HEADS)
+        q, k, v = qkv.reshape(n * HEADS, channels * 3, length).split(channels, dim=1)
+        scale = 1 / math.sqrt(math.sqrt(channels))
+        weights = torch.einsum("bct,bcs->bts", q * scale, k * scale).softmax(-1)
+        out: Tensor = self.o(torch.einsum("bts,bcs->bct", weights, v).reshape(n, -1, length)).transpose(1, 2)
+        return out
+
+
+class OneHead(Attention):
+    """One head, whose products are divided by the root of its width."""
+
+    def __init__(self, root: Callable[[int], float]) -> None:
+        super().__init__()
+        self.root = root
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        scores = q @ k.transpose(-1, -2) / self.root(q.shape[-1])
+        out: Tensor = self.o(scores.softmax(-1) @ v)
+        return out
+
+
+class Block(nn.Module):
+    """A stem, attention and a perceptron with shortcuts, and a head."""
+
+    def __init__(self, attention: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.attention, self.head = nn.Linear(WIDTH, WIDTH), attention(), nn.Linear(WIDTH, 10)
+        self.wide, self.narrow = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.attention(x)
+        x = x + self.narrow(self.wide(x).relu())
+        out: Tensor = self.head(x.mean(1))
+        return out
+
+
+def captured(attention: Callable[[], nn.Module]) -> tuple[nn.Module, NetworkGraph]:
+    torch.manual_seed(0)
+    model = Block(attention).eval()
+    with torch.no_grad():
+        # Sharp attention, so that other heads give other outputs.
+        model.attention.q.weight *= 5
+    return model, capture(model, torch.randn(1, 6, WIDTH))
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        FoldedHeads, TokensFirst, ChunkedHeads, OwnWidth, AroundImage, lambda: OneHead(lambda width: math.sqrt(width)),
+        lambda: OneHead(lambda width: width**0.5),
+    ],
+    ids=["folded", "tokens first", "chunked", "own width", "around image", "root", "power"],
+)  # fmt: skip
+def test_attention_holds_with_fewer_heads_at_any_batch_and_length(attention: Callable[[], nn.Module]) -> None:
+    model, graph = captured(attention)
+
+    assert {"stem", "attention.q", "wide"} <= {group.name for group in graph.prunable}
+    generator = torch.Generator().manual_seed(0)
+    for n, tokens in ((1, 6), (2, 6), (5, 6), (3, 9)):
+        x = torch.randn(n, tokens, WIDTH)
+        assert [proof for proof in prove(model, graph, x, generator=generator) if not proof.holds] == []
+
+
+def test_a_number_that_no_trace_shows_keeps_its_channels_alone() -> None:
+    # float() of what is traced fails.
+    graph = captured(lambda: OneHead(lambda width: float(width) ** 0.5))[1]
+
+    assert {group.name for group in graph.prunable} == {"stem", "attention.v", "wide"}
+    assert graph.group("attention.q").reason.startswith(
+        "forward of 'attention' holds a channel count: with fewer channels it computes "
+    )
+    assert graph.group("attention.q").reason.endswith(" in place of 5.65685 (for div)")
+
+
+class SharedScale(nn.Module):
+    """A feature map divided by how many numbers it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 1), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        y = self.conv(y / (y.shape[1] * y.shape[2] * y.shape[3]))
+        out: Tensor = self.head(y.relu().mean((2, 3)))
+        return out
+
+
+def test_a_number_that_follows_the_image_size_too_keeps_its_channels() -> None:
+    graph = capture(SharedScale().eval(), torch.randn(2, 3, 4, 4))
+
+    assert {group.name for group in graph.prunable} == {"conv"} and not graph.fixed
+    assert "in place of 128 (for div)" in graph.group("stem").reason
+
+
+def test_a_folded_batch_is_scaled_and_not_written_down() -> None:
+    model, graph = captured(FoldedHeads)
+    heads = next(index for index, group in enumerate(graph.groups) if group.name == "attention.q")
+
+    small = rewrite(model, graph, {heads: torch.tensor([True, False, True, True])})
+
+    assert "* 3" in small.code and "// 4" in small.code
+    assert not any(held.computed_by and not held.is_scaled and 0 in held.argument[1:2] for held in graph.rewrites)
