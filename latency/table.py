@@ -543,7 +543,7 @@ def needed_kinds(
 
 def start_table(device: Device, *, n_runs: int = 200) -> LatencyTable:
     """A table of ``device`` that holds the time of its reference layer and nothing else."""
-    _, reference, empty = device.times_ns(_anchors(device), n_runs, n_warmup=20)
+    _, reference, _, empty = device.times_ns(_anchors(device), n_runs, n_warmup=20)
     unit = float(np.median(reference))
     return LatencyTable(device.fingerprint, unit, float(np.median(empty / reference)))
 
@@ -597,28 +597,27 @@ def network_ratios(
 ) -> Floats:
     """Times of whole networks in units of the reference layer's, measured in the same rounds; shape ``(networks,)``."""
     timed = [(network, inputs) for network in networks]
-    _, reference, _, *times = device.times_ns([*_anchors(device), *timed], n_runs, n_warmup)
+    _, reference, _, _, *times = device.times_ns([*_anchors(device), *timed], n_runs, n_warmup)
     ratios: Floats = np.median(np.array(times) / reference, axis=1)
     return ratios
 
 
 def _layer_ratios(device: Device, shapes: Sequence[tuple[LayerKind, int, int]], n_runs: int) -> Floats:
     networks = [(layer_artifact(*shape, device.takes), (layer_input(*shape),)) for shape in shapes]
-    _, reference, empty, *times = device.times_ns([*_anchors(device), *networks], n_runs, n_warmup=2)
+    _, reference, _, empty, *times = device.times_ns([*_anchors(device), *networks], n_runs, n_warmup=2)
     ratios: Floats = np.median((np.array(times) - empty) / reference, axis=1)
     # The clock may read less than an empty call for the least of layers; no layer is free.
     return np.maximum(ratios, 1e-4)
 
 
 def _anchors(device: Device) -> list[tuple[Artifact, tuple[Tensor, ...]]]:
-    """The reference layer twice, and the empty network.
+    """The reference layer twice, and the empty network twice.
 
-    Only the second reference is read: the first comes after whatever ends the round, and a large network leaves it
-    cold caches. Read alone, it was 15 to 60 % slower after some networks than after others.
+    Only the second of each is read: the first comes after whatever ends the round, or after the reference, and a large
+    network leaves it cold caches. Read alone, the reference was 15 to 60 % slower after some networks than after others,
+    and the empty network took 20 us after the reference in place of 14: more than a small layer adds to it.
     """
     shape = (_REFERENCE, _REFERENCE_CHANNELS, _REFERENCE_CHANNELS)
-    reference = [(layer_artifact(*shape, device.takes), (layer_input(*shape),)) for _ in range(2)]
-    return [
-        *reference,
-        (empty_artifact(device.takes), (torch.zeros(1, 1),)),
-    ]
+    reference = (layer_artifact(*shape, device.takes), (layer_input(*shape),))
+    empty = (empty_artifact(device.takes), (torch.zeros(1, 1),))
+    return [reference, reference, empty, empty]

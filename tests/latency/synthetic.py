@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -15,6 +16,8 @@ from latency.table import Calibration, Fingerprint, LatencyTable, network_key
 from latency.worker import Processor
 
 EMPTY_NS = 5_000
+COLD_NS = 2_000
+"""What an empty network takes beyond that after one that does something."""
 SLIDE_RULE = Processor("slide rule", "wood")
 
 
@@ -41,9 +44,12 @@ class FormulaDevice:
         self.calls += 1
         if self.stop_after is not None and self.calls > self.stop_after:
             raise KeyboardInterrupt
-        self.layers += len(networks) - 3
+        self.layers += len(networks) - 4
         load = 1 + 0.25 * ((self.calls - 1) % 3)
-        return np.array([[self._one(network) * load] * n_runs for network, _ in networks])
+        times = [self._one(network) for network, _ in networks]
+        is_cold = [before > EMPTY_NS >= time for before, time in pairwise(times)]
+        times = [time + COLD_NS * cold for time, cold in zip(times, [False, *is_cold], strict=True)]
+        return np.array([[time * load] * n_runs for time in times])
 
     def _one(self, network: Artifact) -> float:
         assert isinstance(network, nn.Module)
