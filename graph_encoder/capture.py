@@ -96,7 +96,7 @@ def _capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> NetworkGraph:
         rewritten = _with_rewrites(*found, model, dense)
         if rewritten is not None:
             return rewritten
-    return _freeze_what_does_not_hold(model, graph, dense)
+    return _freeze_what_does_not_hold(model, graph, dense, lambda graph: graph)
 
 
 def _run(model: nn.Module, inputs: tuple[Tensor, ...], *, with_labels: bool) -> tuple[LabelPass, DenseRun]:
@@ -156,19 +156,33 @@ def _with_rewrites(
     graph = assemble(run.record, model, dense.opaque)
     graph = replace(graph, whole=whole, follows_mode=follows_mode(traced))
     dense = replace(dense, record=run.record)
-    return _freeze_what_does_not_hold(model, follow_computed_numbers(model, graph, dense, nodes.factors), dense)
+
+    def followed(graph: NetworkGraph) -> NetworkGraph:
+        return follow_computed_numbers(model, graph, dense, nodes.factors)
+
+    return _freeze_what_does_not_hold(model, graph, dense, followed)
 
 
-def _freeze_what_does_not_hold(model: nn.Module, graph: NetworkGraph, dense: DenseRun) -> NetworkGraph:
-    """Keep dense, by name, the groups without which the rest of the network holds at smaller widths."""
-    tried = graph
+def _freeze_what_does_not_hold(
+    model: nn.Module, graph: NetworkGraph, dense: DenseRun, followed: Callable[[NetworkGraph], NetworkGraph]
+) -> NetworkGraph:
+    """Keep dense, by name, the groups without which the rest of the network holds at smaller widths.
+
+    Args:
+        model: the captured module.
+        graph: its graph.
+        dense: the run of the network as it stands.
+        followed: gives a graph the numbers that ``forward`` computes wrongly without, as far as a run at smaller widths
+            comes.
+    """
+    tried = rewritten = followed(graph)
 
     # Once each: it makes no difference which of the others are kept dense in the meantime.
     @cache
     def fail(groups: frozenset[int]) -> bool:
         return holds_smaller_widths(model, tried, dense, groups) is not None
 
-    while (failure := holds_smaller_widths(model, graph, dense)) is not None:
+    while (failure := holds_smaller_widths(model, rewritten, dense)) is not None:
         module, culprits = _culprits(graph, failure.module, fail)
         culprits |= _alike(model, graph, module, culprits)
         if not culprits:
@@ -180,7 +194,11 @@ def _freeze_what_does_not_hold(model: nn.Module, graph: NetworkGraph, dense: Den
         reason = f"forward of '{failure.module or 'the network'}' holds a channel count: {failure.message}"
         groups = [replace(g, reason=reason) if i in culprits else g for i, g in enumerate(graph.groups)]
         graph = replace(graph, groups=tuple(groups))
-    return graph
+        rewritten = followed(graph)
+        if not rewritten.is_rewritten_as(tried):
+            tried = rewritten
+            fail.cache_clear()
+    return rewritten
 
 
 def _culprits(graph: NetworkGraph, module: str, fail: Callable[[frozenset[int]], bool]) -> tuple[str, set[int]]:

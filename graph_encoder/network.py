@@ -295,6 +295,11 @@ class NetworkGraph:
         is_computed = bool(self.fixed) or any(held.computed_by for held in self.rewrites)
         return is_computed or not self.rewritten_groups.isdisjoint(touched)
 
+    def is_rewritten_as(self, other: NetworkGraph) -> bool:
+        """Whether the same numbers are rewritten as in another graph of the same network."""
+        mine, others = ({(held.node, held.argument) for held in graph.rewrites} for graph in (self, other))
+        return mine == others and self.fixed == other.fixed
+
     @cached_property
     def macs(self) -> int:
         """Multiply-adds of the dense network for a batch of one."""

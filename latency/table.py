@@ -614,8 +614,8 @@ def _anchors(device: Device) -> list[tuple[Artifact, tuple[Tensor, ...]]]:
     """The reference layer twice, and the empty network twice.
 
     Only the second of each is read: the first comes after whatever ends the round, or after the reference, and a large
-    network leaves it cold caches. Read alone, the reference was 15 to 60 % slower after some networks than after others,
-    and the empty network took 20 us after the reference in place of 14: more than a small layer adds to it.
+    network leaves it cold caches. Read alone, the reference was 15 to 60 % slower after some networks than after
+    others, and the empty network took 20 us in place of 14, more than a small layer adds to it.
     """
     shape = (_REFERENCE, _REFERENCE_CHANNELS, _REFERENCE_CHANNELS)
     reference = (layer_artifact(*shape, device.takes), (layer_input(*shape),))

@@ -161,7 +161,7 @@ class ScaledByWidth(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x).relu()
-        out: Tensor = self.last((self.second(y) / y.shape[1]).relu().mean((2, 3)))
+        out: Tensor = self.last((self.second(y) / torch.tensor(float(y.shape[1]))).relu().mean((2, 3)))
         return out
 
 
@@ -197,7 +197,7 @@ class ScaledByEither(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x).relu()
         z = self.second(y).relu()
-        out: Tensor = self.last(z.mean((2, 3)) * max(y.shape[1], z.shape[1]))
+        out: Tensor = self.last(z.mean((2, 3)) * torch.tensor(float(max(y.shape[1], z.shape[1]))))
         return out
 
 
@@ -218,7 +218,7 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.first(self.embed(x).mean(1))
-        return self.last(h * h.shape[1] ** -0.5)
+        return self.last(h * torch.tensor(h.shape[1] ** -0.5))
 
 
 class Boxes(nn.Module):
@@ -230,7 +230,7 @@ class Boxes(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         h: Tensor = self.first(x)
-        return {"logits": self.last(h * h.shape[1] ** -0.5), "boxes": 1e4 * self.boxes(x)}
+        return {"logits": self.last(h * torch.tensor(h.shape[1] ** -0.5)), "boxes": 1e4 * self.boxes(x)}
 
 
 class Divided(nn.Module):
@@ -243,7 +243,7 @@ class Divided(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.second(self.first(x) / self.scale)
-        return self.last(h * h.shape[1] ** -0.5)
+        return self.last(h * torch.tensor(h.shape[1] ** -0.5))
 
 
 @pytest.mark.parametrize(
