@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def build_named(
             device,
             needed,
             save=lambda grown: grown.save(out),
-            progress=lambda done, total: say(f"{model}: {done:,} of {total:,} layers measured"),
+            progress=_in_tenths(lambda done, total: say(f"{model}: {done:,} of {total:,} layers measured")),
         )
         known = table.calibrations.get(network_key(network.graph), Calibration())
         # What was calibrated with integers before stays so.
@@ -118,6 +118,20 @@ def build_named(
             "error_of_fit": round(found.error, 4),
             "dense_ms": round(LatencyModel(network.graph, table).dense / 1e6, 4),
         }
+
+
+def _in_tenths(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Progress that is told at the start and each further tenth."""
+    told = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        tenth = 10 * done // max(total, 1)
+        if tenth > told:
+            told = tenth
+            tell(done, total)
+
+    return progress
 
 
 def _rotated(network: TimedNetwork, plan: Mapping[str, int], seed: int) -> list[dict[str, int]]:

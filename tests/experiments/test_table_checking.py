@@ -21,6 +21,7 @@ def test_a_table_is_built_checked_and_refused_elsewhere(command: Command, tmp_pa
     (facts,) = json.loads(built.out)
     assert facts["networks"] == 4
     assert facts["dense_ms"] > 0
+    assert 2 <= built.err.count(" layers measured") <= 11
 
     again = command("latency", "build", *TINY, *options, "--networks", "3", "--out", table, "--json")
     assert json.loads(again.out) == [facts]
