@@ -67,6 +67,9 @@ class _Proxy(fx.Proxy):
 class _Tracer(fx.Tracer):
     """A tracer that has more leaves than the layers of torch.nn, and names the module where a trace fails."""
 
+    # What is computed from a buffer, an index of positions, is a step as well, and not a tensor that forward made.
+    proxy_buffer_attributes = True
+
     def __init__(self, leaves: Collection[str] = (), *, takes_defaults: bool = False) -> None:
         super().__init__()
         self._leaf_names = leaves

@@ -197,3 +197,32 @@ def test_a_folded_batch_is_scaled_and_not_written_down() -> None:
 
     assert "* 3" in small.code and "// 4" in small.code
     assert not any(held.computed_by and not held.is_scaled and 0 in held.argument[1:2] for held in graph.rewrites)
+
+
+class BiasByPosition(ChunkedHeads):
+    """A bias for each head and pair of positions, looked up at places that a buffer holds, as in Swin and BEiT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(11, HEADS))
+        self.register_buffer("places", torch.arange(6)[:, None] - torch.arange(6)[None] + 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, _ = x.shape
+        q, k, v = self.q(x).reshape(n, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.places.view(-1)].view(tokens, tokens, -1).permute(2, 0, 1).contiguous()
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        out: Tensor = self.o(attended.transpose(1, 2).reshape(n, tokens, -1))
+        return out
+
+
+def test_what_is_looked_up_by_a_buffer_does_not_keep_heads() -> None:
+    model, graph = captured(BiasByPosition)
+
+    assert {"stem", "attention.q", "wide"} <= {group.name for group in graph.prunable} and not graph.whole
+    heads = graph.groups[graph.group_index["attention.q"]]
+    assert any(member.tensor == "attention.table" for member in heads.members)
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 2, 5):
+        x = torch.randn(n, 6, WIDTH)
+        assert [proof for proof in prove(model, graph, x, generator=generator) if not proof.holds] == []
