@@ -255,15 +255,13 @@ def _bind_mask(run: LabelPass, mask: Tensor, heads: Tensor) -> None:
     if not run.is_labelled(mask):
         return
     labels = run.labels_or_constant(mask)
-    varying = varying_dims(labels)
-    if {labels.dim() - 1, labels.dim() - 2} & set(varying):
+    varying, of_heads = set(varying_dims(labels)), labels.dim() - 3
+    if of_heads in varying and labels.shape[of_heads] == heads.numel() and min(varying) == of_heads:
+        run.record.classes.union(run.record.classes.along(labels, of_heads), heads.reshape(-1))
+    elif varying & {labels.dim() - 1, labels.dim() - 2}:
         run.freeze(labels, "is added to attention position by position")
     elif varying:
-        found = compact(labels)
-        if found.numel() == heads.numel():
-            run.record.classes.union(found.reshape(-1), heads.reshape(-1))
-        else:
-            run.freeze(found, "is added to attention with another number of heads")
+        run.freeze(compact(labels), "is added to attention with another number of heads")
 
 
 @_rule("matmul", "bmm", "mm")
