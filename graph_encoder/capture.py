@@ -16,7 +16,7 @@ from .modes import attributes_kept, evaluation_mode
 from .network import ForwardError, NetworkGraph, Operator, TraceError
 from .opaque import Opaque
 from .real_run import record_calls
-from .resize import DenseRun, another_way, follow_computed_numbers, holds_smaller_widths
+from .resize import ComputedPlaces, DenseRun, Place, another_way, follow_computed_numbers, holds_smaller_widths
 from .symbolic import SymbolicRun, follows_mode, trace_around
 from .trace import LabelPass, batch_of_two
 
@@ -157,8 +157,15 @@ def _with_rewrites(
     graph = replace(graph, whole=whole, follows_mode=follows_mode(traced))
     dense = replace(dense, record=run.record)
 
+    computed = ComputedPlaces.of(graph.rewrites, nodes.factors)
+
+    # They depend on the network, and not on the groups that are kept dense in the meantime.
+    @cache
+    def elsewhere() -> set[Place]:
+        return computed.following(model, traced, dense)
+
     def followed(graph: NetworkGraph) -> NetworkGraph:
-        return follow_computed_numbers(model, graph, dense, nodes.factors)
+        return follow_computed_numbers(model, graph, dense, computed, elsewhere)
 
     return _freeze_what_does_not_hold(model, graph, dense, followed)
 

@@ -297,7 +297,9 @@ class NetworkGraph:
 
     def is_rewritten_as(self, other: NetworkGraph) -> bool:
         """Whether the same numbers are rewritten as in another graph of the same network."""
-        mine, others = ({(held.node, held.argument) for held in graph.rewrites} for graph in (self, other))
+        mine, others = (
+            {(held.node, held.argument, held.is_scaled) for held in graph.rewrites} for graph in (self, other)
+        )
         return mine == others and self.fixed == other.fixed
 
     @cached_property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .network import FixedNumber, ForwardError, HeldNumber, NetworkGraph, TraceError
 from .opaque import Opaque
-from .symbolic import ComputedNumbers, Expected, TracedRun, rewrite
+from .symbolic import ComputedNumbers, TracedRun, rewrite
 from .trace import LabelPass, Record
 
 _LEAST = 2
@@ -137,7 +137,11 @@ def holds_smaller_widths(
 
 
 def follow_computed_numbers(
-    model: nn.Module, graph: NetworkGraph, dense: DenseRun, factors: Mapping[str, float]
+    model: nn.Module,
+    graph: NetworkGraph,
+    dense: DenseRun,
+    computed: ComputedPlaces,
+    elsewhere: Callable[[], set[Place]],
 ) -> NetworkGraph:
     """The graph with as few numbers in place of those that ``forward`` computes as smaller widths need.
 
@@ -149,62 +153,103 @@ def follow_computed_numbers(
         model: the captured module.
         graph: its graph, all of whose held numbers are to be rewritten.
         dense: the run of the network as it stands.
-        factors: numbers that ``forward`` computes and that have to stay, by the node of the trace that gives them.
+        computed: what ``forward`` computes.
+        elsewhere: gives those of them that are others for other inputs, `ComputedPlaces.following`.
     """
-    sizes = {(held.node, held.argument[1]): held for held in graph.rewrites if _is_computed_size(held)}
-    # A number that stays is set where it comes from: ``d = width // heads`` is a size here, and a scale there.
-    shrinking = {held.computed_by for held in graph.rewrites if not held.is_fixed}
-    stays = {held.computed_by: held.value({}) for held in graph.rewrites if held.computed_by and held.is_fixed}
-    numbers = {node: value for node, value in {**stays, **factors}.items() if node not in shrinking}
-    sizes = {place: held for place, held in sizes.items() if held.computed_by not in numbers}
-    others = tuple(held for held in graph.rewrites if not _is_computed_size(held))
-    plain = replace(graph, rewrites=others)
-
-    def wrong(inputs: tuple[Tensor, ...], kept: Mapping[int, Tensor]) -> dict[tuple[str, int] | str, float]:
-        expected = Expected({place: held.value(kept) for place, held in sizes.items()}, numbers)
-        return _wrong_numbers(model, plain, replace(dense, inputs=inputs), kept, expected)
-
-    if not (sizes or numbers):
-        return plain
-    found: dict[tuple[str, int] | str, set[float]] = {}
+    sizes, numbers = computed.sizes, computed.numbers
+    found: dict[Place, set[float]] = {}
     units = {index: group.size for index, group in enumerate(graph.groups) if group.is_prunable}
-    for counts in _trials(units):
+    for counts in _trials(units) if sizes or numbers else ():
         kept = {index: torch.arange(units[index]) >= count for index, count in counts.items()}
-        for place, value in wrong(dense.inputs, kept).items():
+        traced = rewrite(model, replace(graph, rewrites=computed.others), kept)
+        with _resized(traced, _shrunk_by(graph, counts)):
+            wrong = computed.wrong(model, traced, dense, dense.inputs, kept)
+        for place, value in wrong.items():
             found.setdefault(place, set()).add(value)
-    follows_none = {place for place in found if place in sizes and found[place] == {sizes[place].value({})}}
+    follows_none = {
+        place for place, each in found.items() if isinstance(place, tuple) and each == {sizes[place].value({})}
+    }
     if found.keys() - follows_none:
-        elsewhere = set().union(*(wrong(inputs, {}) for inputs in _other_inputs(dense.inputs)))
-        found = {place: each for place, each in found.items() if place in follows_none or place not in elsewhere}
-    needed = [replace(sizes[place], is_scaled=place in follows_none) for place in found if place in sizes]
-    fixed = [FixedNumber(place, numbers[place]) for place in found if place in numbers]
-    return replace(graph, rewrites=(*others, *needed), fixed=tuple(fixed))
+        found = {place: each for place, each in found.items() if place in follows_none or place not in elsewhere()}
+    needed = [replace(sizes[at], is_scaled=at in follows_none) for at in found if isinstance(at, tuple)]
+    fixed = [FixedNumber(at, numbers[at]) for at in found if isinstance(at, str)]
+    return replace(graph, rewrites=(*computed.others, *needed), fixed=tuple(fixed))
+
+
+Place = tuple[str, int] | str
+"""A dimension of a view, by its node, or a node that gives a number."""
+
+
+@dataclass(frozen=True)
+class ComputedPlaces:
+    """The numbers that ``forward`` computes, and that smaller widths may make wrong.
+
+    Attributes:
+        sizes: of views, by node and dimension.
+        numbers: that have to stay, by the node that gives them.
+        others: held numbers that are rewritten in any case.
+    """
+
+    sizes: Mapping[tuple[str, int], HeldNumber]
+    numbers: Mapping[str, float]
+    others: tuple[HeldNumber, ...]
+
+    @classmethod
+    def of(cls, rewrites: Sequence[HeldNumber], factors: Mapping[str, float]) -> ComputedPlaces:
+        """Sort held numbers, and ``factors`` that have to stay, by the node of the trace that gives them."""
+        sizes = {(held.node, held.argument[1]): held for held in rewrites if _is_computed_size(held)}
+        # A number that stays is set where it comes from: ``d = width // heads`` is a size here, and a scale there.
+        shrinking = {held.computed_by for held in rewrites if not held.is_fixed}
+        # The first part of a split: the last may be what is left.
+        fixed = [held for held in reversed(rewrites) if held.computed_by and held.is_fixed]
+        stays = {held.computed_by: held.value({}) for held in fixed}
+        numbers = {node: value for node, value in {**stays, **factors}.items() if node not in shrinking}
+        return cls(
+            {place: held for place, held in sizes.items() if held.computed_by not in numbers},
+            numbers,
+            tuple(held for held in rewrites if not _is_computed_size(held)),
+        )
+
+    def wrong(
+        self,
+        model: nn.Module,
+        traced: fx.GraphModule,
+        dense: DenseRun,
+        inputs: tuple[Tensor, ...],
+        kept: Mapping[int, Tensor],
+    ) -> dict[Place, float]:
+        """What a trace with what is ``kept`` computes in place of what should be, as far as it runs."""
+        labels = LabelPass(model, dense.opaque, with_labels=False)
+        sizes = {place: held.value(kept) for place, held in self.sizes.items()}
+        run = ComputedNumbers(traced, labels, sizes, self.numbers, sets_right=bool(kept))
+        # What stops it is found when the graph is tried.
+        with suppress(TraceError):
+            labels.run(run.run, inputs)
+        return run.wrong
+
+    def following(self, model: nn.Module, traced: fx.GraphModule, dense: DenseRun) -> set[Place]:
+        """Those that are others for other batches and image sizes, as far as the network takes these."""
+        return set().union(*(self.wrong(model, traced, dense, inputs, {}) for inputs in _other_inputs(dense.inputs)))
 
 
 def _is_computed_size(held: HeldNumber) -> bool:
     return bool(held.computed_by) and held.argument[0] == "size"
 
 
-def _wrong_numbers(
-    model: nn.Module, graph: NetworkGraph, dense: DenseRun, kept: Mapping[int, Tensor], expected: Expected
-) -> dict[tuple[str, int] | str, float]:
-    """What ``forward`` computes with what is ``kept`` in place of what is expected, as far as it runs."""
-    counts = {index: int((~is_kept).sum()) for index, is_kept in kept.items()}
-    labels = LabelPass(model, dense.opaque, with_labels=False)
-    run = ComputedNumbers(rewrite(model, graph, kept), labels, expected)
-    # What stops it is found when the graph is tried.
-    with _resized(run.module, _shrunk_by(graph, counts)), suppress(TraceError):
-        labels.run(run.run, dense.inputs)
-    return run.wrong
-
-
 def _other_inputs(inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """The inputs with a longer batch, then with each other dimension twice as long, which a network need not take."""
-    for dim in range(max(x.dim() for x in inputs)):
-        shapes = [list(x.shape) for x in inputs]
-        for shape in shapes:
-            if dim < len(shape):
-                shape[dim] = 2 * shape[dim] if dim else shape[dim] + 1
+    """Inputs of a longer batch, and of twice the size in each dimension and in all of space; not all need be taken."""
+    last = max(x.dim() for x in inputs)
+    every = set(range(len(inputs)))
+    changes = [(every, {0}), *((every, {dim}) for dim in range(last)), (every, set(range(2, last)))]
+    if len(inputs) > 1:
+        changes += [({index}, {dim}) for index in every for dim in range(1, inputs[index].dim())]
+    for place, (changed, dims) in enumerate(changes):
+        shapes = [
+            [size if index not in changed or dim not in dims else 2 * size for dim, size in enumerate(x.shape)]
+            for index, x in enumerate(inputs)
+        ]
+        if place == 0:
+            shapes = [[x.shape[0] + 1, *x.shape[1:]] if x.dim() else [] for x in inputs]
         yield tuple(x.new_empty(shape) for x, shape in zip(inputs, shapes, strict=True))
 
 
@@ -248,7 +293,7 @@ def _try(model: nn.Module, graph: NetworkGraph, dense: DenseRun, kept: Mapping[i
         return Failure("", str(error))
     if (changed := another_way(dense.record, run.record)) is not None:
         return changed
-    if (changed := _other_factor(dense.record, run.record)) is not None:
+    if (changed := _other_factor(model, dense, run.record)) is not None:
         return changed
     found = run.record.output_shapes
     if found != dense.record.output_shapes:
@@ -277,10 +322,18 @@ def another_way(dense: Record, small: Record) -> Failure | None:
     return None
 
 
-def _other_factor(dense: Record, small: Record) -> Failure | None:
+def _other_factor(model: nn.Module, dense: DenseRun, small: Record) -> Failure | None:
     """The first number that activations meet and that is another one than in the dense network."""
-    for expected, found in zip(dense.factors, small.factors, strict=False):
-        if expected != found:
+    pairs = zip(dense.record.factors, small.factors, strict=False)
+    changed = [place for place, (expected, found) in enumerate(pairs) if str(expected) != str(found)]
+    if not changed:
+        return None
+    # What is drawn is another one each time.
+    again = LabelPass(model, dense.opaque, with_labels=False)
+    again.run(model, dense.inputs)
+    for place in changed:
+        expected, found = dense.record.factors[place], small.factors[place]
+        if str(expected) == str(again.record.factors[place]):
             numbers = [", ".join(f"{number:g}" for number in each.numbers) for each in (found, expected)]
             message = f"with fewer channels it computes {numbers[0]} in place of {numbers[1]} (for {found.operator})"
             return Failure(expected.module, message)

@@ -8,7 +8,6 @@ import operator
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -25,13 +24,6 @@ from .trace import Held, LabelPass, is_number
 _MODE = "training"
 _VIEWS = ("view", "reshape", "expand")
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
-_ARITHMETIC = {
-    *(operator.mul, operator.truediv, operator.floordiv, operator.add, operator.sub, operator.pow),
-    *(operator.imul, operator.itruediv, operator.iadd, operator.isub),
-    *(torch.mul, torch.multiply, torch.div, torch.divide, torch.true_divide, torch.add, torch.sub, torch.pow),
-    *(functional.scaled_dot_product_attention, "mul", "mul_", "multiply", "div", "div_", "divide", "true_divide"),
-    *("add", "add_", "sub", "sub_", "pow", "pow_"),
-}
 _GROUPS_AT = 6
 """Place of the groups among the arguments of a convolution."""
 _FORWARD_HOOKS = (
@@ -135,7 +127,8 @@ def _n_parts(node: fx.Node) -> int | None:
     """How many tensors a step gives, None where its arguments do not say."""
     if node.target in ("chunk", torch.chunk):
         count = _argument(node, 1, "chunks")
-        return count if isinstance(count, int) else None
+        # Of a batch there may be fewer parts.
+        return count if isinstance(count, int) and _argument(node, 2, "dim") not in (None, 0) else None
     if node.target in ("split", torch.split, "split_with_sizes", torch.split_with_sizes):
         sizes = _argument(node, 1, "split_size_or_sections" if "sizes" not in node.kwargs else "sizes")
         return len(sizes) if isinstance(sizes, tuple | list) else None
@@ -410,10 +403,10 @@ class SymbolicRun(TracedRun):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and note what it may hold."""
+        n_factors = len(self._labels.record.factors)
         result = super().run_node(n)
-        if isinstance(result, Tensor) and n.target in _ARITHMETIC:
-            arguments = [*n.args, *n.kwargs.values()]
-            numbers = {each.name: self.env[each] for each in arguments if isinstance(each, fx.Node)}
+        if n.op != "call_module" and len(self._labels.record.factors) > n_factors:
+            numbers = {each.name: self.env[each] for each in n.all_input_nodes}
             self.factors.update((name, number) for name, number in numbers.items() if is_number(number))
         holder = _holder(n)
         outputs = result if isinstance(result, tuple | list) else [result]
@@ -465,10 +458,11 @@ def _numbers(node: fx.Node, holder: str, labels: Tensor, position: int, n_output
         dim = int(node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)) % labels.dim()  # type: ignore
         given = node.args[1] if len(node.args) > 1 else node.kwargs.get("split_size_or_sections")
         parts = given if isinstance(given, tuple | list) else [given]
-        part = parts[position if len(parts) > 1 else 0]
         if compacted.shape[dim] != labels.shape[dim]:
             return []
-        return [Held(node.name, ("split", position, n_outputs), compacted.movedim(dim, 0), _computed_by(part))]
+        # A part of one may be one of a batch.
+        computed_by = _computed_by(parts[position if len(parts) > 1 else 0]) if dim in varying_dims(labels) else ""
+        return [Held(node.name, ("split", position, n_outputs), compacted.movedim(dim, 0), computed_by)]
     if holder == "unflatten":
         sizes = _argument(node, 2, "sizes")
         # What is computed, or filled in, follows.
@@ -497,47 +491,45 @@ def _computed_by(size: Any) -> str:
     return size.name if isinstance(size, fx.Node) else ""
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What numbers that ``forward`` computes should be.
-
-    Attributes:
-        sizes: of views, by node and dimension.
-        numbers: others, by the node that gives them.
-    """
-
-    sizes: Mapping[tuple[str, int], int]
-    numbers: Mapping[str, float]
-
-
 class ComputedNumbers(TracedRun):
-    """Finds numbers that ``forward`` computes otherwise than is expected of them, and sets these right.
+    """Finds numbers that ``forward`` computes otherwise than is expected of them.
 
     Attributes:
-        wrong: what ``forward`` computes in place of each, by node and dimension, or by node.
+        wrong: what ``forward`` computes in place of each, by node and dimension of a view, or by node.
     """
 
-    def __init__(self, traced: fx.GraphModule, labels: LabelPass, expected: Expected) -> None:
+    def __init__(
+        self,
+        traced: fx.GraphModule,
+        labels: LabelPass,
+        sizes: Mapping[tuple[str, int], int],
+        numbers: Mapping[str, float],
+        *,
+        sets_right: bool,
+    ) -> None:
+        """Expect ``sizes`` of views, by node and dimension, and ``numbers`` of nodes; go on with them if told so."""
         super().__init__(traced, labels)
         self._sizes: dict[str, dict[int, int]] = {}
-        for (node, dim), value in expected.sizes.items():
+        for (node, dim), value in sizes.items():
             self._sizes.setdefault(node, {})[dim] = value
-        self._numbers = expected.numbers
+        self._numbers = numbers
+        self._sets_right = sets_right
         self.wrong: dict[tuple[str, int] | str, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node, with the sizes that are expected of it."""
+        """Run one node, with the numbers that are expected of it."""
         for dim, value in self._sizes.get(n.name, {}).items():
             found = self.env[(_sizes_of(n) or [])[dim]]
             if found not in (-1, value):
                 self.wrong[n.name, dim] = found
-                _set_size(n, dim, value)
+                if self._sets_right:
+                    _set_size(n, dim, value)
         result = super().run_node(n)
         expected = self._numbers.get(n.name, result)
         if expected is result or result in (-1, expected):
             return result
         self.wrong[n.name] = result
-        return expected
+        return expected if self._sets_right else result
 
 
 def rewrite(model: nn.Module, graph: NetworkGraph, kept: Mapping[int, Tensor]) -> fx.GraphModule:

@@ -29,9 +29,9 @@ from .rules import RULES, Call, Result, Rule
 from .shapes import is_pointwise, quick_result, tensors_in
 
 _LOOSE_LIMIT = 1 << 20
-_ARITHMETIC = {"mul", "div", "add", "sub", "rsub", "pow", "scaled_dot_product_attention"}
-"""Operators in which a number beside an activation makes a difference to what it says."""
 """Largest parameter that is labelled element by element when it meets activations outside a weighted operator."""
+_ARITHMETIC = {"mul", "div", "add", "sub", "rsub", "pow", "floor_divide", "scaled_dot_product_attention"}
+"""Operators in which the value of a number beside an activation counts, and not only a place or a size."""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 
 import pytest
@@ -226,3 +227,89 @@ def test_what_is_looked_up_by_a_buffer_does_not_keep_heads() -> None:
     for n in (1, 2, 5):
         x = torch.randn(n, 6, WIDTH)
         assert [proof for proof in prove(model, graph, x, generator=generator) if not proof.holds] == []
+
+
+class HeadsByWidth(Attention):
+    """As many heads as the width of what comes in holds, beside each other in the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        heads = width // 8
+        q, k, v = (
+            layer(x).view(n, tokens, heads, 8).transpose(1, 2).reshape(n * heads, tokens, 8)
+            for layer in (self.q, self.k, self.v)
+        )
+        attended = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1) @ v
+        out: Tensor = self.o(attended.view(n, heads, tokens, 8).transpose(1, 2).reshape(n, tokens, width))
+        return out
+
+
+def test_a_batch_times_a_number_of_heads_that_follows_the_width_is_never_written_down() -> None:
+    model, graph = captured(HeadsByWidth)
+
+    assert graph.group("wide").is_prunable
+    generator = torch.Generator().manual_seed(0)
+    for n, tokens in ((2, 6), (5, 6), (3, 9)):
+        x = torch.randn(n, tokens, WIDTH)
+        assert [proof for proof in prove(model, graph, x, generator=generator) if not proof.holds] == []
+
+
+class Scaled(nn.Module):
+    """A feature map that ``change`` changes between two convolutions."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+        self.stem, self.conv, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 6, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.change(self.stem(x))).relu()
+        out: Tensor = self.head(self.last(y / y.shape[1] ** 0.5).mean((2, 3)))
+        return out
+
+
+def behind_a_view(y: Tensor) -> Tensor:
+    n, channels, height, width = y.shape
+    y = y.view(n, channels, height * width).relu().view(n, channels, height, width)
+    return y / (y.shape[1] * y.shape[2] * y.shape[3])
+
+
+def of_a_square(y: Tensor) -> Tensor:
+    return (y + y.transpose(2, 3)) / (y.shape[1] * y.shape[2] * y.shape[3])
+
+
+@pytest.mark.parametrize("change", [behind_a_view, of_a_square])
+def test_a_number_that_follows_the_image_size_is_found_wherever_it_stands(change: Callable[[Tensor], Tensor]) -> None:
+    graph = capture(Scaled(change).eval(), torch.randn(2, 3, 4, 4))
+
+    assert {group.name for group in graph.prunable} == {"conv", "last"}
+    assert "in place of 128 (for div)" in graph.group("stem").reason
+
+
+def halves_by_size(y: Tensor) -> Tensor:
+    first, second = y.split(y.shape[0] // 2)
+    return torch.cat([second, first])
+
+
+def halves_by_number(y: Tensor) -> Tensor:
+    return torch.cat([half.relu() for half in y.chunk(2)])
+
+
+@pytest.mark.parametrize("change", [halves_by_size, halves_by_number])
+def test_a_batch_in_parts_follows_the_batch(change: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Scaled(change).eval()
+    graph = capture(model, torch.randn(2, 3, 4, 4))
+
+    assert {"stem", "last"} <= {group.name for group in graph.prunable}
+    for n in (2, 4, 8):
+        x = torch.randn(n, 3, 4, 4)
+        proofs = prove(model, graph, x, generator=torch.Generator().manual_seed(0))
+        assert [proof for proof in proofs if not proof.holds] == []
+
+
+def test_a_number_that_is_drawn_is_no_width() -> None:
+    graph = capture(Scaled(lambda y: y * (1 + random.random())).eval(), torch.randn(2, 3, 4, 4))
+
+    assert {"stem"} <= {group.name for group in graph.prunable}
