@@ -80,7 +80,20 @@ def _curves(cells: Cells) -> list[str]:
         for what, shares in CURVE_SHARES.items()
         for share in shares
     }
-    return [*_table_of_found(cells, ("decided", "budget"), names, cells.timed), *_dominance(cells, names)]
+    tables = _table_of_found(cells, ("decided", "budget"), names, cells.timed)
+    return [*tables, *_processors(cells, names), *_dominance(cells, names)]
+
+
+def _processors(cells: Cells, names: Mapping[tuple[str, ...], str]) -> list[str]:
+    """Which networks were searched and timed on which processor, where there are several."""
+    points: dict[str, list[str]] = {}
+    for words, name in names.items():
+        if name in cells.outcomes:
+            points.setdefault(cells.outcomes[name].machine.processor, []).append(" ".join(words))
+    if len(points) < 2:
+        return []
+    each = "; ".join(f"{processor} ({', '.join(own)})" for processor, own in points.items())
+    return [f"Searched and timed on {len(points)} processors, whose shares need not be alike: {each}."]
 
 
 def _dominance(cells: Cells, names: Mapping[tuple[str, ...], str]) -> list[str]:

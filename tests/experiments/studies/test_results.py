@@ -414,6 +414,21 @@ def test_the_curves_say_what_networks_with_both_decided_dominate(tmp_path: Path)
 
     words = "A network with both decided is no slower on one thread and no less accurate than"
     assert f"{words} 1 of 2 of channels and 1 of 1 of bits alone." in lines
+    assert not any("processors" in line for line in lines)
+
+
+def test_points_of_a_curve_from_several_processors_are_told_apart(tmp_path: Path) -> None:
+    for name, processor in (("channels-20", "oak"), ("bits-30", "elm"), ("both-20", "oak")):
+        finish(tmp_path, f"resnet18_cifar-curve-{name}", {}, ppo=0.5)
+        path = tmp_path / f"resnet18_cifar-curve-{name}" / "results.json"
+        found = RunOutcome.load(path)
+        machine = found.machine.model_copy(update={"processor": processor})
+        path.write_text(found.model_copy(update={"machine": machine}).model_dump_json())
+
+    lines = section(render_page(tmp_path, NAMES, "ppo"), "Channels, bits, and both: ResNet-18")
+
+    start = "Searched and timed on 2 processors, whose shares need not be alike: "
+    assert f"{start}oak (channels 20 %, both 20 %); elm (bits 30 %)." in lines
 
 
 def test_joint_searches_are_compared_with_the_agent_and_show_what_was_measured(tmp_path: Path) -> None:
