@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 from graph_encoder.batches import inputs_of, tensors_of
 from graph_encoder.capture import capture
 from graph_encoder.copies import copied
-from graph_encoder.errors import first_line, innermost
+from graph_encoder.errors import first_line, why_not_exported
 
 from .files import write_atomic
 from .half_precision import InHalfPrecision, has_half_precision
@@ -329,7 +329,7 @@ def _to_onnx(frozen: nn.Module, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
             frozen, inputs, dynamo=True, dynamic_shapes=_free_batch(inputs), opset_version=ONNX_OPSET, verbose=False
         )
     except Exception as error:  # the exporter raises whatever the step at fault raises
-        what = _refused_operator(error, frozen, inputs) or first_line(innermost(error))
+        what = _refused_operator(error, frozen, inputs) or why_not_exported(error, frozen)
         msg = f"{type(frozen).__name__} cannot be exported to ONNX: {what}"
         raise ExportError(msg) from error
     if program is None:
@@ -403,24 +403,30 @@ def export_program(model: nn.Module, example_inputs: Inputs, path: Path | str) -
     """
     frozen, inputs = _frozen(model), _batch(example_inputs, 2)
     buffer = io.BytesIO()
-    try:
-        # Without gradients, blocks of `torch.no_grad` in forward are no blocks of the graph.
-        with torch.no_grad():
-            program = torch.export.export(frozen, inputs, dynamic_shapes=_free_batch(inputs))
+    # Without gradients, blocks of `torch.no_grad` in forward are no blocks of the graph.
+    with _refusal_of_programs(frozen), torch.no_grad():
+        program = torch.export.export(frozen, inputs, dynamic_shapes=_free_batch(inputs))
         # Of several inputs they say that their batches are equal, in Python source; the graph's shapes say so too.
         program._guards_code = []
         torch.export.save(program, buffer)
-    except Exception as error:  # the exporter raises whatever the step at fault raises
-        msg = f"{type(model).__name__} cannot be exported: {first_line(innermost(error))}"
-        raise ExportError(msg) from error
     try:
         content = vetted_copy(buffer.getvalue(), str(path))
     except ArchiveError as error:
         msg = f"{type(model).__name__} cannot be written as tensors and a plain graph: {error.what or error}"
         raise ArchiveError(msg, error.what) from error
-    loaded = torch.export.load(io.BytesIO(content)).module()
+    with _refusal_of_programs(frozen):
+        loaded = torch.export.load(io.BytesIO(content)).module()
     _check_outputs(loaded, frozen, example_inputs, "exported program")
     write_atomic(Path(path), content)
+
+
+@contextmanager
+def _refusal_of_programs(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # PyTorch raises whatever the step at fault raises
+        msg = f"{type(model).__name__} cannot be exported: {why_not_exported(error, model)}"
+        raise ExportError(msg) from error
 
 
 def load_program(path: Path | str) -> ExportedProgram:

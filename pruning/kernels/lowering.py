@@ -18,7 +18,7 @@ from torch.export.graph_signature import OutputKind
 from torch.utils._pytree import TreeSpec
 
 from graph_encoder.copies import copied
-from graph_encoder.errors import first_line, innermost
+from graph_encoder.errors import why_not_exported
 
 from .operators import Add, Concat, Convolution, Foreign, Linear, Operator, Pad, Pool, Reshape, Scale, Slice, Weighted
 from .reference import ACTIVATIONS
@@ -62,7 +62,8 @@ def lower(model: nn.Module, inputs: Sequence[Tensor]) -> Lowered:
         with torch.autocast("cpu", enabled=False):
             program = torch.export.export(copied(model), tuple(inputs)).run_decompositions({})
     except Exception as error:  # the exporter raises whatever the step at fault raises
-        msg = f"{type(model).__name__} cannot be exported, so it cannot run as one plan: {first_line(innermost(error))}"
+        what = why_not_exported(error, model)
+        msg = f"{type(model).__name__} cannot be exported, so it cannot run as one plan: {what}"
         raise LoweringError(msg) from error
     signature = program.graph_signature
     tensors = {**program.state_dict, **program.constants}

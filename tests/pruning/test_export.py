@@ -561,6 +561,33 @@ def test_a_forward_that_fails_without_a_message_is_told_by_its_type(tmp_path: Pa
             write(Refuses().eval(), torch.ones(2, 4), tmp_path / "file")
 
 
+class HoldsMeta(nn.Module):
+    """Holds something by a name that programs of PyTorch have an attribute for."""
+
+    def __init__(self, meta: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.meta = meta
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        return self.meta(x) if isinstance(self.meta, nn.Module) else x * self.meta
+
+
+@pytest.mark.parametrize("meta", [nn.Linear(3, 3), nn.Parameter(torch.ones(3))], ids=["module", "parameter"])
+def test_a_name_that_programs_have_themselves_is_refused_as_such(
+    tmp_path: Path, meta: nn.Module | nn.Parameter
+) -> None:
+    for write, what in (export_onnx, "exported to ONNX"), (export_program, "exported"):
+        with pytest.raises(ExportError) as caught:
+            write(HoldsMeta(meta).eval(), torch.ones(2, 4), tmp_path / "file")
+        assert str(caught.value) == (
+            f"HoldsMeta cannot be {what}: its 'meta' has the name of an attribute of PyTorch's programs, which nothing "
+            "that the network itself holds may have; give it another name"
+        )
+    assert not list(tmp_path.iterdir())
+
+
 class Masked(nn.Module):
     """Scores of minus infinity for what may not be chosen."""
 
