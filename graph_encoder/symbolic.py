@@ -299,6 +299,9 @@ def _switched(evaluating: Any, training: Any, mode: fx.Node) -> Any:
 def _trace(
     model: nn.Module, leaves: Collection[str], *, training: bool = False, takes_defaults: bool = False
 ) -> fx.GraphModule:
+    # What a graph module calls so itself would be taken in place of what the model holds, as its source is for `code`.
+    if any(hasattr(fx.GraphModule, name) for name in model._modules):
+        raise _Untraceable
     before = random_states()
     try:
         # The tracer leaves the tensors that forward makes on the model.

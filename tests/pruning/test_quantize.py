@@ -277,6 +277,22 @@ def test_network_that_cannot_be_traced_quantizes_what_its_layers_read() -> None:
     assert len(quantized.conv1.act_quantizer(IMAGES).unique()) <= 256
 
 
+def test_a_layer_with_a_name_of_graph_modules_is_quantized() -> None:
+    class Coded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.code = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.code(self.stem(x).relu())
+            return out
+
+    model = Coded().eval()
+    quantized = quantize_layers(model, dict.fromkeys(("stem", "code"), INT8), [IMAGES])
+
+    torch.testing.assert_close(quantized(IMAGES), model(IMAGES), rtol=0, atol=0.05)
+
+
 def test_bits_do_not_change_the_number_of_multiply_adds(residual: nn.Module) -> None:
     quantized = quantize_layers(residual, dict.fromkeys(LAYERS, FOUR), [IMAGES])
 
