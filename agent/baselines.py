@@ -112,9 +112,10 @@ def run_baseline(
     search = cross_entropy if baseline == "cem" else random_search
     search(scorer, n_decisions, generator)
     if scorer.known_in_a_row >= MOST_KNOWN:
-        tell_exhausted(scorer.evaluations, n_evaluations)
+        tell_exhausted(env, scorer.evaluations, n_evaluations)
     elif not scorer.is_spent and scorer.evaluations < n_evaluations:
-        tell_exhausted(scorer.evaluations, n_evaluations, f"most of the {len(scorer.episodes)} plans were known before")
+        known = f"most of the {len(scorer.episodes)} plans were known before"
+        tell_exhausted(env, scorer.evaluations, n_evaluations, known)
     best = max(scorer.episodes, key=lambda episode: episode.reward)
     return BaselineResult(rewards=tuple(episode.reward for episode in scorer.episodes), best=best)
 

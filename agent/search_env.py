@@ -176,20 +176,23 @@ class StandardisedRewards(VecEnvWrapper):
             self.scale = spread_or_one(self._ledger.rewards)
 
 
-def tell_exhausted(evaluations: float, n_evaluations: int, known: str = "") -> None:
+def tell_exhausted(env: gym.Env[Any, Any] | VecEnv, evaluations: float, n_evaluations: int, known: str = "") -> None:
     """Log that a search ended before its evaluations were spent.
 
     Args:
+        env: that was searched in; ``is_rounded`` of it says whether its plans would be more without rounding.
         evaluations: spent.
         n_evaluations: granted.
         known: how little was new in the end; by default, that the last `MOST_KNOWN` plans were known.
     """
+    venv = vectorised(env)
+    is_rounded = venv.has_attr("is_rounded") and any(venv.get_attr("is_rounded"))
     logger.warning(
-        "the search ends after %g of %d evaluations: %s. Few plans fit a budget in a small network or with coarse "
-        "rounding; a lower search.rounding makes more of them",
+        "the search ends after %g of %d evaluations: %s. Few plans fit a budget in a small network%s",
         evaluations,
         n_evaluations,
         known or f"the last {MOST_KNOWN} plans it proposed were all known",
+        " or with coarse rounding; a lower search.rounding makes more of them" if is_rounded else "",
     )
 
 

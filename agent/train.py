@@ -244,7 +244,7 @@ class Search:
         ledger = self.ledger
         if not ledger.is_spent and (ledger.is_over or ledger.evaluations < self.plan.n_evaluations):
             known = "" if ledger.is_over else f"most of the {len(ledger.rewards)} plans were known before"
-            tell_exhausted(ledger.evaluations, self.plan.n_evaluations, known)
+            tell_exhausted(ledger, ledger.evaluations, self.plan.n_evaluations, known)
 
     def result(self) -> TrainResult:
         """What the search came to."""

@@ -78,6 +78,11 @@ class CompressionEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self._start = start_plan(space)
         self._begin()
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether plans round the units of a group, so that there would be more without."""
+        return self.space.is_rounded
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:

@@ -93,6 +93,7 @@ class SearchSpace:
         span: how far an action of 1 moves a place.
         sparsity: pattern of the zeros where a density is below one.
         reduce_range: whether 8 bits of weights beside 8 of activations take half of their levels.
+        is_rounded: whether a group may keep multiples of more than one unit alone.
     """
 
     graph: NetworkGraph
@@ -106,6 +107,7 @@ class SearchSpace:
     span: float = 0.5
     sparsity: str = "unstructured"
     reduce_range: bool = False
+    is_rounded: bool = False
 
     @classmethod
     def build(
@@ -164,8 +166,10 @@ class SearchSpace:
             msg = "there is nothing to decide: neither channels nor a choice inside a layer; pass one of them"
             raise ValueError(msg)
         aligned = _aligned(graph, layers, sparsity)
+        steps = [_step(group, rounding) for group in groups]
         ladders = [
-            _ladder(group, rounding, min_keep_ratio, aligned.get(graph.group_index[group.name], ())) for group in groups
+            _ladder(group, step, min_keep_ratio, aligned.get(graph.group_index[group.name], ()))
+            for group, step in zip(groups, steps, strict=True)
         ]
         ladders += [np.array(decision.levels, dtype=np.int64) for decision in layers]
         names = [group.name for group in groups]
@@ -189,6 +193,7 @@ class SearchSpace:
             span=span,
             sparsity=sparsity,
             reduce_range=reduce_range,
+            is_rounded=any(step > 1 for step in steps),
         )
         _check_reachable(space)
         _check_seen(space)
@@ -568,20 +573,19 @@ def _aligned(graph: NetworkGraph, layers: Sequence[LayerDecision], sparsity: str
     return found
 
 
-def _ladder(
-    group: ChannelGroup,
-    rounding: int | Mapping[str, int] | None,
-    min_keep_ratio: float,
-    aligned: Sequence[tuple[int, int]],
-) -> Counts:
-    """Unit counts that a group may keep: multiples of its rounding from its least that suit patterns, and all."""
+def _step(group: ChannelGroup, rounding: int | Mapping[str, int] | None) -> int:
+    """What the units that a group keeps are a multiple of, where it does not keep all."""
     default = WIDE_ROUNDING if group.size >= WIDE else 1
     step = rounding.get(group.name, default) if isinstance(rounding, Mapping) else rounding
     step = default if step is None else step
     if step < 1:
         msg = f"rounding of group '{group.name}' is {step}; it must be at least 1 unit"
         raise ValueError(msg)
-    step = min(step, group.size)
+    return min(step, group.size)
+
+
+def _ladder(group: ChannelGroup, step: int, min_keep_ratio: float, aligned: Sequence[tuple[int, int]]) -> Counts:
+    """Unit counts that a group may keep: multiples of ``step`` from its least that suit patterns, and all."""
     least = max(1, math.ceil(min_keep_ratio * group.size - 1e-9))
     counts = np.arange(-(-least // step) * step, group.size, step)
     for channels, divisor in aligned:

@@ -149,8 +149,9 @@ class TargetEnv(PlanEnv):
 class FewPlansEnv(TargetEnv):
     """`TargetEnv` whose plans say up or down for each decision, so that there are but few; a known one is free."""
 
-    def __init__(self, n_decisions: int = 2, *, lives: int = 10**9, **options: Any) -> None:
+    def __init__(self, n_decisions: int = 2, *, lives: int = 10**9, is_rounded: bool = True, **options: Any) -> None:
         super().__init__(n_decisions, **options)
+        self.is_rounded = is_rounded
         self.known: list[list[bool]] = []
         self.lives = lives
 

@@ -113,9 +113,11 @@ def test_the_most_important_units_stay(space: SearchSpace) -> None:
 def test_default_rounding_is_eight_channels_in_wide_groups_only() -> None:
     space = make_space(SmallNetwork(width=64), Budget(share=0.5))
     assert {int(ladder[-1]): set(np.diff(ladder).tolist()) for ladder in space.ladders} == {128: {8}, 192: {8}}
+    assert space.is_rounded
     for width, rounding in ((64, 1), (32, None)):
-        ladders = make_space(SmallNetwork(width=width), Budget(share=0.5), rounding=rounding).ladders
-        assert all((np.diff(ladder) == 1).all() for ladder in ladders)
+        space = make_space(SmallNetwork(width=width), Budget(share=0.5), rounding=rounding)
+        assert all((np.diff(ladder) == 1).all() for ladder in space.ladders)
+        assert not space.is_rounded
 
 
 def test_the_first_layer_is_protected_unless_asked(model: SmallNetwork) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import secateur
 from envs.journal import JournalError
-from experiments.config import ConfigError
+from experiments.config import ConfigError, Method
 from pruning.importance import rank_units
 from secateur import Budget, BudgetError
 
@@ -52,6 +52,30 @@ def test_search_finds_the_plan_that_the_users_function_prefers() -> None:
     assert found.accuracy > share_of_channels(
         secateur.compress(small_net(), images(), evaluate=share_of_channels, budget="60%", method="uniform").model
     )
+
+
+@pytest.mark.parametrize(
+    ("rounding", "advice"),
+    [(1, ""), (4, " or with coarse rounding; a lower search.rounding makes more of them")],
+)
+@pytest.mark.parametrize("method", ["random", "ppo"])
+def test_a_search_that_runs_out_of_plans_is_advised_to_round_less_where_it_rounds(
+    method: Method, rounding: int, advice: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    secateur.compress(
+        small_net(),
+        images(),
+        evaluate=share_of_channels,
+        budget="80%",
+        method=method,
+        evaluations=20,
+        start="uniform",
+        rounding=rounding,
+        protected=["6", "9"],
+    )
+
+    (told,) = caplog.messages
+    assert told.endswith(f" plans were known before. Few plans fit a budget in a small network{advice}")
 
 
 def test_model_of_the_user_is_bit_equal_afterwards() -> None:
