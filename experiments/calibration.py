@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from graph_encoder.batches import Batch, inputs_of
+from graph_encoder.batches import Batch, count_images, first_images, inputs_of
+from graph_encoder.copies import copied
+from graph_encoder.randomness import kept_randomness
 
 from .config import ConfigError
 
@@ -14,18 +17,18 @@ CalibrationData = Iterable[Tensor | Sequence[Tensor]]
 """Batches of inputs; in a tuple or list, what follows the inputs of ``forward`` is left out: labels, as a rule."""
 
 
-def read_calibration(calibration: CalibrationData, example_inputs: Tensor | Sequence[Tensor]) -> list[Batch]:
+def read_calibration(calibration: CalibrationData, inputs: Sequence[Tensor], model: nn.Module) -> list[Batch]:
     """The batches as a network takes them: tensors, or tuples where ``forward`` has several inputs.
 
     Args:
         calibration: read once, and held in memory.
-        example_inputs: what ``forward`` takes; each batch must begin with as many tensors, of the same types and
+        inputs: examples of what ``forward`` takes; each batch must begin with as many tensors, of the same types and
             numbers of dimensions, images with as many channels.
+        model: the network, untouched; a copy is tried on batches of other sizes than the examples.
 
     Raises:
-        ConfigError: if it is no iterable of batches, or a batch is not what ``forward`` takes.
+        ConfigError: if it is no iterable of batches, or a batch is empty or not what ``forward`` takes.
     """
-    inputs = inputs_of(example_inputs)
     if isinstance(calibration, Tensor):
         msg = (
             f"calibration is {_in_words(calibration)}; it must be a list or another iterable of batches: pass "
@@ -35,22 +38,51 @@ def read_calibration(calibration: CalibrationData, example_inputs: Tensor | Sequ
     if not isinstance(calibration, Iterable):
         msg = f"calibration is {_in_words(calibration)}; it must be a list or another iterable of batches, or empty"
         raise ConfigError(msg)
-    return [_leading(batch, inputs, index) for index, batch in enumerate(calibration)]
+    batches = [_leading(batch, inputs, index) for index, batch in enumerate(calibration)]
+    _check_sizes(batches, inputs, model)
+    return batches
+
+
+def _check_sizes(batches: Sequence[Batch], inputs: Sequence[Tensor], model: nn.Module) -> None:
+    """Refuse a batch of other sizes than the examples on which ``forward`` fails: some networks take any, some none."""
+    taken = {_sizes(inputs)}
+    for index, batch in enumerate(batches):
+        given = inputs_of(batch)
+        if _sizes(given) not in taken:
+            (image,) = first_images([batch], 1)
+            try:
+                with kept_randomness(), torch.inference_mode():
+                    copied(model).eval()(*inputs_of(image))
+            except Exception as error:  # forward raises whatever the layer at fault raises
+                raise _misfit(batch, inputs, index) from error
+            taken.add(_sizes(given))
+
+
+def _sizes(inputs: Sequence[Tensor]) -> tuple[torch.Size, ...]:
+    """Those of each input but the first, which is the number of images."""
+    return tuple(x.shape[1:] for x in inputs)
 
 
 def _leading(batch: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], index: int) -> Batch:
     given = inputs_of(batch) if isinstance(batch, Tensor | tuple | list) else ()
     taken = given[: len(inputs)]
     if len(taken) < len(inputs) or not all(map(_are_alike, taken, inputs)):
-        wanted = _in_words(inputs[0] if len(inputs) == 1 else tuple(inputs))
-        msg = (
-            f"batch {index} of calibration is {_in_words(batch)}, but forward takes {wanted}, as example_inputs "
-            "says; pass batches of that, of any size. In a tuple or list, what follows the inputs (labels) is left out"
-        )
-        if isinstance(batch, Mapping):
-            msg += f"; of a mapping pass the tensors, such as (batch['{next(iter(batch), 'images')}'],)"
+        raise _misfit(batch, inputs, index)
+    if not count_images([taken]):
+        msg = f"batch {index} of calibration is {_in_words(batch)}, which holds nothing; leave it out"
         raise ConfigError(msg)
     return taken if len(taken) > 1 else taken[0]
+
+
+def _misfit(batch: Batch | Sequence[Tensor], inputs: Sequence[Tensor], index: int) -> ConfigError:
+    wanted = _in_words(inputs[0] if len(inputs) == 1 else tuple(inputs))
+    msg = (
+        f"batch {index} of calibration is {_in_words(batch)}, but forward takes {wanted}, as example_inputs says; pass "
+        "batches of that, of any number of images. In a tuple or list, what follows the inputs (labels) is left out"
+    )
+    if isinstance(batch, Mapping):
+        msg += f"; of a mapping pass the tensors, such as (batch['{next(iter(batch), 'images')}'],)"
+    return ConfigError(msg)
 
 
 def _are_alike(given: object, wanted: Tensor) -> bool:

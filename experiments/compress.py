@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from envs.evaluator import EvaluateFunction, Evaluation
 from envs.journal import Journal, JournalEntry
-from envs.reward import GALEN, GALEN_BETA, RewardFunction, resolve_reward
-from graph_encoder.capture import capture
+from envs.reward import GALEN, GALEN_BETA, REWARDS, RewardFunction, resolve_reward
+from graph_encoder.capture import capture, example_tensors
 from graph_encoder.network import NetworkGraph
 from graph_encoder.randomness import kept_randomness
 from latency.budget import BudgetLike, read_budgets
@@ -161,7 +161,7 @@ def compress(
         on_evaluation: told of each evaluation.
 
     Raises:
-        TraceError: if the network cannot be captured.
+        TraceError: if the network cannot be captured, or ``example_inputs`` are no tensors.
         BudgetError: if the budget cannot be met, with the lowest reachable cost.
         EvaluateError: if ``evaluate`` returns something that is no accuracy.
         CalibrationError: if bits, or sensitivities inside layers, have no calibration images.
@@ -174,6 +174,8 @@ def compress(
     _check_choice("environment", environment, get_args(Environment))
     _check_choice("start", start, get_args(Start))
     _check_choice("criterion", criterion, get_args(Criterion))
+    if reward is not None and not callable(reward):
+        _check_choice("reward", reward, [*REWARDS, GALEN], "or a function (accuracy, cost, limit) -> float")
     asked: dict[str, Any] = {
         "evaluations": evaluations,
         "seed": seed,
@@ -200,7 +202,8 @@ def compress(
     if n_images < 1:
         msg = f"n_images is {n_images}; it is how many images evaluate scores on, at least 1"
         raise ConfigError(msg)
-    batches = read_calibration(calibration, example_inputs)
+    model, inputs = _uncompiled(model), example_tensors(example_inputs)
+    batches = read_calibration(calibration, inputs, model)
     if reconstruct and not batches:
         msg = "reconstruct fits layers on training inputs; pass some batches as calibration"
         raise ConfigError(msg)
@@ -211,7 +214,6 @@ def compress(
     if criterion == "taylor" and importance is None:
         msg = "the criterion 'taylor' needs labelled batches; pass what pruning.importance.rank_units makes of them"
         raise ConfigError(msg)
-    model = _uncompiled(model)
     if not batches and batch_norms(model):
         _warn(
             "the network has batch norms and no calibration: every plan is scored with the statistics of the whole "
@@ -325,12 +327,12 @@ def _check_importance(importance: Mapping[str, Tensor], graph: NetworkGraph) -> 
             raise ConfigError(msg)
 
 
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+def _check_choice(name: str, value: str, allowed: Sequence[str], otherwise: str = "") -> None:
     if value in allowed:
         return
     close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else "."
-    msg = f"unknown {name} '{value}'{hint} Allowed: {', '.join(allowed)}"
+    msg = f"unknown {name} '{value}'{hint} Allowed: {', '.join(filter(None, (*allowed, otherwise)))}"
     raise ConfigError(msg)
 
 

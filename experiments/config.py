@@ -24,7 +24,7 @@ from .data import DataRecipe
 
 Method = Literal["uniform", "magnitude", "sensitivity", "greedy", "knapsack", "random", "cem", "ppo", "ddpg"]
 Environment = Literal["network", "layerwise"]
-Decision = Literal["channels"] | LayerChoice
+Decision = Literal["channels", LayerChoice]
 Start = Literal["sensitivity", "uniform"]
 
 METHODS: tuple[Method, ...] = get_args(Method)

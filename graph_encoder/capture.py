@@ -41,11 +41,11 @@ def capture(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Netw
         The graph; `NetworkGraph.groups` holds every channel group, offered or not, each with its reason.
 
     Raises:
-        TraceError: if a module was compiled by `torch.jit`, or a lazy layer has no size yet, naming it; or if the
-            network's own forward pass cannot run without values, or not at all, naming the module that failed first and
-            what stopped it.
+        TraceError: if the example inputs are no tensors; if a module was compiled by `torch.jit`, or a lazy layer has
+            no size yet, naming it; or if the network's own forward pass cannot run without values, or not at all,
+            naming the module that failed first and what stopped it.
     """
-    inputs = _as_tuple(example_inputs)
+    inputs = example_tensors(example_inputs)
     _check_not_scripted(model)
     _check_initialized(model)
     with attributes_kept(model), evaluation_mode(model):
@@ -71,17 +71,23 @@ def _check_initialized(model: nn.Module) -> None:
             raise TraceError(msg)
 
 
-def _as_tuple(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+def example_tensors(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The positional inputs of ``forward`` that are given as examples.
+
+    Raises:
+        TraceError: if there are none, or something else than tensors is among them.
+    """
+    todo = "pass a tensor, or a tuple of the tensors that forward takes, batch first"
+    if not isinstance(example_inputs, Tensor | Sequence):
+        msg = f"the example inputs are an object of class '{type(example_inputs).__name__}'; {todo}"
+        raise TraceError(msg)
     inputs = inputs_of(example_inputs)
     for position, value in enumerate(inputs):
         if not isinstance(value, Tensor):
-            msg = (
-                f"example input {position} is a {type(value).__name__}; pass a tensor, or a tuple of the tensors that "
-                f"forward takes, batch first"
-            )
+            msg = f"example input {position} is an object of class '{type(value).__name__}'; {todo}"
             raise TraceError(msg)
     if not inputs:
-        msg = "no example input was given; pass a tensor, or a tuple of the tensors that forward takes, batch first"
+        msg = f"no example input was given; {todo}"
         raise TraceError(msg)
     return inputs
 
@@ -262,5 +268,5 @@ def trace_operators(model: nn.Module, example_inputs: Tensor | Sequence[Tensor])
         TraceError: if the forward pass cannot run without values.
     """
     with attributes_kept(model), evaluation_mode(model):
-        run, _ = _run(model, _as_tuple(example_inputs), with_labels=False)
+        run, _ = _run(model, example_tensors(example_inputs), with_labels=False)
     return run.record.operators

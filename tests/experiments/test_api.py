@@ -17,7 +17,7 @@ import secateur
 from envs.journal import JournalError
 from experiments.config import ConfigError, Method
 from pruning.importance import rank_units
-from secateur import Budget, BudgetError
+from secateur import Budget, BudgetError, TraceError
 
 from .tiny import network
 
@@ -287,6 +287,16 @@ def test_journal_of_a_run_folder_is_refused(tmp_path: Path) -> None:
         ),
         ({"start": 3}, "unknown start '3'. Allowed: sensitivity, uniform"),
         ({"criterion": "l3"}, "unknown criterion 'l3'; did you mean 'l2'? Allowed: l1, l2, fpgm, taylor, bn_scale"),
+        (
+            {"reward": "accuracy_guarantee"},
+            "unknown reward 'accuracy_guarantee'; did you mean 'accuracy_guaranteed'? Allowed: accuracy, "
+            "accuracy_guaranteed, galen, or a function (accuracy, cost, limit) -> float",
+        ),
+        (
+            {"decide": ["channel"]},
+            "compress: decide.0: 'channel' is not allowed; did you mean 'channels'? Allowed: channels, density, "
+            "weight_bits, act_bits, bits",
+        ),
         ({"n_images": 0}, "n_images is 0; it is how many images evaluate scores on, at least 1"),
         (
             {"importance": {"0": torch.ones(6), "3": torch.ones(16), "6": torch.ones(12), "9": torch.ones(12)}},
@@ -401,26 +411,31 @@ def test_calibration_may_be_any_batches_that_begin_with_what_forward_takes(
         (
             [images(), images()[0]],
             "batch 1 of calibration is a tensor of float32 of shape (1, 8, 8), but forward takes a tensor of float32 "
-            "of shape (6, 1, 8, 8), as example_inputs says; pass batches of that, of any size. In a tuple or list, "
-            "what follows the inputs (labels) is left out",
+            "of shape (6, 1, 8, 8), as example_inputs says; pass batches of that, of any number of images. In a tuple "
+            "or list, what follows the inputs (labels) is left out",
         ),
         (
             [{"x": images()}],
             "batch 0 of calibration is an object of class 'dict', but forward takes a tensor of float32 of shape "
-            "(6, 1, 8, 8), as example_inputs says; pass batches of that, of any size. In a tuple or list, what "
-            "follows the inputs (labels) is left out; of a mapping pass the tensors, such as (batch['x'],)",
+            "(6, 1, 8, 8), as example_inputs says; pass batches of that, of any number of images. In a tuple or list, "
+            "what follows the inputs (labels) is left out; of a mapping pass the tensors, such as (batch['x'],)",
         ),
         (
             [images(), images().expand(-1, 3, -1, -1)],
             "batch 1 of calibration is a tensor of float32 of shape (6, 3, 8, 8), but forward takes a tensor of "
-            "float32 of shape (6, 1, 8, 8), as example_inputs says; pass batches of that, of any size. In a tuple or "
-            "list, what follows the inputs (labels) is left out",
+            "float32 of shape (6, 1, 8, 8), as example_inputs says; pass batches of that, of any number of images. In "
+            "a tuple or list, what follows the inputs (labels) is left out",
+        ),
+        (
+            [images(), images(0)],
+            "batch 1 of calibration is a tensor of float32 of shape (0, 1, 8, 8), which holds nothing; leave it out",
         ),
         (
             [(torch.zeros(6, dtype=torch.int64), images())],
             "batch 0 of calibration is a tuple of (a tensor of int64 of shape (6,), a tensor of float32 of shape "
             "(6, 1, 8, 8)), but forward takes a tensor of float32 of shape (6, 1, 8, 8), as example_inputs says; pass "
-            "batches of that, of any size. In a tuple or list, what follows the inputs (labels) is left out",
+            "batches of that, of any number of images. In a tuple or list, what follows the inputs (labels) is left "
+            "out",
         ),
     ],
 )
@@ -435,6 +450,52 @@ def test_calibration_that_forward_does_not_take_is_told_at_the_start(calibration
         )
 
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_taken"), [((1, 12), True), ((3, 8), False), ((1, 2), False)], ids=["longer", "channels", "too short"]
+)
+def test_signals_of_another_size_are_taken_where_forward_takes_them(sizes: tuple[int, int], is_taken: bool) -> None:
+    model = nn.Sequential(nn.Conv1d(1, 6, 3), nn.ReLU(), nn.Conv1d(6, 8, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+    signals, others = torch.randn(6, 1, 8), torch.randn(4, *sizes)
+
+    def found() -> secateur.Compressed:
+        return secateur.compress(
+            model,
+            signals,
+            evaluate=lambda _: 0.5,
+            budget="90%",
+            calibration=[signals, others],
+            method="uniform",
+            protect_first=False,
+        )
+
+    if is_taken:
+        assert found().cost < found().dense_cost
+        return
+    with pytest.raises(ConfigError) as caught:
+        found()
+    assert str(caught.value) == (
+        f"batch 1 of calibration is a tensor of float32 of shape {(4, *sizes)}, but forward takes a tensor of float32 "
+        "of shape (6, 1, 8), as example_inputs says; pass batches of that, of any number of images. In a tuple or "
+        "list, what follows the inputs (labels) is left out"
+    )
+
+
+def test_example_inputs_that_are_no_tensors_are_not_blamed_on_calibration() -> None:
+    with pytest.raises(TraceError) as caught:
+        secateur.compress(
+            small_net(),
+            images().numpy(),  # type: ignore[arg-type]
+            evaluate=lambda _: pytest.fail("scored a candidate"),
+            budget="50%",
+            calibration=[images()],
+        )
+
+    assert str(caught.value) == (
+        "the example inputs are an object of class 'ndarray'; pass a tensor, or a tuple of the tensors that forward "
+        "takes, batch first"
+    )
 
 
 class TwoInputs(nn.Module):
@@ -537,7 +598,7 @@ def test_batches_of_one_tensor_for_two_inputs_are_told() -> None:
     assert str(caught.value) == (
         "batch 0 of calibration is a tensor of float32 of shape (6, 1, 8, 8), but forward takes a tuple of (a tensor "
         "of float32 of shape (6, 1, 8, 8), a tensor of float32 of shape (6, 4)), as example_inputs says; pass batches "
-        "of that, of any size. In a tuple or list, what follows the inputs (labels) is left out"
+        "of that, of any number of images. In a tuple or list, what follows the inputs (labels) is left out"
     )
 
 

@@ -316,9 +316,21 @@ def test_example_input_of_the_wrong_shape_names_the_layer_that_refuses_it() -> N
         capture(build("Residual"), torch.randn(2, 4, 8, 8))
 
 
-def test_example_input_that_is_no_tensor_is_refused() -> None:
-    with pytest.raises(TraceError, match=r"^example input 0 is a ndarray; pass a tensor, or a tuple of the tensors"):
-        capture(build("Residual"), (EXAMPLE.numpy(),))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("example_inputs", "found"),
+    [
+        (EXAMPLE.numpy(), "the example inputs are an object of class 'ndarray'"),
+        ((EXAMPLE.numpy(),), "example input 0 is an object of class 'ndarray'"),
+        ({"x": EXAMPLE}, "the example inputs are an object of class 'dict'"),
+        (None, "the example inputs are an object of class 'NoneType'"),
+        ((), "no example input was given"),
+    ],
+    ids=["array", "tuple of an array", "mapping", "nothing", "empty tuple"],
+)
+def test_example_inputs_that_are_no_tensors_are_refused(example_inputs: Any, found: str) -> None:
+    message = f"{found}; pass a tensor, or a tuple of the tensors that forward takes, batch first"
+    with pytest.raises(TraceError, match=f"^{message}$"):
+        capture(build("Residual"), example_inputs)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
