@@ -76,13 +76,16 @@ def call_function(reference: str, offered: Mapping[str, Any], to_any: Mapping[st
         UserFunctionError: if it cannot be loaded, needs other arguments, or raises; the message names the line.
     """
     function = load_function(reference)
-    passed = _accepted(function, offered, to_any or {})
     try:
+        passed = _accepted(function, offered, to_any or {})
         inspect.signature(function).bind(**passed)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # a built-in type may have no signature
+        passes = "no arguments"
+        if offered:
+            passes = f"{_arguments(offered)} as keywords, each if there is a parameter of that name"
         msg = (
-            f"'{reference}' cannot be called: {error}. Secateur passes {_arguments(offered)}, each if there is a "
-            f"parameter of that name; give the others a default, or name a function that sets them"
+            f"'{reference}' cannot be called: {error}. Secateur passes {passes}; give "
+            f"{'the others' if offered else 'every parameter'} a default, or name a function that sets them"
         )
         raise UserFunctionError(msg) from error
     return call(f"'{reference}', called with {_arguments(passed)},", function, passed)

@@ -190,8 +190,8 @@ def test_constructor_that_wants_other_arguments_is_told_what_it_gets(command: Co
     assert (done.code, done.err) == (
         1,
         "error: 'tests.experiments.test_errors:of_width' cannot be called: missing a required argument: 'width'. Secateur "
-        "passes num_classes=3, in_channels=1, each if there is a parameter of that name; give the others a default, or "
-        "name a function that sets them\n",
+        "passes num_classes=3, in_channels=1 as keywords, each if there is a parameter of that name; give the others a "
+        "default, or name a function that sets them\n",
     )
 
 
@@ -203,6 +203,25 @@ def test_constructor_that_fails_is_told_with_its_line(command: Command) -> None:
         1,
         f"error: 'tests.experiments.test_errors:mistaken', called with num_classes=3, failed at {__file__}:{line} with "
         "TypeError: Linear.__init__() got an unexpected keyword argument 'width'\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "lack"),
+    [
+        ("tests.experiments.test_errors:of_width", "missing a required argument: 'num_classes'"),
+        ("builtins:dict", "no signature found for builtin type <class 'dict'>"),
+    ],
+)
+def test_data_function_that_wants_arguments_is_told_that_it_gets_none(
+    command: Command, tmp_path: Path, data: str, lack: str
+) -> None:
+    done = command("train", "--data", data, "--out", tmp_path / "weights.safetensors")
+
+    assert (done.code, done.err) == (
+        1,
+        f"error: '{data}' cannot be called: {lack}. Secateur passes no arguments; give every parameter a default, or "
+        "name a function that sets them\n",
     )
 
 
