@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -16,7 +16,7 @@ from .modes import attributes_kept, evaluation_mode
 from .network import ForwardError, NetworkGraph, Operator, TraceError
 from .opaque import Opaque
 from .real_run import record_calls
-from .resize import ComputedPlaces, DenseRun, Place, another_way, follow_computed_numbers, holds_smaller_widths
+from .resize import ComputedPlaces, DenseRun, Failure, Place, another_way, follow_computed_numbers, holds_smaller_widths
 from .symbolic import SymbolicRun, follows_mode, trace_around
 from .trace import LabelPass, batch_of_two
 
@@ -192,55 +192,66 @@ def _freeze_what_does_not_hold(
 
     # Once each: it makes no difference which of the others are kept dense in the meantime.
     @cache
-    def fail(groups: frozenset[int]) -> bool:
-        return holds_smaller_widths(model, tried, dense, groups) is not None
+    def failure_of(groups: frozenset[int]) -> Failure | None:
+        return holds_smaller_widths(model, tried, dense, groups)
 
     while (failure := holds_smaller_widths(model, rewritten, dense)) is not None:
-        module, culprits = _culprits(graph, failure.module, fail)
-        culprits |= _alike(model, graph, module, culprits)
+        culprits = _culprits(model, graph, failure, failure_of)
         if not culprits:
             msg = (
                 f"'{failure.module or 'the network'}' does not run the same way twice ({failure.message}); "
                 f"a network is captured by its operators, so make forward deterministic in evaluation mode"
             )
             raise TraceError(msg)
-        reason = f"forward of '{failure.module or 'the network'}' holds a channel count: {failure.message}"
-        groups = [replace(g, reason=reason) if i in culprits else g for i, g in enumerate(graph.groups)]
+        groups = [
+            replace(group, reason=_held_count(culprits[index])) if index in culprits else group
+            for index, group in enumerate(graph.groups)
+        ]
         graph = replace(graph, groups=tuple(groups))
         rewritten = followed(graph)
         if not rewritten.is_rewritten_as(tried):
             tried = rewritten
-            fail.cache_clear()
+            failure_of.cache_clear()
     return rewritten
 
 
-def _culprits(graph: NetworkGraph, module: str, fail: Callable[[frozenset[int]], bool]) -> tuple[str, set[int]]:
-    """Groups to blame for a failure inside ``module``, and the module around it that binds them.
+def _held_count(failure: Failure) -> str:
+    return f"forward of '{failure.module or 'the network'}' holds a channel count: {failure.message}"
 
-    They are the groups bound there that ``fail`` alone; where there are none, the first that fails.
+
+def _culprits(
+    model: nn.Module, graph: NetworkGraph, failure: Failure, failure_of: Callable[[frozenset[int]], Failure | None]
+) -> dict[int, Failure]:
+    """Groups to blame for a failure, each with its own: how the network fails where that group alone is smaller.
+
+    They are the groups bound in the module that failed, or the nearest around it, that fail alone, and what other
+    modules of its class produce at the same places and fails alone too; where there are none, the first that fails.
     """
+
+    def alone(indices: Iterable[int]) -> dict[int, Failure]:
+        return {index: own for index in indices if (own := failure_of(frozenset({index}))) is not None}
+
+    module = failure.module
     offered = [index for index, group in enumerate(graph.groups) if group.is_prunable]
     while module:
-        near = [i for i in offered if any(m.tensor.startswith(f"{module}.") for m in graph.groups[i].members)]
-        guilty = {i for i in near if fail(frozenset({i}))}
+        guilty = alone(i for i in offered if any(m.tensor.startswith(f"{module}.") for m in graph.groups[i].members))
         if guilty:
-            return module, guilty
+            return guilty | alone(_alike(model, graph, module, guilty))
         module = module.rpartition(".")[0]
     # The last of the fewest first groups that fail: it takes part in the failure, though others may be needed for it.
     n_holding, n_failing = 0, len(offered)
     while n_failing - n_holding > 1:
         middle = (n_holding + n_failing) // 2
-        if fail(frozenset(offered[:middle])):
+        if failure_of(frozenset(offered[:middle])) is not None:
             n_failing = middle
         else:
             n_holding = middle
-    return "", set(offered[n_failing - 1 : n_failing])
+    first, last = frozenset(offered[:n_failing]), offered[n_failing - 1 : n_failing]
+    return {index: failure_of(frozenset({index})) or failure_of(first) or failure for index in last}
 
 
-def _alike(model: nn.Module, graph: NetworkGraph, module: str, culprits: set[int]) -> set[int]:
-    """Offered groups that other modules of the same class produce at the same place: they hold the same number."""
-    if not module:
-        return set()
+def _alike(model: nn.Module, graph: NetworkGraph, module: str, culprits: Collection[int]) -> set[int]:
+    """Offered groups that other modules of the same class produce at the same place: they may hold a number as well."""
     kind = type(model.get_submodule(module))
     others = [name for name, other in model.named_modules() if type(other) is kind and name != module]
     places = {

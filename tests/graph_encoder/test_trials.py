@@ -49,6 +49,72 @@ def test_assert_on_a_width_keeps_its_group_dense_and_names_the_module() -> None:
     assert reason == "forward of 'block' holds a channel count: AssertionError: the width changed"
 
 
+class SqueezeExcite(nn.Module):
+    """Scales each channel, by a view of a number of channels that may be written down."""
+
+    def __init__(self, width: int, written: int | None) -> None:
+        super().__init__()
+        self.reduce, self.expand, self.written = nn.Linear(width, 3), nn.Linear(3, width), written
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.expand(self.reduce(x.mean((2, 3))).relu()).sigmoid()
+        if self.written is None:
+            return x * scale[:, :, None, None]
+        # What reads a size as text cannot be traced, and so not be rewritten.
+        return x * scale.view(int(str(len(x))), self.written, 1, 1)
+
+
+class SqueezeExciteNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(width, width + 4, 1) for width in (3, 7, 11))
+        self.gates = nn.ModuleList([SqueezeExcite(7, None), SqueezeExcite(11, 11), SqueezeExcite(15, 15)])
+        self.head = nn.Linear(15, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, gate in zip(self.convs, self.gates, strict=True):
+            x = gate(conv(x).relu())
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+def test_modules_of_one_class_are_blamed_each_for_what_it_holds() -> None:
+    graph = capture(SqueezeExciteNet(), EXAMPLE)
+
+    assert "convs.0" in [group.name for group in graph.prunable]
+    for number, width in (1, 11), (2, 15):
+        reason = graph.group(f"convs.{number}").reason
+        assert reason.startswith(f"forward of 'gates.{number}' holds a channel count: shape '[2, {width}, 1, 1]' is ")
+
+
+class TwoNumbers(nn.Module):
+    """Where one number is met, the layer that reads what it went into fails, and another one beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1)
+        self.third, self.fourth = nn.Conv2d(8, 10, 1), nn.Conv2d(10, 12, 1)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = int(str(len(x)))
+        y = self.third(self.second(self.first(x)).relu().view(n, 8, x.shape[2], -1))
+        assert y.shape[1] == 10, "the width changed"
+        out: Tensor = self.head(self.fourth(y).mean((2, 3)))
+        return out
+
+
+def test_layers_around_two_numbers_are_not_blamed_for_them() -> None:
+    graph = capture(TwoNumbers(), EXAMPLE)
+
+    assert [group.name for group in graph.prunable] == ["first", "fourth"]
+    assert graph.group("second").reason.startswith(
+        "forward of 'third' holds a channel count: an input with 8 channels meets a convolution for "
+    )
+    reason = graph.group("third").reason
+    assert reason == "forward of 'the network' holds a channel count: AssertionError: the width changed"
+
+
 class Gate(nn.Module):
     def __init__(self) -> None:
         super().__init__()
