@@ -251,8 +251,13 @@ def _culprits(
 
 
 def _alike(model: nn.Module, graph: NetworkGraph, module: str, culprits: Collection[int]) -> set[int]:
-    """Offered groups that other modules of the same class produce at the same place: they may hold a number as well."""
+    """Offered groups that other modules of the same class produce at the same place: they may hold a number as well.
+
+    Layers of torch.nn hold none: they fail at what they are given.
+    """
     kind = type(model.get_submodule(module))
+    if kind.__module__.startswith("torch.nn."):
+        return set()
     others = [name for name, other in model.named_modules() if type(other) is kind and name != module]
     places = {
         member.tensor.removeprefix(module)
