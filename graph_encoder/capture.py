@@ -207,7 +207,8 @@ def _freeze_what_does_not_hold(
             replace(group, reason=_held_count(culprits[index])) if index in culprits else group
             for index, group in enumerate(graph.groups)
         ]
-        graph = replace(graph, groups=tuple(groups))
+        skipped = {name: groups[index].reason for index in culprits for name in groups[index].producers}
+        graph = replace(graph, groups=tuple(groups), skipped={**graph.skipped, **skipped})
         rewritten = followed(graph)
         if not rewritten.is_rewritten_as(tried):
             tried = rewritten

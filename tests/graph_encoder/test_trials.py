@@ -47,6 +47,7 @@ def test_assert_on_a_width_keeps_its_group_dense_and_names_the_module() -> None:
     assert [group.name for group in graph.prunable] == ["mix"]
     reason = graph.group("block.conv").reason
     assert reason == "forward of 'block' holds a channel count: AssertionError: the width changed"
+    assert graph.skipped["block.conv"] == reason
 
 
 class SqueezeExcite(nn.Module):
