@@ -16,8 +16,8 @@ from .modes import attributes_kept, evaluation_mode
 from .network import ForwardError, NetworkGraph, Operator, TraceError
 from .opaque import Opaque
 from .real_run import record_calls
-from .resize import ComputedPlaces, DenseRun, Failure, Place, another_way, follow_computed_numbers, holds_smaller_widths
-from .symbolic import SymbolicRun, follows_mode, trace_around
+from .resize import ComputedPlaces, DenseRun, Failure, another_way, follow_computed_numbers, holds_smaller_widths
+from .symbolic import Place, SymbolicRun, follows_mode, trace_around
 from .trace import LabelPass, batch_of_two
 
 

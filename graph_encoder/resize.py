@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .network import FixedNumber, ForwardError, HeldNumber, NetworkGraph, TraceError
 from .opaque import Opaque
-from .symbolic import ComputedNumbers, TracedRun, rewrite
+from .symbolic import ComputedNumbers, Place, TracedRun, rewrite
 from .trace import LabelPass, Record
 
 _LEAST = 2
@@ -176,10 +176,6 @@ def follow_computed_numbers(
     return replace(graph, rewrites=(*computed.others, *needed), fixed=tuple(fixed))
 
 
-Place = tuple[str, int] | str
-"""A dimension of a view, by its node, or a node that gives a number."""
-
-
 @dataclass(frozen=True)
 class ComputedPlaces:
     """The numbers that ``forward`` computes, and that smaller widths may make wrong.
@@ -238,19 +234,17 @@ def _is_computed_size(held: HeldNumber) -> bool:
 
 def _other_inputs(inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     """Inputs of a longer batch, and of twice the size in each dimension and in all of space; not all need be taken."""
+    yield tuple(x.new_empty((x.shape[0] + 1, *x.shape[1:])) if x.dim() else x for x in inputs)
     last = max(x.dim() for x in inputs)
     every = set(range(len(inputs)))
-    changes = [(every, {0}), *((every, {dim}) for dim in range(last)), (every, set(range(2, last)))]
+    changes = [*((every, {dim}) for dim in range(last)), (every, set(range(2, last)))]
     if len(inputs) > 1:
         changes += [({index}, {dim}) for index in every for dim in range(1, inputs[index].dim())]
-    for place, (changed, dims) in enumerate(changes):
-        shapes = [
-            [size if index not in changed or dim not in dims else 2 * size for dim, size in enumerate(x.shape)]
+    for changed, dims in changes:
+        yield tuple(
+            x.new_empty([2 * size if index in changed and dim in dims else size for dim, size in enumerate(x.shape)])
             for index, x in enumerate(inputs)
-        ]
-        if place == 0:
-            shapes = [[x.shape[0] + 1, *x.shape[1:]] if x.dim() else [] for x in inputs]
-        yield tuple(x.new_empty(shape) for x, shape in zip(inputs, shapes, strict=True))
+        )
 
 
 def _trials(sizes: Mapping[int, int]) -> list[dict[int, int]]:

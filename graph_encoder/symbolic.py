@@ -21,6 +21,9 @@ from .network import HeldNumber, NetworkGraph, TraceError
 from .randomness import have_drawn, random_states
 from .trace import Held, LabelPass, is_number
 
+Place = tuple[str, int] | str
+"""Of a number in a trace: a dimension of a view, by its node, or the node that gives the number."""
+
 _MODE = "training"
 _VIEWS = ("view", "reshape", "expand")
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
@@ -517,7 +520,7 @@ class ComputedNumbers(TracedRun):
             self._sizes.setdefault(node, {})[dim] = value
         self._numbers = numbers
         self._sets_right = sets_right
-        self.wrong: dict[tuple[str, int] | str, float] = {}
+        self.wrong: dict[Place, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, with the numbers that are expected of it."""
