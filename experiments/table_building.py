@@ -9,7 +9,7 @@ from typing import Any
 from latency.decision import EIGHT_BITS
 from latency.predict import LatencyModel, calibrated
 from latency.runtimes import LatencyError
-from latency.table import Calibration, LatencyTable, build_table, needed_kinds, network_key, start_table
+from latency.table import Calibration, Device, LatencyTable, build_table, needed_kinds, network_key, start_table
 from pruning.layer_policy import FULL_BITS
 
 from .progress import Say
@@ -20,6 +20,11 @@ from .whole_networks import plan_ratios
 
 _MIXES = 2
 """Networks with integers for each network of floats of a calibration, with the same channels."""
+_TRIES = 2
+_POOR_FIT = 0.05
+"""Median error of a calibration from which its networks are timed once more. On quiet machines 0.02 to 0.03 were read
+(ResNet-18, ResNet-56, MobileNet-V2); on one that was busy meanwhile 0.067, and the fastest plan of ResNet-56 came out
+18 % slower than it is."""
 
 
 def build_named(
@@ -98,9 +103,7 @@ def build_named(
             if n_mixed:
                 mixes = ([plan, *_rotated(network, plan, seed)] for seed, plan in enumerate(plans))
                 plans = [mixed for each in mixes for mixed in each]
-            ratios = plan_ratios(device, network, plans, say)
-            counts = [[plan.get(name, FULL_BITS) for name in cost.groups] for plan in plans]
-            table = calibrated(table, cost, counts, ratios)
+            table = _calibrated(table, cost, device, network, plans, say)
             table.save(out)
         found = table.calibrations[cost.key]
         return {
@@ -118,6 +121,40 @@ def build_named(
             "error_of_fit": round(found.error, 4),
             "dense_ms": round(LatencyModel(network.graph, table).dense / 1e6, 4),
         }
+
+
+def _calibrated(
+    table: LatencyTable,
+    cost: LatencyModel,
+    device: Device,
+    network: TimedNetwork,
+    plans: Sequence[Mapping[str, int]],
+    say: Say,
+) -> LatencyTable:
+    """The table calibrated with the networks of ``plans``, which are timed again where they fit badly.
+
+    Of two fits the better one is kept.
+    """
+    counts = [[plan.get(name, FULL_BITS) for name in cost.groups] for plan in plans]
+    tries: list[tuple[float, LatencyTable]] = []
+    for left in reversed(range(_TRIES)):
+        found = calibrated(table, cost, counts, plan_ratios(device, network, plans, say))
+        tries.append((found.calibrations[cost.key].error, found))
+        if tries[-1][0] <= _POOR_FIT:
+            break
+        if left:
+            say(
+                f"{network.name}: half of the whole networks are more than {tries[-1][0]:.1%} from what their layers "
+                "add up to; they are timed again, in case other programs kept the machine busy"
+            )
+    error, best = min(tries, key=lambda each: each[0])
+    if error > _POOR_FIT:
+        say(
+            f"warning: {network.name}: half of the whole networks are more than {error:.1%} from what the table says "
+            "of them, and plans will be too; build it again on a quiet machine. Networks of a few tenths of a "
+            "millisecond may come no closer"
+        )
+    return best
 
 
 def _in_tenths(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:

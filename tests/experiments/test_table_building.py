@@ -1,8 +1,15 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+
+from experiments import table_building
 from experiments.run import locked
+from experiments.timed_network import TimedNetwork
+from latency.table import Device, LatencyTable
 
 Command = Callable[..., Any]
 TINY = ("--model", "tests.experiments.tiny:network", "--shape", "1,8,8", "--classes", "3")
@@ -32,3 +39,26 @@ def test_another_machine_has_one_runtime_only(command: Command, tmp_path: Path) 
     assert done.err == (
         "error: another machine is timed with onnxruntime only, not with 'pytorch-eager'; leave out one of them\n"
     )
+
+
+@pytest.mark.parametrize("is_busy", [(True, False), (True, True), (False,)])
+def test_whole_networks_that_fit_badly_are_timed_again(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_busy: tuple[bool, ...]
+) -> None:
+    out, busy = tmp_path / "table.json", iter(is_busy)
+
+    def ratios(_: Device, network: TimedNetwork, plans: Sequence[Mapping[str, int]], __: Any) -> np.ndarray:
+        cost = network.cost(LatencyTable.load(out), integers=False)
+        slower: Iterator[float] = cycle((1.0, 1.3)) if next(busy) else repeat(1.0)
+        sums = [cost.sums([plan[name] for name in cost.groups]).floats for plan in plans]
+        return np.array([(0.4 + 0.8 * one) * by for one, by in zip(sums, slower, strict=False)])
+
+    monkeypatch.setattr(table_building, "plan_ratios", ratios)
+    built = command("latency", "build", *TINY, "--runtime", "pytorch-eager", "--rounding", "4", "--out", out)
+
+    assert built.code == 0
+    assert next(busy, None) is None
+    assert ("they are timed again, in case other programs kept" in built.err) == is_busy[0]
+    assert ("warning: tests.experiments.tiny:network: half of the whole" in built.err) == is_busy[-1]
+    (found,) = LatencyTable.load(out).calibrations.values()
+    assert (found.error > 0.05) == is_busy[-1]
