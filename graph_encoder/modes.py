@@ -3,12 +3,13 @@
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _TRIED = (8, 64, 16, 16)
 """Shape of the images that precisions are tried on: a layer of a small network."""
@@ -78,6 +79,70 @@ def autocast_on_shapes() -> Iterator[None]:
 def mixed_precision(device_type: str, asked: bool) -> torch.autocast:
     """Autocast to bfloat16 where it is asked for and the device has kernels for it, see `has_bfloat16`."""
     return torch.autocast(device_type, torch.bfloat16, asked and has_bfloat16(device_type))
+
+
+class FloatGradients(TorchFunctionMode):
+    """While it is entered, some depthwise convolutions under autocast on a CPU get their gradients from float32.
+
+    Those are the ones with a stride or a kernel over 3x3: PyTorch computes their gradients in bfloat16 in plain loops.
+    Where no gradients are asked for nothing changes.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func``."""
+        is_cast = func is torch.conv2d and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+        return (_convolve if is_cast else func)(*args, **kwargs or {})
+
+
+def _convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.conv2d` under autocast."""
+    convolve = functools.partial(torch.conv2d, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    is_depthwise = groups > 1 and weight.shape[1] == 1 and input.device.type == "cpu"
+    strides = (stride,) if isinstance(stride, int) else stride
+    if not is_depthwise or (max(strides) == 1 and max(weight.shape[2:]) <= 3):
+        return convolve(input, weight, bias)
+    # Cast as autocast would: a checkpointed part of a network is run again without this mode, and has to keep the same.
+    dtype = torch.get_autocast_dtype("cpu")
+    cast = [None if each is None else each.to(dtype) for each in (input, weight, bias)]
+    found: Tensor = _ConvolutionOfFloatGradients.apply(convolve, *cast)
+    return found
+
+
+class _ConvolutionOfFloatGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.convolve = convolve
+        ctx.save_for_backward(x, weight)
+        return convolve(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _, *is_needed, of_bias = ctx.needs_input_grad
+        own = [
+            each.detach().float().requires_grad_(needed)
+            for each, needed in zip(ctx.saved_tensors, is_needed, strict=True)
+        ]
+        found: list[Tensor | None] = [None, None]
+        if any(is_needed):
+            with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+                y = ctx.convolve(*own)
+            asked = iter(torch.autograd.grad(y, [each for each in own if each.requires_grad], gradient.float()))
+            found = [next(asked).to(gradient.dtype) if needed else None for needed in is_needed]
+        return None, *found, gradient.sum((0, 2, 3)) if of_bias else None
 
 
 @functools.cache
