@@ -105,44 +105,48 @@ def _convolve(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
     """`torch.conv2d` under autocast."""
-    convolve = functools.partial(torch.conv2d, stride=stride, padding=padding, dilation=dilation, groups=groups)
     is_depthwise = groups > 1 and weight.shape[1] == 1 and input.device.type == "cpu"
-    strides = (stride,) if isinstance(stride, int) else stride
-    if not is_depthwise or (max(strides) == 1 and max(weight.shape[2:]) <= 3):
-        return convolve(input, weight, bias)
+    is_slow = is_depthwise and (max(_pair(stride)) > 1 or max(weight.shape[2:]) > 3)
+    if padding == "same" and is_slow:
+        reach = [step * (size - 1) for step, size in zip(_pair(dilation), weight.shape[2:], strict=True)]
+        # Even kernels are padded more on one side.
+        is_slow, padding = not any(each % 2 for each in reach), [each // 2 for each in reach]
+    if not is_slow:
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    places = _pair(stride), _pair(0 if padding == "valid" else padding), _pair(dilation), groups
     # Cast as autocast would: a checkpointed part of a network is run again without this mode, and has to keep the same.
     dtype = torch.get_autocast_dtype("cpu")
     cast = [None if each is None else each.to(dtype) for each in (input, weight, bias)]
-    found: Tensor = _ConvolutionOfFloatGradients.apply(convolve, *cast)
+    found: Tensor = _ConvolutionOfFloatGradients.apply(places, *cast)
     return found
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else [*value, *value][:2]
 
 
 class _ConvolutionOfFloatGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.convolve = convolve
+    def forward(ctx: Any, places: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.places = places
         ctx.save_for_backward(x, weight)
-        return convolve(x, weight, bias)
+        return torch.conv2d(x, weight, bias, *places)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _, *is_needed, of_bias = ctx.needs_input_grad
-        own = [
-            each.detach().float().requires_grad_(needed)
-            for each, needed in zip(ctx.saved_tensors, is_needed, strict=True)
-        ]
-        found: list[Tensor | None] = [None, None]
-        if any(is_needed):
-            with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-                y = ctx.convolve(*own)
-            asked = iter(torch.autograd.grad(y, [each for each in own if each.requires_grad], gradient.float()))
-            found = [next(asked).to(gradient.dtype) if needed else None for needed in is_needed]
-        return None, *found, gradient.sum((0, 2, 3)) if of_bias else None
+        *places, groups = ctx.places
+        _, *needed = ctx.needs_input_grad
+        floats = [each.float() for each in (gradient, *ctx.saved_tensors)]
+        found = torch.ops.aten.convolution_backward(
+            *floats, gradient.shape[1:2], *places, transposed=False, output_padding=[0, 0], groups=groups,
+            output_mask=needed,
+        )  # fmt: skip
+        return None, *(None if each is None else each.to(gradient.dtype) for each in found)
 
 
 @functools.cache

@@ -29,8 +29,14 @@ def exact_gradients(layer: nn.Conv2d, x: Tensor, asked: list[Tensor], y: Tensor)
     [
         ({"kernel_size": 3, "stride": 2, "groups": 8}, True),
         ({"kernel_size": 3, "stride": (1, 2), "groups": 8}, True),
-        ({"kernel_size": 5, "padding": "same", "groups": 8, "bias": False}, True),
+        ({"kernel_size": 5, "padding": "same", "dilation": 2, "groups": 8, "bias": False}, True),
+        ({"kernel_size": (5, 1), "padding": "valid", "groups": 8}, True),
         ({"kernel_size": 3, "groups": 8}, False),
+        pytest.param(
+            {"kernel_size": 4, "padding": "same", "groups": 8},
+            False,
+            marks=pytest.mark.filterwarnings("ignore:Using padding='same'"),
+        ),
         ({"kernel_size": 3, "stride": 2, "groups": 4}, False),
         ({"kernel_size": 5, "stride": 2}, False),
     ],
