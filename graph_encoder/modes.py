@@ -112,13 +112,13 @@ def _convolve(
     """`torch.conv2d` under autocast."""
     is_depthwise = groups > 1 and weight.shape[1] == 1 and input.device.type == "cpu"
     is_slow = is_depthwise and (max(_pair(stride)) > 1 or max(weight.shape[2:]) > 3)
-    if padding == "same" and is_slow:
-        reach = [step * (size - 1) for step, size in zip(_pair(dilation), weight.shape[2:], strict=True)]
-        # Even kernels are padded more on one side.
-        is_slow, padding = not any(each % 2 for each in reach), [each // 2 for each in reach]
-    if not is_slow:
+    reach = [step * (size - 1) for step, size in zip(_pair(dilation), weight.shape[2:], strict=True)]
+    # Even kernels are padded more on one side.
+    if not is_slow or (padding == "same" and any(each % 2 for each in reach)):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    places = _pair(stride), _pair(0 if padding == "valid" else padding), _pair(dilation), groups
+    if isinstance(padding, str):
+        padding = [each // 2 for each in reach] if padding == "same" else 0
+    places = _pair(stride), _pair(padding), _pair(dilation), groups
     # Cast as autocast would: a checkpointed part of a network is run again without this mode, and has to keep the same.
     dtype = torch.get_autocast_dtype("cpu")
     cast = [None if each is None else each.to(dtype) for each in (input, weight, bias)]
