@@ -110,8 +110,13 @@ def _convolve(
     groups: int = 1,
 ) -> Tensor:
     """`torch.conv2d` under autocast."""
-    is_depthwise = groups > 1 and weight.shape[1] == 1 and input.device.type == "cpu"
-    is_slow = is_depthwise and (max(_pair(stride)) > 1 or max(weight.shape[2:]) > 3)
+    is_depthwise = groups > 1 and weight.shape[1] == 1
+    is_slow = (
+        input.device.type == "cpu"
+        and input.dim() == 4
+        and is_depthwise
+        and (max(_pair(stride)) > 1 or max(weight.shape[2:]) > 3)
+    )
     reach = [step * (size - 1) for step, size in zip(_pair(dilation), weight.shape[2:], strict=True)]
     # Even kernels are padded more on one side.
     if not is_slow or (padding == "same" and any(each % 2 for each in reach)):

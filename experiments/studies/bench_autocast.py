@@ -21,7 +21,7 @@ from graph_encoder.modes import FloatGradients, mixed_precision
 from latency.measure import cpu_name
 from pruning.files import write_atomic
 
-from ..machine import current_commit
+from ..machine import current_commit, keep_freed_memory
 from ..models import build_model
 from ..pages import Table
 from .bench_setup import ratio_with_quartiles, time_calls_in_turn
@@ -63,6 +63,7 @@ def main(
 ) -> None:
     """Time the steps and write a page."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as training does
     heads = ["network", "images", *(f"ms {side}" for side in SIDES), "float32 over it", "autocast over it"]
     rows: list[list[str]] = []
     for network, (n, size) in NETWORKS.items():
