@@ -12,7 +12,7 @@ from torch import nn
 from latency.measure import LatencyReport
 from latency.remote import RemoteDevice
 from latency.runtimes import Artifact
-from latency.table import Device, LatencyTable, LocalDevice, TableError
+from latency.table import Fingerprint, LocalDevice, TableError
 from latency.worker import Processor
 from pruning.export import Manifest, load_compressed, read_manifest
 from pruning.policy import CompressionPolicy
@@ -177,18 +177,17 @@ def measure_runs(
     Raises:
         RunError: if a run is not finished, takes other inputs than the first, or saved no network but the dense one in
             the form that the runtime takes; or if the first saved no dense network in it.
-        TableError: if the latency table of a run cannot be read.
         LatencyError: if the runtime cannot be used.
     """
     runs = _named(roots)
     devices = [device_for(runtime, n, remote, cpus) for n in threads]
     artifacts = _gathered(runs, runtime, devices[0].takes, say)
     _check_comparable(list(artifacts), say)
-    tables = {name: LatencyTable.load(run.table_file) for name, run in runs.items() if run.table_file.exists()}
+    searched_for = {name: run.outcome().device for name, run in runs.items()}
     example = tuple(x[:1] for x in next(iter(artifacts)).manifest.examples())
     readings: list[SavedLatency] = []
     for device, n in zip(devices, threads, strict=True):
-        another = {name: _another_device(table, device) for name, table in tables.items()}
+        another = {name: _another_device(own, device.fingerprint) for name, own in searched_for.items()}
         for reason in dict.fromkeys(filter(None, another.values())):
             those = ", ".join(str(runs[name].root) for name, its in another.items() if its == reason)
             say(f"warning: {ANOTHER_DEVICE} ({those}): {reason}")
@@ -268,10 +267,11 @@ def _input_of(network: _Saved) -> str:
     return " and ".join(f"{dtype} {'x'.join(map(str, shape[1:]))}" for shape, dtype in network.manifest.inputs)
 
 
-def _another_device(table: LatencyTable, device: Device) -> str:
-    """Why a device is not that of a table; empty if it is."""
+def _another_device(own: Fingerprint | None, here: Fingerprint) -> str:
+    """Why times read here are not those of the device that a run was for; empty if they are, or it was for none."""
     try:
-        table.check_device(device.fingerprint)
+        if own:
+            own.check(here)
     except TableError as error:
         return str(error)
     return ""

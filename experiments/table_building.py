@@ -79,7 +79,7 @@ def build_named(
     with locked(out.with_name(f".{out.name}.lock"), f"on the table {out}"):
         if out.exists():
             table = LatencyTable.load(out)
-            table.check_device(device.fingerprint)
+            table.fingerprint.check(device.fingerprint)
         else:
             table = start_table(device)
             table.save(out)

@@ -33,8 +33,7 @@ from .measure import LatencyReport, Variant, affinity, check_cpus, measure, torc
 from .runtimes import Artifact, LatencyError, Runtime
 from .worker import Processor, Stopwatch, interleave, without_waits
 
-FORMAT_VERSION = 5
-_READABLE = (1, 2, 3, 4, 5)
+FORMAT_VERSION = 6
 """Version 1 knew no networks of integers and floats together: its calibrations hold for floats. Versions 1 and 2 gave
 the name of the processor alone: their times are read, and hold for no device that could be checked. Versions before 4
 knew no convolutions that keep their groups, and those before 5 none that are dilated or not of two dimensions."""
@@ -88,6 +87,15 @@ class Fingerprint:
         return [
             f"{name} {_told(mine[name])}, here {_told(theirs[name])}" for name in mine if mine[name] != theirs[name]
         ]
+
+    def check(self, here: Fingerprint) -> None:
+        """Raise `TableError` if what a table was measured with is another device than ``here``."""
+        if differences := self.differences(here):
+            msg = (
+                f"the table was measured with {self}; here is {here}. They differ in {'; '.join(differences)}. Times "
+                "of one do not hold for the other: build a table here, or go to the device of the table"
+            )
+            raise TableError(msg)
 
 
 def _told(value: Any) -> str:
@@ -379,23 +387,6 @@ class LatencyTable:
     kinds: Mapping[LayerKind, KindTimes] = field(default_factory=dict)
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
 
-    def check_device(self, fingerprint: Fingerprint) -> None:
-        """Raise `TableError` if the table is of another device than ``fingerprint``, or does not say of which."""
-        if not self.fingerprint.processor.architecture:
-            msg = (
-                f"the table was measured with {self.fingerprint}, and holds no more of the processor than that name, "
-                f"as tables of format versions 1 and 2 did; several processors share it, so build the table again, in "
-                f"a new file (version {FORMAT_VERSION})"
-            )
-            raise TableError(msg)
-        if differences := self.fingerprint.differences(fingerprint):
-            msg = (
-                f"the table was measured with {self.fingerprint}; here is {fingerprint}. They differ in "
-                f"{'; '.join(differences)}. Times of one do not hold for the other: build a table here, or go to the "
-                f"device of the table"
-            )
-            raise TableError(msg)
-
     def times(self, kind: LayerKind) -> KindTimes:
         """Times of one kind.
 
@@ -454,9 +445,11 @@ class LatencyTable:
             if not isinstance(content, dict) or "format_version" not in content:
                 msg = f"'{path}' is no latency table; 'secateur latency build --model ... --out TABLE' makes one"
                 raise TableError(msg)
-            if (version := content["format_version"]) not in _READABLE:
-                readable = f"{', '.join(map(str, _READABLE[:-1]))} and {_READABLE[-1]}"
-                msg = f"the latency table '{path}' has format version {version}, this release reads {readable}"
+            if (version := content["format_version"]) != FORMAT_VERSION:
+                msg = (
+                    f"the latency table '{path}' has format version {version}, and this release reads "
+                    f"{FORMAT_VERSION}: build it again, in a new file"
+                )
                 raise TableError(msg)
             kinds = [_read_kind(dict(entry)) for entry in content["kinds"]]
             reference = _positive(content["reference_ns"], "reference_ns")
@@ -476,8 +469,6 @@ class LatencyTable:
 
 
 def _read_fingerprint(entry: dict[str, Any]) -> Fingerprint:
-    if (name := entry.pop("cpu", None)) is not None:  # format versions 1 and 2
-        return Fingerprint(Processor(name), **entry)
     return Fingerprint(Processor.of_json(entry.pop("processor")), cpus=tuple(entry.pop("cpus")), **entry)
 
 
@@ -493,7 +484,6 @@ def _read_kind(entry: dict[str, Any]) -> KindTimes:
         if list(counts) != sorted({int(count) for count in counts if count > 0}):
             msg = f"channel counts {list(counts)} in place of rising whole numbers"
             raise ValueError(msg)
-    entry.setdefault("dilation", ())
     entry |= {name: tuple(entry[name]) for name in ("kernel", "stride", "out_size", "dilation")}
     return KindTimes(LayerKind(**entry), inputs, outputs, ratios)
 
@@ -543,7 +533,7 @@ def needed_kinds(
 
 def start_table(device: Device, *, n_runs: int = 200) -> LatencyTable:
     """A table of ``device`` that holds the time of its reference layer and nothing else."""
-    _, reference, _, empty = device.times_ns(_anchors(device), n_runs, n_warmup=20)
+    reference, empty = device.times_ns(_anchors(device), n_runs, n_warmup=20)
     unit = float(np.median(reference))
     return LatencyTable(device.fingerprint, unit, float(np.median(empty / reference)))
 
@@ -574,7 +564,7 @@ def build_table(
     Raises:
         TableError: if the table is of another device.
     """
-    table.check_device(device.fingerprint)
+    table.fingerprint.check(device.fingerprint)
     kinds = dict(table.kinds)
     for kind, (inputs, outputs) in needed.items():
         kinds[kind] = kinds.get(kind, KindTimes.empty(kind, inputs, outputs)).widened(inputs, outputs)
@@ -597,27 +587,21 @@ def network_ratios(
 ) -> Floats:
     """Times of whole networks in units of the reference layer's, measured in the same rounds; shape ``(networks,)``."""
     timed = [(network, inputs) for network in networks]
-    _, reference, _, _, *times = device.times_ns([*_anchors(device), *timed], n_runs, n_warmup)
+    reference, _, *times = device.times_ns([*_anchors(device), *timed], n_runs, n_warmup)
     ratios: Floats = np.median(np.array(times) / reference, axis=1)
     return ratios
 
 
 def _layer_ratios(device: Device, shapes: Sequence[tuple[LayerKind, int, int]], n_runs: int) -> Floats:
     networks = [(layer_artifact(*shape, device.takes), (layer_input(*shape),)) for shape in shapes]
-    _, reference, _, empty, *times = device.times_ns([*_anchors(device), *networks], n_runs, n_warmup=2)
+    reference, empty, *times = device.times_ns([*_anchors(device), *networks], n_runs, n_warmup=2)
     ratios: Floats = np.median((np.array(times) - empty) / reference, axis=1)
     # The clock may read less than an empty call for the least of layers; no layer is free.
     return np.maximum(ratios, 1e-4)
 
 
 def _anchors(device: Device) -> list[tuple[Artifact, tuple[Tensor, ...]]]:
-    """The reference layer twice, and the empty network twice.
-
-    Only the second of each is read: the first comes after whatever ends the round, or after the reference, and a large
-    network leaves it cold caches. Read alone, the reference was 15 to 60 % slower after some networks than after
-    others, and the empty network took 20 us in place of 14, more than a small layer adds to it.
-    """
+    """The reference layer and the empty network."""
     shape = (_REFERENCE, _REFERENCE_CHANNELS, _REFERENCE_CHANNELS)
     reference = (layer_artifact(*shape, device.takes), (layer_input(*shape),))
-    empty = (empty_artifact(device.takes), (torch.zeros(1, 1),))
-    return [reference, reference, empty, empty]
+    return [reference, (empty_artifact(device.takes), (torch.zeros(1, 1),))]

@@ -21,6 +21,9 @@ Timer = Callable[[], tuple[int, int]]
 Those of a `Stopwatch` are the time by the clock, and how much of it the thread waited for a processor.
 """
 
+SETTLING_NS, MOST_SETTLING_CALLS = 5_000_000, 6
+"""How long a network is called before a call of it is timed."""
+
 
 class Stopwatch:
     """Times calls by the wall clock, and knows how long each waited because other processes had the processor."""
@@ -72,7 +75,10 @@ def _waiting_counter() -> Callable[[], int]:
 
 
 def interleave(timers: Sequence[Timer], n_runs: int, n_warmup: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Make one call of each in turn, ``n_runs`` rounds; each round starts one call later, so that none is always first.
+    """Time one call of each in turn, ``n_runs`` rounds; each round starts one call later, so that none is always first.
+
+    Before each timed call come untimed ones of the same, for `SETTLING_NS` and at most `MOST_SETTLING_CALLS`, at least
+    one: what ran before has left cold caches, which a small network feels and a large one does not.
 
     Returns:
         First and second readings in nanoseconds, each a list of ``n_runs`` values for each timer.
@@ -85,8 +91,17 @@ def interleave(timers: Sequence[Timer], n_runs: int, n_warmup: int) -> tuple[lis
     for run in range(n_runs):
         for turn in range(len(timers)):
             index = (run + turn) % len(timers)
+            _settle(timers[index])
             elapsed[index][run], waited[index][run] = timers[index]()
     return elapsed, waited
+
+
+def _settle(timer: Timer) -> None:
+    spent = 0
+    for _ in range(MOST_SETTLING_CALLS):
+        spent += timer()[0]
+        if spent >= SETTLING_NS:
+            break
 
 
 def without_waits(elapsed_ns: Sequence[int], waited_ns: Sequence[int], threads: int) -> list[int]:

@@ -144,7 +144,6 @@ def _turn(call: Callable[[], object]) -> Timer:
     """Several calls, by the clock and by this thread's processor time."""
 
     def timed() -> tuple[int, int]:
-        call()  # brings the weights back into the caches, from which the other files' turns have driven them
         wall, processor = time.perf_counter_ns(), time.thread_time_ns()
         for _ in range(CALLS_OF_A_TURN):
             call()

@@ -121,8 +121,7 @@ def time_calls_in_turn(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Seconds of each call by the clock and of processor time, by side, shape ``(rounds,)``.
 
-    Each round starts one side later. An untimed call goes before each timed one, or a side would pay for the caches
-    that the one before it filled.
+    Each round starts one side later; see `latency.worker.interleave`.
     """
     elapsed, busy = interleave([_processor_timer(call) for call in sides.values()], rounds, n_warmup=3)
     first, second = (dict(zip(sides, np.array(readings) / 1e9, strict=True)) for readings in (elapsed, busy))
@@ -133,7 +132,6 @@ def _processor_timer(call: Callable[[], object]) -> Timer:
     """Reads the clock and the processor time of all threads; `latency.worker.Stopwatch` sees one thread only."""
 
     def timed() -> tuple[int, int]:
-        call()
         start, start_busy = time.perf_counter_ns(), time.process_time_ns()
         call()
         return time.perf_counter_ns() - start, time.process_time_ns() - start_busy

@@ -101,8 +101,8 @@ def joint(agent: Method) -> Iterator[Cell]:
     chosen: tuple[Method, ...] = ("uniform", "knapsack", agent)
     for model, asked in JOINT_BUDGETS.items():
         above_floor = asked if isinstance(asked, float) else 0.0
-        own = {"budget": "100% latency" if above_floor else asked, "search.reconstruct": model in RECONSTRUCTED}
-        cell = _timed(f"{model}-joint", model, chosen, own | control)
+        asks = {"budget": "100% latency" if above_floor else asked, "search.reconstruct": model in RECONSTRUCTED}
+        cell = _timed(f"{model}-joint", model, chosen, asks | control)
         yield replace(cell, above_floor=above_floor)
     for what, decided in DECIDED.items():
         for share in CURVE_SHARES[what]:

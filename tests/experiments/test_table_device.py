@@ -105,7 +105,7 @@ def test_a_run_continued_on_another_device_keeps_its_plan_and_says_whose_times_i
     policy = "methods/uniform/policy.json"
     assert (elsewhere / policy).read_bytes() == (run / policy).read_bytes()
     with pytest.raises(TableError) as refused:
-        LatencyTable.load(run / "latency.json").check_device(LocalDevice(find_runtime(PYTORCH)).fingerprint)
+        LatencyTable.load(run / "latency.json").fingerprint.check(LocalDevice(find_runtime(PYTORCH)).fingerprint)
     assert after.elsewhere == str(refused.value)
     assert done.code == 3
     assert f"no speed-up:\n  timed on another device than the latency table's: {after.elsewhere}\n" in done.err

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latency.measure import Variant, compare, measure, measure_latency, summarise
 from latency.runtimes import ONNXRUNTIME, PYTORCH, LatencyError
-from latency.worker import Stopwatch, allowed_cpus, interleave
+from latency.worker import Stopwatch, Timer, allowed_cpus, interleave
 
 
 class Work(nn.Module):
@@ -91,19 +91,41 @@ def test_waiting_of_this_thread_is_seen_where_the_system_counts_it() -> None:
     assert 0 <= waited < elapsed
 
 
-def test_rounds_take_turns_and_none_is_always_first() -> None:
+def test_rounds_take_turns_none_is_always_first_and_short_calls_settle_for_longer() -> None:
     order: list[str] = []
 
-    def timer(name: str, nanoseconds: int):  # type: ignore[no-untyped-def]
+    def timer(name: str, nanoseconds: int) -> Timer:
         def timed() -> tuple[int, int]:
             order.append(name)
             return nanoseconds, 0
 
         return timed
 
-    elapsed, _ = interleave([timer("a", 1), timer("b", 2), timer("c", 3)], n_runs=3, n_warmup=1)
-    assert elapsed == [[1, 1, 1], [2, 2, 2], [3, 3, 3]]
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    timers = [timer("a", 1000), timer("b", 3_000_000), timer("c", 30_000_000)]
+    elapsed, _ = interleave(timers, n_runs=3, n_warmup=1)
+    assert elapsed == [[1000] * 3, [3_000_000] * 3, [30_000_000] * 3]
+    a, b, c = "a" * 7, "b" * 3, "c" * 2
+    assert "".join(order) == "abc" + (a + b + c) + (b + c + a) + (c + a + b)
+
+
+def test_what_another_network_left_in_the_caches_is_not_timed() -> None:
+    clock, last = FakeClock(), [""]
+
+    class Cached(nn.Module):
+        """Takes twice as long after another one, as a network does whose weights have left the caches."""
+
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, x: Tensor) -> Tensor:
+            clock.now += 1_000_000 * (1 if last[0] == self.name else 2)
+            last[0] = self.name
+            return x
+
+    variants = [Variant(name, PYTORCH, Cached(name)) for name in ("one", "other")]
+    report = measure(variants, torch.zeros(1), n_runs=5, stopwatch=clock.stopwatch())
+    assert {entry.median_ms for entry in report.entries} == {1.0}
 
 
 def test_report_says_where_and_how_it_was_measured() -> None:

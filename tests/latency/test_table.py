@@ -250,38 +250,14 @@ def test_processors_of_one_name_refuse_the_tables_of_each_other(
     mine: Processor, theirs: Processor, difference: str
 ) -> None:
     table = LatencyTable(Fingerprint(mine, "formula", "1.0", 1), 1.0, 0.0)
-    table.check_device(Fingerprint(mine, "formula", "1.0", 1))
+    table.fingerprint.check(Fingerprint(mine, "formula", "1.0", 1))
     name = f"formula 1.0, 1 thread(s), on {mine.name}"
     message = (
         f"the table was measured with {name}; here is {name}. They differ in {difference}. Times of one do not hold "
         "for the other: build a table here, or go to the device of the table"
     )
     with pytest.raises(TableError, match=f"^{re.escape(message)}$"):
-        table.check_device(Fingerprint(theirs, "formula", "1.0", 1))
-
-
-def test_a_table_that_knows_the_processor_by_name_alone_is_read_and_holds_for_no_device(
-    graph: NetworkGraph, tmp_path: Path
-) -> None:
-    table = built(graph, FormulaDevice())
-    content = json.loads(table.to_json())
-    content["format_version"] = 2
-    for kind in content["kinds"]:
-        del kind["dilation"]  # nor did versions before 5 hold this
-    content["fingerprint"] = {"cpu": "slide rule", "runtime": "formula", "version": "1.0", "threads": 1}
-    (tmp_path / "old.json").write_text(json.dumps(content))
-    old = LatencyTable.load(tmp_path / "old.json")
-    assert LatencyModel(graph, old).dense == pytest.approx(LatencyModel(graph, table).dense, rel=1e-5)
-
-    old.save(tmp_path / "copy.json")
-    message = (
-        "the table was measured with formula 1.0, 1 thread(s), on slide rule, and holds no more of the processor than "
-        "that name, as tables of format versions 1 and 2 did; several processors share it, so build the table again, "
-        "in a new file (version 5)"
-    )
-    for found in (old, LatencyTable.load(tmp_path / "copy.json")):
-        with pytest.raises(TableError, match=f"^{re.escape(message)}$"):
-            found.check_device(FormulaDevice().fingerprint)
+        table.fingerprint.check(Fingerprint(theirs, "formula", "1.0", 1))
 
 
 def test_a_table_without_a_layer_of_the_network_says_which(graph: NetworkGraph) -> None:
@@ -330,15 +306,22 @@ def test_a_table_with_numbers_that_cannot_be_is_refused(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"format_version": 1}', "cannot read the latency table '{}': KeyError: 'kinds'; build it again"),
+        ('{"format_version": 6}', "cannot read the latency table '{}': KeyError: 'kinds'; build it again"),
         (
             '{"ratio": 1}',
             "'{}' is no latency table; 'secateur latency build --model ... --out TABLE' makes one",
         ),
-        ('{"format_version": 9}', "the latency table '{}' has format version 9, this release reads 1, 2, 3, 4 and 5"),
         *(
             (
-                f'{{"format_version": 5, "kinds": [], "reference_ns": {number}}}',
+                f'{{"format_version": {version}}}',
+                f"the latency table '{{}}' has format version {version}, and this release reads 6: build it again, in "
+                "a new file",
+            )
+            for version in (5, 9)
+        ),
+        *(
+            (
+                f'{{"format_version": 6, "kinds": [], "reference_ns": {number}}}',
                 f"cannot read the latency table '{{}}': ValueError: reference_ns of {found}; build it again",
             )
             for number, found in (("0", "0"), ("-5", "-5"), ("NaN", "nan"))
@@ -402,19 +385,6 @@ def test_conversions_are_never_taken_to_save_time(graph: NetworkGraph) -> None:
     assert min(found.conversion, found.element) >= 0
 
 
-def test_a_table_of_the_version_before_predicts_floats_as_it_did(graph: NetworkGraph, tmp_path: Path) -> None:
-    table = replace(built(graph, FormulaDevice()), calibrations={network_key(graph): Calibration(0.9, -0.5, 8, 0.02)})
-    content = json.loads(table.to_json())
-    content["format_version"] = 1
-    content["calibrations"] = {network_key(graph): {"scale": 0.9, "offset": -0.5, "n_networks": 8, "error": 0.02}}
-    (tmp_path / "old.json").write_text(json.dumps(content))
-
-    found = LatencyTable.load(tmp_path / "old.json").calibrations[network_key(graph)]
-
-    assert found == table.calibrations[network_key(graph)]
-    assert (found.integer_scale, found.conversion, found.n_mixed) == (0.9, 0, 0)
-
-
 def test_a_calibration_needs_three_networks(graph: NetworkGraph) -> None:
     message = "a calibration fits two numbers to whole networks of floats, got 2; time at least 3"
     table = built(graph, FormulaDevice())
@@ -441,9 +411,9 @@ def test_a_device_stays_on_its_processors_and_is_another_one_without_them() -> N
     table = start_table(device, n_runs=2)
 
     assert runtime.allowed == {last} and allowed_cpus() == before
-    table.check_device(LocalDevice(runtime, cpus=last).fingerprint)
+    table.fingerprint.check(LocalDevice(runtime, cpus=last).fingerprint)
     with pytest.raises(TableError, match=rf", cpus {last[0]}; here is .* They differ in cpus '{last[0]}', here ''\. "):
-        table.check_device(LocalDevice(runtime).fingerprint)
+        table.fingerprint.check(LocalDevice(runtime).fingerprint)
     message = f"cpus [4096] cannot be used: this process may run on {before}"
     with pytest.raises(LatencyError, match=f"^{re.escape(message)}$"):
         LocalDevice(runtime, cpus=(4096,))
