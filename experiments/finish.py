@@ -227,19 +227,23 @@ def _save_products(
     folder: RunFolder, subject: Subject, finalists: Sequence[Finalist], display: RunDisplay, stop: StopFlag
 ) -> None:
     """Write every network of the table as files that others can read; ONNX is made where the exporter can."""
-    constructor, example = subject.config.model.name, subject.example(2)
-    images, metadata = subject.range_images()[0], describe_images(subject.config.data, subject.data.classes)
     with display.stage("saving networks", len(finalists), "network") as stage:
         for finalist in finalists:
-            target = folder.method(finalist.name).model
-            if not (target / "manifest.json").exists():
-                settings = subject.config.measure
-                write_exported(finalist.product, finalist.name, example, target, images, settings, display, metadata)
-                save_compressed(
-                    finalist.product, finalist.policy, target, constructor=constructor, example_inputs=example
-                )
+            save_product(folder, subject, finalist.name, finalist.product, finalist.policy, display)
             stage.advance()
             stop.check()
+
+
+def save_product(
+    folder: RunFolder, subject: Subject, name: str, network: nn.Module, policy: CompressionPolicy, display: RunDisplay
+) -> None:
+    """Write the network of a method, or the dense one, into a run, unless it is there already."""
+    target, example = folder.method(name).model, subject.example(2)
+    if (target / "manifest.json").exists():
+        return
+    images, metadata = subject.range_images()[0], describe_images(subject.config.data, subject.data.classes)
+    write_exported(network, name, example, target, images, subject.config.measure, display, metadata)
+    save_compressed(network, policy, target, constructor=subject.config.model.name, example_inputs=example)
 
 
 def _row(folder: RunFolder, subject: Subject, problem: SearchProblem, finalist: Finalist) -> MethodOutcome:

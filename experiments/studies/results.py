@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
+from envs.evaluator import CandidateEvaluator
 from envs.journal import Journal
 from latency.budget import Budget
 from pruning.files import write_atomic
@@ -28,13 +29,14 @@ from pruning.layer_policy import FULL_BITS
 from pruning.policy import CompressionPolicy
 
 from ..apply import apply_saved
-from ..config import Method, RunConfig, load_config
+from ..config import LatencyConfig, Method, RunConfig, load_config
+from ..finish import save_product
 from ..floor import LatencyFloors, find_floors
 from ..image_folder import split_lists
 from ..interrupt import Interrupted, StopFlag, stop_on_signals
 from ..machine import describe_machine, set_up_device
 from ..methods import MethodSearch
-from ..outcome import Speed
+from ..outcome import DENSE, Speed
 from ..problem import PROBES
 from ..progress import RunDisplay
 from ..run import RunBusyError, RunFolder, locked
@@ -169,14 +171,61 @@ class Sitting:
             _take_searches(RunFolder(self.records / cell.searched), RunFolder(folder))
         resume_run(folder, display, stop)
         if cell.is_timed:
-            runs = [str(folder), *([str(self.root / cell.beside)] if cell.beside else [])]
-            measure = [sys.executable, "-m", "experiments.cli", "latency", "measure", *runs, "--json"]
-            rounds = ["--rounds", str(TIMED_ROUNDS), "--threads", "1", "--threads", "2"]
-            done = subprocess.run([*measure, *rounds], check=True, stdout=subprocess.PIPE)
-            write_atomic(folder / "timed.json", done.stdout)
+            self._time(cell, self.root, folder, display, stop)
+
+    def time_again(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
+        """Read the latencies of a recorded cell anew.
+
+        The networks are made from its plans and the weights that were there before fine-tuning, which time does not
+        depend on.
+
+        Raises:
+            RunBusyError: if another sitting works on it.
+        """
+        again = self.root / "again"
+        with locked(self.root / f".{cell.name}.lock", f"on cell {cell.name}"):
+            for name in (cell.name, *([cell.beside] if cell.beside else [])):
+                if not RunFolder(again / name).results_file.exists():
+                    self._rebuild(RunFolder(self.records / name), RunFolder(again / name), cell, display, stop)
+            if cell.above_floor:
+                self.prepare(cell, display, stop)
+            self._time(cell, again, self.records / cell.name, display, stop)
+
+    def _rebuild(self, record: RunFolder, run: RunFolder, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
+        """The networks of a record's plans, in a run folder."""
+        # Without a table: none is asked for.
+        config = self.config(cell).model_copy(update={"latency": LatencyConfig()})
+        device = set_up_device(config.device, config.threads)
+        subject = prepare_subject(config, device, display, stop, check=lambda _: None)
+        builder = CandidateEvaluator(
+            subject.model, subject.graph, subject.evaluate_on_validation(), (), range_images=subject.range_images()
+        )
+        for row in record.outcome().rows:
+            plan = record.method(row.method).policy_file
+            policy = CompressionPolicy.load(plan) if row.method != DENSE else CompressionPolicy({})
+            network = builder.build(policy) if row.method != DENSE else subject.model
+            save_product(run, subject, row.method, network, policy, display)
+        write_atomic(run.config_file, config.to_yaml().encode())
+        write_atomic(run.results_file, record.results_file.read_bytes())
+
+    def _time(self, cell: Cell, root: Path, out: Path, display: RunDisplay, stop: StopFlag) -> None:
+        """Time the networks in the run folder of a cell, and of the one beside it, and the floor where that is asked.
+
+        Args:
+            cell: the cell.
+            root: folder of the run folders.
+            out: folder of what is read.
+            display: told what happens.
+            stop: looked at while the subject is prepared.
+        """
+        runs = [str(root / name) for name in (cell.name, cell.beside) if name]
+        measure = [sys.executable, "-m", "experiments.cli", "latency", "measure", *runs, "--json"]
+        rounds = ["--rounds", str(TIMED_ROUNDS), "--threads", "1", "--threads", "2"]
+        done = subprocess.run([*measure, *rounds], check=True, stdout=subprocess.PIPE)
+        write_atomic(out / "timed.json", done.stdout)
         if cell.above_floor:
             floors = self._floors(cell, display, stop).to_dict()
-            write_atomic(folder / "floor.json", json.dumps(floors, indent=2).encode())
+            write_atomic(out / "floor.json", json.dumps(floors, indent=2).encode())
 
     def _above_floor(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> RunConfig:
         """The configuration, with the latency that `Cell.above_floor` asks for."""
@@ -259,6 +308,9 @@ def main(
     only: Annotated[str, typer.Option(help="Regular expression: do only the cells whose name it matches.")] = "",
     minutes: Annotated[float, typer.Option(help="Start no further cell after so many minutes; 0 for no end.")] = 0,
     render: Annotated[bool, typer.Option("--render", help="Only write the page from what is there.")] = False,
+    time_again: Annotated[
+        bool, typer.Option("--time-again", help="Read the latencies of recorded cells again, and search nothing.")
+    ] = False,
 ) -> None:
     """Carry out the cells that are missing and write the page of results; the exit code is 1 if one of them failed."""
     started = time.monotonic()
@@ -269,9 +321,10 @@ def main(
         try:
             for cell in cells:
                 late = minutes and time.monotonic() - started > 60 * minutes
-                if render or late or sitting.is_done(cell) or not re.search(only, cell.name):
+                has_work = sitting.is_done(cell) and cell.is_timed if time_again else not sitting.is_done(cell)
+                if render or late or not has_work or not re.search(only, cell.name):
                     continue
-                if missing := sitting.missing(cell):
+                if not time_again and (missing := sitting.missing(cell)):
                     display.say(
                         f"cell {cell.name} is left out: it needs {missing}, which is not there; have that cell done "
                         "again"
@@ -280,7 +333,7 @@ def main(
                 display.say(f"cell {cell.name}")
                 # Several sittings may share the cells: each takes the next one that is free.
                 try:
-                    sitting.carry_out(cell, display, stop)
+                    (sitting.time_again if time_again else sitting.carry_out)(cell, display, stop)
                 except RunBusyError as busy:
                     display.say(f"cell {cell.name} is left out: {busy}")
                 except USER_ERRORS as error:

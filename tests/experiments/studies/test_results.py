@@ -1,13 +1,18 @@
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import typer
+from safetensors.torch import save_file
 
+from experiments.config import RunConfig
 from experiments.data import DataError
 from experiments.interrupt import StopFlag
 from experiments.methods import MethodSearch
+from experiments.models import build_model
 from experiments.outcome import RunOutcome
 from experiments.progress import RunDisplay
 from experiments.run import RunBusyError, RunFolder, locked
@@ -21,6 +26,7 @@ from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
 
 from ..outcomes import outcome, row
+from ..tiny import CLASSES
 
 CELLS = {cell.name: cell for cell in matrix("ppo")}
 NAMES = list(CELLS)
@@ -141,6 +147,36 @@ def test_a_cell_is_timed_first_and_beside_the_other(tmp_path: Path, monkeypatch:
     (command,) = commands
     # Shares are of the first one's dense network, and the other's plan is compared with the first one's.
     assert command[3:7] == ["latency", "measure", str(tmp_path / cell.name), str(tmp_path / "resnet56-macs")]
+
+
+def test_recorded_plans_are_timed_again_in_networks_made_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_config: Callable[..., RunConfig]
+) -> None:
+    cell, sitting = CELLS["resnet56-macs-and-latency"], sitting_at(tmp_path)
+    for name, layers in ((cell.name, {"14": LayerPolicy(weight_bits=8, act_bits=8)}), ("resnet56-macs", {})):
+        finish(sitting.records, name, {"ppo": "10"}, ppo=0.8)
+        CompressionPolicy({"3": (0, 2, 3)}, {"3": 16}, layers).save(sitting.records / name / "methods/ppo/policy.json")
+    config = tiny_config(measure__onnx=True)
+    weights = tmp_path / "weights.safetensors"
+    save_file(build_model(config.model.name, CLASSES, 1).state_dict(), weights)
+    model = config.model.model_copy(update={"weights": weights})
+    monkeypatch.setattr(Sitting, "config", lambda *_: config.model_copy(update={"model": model}))
+    monkeypatch.setattr(results, "TIMED_ROUNDS", 6)
+
+    with RunDisplay(quiet=True) as display:
+        sitting.time_again(cell, display, StopFlag())
+
+    readings = json.loads((sitting.records / cell.name / "timed.json").read_text())
+    names = [(each["run"], each["method"], each["threads"]) for each in readings]
+    runs = [(cell.name, "dense"), (cell.name, "ppo"), ("resnet56-macs", "ppo")]
+    assert names == [(*run, threads) for threads in (1, 2) for run in runs]
+    sizes = {
+        initializer.name: initializer.dims[0]
+        for initializer in onnx.load(tmp_path / "again" / cell.name / "methods/ppo/model/model.onnx").graph.initializer
+        if len(initializer.dims) == 4
+    }
+    assert 3 in sizes.values()
+    assert not (sitting.records / "resnet56-macs" / "timed.json").exists()
 
 
 def test_a_record_that_was_not_finished_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +368,7 @@ def test_what_was_found_for_latency_is_shown_with_the_times_of_its_files(tmp_pat
 def timed(root: Path, name: str, method: str, ratio: float, **others: float) -> None:
     """Write the time of one cell's network, 1 % to both sides of it in doubt, and of others' in the same rounds."""
     readings = [
-        {"run": run, "method": method, "threads": 1, "median_ms": each, "ratio": each}
+        {"run": run, "method": method, "threads": 1, "processor": {"name": "ash"}, "median_ms": each, "ratio": each}
         | {"low": each * 0.99, "high": each * 1.01, "of_first": [each / ratio * share for share in (0.98, 1, 1.02)]}
         for run, each in {name: ratio, **others}.items()
     ]
@@ -354,7 +390,7 @@ def test_the_floor_of_a_network_is_shown_as_it_was_measured(tmp_path: Path) -> N
     page = render_page(tmp_path, NAMES, "ppo")
 
     lines = page.split("### resnet56 at 1.1 times the latency of its floor\n")[1].splitlines()
-    assert lines[1].endswith(
+    assert lines[3].endswith(
         " The fastest network that could be chosen: 0.5 ms, 41.0% of the dense network, by the table; "
         "42.0% [40.0%, 44.0%] when measured."
     )
@@ -424,11 +460,11 @@ def test_points_of_a_curve_from_several_processors_are_told_apart(tmp_path: Path
         found = RunOutcome.load(path)
         machine = found.machine.model_copy(update={"processor": processor})
         path.write_text(found.model_copy(update={"machine": machine}).model_dump_json())
+        timed(tmp_path, path.parent.name, "ppo", 0.5)
 
     lines = section(render_page(tmp_path, NAMES, "ppo"), "Channels, bits, and both: ResNet-18")
 
-    start = "Searched and timed on 2 processors, whose shares need not be alike: "
-    assert f"{start}oak (channels 20 %, both 20 %); elm (bits 30 %)." in lines
+    assert "Searched on 2 processors: oak (channels 20 %, both 20 %); elm (bits 30 %). Timed on ash." in lines
 
 
 def test_joint_searches_are_compared_with_the_agent_and_show_what_was_measured(tmp_path: Path) -> None:
