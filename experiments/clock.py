@@ -39,7 +39,7 @@ class Clock:
         """
         asked = table.fingerprint
         device = LocalDevice(find_runtime(asked.runtime), asked.threads, asked.cpus)
-        table.fingerprint.check(device.fingerprint)
+        asked.check(device.fingerprint)
         return cls(device)
 
     def artifact(self, network: nn.Module, images: Tensor) -> Artifact:

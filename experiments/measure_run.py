@@ -46,7 +46,7 @@ class SavedLatency:
         lower_quartile_ms: a quarter of the calls were faster.
         upper_quartile_ms: a quarter of the calls were slower.
         disturbed: share of the calls that had to wait for a processor.
-        rounds: calls; in each round every network was called once.
+        rounds: calls; in each round every network was timed once.
         ratio: median over the rounds of its time over that of the first run's dense network.
         low: lower end of the interval that holds the true median ratio at 95 %.
         high: its upper end.

@@ -20,7 +20,6 @@ from .whole_networks import plan_ratios
 
 _MIXES = 2
 """Networks with integers for each network of floats of a calibration, with the same channels."""
-_TRIES = 2
 _POOR_FIT = 0.05
 """Median error of a calibration from which its networks are timed once more. On quiet machines 0.02 to 0.03 were read
 (ResNet-18, ResNet-56, MobileNet-V2); on one that was busy meanwhile 0.067, and the fastest plan of ResNet-56 came out
@@ -97,14 +96,13 @@ def build_named(
         # What was calibrated with integers before stays so.
         cost = network.cost(table, integers=EIGHT_BITS in bits or known.n_mixed > 0)
         n_mixed = _MIXES * (n_networks + 1) if cost.has_integers else 0
-        if known.n_networks < n_networks + 1 or known.n_mixed < n_mixed:
+        if known.n_networks < n_networks + 1 or known.n_mixed < n_mixed or known.error > _POOR_FIT:
             dense = dict(zip(network.space.names, network.space.sizes.tolist(), strict=True))
             plans = [dense, *network.plans(n_networks, seed=0)]
             if n_mixed:
                 mixes = ([plan, *_rotated(network, plan, seed)] for seed, plan in enumerate(plans))
                 plans = [mixed for each in mixes for mixed in each]
-            table = _calibrated(table, cost, device, network, plans, say)
-            table.save(out)
+            table = _calibrated(table, cost, device, network, plans, say, save=lambda found: found.save(out))
         found = table.calibrations[cost.key]
         return {
             "table": str(out),
@@ -130,29 +128,33 @@ def _calibrated(
     network: TimedNetwork,
     plans: Sequence[Mapping[str, int]],
     say: Say,
+    save: Callable[[LatencyTable], None],
 ) -> LatencyTable:
     """The table calibrated with the networks of ``plans``, which are timed again where they fit badly.
 
-    Of two fits the better one is kept.
+    Of two fits the better one is kept; the first is saved before the second is begun.
     """
     counts = [[plan.get(name, FULL_BITS) for name in cost.groups] for plan in plans]
-    tries: list[tuple[float, LatencyTable]] = []
-    for left in reversed(range(_TRIES)):
+
+    def tried() -> tuple[float, LatencyTable]:
         found = calibrated(table, cost, counts, plan_ratios(device, network, plans, say))
-        tries.append((found.calibrations[cost.key].error, found))
-        if tries[-1][0] <= _POOR_FIT:
-            break
-        if left:
-            say(
-                f"{network.name}: half of the whole networks are more than {tries[-1][0]:.1%} from what their layers "
-                "add up to; they are timed again, in case other programs kept the machine busy"
-            )
-    error, best = min(tries, key=lambda each: each[0])
+        return found.calibrations[cost.key].error, found
+
+    error, best = tried()
+    save(best)
+    if error <= _POOR_FIT:
+        return best
+    say(
+        f"{network.name}: half of the whole networks are more than {error:.1%} from what their layers add up to; they "
+        "are timed again, in case other programs kept the machine busy"
+    )
+    error, best = min((error, best), tried(), key=lambda each: each[0])
+    save(best)
     if error > _POOR_FIT:
         say(
             f"warning: {network.name}: half of the whole networks are more than {error:.1%} from what the table says "
-            "of them, and plans will be too; build it again on a quiet machine. Networks of a few tenths of a "
-            "millisecond may come no closer"
+            "of them, and plans will be too; the same command times them anew, on a quiet machine perhaps to better "
+            "effect. Networks of a few tenths of a millisecond may come no closer"
         )
     return best
 

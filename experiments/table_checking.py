@@ -90,7 +90,7 @@ def check_table(
     table = LatencyTable.load(path)
     asked = table.fingerprint
     device = device_for(asked.runtime, asked.threads, remote, asked.cpus)
-    table.fingerprint.check(device.fingerprint)
+    asked.check(device.fingerprint)
     network = TimedNetwork.build(model, shape, n_classes, rounding)
     predicts = network.cost(table, integers=integers)
     found = predicts.calibration

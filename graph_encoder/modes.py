@@ -4,8 +4,8 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 _TRIED = (8, 64, 16, 16)
 """Shape of the images that precisions are tried on: a layer of a small network."""
 _ROUNDS, _GAIN = 10, 1.1
+_CAST = {torch.float32, torch.bfloat16, torch.float16}
+"""What autocast casts."""
 
 
 @contextmanager
@@ -76,18 +78,22 @@ def autocast_on_shapes() -> Iterator[None]:
         torch.autocast.__init__ = make  # type: ignore[method-assign]
 
 
-def mixed_precision(device_type: str, asked: bool) -> torch.autocast:
-    """Autocast to bfloat16 where it is asked for and the device has kernels for it, see `has_bfloat16`."""
-    return torch.autocast(device_type, torch.bfloat16, asked and has_bfloat16(device_type))
+@contextmanager
+def mixed_precision(device_type: str, asked: bool) -> Iterator[None]:
+    """Autocast to bfloat16 where it is asked for and the device has kernels for it, see `has_bfloat16`.
 
-
-class FloatGradients(TorchFunctionMode):
-    """While it is entered, some depthwise convolutions under autocast on a CPU get their gradients from float32.
-
-    Those are the ones with a stride or a kernel over 3x3: PyTorch computes their gradients in bfloat16 in plain loops.
-    Where no gradients are asked for nothing changes.
+    On a CPU some depthwise convolutions get their gradients from float32: those with a stride, a dilation or a kernel
+    over 3x3, for PyTorch computes these in bfloat16 in plain loops. A backward pass may come after the context.
     """
+    is_taken = asked and has_bfloat16(device_type)
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device_type, torch.bfloat16, is_taken))
+        if is_taken and device_type == "cpu" and torch.is_grad_enabled():
+            stack.enter_context(_FloatGradients())
+        yield
 
+
+class _FloatGradients(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -95,62 +101,98 @@ class FloatGradients(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call ``func``."""
-        is_cast = func is torch.conv2d and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-        return (_convolve if is_cast else func)(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        if func is torch.conv2d and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled():
+            places = _places_of_slow(*args, **kwargs)
+            if places is not None:
+                return _convolved(places, *args, **kwargs)
+        return func(*args, **kwargs)
 
 
-def _convolve(
+class _Places(NamedTuple):
+    """How a depthwise convolution moves over its input, one number for each dimension, and its groups."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+def _places_of_slow(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
     groups: int = 1,
-) -> Tensor:
-    """`torch.conv2d` under autocast."""
-    is_depthwise = groups > 1 and weight.shape[1] == 1
-    is_slow = (
-        input.device.type == "cpu"
-        and input.dim() == 4
-        and is_depthwise
-        and (max(_pair(stride)) > 1 or max(weight.shape[2:]) > 3)
-    )
-    reach = [step * (size - 1) for step, size in zip(_pair(dilation), weight.shape[2:], strict=True)]
-    # Even kernels are padded more on one side.
-    if not is_slow or (padding == "same" and any(each % 2 for each in reach)):
-        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if isinstance(padding, str):
-        padding = [each // 2 for each in reach] if padding == "same" else 0
-    places = _pair(stride), _pair(padding), _pair(dilation), groups
-    # Cast as autocast would: a checkpointed part of a network is run again without this mode, and has to keep the same.
-    dtype = torch.get_autocast_dtype("cpu")
-    cast = [None if each is None else each.to(dtype) for each in (input, weight, bias)]
-    found: Tensor = _ConvolutionOfFloatGradients.apply(places, *cast)
-    return found
+) -> _Places | None:
+    """Those of a convolution with these arguments, of `torch.conv2d`, if its gradients are slow in bfloat16."""
+    is_depthwise = groups > 1 and input.dim() == weight.dim() == 4 and weight.shape[1] == 1
+    if not is_depthwise or input.device.type != "cpu" or not {input.dtype, weight.dtype} <= _CAST:
+        return None
+    strides, dilations = _pair(stride), _pair(dilation)
+    if not strides or not dilations or (max(*strides, *dilations) == 1 and max(weight.shape[2:]) <= 3):
+        return None
+    if padding == "same":
+        reach = [step * (size - 1) for step, size in zip(dilations, weight.shape[2:], strict=True)]
+        # Even kernels are padded more on one side, and strides are refused.
+        paddings = [] if max(strides) > 1 or any(each % 2 for each in reach) else [each // 2 for each in reach]
+    else:
+        paddings = _pair(0 if padding == "valid" else padding)
+    return _Places(strides, paddings, dilations, groups) if paddings else None
 
 
 def _pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else [*value, *value][:2]
+    """Two numbers from what a convolution takes for them; none from what is best left to it."""
+    values = [value] if type(value) is int else value
+    if (
+        not isinstance(values, list | tuple)
+        or len(values) not in (1, 2)
+        or any(type(each) is not int for each in values)
+    ):
+        return []
+    return [*values, *values][:2]
 
 
-class _ConvolutionOfFloatGradients(torch.autograd.Function):
+def _convolved(
+    places: _Places, input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    # Cast as autocast would: a checkpointed part of a network is run again without the mode, and has to keep the same.
+    dtype = torch.get_autocast_dtype("cpu")
+    found: Tensor = _Convolution.apply(
+        places, *(None if each is None else each.to(dtype) for each in (input, weight, bias))
+    )
+    return found
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution in bfloat16 with gradients from float32."""
+
     @staticmethod
-    def forward(ctx: Any, places: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.places = places
-        ctx.save_for_backward(x, weight)
+    def forward(places: _Places, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.conv2d(x, weight, bias, *places)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.places, *tensors, _ = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *places, groups = ctx.places
-        _, *needed = ctx.needs_input_grad
+        stride, padding, dilation, groups = ctx.places
         floats = [each.float() for each in (gradient, *ctx.saved_tensors)]
         found = torch.ops.aten.convolution_backward(
-            *floats, gradient.shape[1:2], *places, transposed=False, output_padding=[0, 0], groups=groups,
-            output_mask=needed,
-        )  # fmt: skip
+            *floats,
+            bias_sizes=gradient.shape[1:2],
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            transposed=False,
+            output_padding=[0, 0],
+            groups=groups,
+            output_mask=ctx.needs_input_grad[1:],
+        )
         return None, *(None if each is None else each.to(gradient.dtype) for each in found)
 
 

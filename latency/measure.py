@@ -175,7 +175,7 @@ def measure(
     cpus: Sequence[int] | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> LatencyReport:
-    """Time every variant, one call of each of a runtime's in turn, ``n_runs`` rounds, one runtime after the other.
+    """Time every variant, a settled call of each in turn, ``n_runs`` rounds, one runtime after the other.
 
     Taking turns makes the networks share whatever else the machine does, so that their ratios can be trusted where
     the times themselves drift. The report holds medians and quartiles, not means: one context switch moves a mean

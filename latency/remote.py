@@ -81,7 +81,7 @@ class RemoteDevice:
     python: str = "python3"
     threads: int = 1
     cpus: tuple[int, ...] = ()
-    timeout_s: float = 600
+    timeout_s: float = 1800
     ssh: tuple[str, ...] = ("ssh",)
 
     def __post_init__(self) -> None:

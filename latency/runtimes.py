@@ -256,10 +256,12 @@ def prepare_sparse(model: nn.Module, inputs: tuple[Tensor, ...]) -> SparseNetwor
 def fastest_calls(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Seconds of the fastest of 15 calls of each candidate, called in turn, for `sparsify` to choose by.
 
-    With one thread, the time that a call waited for a processor is taken off, as in all times of this room.
+    With one thread, the time that a call waited for a processor is taken off, as in all times of this room. Calls do
+    not settle: in a network other layers run in between.
     """
     stopwatch = Stopwatch()
-    elapsed, waited = interleave([stopwatch.timer(call) for call in candidates.values()], n_runs=15, n_warmup=3)
+    timers = [stopwatch.timer(call) for call in candidates.values()]
+    elapsed, waited = interleave(timers, n_runs=15, n_warmup=3, settled=False)
     threads = torch.get_num_threads()
     return {
         name: min(without_waits(own, waits, threads)) / 1e9

@@ -34,9 +34,7 @@ from .runtimes import Artifact, LatencyError, Runtime
 from .worker import Processor, Stopwatch, interleave, without_waits
 
 FORMAT_VERSION = 6
-"""Version 1 knew no networks of integers and floats together: its calibrations hold for floats. Versions 1 and 2 gave
-the name of the processor alone: their times are read, and hold for no device that could be checked. Versions before 4
-knew no convolutions that keep their groups, and those before 5 none that are dilated or not of two dimensions."""
+"""Those before 6 are refused: they hold times of calls that had not settled (`latency.worker.interleave`)."""
 DIVISORS = (16, 8, 4, 1)
 """Counts are of the class of the first of these that divides them: whole vectors of 64, 32 and 16 bytes, or none."""
 STAIR = 16
@@ -169,7 +167,7 @@ class LocalDevice:
         n_runs: int = 50,
         n_warmup: int = 10,
     ) -> LatencyReport:
-        """Time networks that take the same inputs, one call of each in turn; see `latency.measure.measure`."""
+        """Time networks that take the same inputs, a settled call of each in turn; see `latency.measure.measure`."""
         variants = [Variant(name, self.runtime.name, artifact) for name, artifact in networks.items()]
         return measure(variants, inputs, n_runs=n_runs, n_warmup=n_warmup, threads=self.threads, cpus=self.cpus or None)
 
@@ -448,7 +446,7 @@ class LatencyTable:
             if (version := content["format_version"]) != FORMAT_VERSION:
                 msg = (
                     f"the latency table '{path}' has format version {version}, and this release reads "
-                    f"{FORMAT_VERSION}: build it again, in a new file"
+                    f"{FORMAT_VERSION}: build it again, in a new file, and start anew the runs that were begun with it"
                 )
                 raise TableError(msg)
             kinds = [_read_kind(dict(entry)) for entry in content["kinds"]]

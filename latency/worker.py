@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 Timer = Callable[[], tuple[int, int]]
-"""Makes one call; returns two readings of it in nanoseconds.
+"""Makes a call, or a few; returns two readings of them in nanoseconds.
 
 Those of a `Stopwatch` are the time by the clock, and how much of it the thread waited for a processor.
 """
 
 SETTLING_NS, MOST_SETTLING_CALLS = 5_000_000, 6
-"""How long a network is called before a call of it is timed."""
+"""Nanoseconds for which a network is called before a call of it is timed, and how often at most."""
 
 
 class Stopwatch:
@@ -74,11 +74,14 @@ def _waiting_counter() -> Callable[[], int]:
     return waited
 
 
-def interleave(timers: Sequence[Timer], n_runs: int, n_warmup: int) -> tuple[list[list[int]], list[list[int]]]:
+def interleave(
+    timers: Sequence[Timer], n_runs: int, n_warmup: int, *, settled: bool = True
+) -> tuple[list[list[int]], list[list[int]]]:
     """Time one call of each in turn, ``n_runs`` rounds; each round starts one call later, so that none is always first.
 
     Before each timed call come untimed ones of the same, for `SETTLING_NS` and at most `MOST_SETTLING_CALLS`, at least
-    one: what ran before has left cold caches, which a small network feels and a large one does not.
+    one: what ran before has left cold caches, which a small network feels and a large one does not. Without ``settled``
+    there are none.
 
     Returns:
         First and second readings in nanoseconds, each a list of ``n_runs`` values for each timer.
@@ -91,7 +94,8 @@ def interleave(timers: Sequence[Timer], n_runs: int, n_warmup: int) -> tuple[lis
     for run in range(n_runs):
         for turn in range(len(timers)):
             index = (run + turn) % len(timers)
-            _settle(timers[index])
+            if settled:
+                _settle(timers[index])
             elapsed[index][run], waited[index][run] = timers[index]()
     return elapsed, waited
 
@@ -155,7 +159,7 @@ class Processor:
 
     Attributes:
         name: as the system gives it; the architecture where it gives none.
-        architecture: ``x86_64``, ``aarch64``, ``arm64``, ...; empty in tables from before it was kept.
+        architecture: ``x86_64``, ``aarch64``, ``arm64``, ...
         model: vendor, family, model and stepping (x86), or implementer, variant and part of each kind of core (ARM);
             empty where the system does not say.
         features: those of `VECTOR_FEATURES` that it has, sorted; empty where the system does not say.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graph_encoder.errors import first_line
-from graph_encoder.modes import FloatGradients, evaluation_mode, mixed_precision
+from graph_encoder.modes import evaluation_mode, mixed_precision
 
 from .files import CheckpointError, load_checked, write_atomic
 from .quantize import step_sizes
@@ -154,7 +154,7 @@ def finetune(
             for module in frozen:
                 module.eval()
             drawn = batches(first_epoch + epoch)
-            with _seeded(seed, first_epoch + epoch, _device(model)), FloatGradients():
+            with _seeded(seed, first_epoch + epoch, _device(model)):
                 loss, accuracy = _train_epoch(model, drawn, optimizer, objective, rates, epoch, autocast)
             if evaluate is not None:
                 with evaluation_mode(model):

@@ -93,11 +93,11 @@ def _processors(cells: Cells, names: Mapping[tuple[str, ...], str]) -> list[str]
     for words, name in names.items():
         if name in cells.outcomes:
             points.setdefault(cells.outcomes[name].machine.processor, []).append(" ".join(words))
-    if len(points) < 2:
+    timed = {reading["processor"]["name"] for name in names.values() for reading in cells.timed.get(name, [])}
+    if len({*points, *timed}) < 2:
         return []
-    each = "; ".join(f"{processor} ({', '.join(own)})" for processor, own in points.items())
-    timed = {r["processor"]["name"] for name in names.values() for r in cells.timed.get(name, [])}
-    return [f"Searched on {len(points)} processors: {each}. Timed on {' and '.join(sorted(timed))}."]
+    searched = "; ".join(f"{processor} ({', '.join(own)})" for processor, own in points.items())
+    return [f"Searched on {searched}.", *([f"Timed on {' and '.join(sorted(timed))}."] if timed else [])]
 
 
 def _dominance(cells: Cells, names: Mapping[tuple[str, ...], str]) -> list[str]:

@@ -4,6 +4,10 @@ Start it with ``make results`` or ``python -m experiments.studies.results``. A s
 continues where it stopped, inside a run too. What a finished cell found is kept as a record, under version control, so
 that sittings add up when run folders are gone: to have a cell done again, delete its record and its run folder, and
 those of the cell that it is timed beside or that is timed beside it.
+
+With ``--time-again`` the latencies of the records are read anew, on another processor or by another release, in
+networks that are made from their plans and kept below ``again`` among the run folders; that folder is to be deleted to
+read them once more.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,8 +112,8 @@ class Sitting:
         """Where the latencies of a network's layers are, or will be."""
         return self.root / f"{model}-latency.json"
 
-    def prepare(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
-        """Train the cell's network, and time its layers, where that was not done before.
+    def prepare(self, cell: Cell, display: RunDisplay, stop: StopFlag, *, with_table: bool) -> None:
+        """Train the cell's network, and time its layers if asked to, where that was not done before.
 
         Raises:
             RunBusyError: if another sitting does so for a cell of the same network.
@@ -120,7 +125,7 @@ class Sitting:
                 # The recipe alone, on all processors: what is searched is another matter, and there is no table yet.
                 kept = {key: value for key, value in self._options(cell).items() if key.startswith("data.")}
                 train_named(load_config(None, kept | TRAINING | {"model.name": model}), weights, display, stop)
-            if cell.is_timed:
+            if with_table:
                 build_named(model, self._table(model), bits=(8, FULL_BITS), say=display.say)
 
     def is_done(self, cell: Cell) -> bool:
@@ -163,13 +168,18 @@ class Sitting:
             return
         if not (folder / "config.yaml").exists():
             command = ["python", "-m", "experiments.studies.results", "--only", cell.name]
-            self.prepare(cell, display, stop)
+            self.prepare(cell, display, stop, with_table=cell.is_timed)
             self._share_probes(create_run(self._above_floor(cell, display, stop), folder, command, display))
         if cell.searched:
             _take_searches(RunFolder(self.records / cell.searched), RunFolder(folder))
         resume_run(folder, display, stop)
         if cell.is_timed:
             self._time(cell, self.root, folder, display, stop)
+
+    def was_timed_again(self, cell: Cell) -> bool:
+        """Whether the latencies in its record are those that `time_again` read last."""
+        again, kept = (folder / cell.name / "timed.json" for folder in (self.root / "again", self.records))
+        return again.exists() and kept.exists() and again.read_bytes() == kept.read_bytes()
 
     def time_again(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
         """Read the latencies of a recorded cell anew.
@@ -178,19 +188,23 @@ class Sitting:
         depend on.
 
         Raises:
-            RunBusyError: if another sitting works on it.
+            RunBusyError: if another sitting works on it, or on the one that it is timed beside.
         """
-        again = self.root / "again"
-        with locked(self.root / f".{cell.name}.lock", f"on cell {cell.name}"):
-            for name in (cell.name, *([cell.beside] if cell.beside else [])):
-                if not RunFolder(again / name).results_file.exists():
-                    self._rebuild(RunFolder(self.records / name), RunFolder(again / name), cell, display, stop)
-            if cell.above_floor:
-                self.prepare(cell, display, stop)
-            self._time(cell, again, self.records / cell.name, display, stop)
+        again, record = self.root / "again", self.records / cell.name
+        with locked(self.root / f".{cell.name}.lock", f"on cell {cell.name}"), ExitStack() as held:
+            self.prepare(cell, display, stop, with_table=cell.above_floor > 0)
+            for name in filter(None, (cell.name, cell.beside)):
+                held.enter_context(locked(again / f".{name}.lock", f"on the networks of cell {name}"))
+                self._rebuild(RunFolder(self.records / name), RunFolder(again / name), cell, display, stop)
+            self._time(cell, again, record, display, stop)
+            write_atomic(again / cell.name / "timed.json", (record / "timed.json").read_bytes())
 
     def _rebuild(self, record: RunFolder, run: RunFolder, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
-        """The networks of a record's plans, in a run folder."""
+        """The networks of a record's plans, in a run folder, unless they are there."""
+        found = record.results_file.read_bytes()
+        if run.results_file.exists() and run.results_file.read_bytes() == found:
+            return
+        shutil.rmtree(run.root, ignore_errors=True)
         # Without a table: none is asked for.
         config = self.config(cell).model_copy(update={"latency": LatencyConfig()})
         device = set_up_device(config.device, config.threads)
@@ -199,12 +213,13 @@ class Sitting:
             subject.model, subject.graph, subject.evaluate_on_validation(), (), range_images=subject.range_images()
         )
         for row in record.outcome().rows:
-            plan = record.method(row.method).policy_file
-            policy = CompressionPolicy.load(plan) if row.method != DENSE else CompressionPolicy({})
-            network = builder.build(policy) if row.method != DENSE else subject.model
+            policy, network = CompressionPolicy({}), subject.model
+            if row.method != DENSE:
+                policy = CompressionPolicy.load(record.method(row.method).policy_file)
+                network = builder.build(policy)
             save_product(run, subject, row.method, network, policy, display)
         write_atomic(run.config_file, config.to_yaml().encode())
-        write_atomic(run.results_file, record.results_file.read_bytes())
+        write_atomic(run.results_file, found)
 
     def _time(self, cell: Cell, root: Path, out: Path, display: RunDisplay, stop: StopFlag) -> None:
         """Time the networks in the run folder of a cell, and of the one beside it, and the floor where that is asked.
@@ -307,7 +322,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Start no further cell after so many minutes; 0 for no end.")] = 0,
     render: Annotated[bool, typer.Option("--render", help="Only write the page from what is there.")] = False,
     time_again: Annotated[
-        bool, typer.Option("--time-again", help="Read the latencies of recorded cells again, and search nothing.")
+        bool, typer.Option("--time-again", help="Read the latencies of recorded cells again, each once.")
     ] = False,
 ) -> None:
     """Carry out the cells that are missing and write the page of results; the exit code is 1 if one of them failed."""
@@ -319,7 +334,10 @@ def main(
         try:
             for cell in cells:
                 late = minutes and time.monotonic() - started > 60 * minutes
-                has_work = sitting.is_done(cell) and cell.is_timed if time_again else not sitting.is_done(cell)
+                if time_again:
+                    has_work = cell.is_timed and sitting.is_done(cell) and not sitting.was_timed_again(cell)
+                else:
+                    has_work = not sitting.is_done(cell)
                 if render or late or not has_work or not re.search(only, cell.name):
                     continue
                 if not time_again and (missing := sitting.missing(cell)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,8 @@ from torch import Tensor, nn
 
 from latency.measure import cpu_name, summarise, torch_threads
 from latency.runtimes import ONNXRUNTIME, SPARSE, find_runtime, prepare_sparse
-from latency.worker import Stopwatch, Timer, interleave
+from latency.worker import Stopwatch, interleave
 from pruning.export import export_onnx
-
-SETTLING = 0.003
-"""Seconds of untimed calls before a timed one: the idle threads of the runtime before it spin for about one."""
 
 
 def time_networks(networks: Mapping[str, nn.Module], x: Tensor, *, threads: int, rounds: int) -> dict[str, Any]:
@@ -53,7 +49,7 @@ def time_networks(networks: Mapping[str, nn.Module], x: Tensor, *, threads: int,
             forms[name] = {form: found.count(form) for form in dict.fromkeys(found)}
             calls.append((name, ONNXRUNTIME, onnx.load(path, (x,), threads)))
             calls.append((name, SPARSE, sparse.load(prepared, (x,), threads)))
-        elapsed, waited = interleave([settled(call, stopwatch) for *_, call in calls], rounds, n_warmup=1)
+        elapsed, waited = interleave([stopwatch.timer(call) for *_, call in calls], rounds, n_warmup=1)
     entries = [
         summarise(name, runtime, own, waits, threads)
         for (name, runtime, _), own, waits in zip(calls, elapsed, waited, strict=True)
@@ -75,16 +71,3 @@ def time_networks(networks: Mapping[str, nn.Module], x: Tensor, *, threads: int,
         f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}, {sparse.version().partition(', ')[2]}"
     )
     return {"networks": report, "rounds": rounds, "threads": threads, "machine": f"{cpu_name()}; {versions}"}
-
-
-def settled(call: Callable[[], object], stopwatch: Stopwatch) -> Timer:
-    """A timer that first makes untimed calls for `SETTLING` seconds."""
-    timed = stopwatch.timer(call)
-
-    def settle() -> tuple[int, int]:
-        until = time.perf_counter() + SETTLING
-        while time.perf_counter() < until:
-            call()
-        return timed()
-
-    return settle

@@ -1,5 +1,5 @@
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import cycle, repeat
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +41,37 @@ def test_another_machine_has_one_runtime_only(command: Command, tmp_path: Path) 
     )
 
 
-@pytest.mark.parametrize("is_busy", [(True, False), (True, True), (False,)])
-def test_whole_networks_that_fit_badly_are_timed_again(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_busy: tuple[bool, ...]
+@pytest.mark.parametrize("slower", [(1.3, 1.0), (1.0,), (1.6, 1.3), (1.3, 1.6)])
+def test_whole_networks_that_fit_badly_are_timed_again_and_the_better_fit_is_kept(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: tuple[float, ...]
 ) -> None:
-    out, busy = tmp_path / "table.json", iter(is_busy)
+    out, left = tmp_path / "table.json", list(slower)
+    saved: list[float] = []
 
     def ratios(_: Device, network: TimedNetwork, plans: Sequence[Mapping[str, int]], __: Any) -> np.ndarray:
-        cost = network.cost(LatencyTable.load(out), integers=False)
-        slower: Iterator[float] = cycle((1.0, 1.3)) if next(busy) else repeat(1.0)
+        table = LatencyTable.load(out)
+        saved.extend(each.error for each in table.calibrations.values())
+        cost = network.cost(table, integers=False)
         sums = [cost.sums([plan[name] for name in cost.groups]).floats for plan in plans]
-        return np.array([(0.4 + 0.8 * one) * by for one, by in zip(sums, slower, strict=False)])
+        return np.array([(0.4 + 0.8 * one) * by for one, by in zip(sums, cycle((1.0, left.pop(0))), strict=False)])
 
     monkeypatch.setattr(table_building, "plan_ratios", ratios)
-    built = command("latency", "build", *TINY, "--runtime", "pytorch-eager", "--rounding", "4", "--out", out)
-
-    assert built.code == 0
-    assert next(busy, None) is None
-    assert ("they are timed again, in case other programs kept" in built.err) == is_busy[0]
-    assert ("warning: tests.experiments.tiny:network: half of the whole" in built.err) == is_busy[-1]
+    build = ("latency", "build", *TINY, "--runtime", "pytorch-eager", "--rounding", "4", "--out", out)
+    built = command(*build)
     (found,) = LatencyTable.load(out).calibrations.values()
-    assert (found.error > 0.05) == is_busy[-1]
+
+    assert (built.code, left) == (0, [])
+    assert ("they are timed again, in case other programs kept" in built.err) == (slower[0] > 1)
+    is_poor = min(slower) > 1
+    assert ("warning: tests.experiments.tiny:network: half of the whole" in built.err) == is_poor
+    assert (found.error > 0.05) == is_poor
+    if is_poor:
+        # A build that is stopped meanwhile has the first fit, and the same command tries again.
+        (first,) = saved
+        assert found.error <= first
+        assert (found.error == first) == (slower[0] < slower[1])
+        left += [1.0]
+        command(*build)
+        (found,) = LatencyTable.load(out).calibrations.values()
+        assert found.error < 0.01
+    assert not left

@@ -1,4 +1,3 @@
-import itertools
 import re
 
 import pytest
@@ -51,7 +50,7 @@ def test_the_fastest_call_counts_and_with_one_thread_less_what_it_waited(
     monkeypatch: pytest.MonkeyPatch, threads: int, seconds: dict[str, float]
 ) -> None:
     now = waited = 0
-    hindered = itertools.chain([7000], itertools.repeat(0))
+    hindered = iter([7000, *[0] * 100])
 
     def much() -> None:
         nonlocal now, waited

@@ -315,7 +315,7 @@ def test_a_table_with_numbers_that_cannot_be_is_refused(
             (
                 f'{{"format_version": {version}}}',
                 f"the latency table '{{}}' has format version {version}, and this release reads 6: build it again, in "
-                "a new file",
+                "a new file, and start anew the runs that were begun with it",
             )
             for version in (5, 9)
         ),

@@ -316,6 +316,21 @@ def test_bfloat16_keeps_float32_weights_and_learns() -> None:
     assert report.accuracies[-1] > 0.9
 
 
+def test_in_bfloat16_strided_depthwise_layers_get_gradients_from_single_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("graph_encoder.modes.has_bfloat16", lambda _: True)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, stride=2, groups=4), nn.Flatten(), nn.Linear(4 * 2 * 2, 2))
+    names: list[str] = []
+    model[0].register_forward_hook(lambda _, __, y: names.append(y.grad_fn.name()))
+
+    finetune(
+        model, Listed([(torch.randn(6, 4, 5, 5), torch.arange(6) % 2)]), epochs=1, learning_rate=0.1, autocast=True
+    )
+
+    assert names == ["_ConvolutionBackward"]
+
+
 def test_modes_are_put_back_and_callback_gets_what_evaluate_returned() -> None:
     model = network()
     model.train()
