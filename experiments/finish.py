@@ -349,6 +349,7 @@ def _outcome(
             Allowance(kind=bound.cost.kind, limit=bound.limit, dense_cost=bound.cost.dense)
             for bound in space.bounds[1:]
         ),
+        is_reconstructed=config.search.reconstruct,
         seed=config.search.seed,
         command=folder.command,
         machine=folder.machine,

@@ -223,6 +223,8 @@ class RunOutcome(_Record):
     """Cost of the untouched network, in the same kind; 0 in a record of channels alone from before it was kept."""
     further_budgets: tuple[Allowance, ...] = ()
     """The budgets after the first, all of which every plan kept."""
+    is_reconstructed: bool = False
+    """Whether plans were repaired by least squares before they were scored (and before fine-tuning)."""
     seed: int
     command: str
     machine: Machine

@@ -8,7 +8,7 @@ from typing import Any
 from ..outcome import DENSE, MethodOutcome, amount, percent
 from ..pages import Table
 from ..progress import count
-from .matrix import CURVE_EPOCHS, CURVE_SHARES, JOINT_BUDGETS, JOINT_EPOCHS, JOINT_EVALUATIONS, RECONSTRUCTED, SAME_MACS
+from .matrix import CURVE_EPOCHS, CURVE_SHARES, JOINT_BUDGETS, JOINT_EPOCHS, JOINT_EVALUATIONS, SAME_MACS
 from .results_cells import Cells, in_points
 
 _JOINT = f"""Channels, residual streams among them, and bits (8 or 32) of every layer, chosen together under a budget of
@@ -35,7 +35,7 @@ def joint_sections(cells: Cells) -> list[tuple[str, str, list[str]]]:
     for model, asked in JOINT_BUDGETS.items():
         if table := _joint_table(cells, f"{model}-joint"):
             words = f"{asked} times the latency of its floor" if isinstance(asked, float) else asked
-            joint += [f"### {model} at {words}", *([_REPAIRED] if model in RECONSTRUCTED else []), *table]
+            joint += [f"### {model} at {words}", *table]
     return [
         ("Channels and bits under a latency budget", _JOINT, joint),
         ("Channels, bits, and both: ResNet-18", _CURVES, _curves(cells)),
@@ -61,7 +61,8 @@ def _joint_table(cells: Cells, name: str) -> list[str]:
         ]
         for row in rows
     ]
-    return [budget, Table(heads, lines).markdown()]
+    repaired = [_REPAIRED] if cells.outcomes[name].is_reconstructed else []
+    return [*repaired, budget, Table(heads, lines).markdown()]
 
 
 def _floor(cells: Cells, name: str) -> str:

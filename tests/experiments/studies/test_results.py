@@ -409,10 +409,20 @@ def test_the_floor_of_a_network_is_shown_as_it_was_measured(tmp_path: Path) -> N
     page = render_page(tmp_path, NAMES, "ppo")
 
     lines = page.split("### resnet56 at 1.1 times the latency of its floor\n")[1].splitlines()
-    assert lines[3].endswith(
+    assert lines[1].endswith(
         " The fastest network that could be chosen: 0.5 ms, 41.0% of the dense network, by the table; "
         "42.0% [40.0%, 44.0%] when measured."
     )
+
+
+@pytest.mark.parametrize("is_reconstructed", [True, False])
+def test_reconstruction_is_told_where_plans_were_scored_with_it(tmp_path: Path, is_reconstructed: bool) -> None:
+    finish(tmp_path, "resnet56-joint", {}, ppo=0.79)
+    path = tmp_path / "resnet56-joint" / "results.json"
+    found = RunOutcome.load(path).model_copy(update={"is_reconstructed": is_reconstructed})
+    path.write_text(found.model_dump_json())
+
+    assert ("repaired by least-squares reconstruction" in render_page(tmp_path, NAMES, "ppo")) == is_reconstructed
 
 
 def test_a_plan_found_for_latency_is_compared_with_one_found_for_multiply_adds(tmp_path: Path) -> None:
