@@ -16,9 +16,7 @@ latency in ONNX Runtime, by {JOINT_EVALUATIONS} evaluations a search, seed 0, ro
 network in single precision. Searches spend the table's milliseconds; *latency* is that of the saved files, timed beside
 the dense one in a fresh process, 200 rounds in turn: the median ratio with its 95 % interval. All networks, the dense
 one too, were then fine-tuned for {JOINT_EPOCHS} epochs on the same batches, without bits, which were calibrated
-after that. Searches up to 30 November 2026 spent times of calls made straight after another network,
-in which small networks are up to 1.4 times as slow; their plans were then timed anew, in settled calls
-(`docs/latency.md`, `--time-again`), and take less than their budgets allow."""
+after that."""
 _REPAIRED = "Plans were repaired by least-squares reconstruction (AMC) before they were scored, and before fine-tuning."
 _CURVES = f"""One search of {JOINT_EVALUATIONS} evaluations (seed 0) for each budget, then fine-tuning for
 {count(CURVE_EPOCHS, "epoch")} without bits, which are calibrated after that. Deciding bits alone, no plan is
@@ -89,16 +87,15 @@ def _curves(cells: Cells) -> list[str]:
 
 
 def _processors(cells: Cells, names: Mapping[tuple[str, ...], str]) -> list[str]:
-    """Which networks were searched and which timed on which processor, where there are several."""
+    """Which networks were searched for on which processor, where there are several."""
     points: dict[str, list[str]] = {}
     for words, name in names.items():
         if name in cells.outcomes:
             points.setdefault(cells.outcomes[name].machine.processor, []).append(" ".join(words))
-    timed = {reading["processor"]["name"] for name in names.values() for reading in cells.timed.get(name, [])}
-    if len({*points, *timed}) < 2:
+    if len(points) < 2:
         return []
-    searched = "; ".join(f"{processor} ({', '.join(own)})" for processor, own in points.items())
-    return [f"Searched on {searched}.", *([f"Timed on {' and '.join(sorted(timed))}."] if timed else [])]
+    each = "; ".join(f"{processor} ({', '.join(own)})" for processor, own in points.items())
+    return [f"Searched for on {len(points)} processors: {each}."]
 
 
 def _dominance(cells: Cells, names: Mapping[tuple[str, ...], str]) -> list[str]:

@@ -37,7 +37,7 @@ def render_page(root: Path, names: Sequence[str], agent: Method) -> str:
     seeds = cells.seeds("resnet18_cifar", "methods")
     together: dict[str, list[str]] = {method: seeds for method in JOINT_METHODS}
     sections.append((*_JOINT_SEARCHES, _search_table(cells, together, reference=agent)))
-    parts = [_HEAD]
+    parts = [_HEAD, *_latencies(cells)]
     for title, text, tables in sections:
         parts += [f"## {title}", text, *tables] if tables else []
     parts += ["## Every cell", *_every_cell(cells)]
@@ -54,6 +54,10 @@ nothing else. The searches score on even-numbered files of the test folder, in b
 are decided or it is slower; accuracies are those of the odd-numbered ones, read once when a cell was finished. The
 images went through JPEG, so compare differences with published ones, not absolutes. A cell that has a record is not run
 again; with `--records FOLDER --page FILE` `python -m experiments.studies.results` runs it beside them."""
+
+_LATENCIES = """Latencies are those of settled calls in ONNX Runtime (`docs/latency.md`), read on {}. Searches up to 30
+November 2026 spent times of calls made straight after another network, in which small networks are up to 1.4 times as
+slow: their plans, timed anew with `--time-again`, take less than their budgets allow."""
 
 _SEARCH_TABLES = (
     (
@@ -96,6 +100,12 @@ _TRANSFER = (
     """An agent trained on ResNet-20 (300 evaluations from the uniform plan, without sensitivities, seed 0), its
 weights frozen, plans ResNet-56 in one forward pass with the features that cost nothing: no evaluation on ResNet-56.""",
 )
+
+
+def _latencies(cells: Cells) -> list[str]:
+    """Where all latencies were read; nothing where none was."""
+    processors = {reading["processor"]["name"] for readings in cells.timed.values() for reading in readings}
+    return [_LATENCIES.format(" and ".join(sorted(processors)))] if processors else []
 
 
 def _search_table(cells: Cells, searches: Mapping[str, Sequence[str]], reference: Method = "cem") -> list[str]:

@@ -361,7 +361,7 @@ def test_reconstructed_plans_stand_beside_the_same_plans_without(tmp_path: Path)
 
 def test_what_was_found_for_latency_is_shown_with_the_times_of_its_files(tmp_path: Path) -> None:
     finish(tmp_path, "resnet18_cifar-joint", {}, ppo=0.79)
-    own = {"run": "resnet18_cifar-joint", "threads": 1}
+    own = {"run": "resnet18_cifar-joint", "threads": 1, "processor": {"name": "ash"}}
     reading = own | {"method": "ppo", "median_ms": 0.5, "ratio": 0.101, "low": 0.1, "high": 0.102}
     dense = own | {"method": "dense", "median_ms": 5.0, "ratio": 1.0, "low": 1.0, "high": 1.0}
     (tmp_path / "resnet18_cifar-joint" / "timed.json").write_text(json.dumps([dense, reading]))
@@ -479,7 +479,7 @@ def test_the_curves_say_what_networks_with_both_decided_dominate(tmp_path: Path)
 
     words = "A network with both decided is no slower on one thread and no less accurate than"
     assert f"{words} 1 of 2 of channels and 1 of 1 of bits alone." in lines
-    assert not any("Searched on" in line for line in lines)
+    assert not any("Searched for on" in line for line in lines)
 
 
 def test_points_of_a_curve_from_several_processors_are_told_apart(tmp_path: Path) -> None:
@@ -489,12 +489,17 @@ def test_points_of_a_curve_from_several_processors_are_told_apart(tmp_path: Path
         found = RunOutcome.load(path)
         machine = found.machine.model_copy(update={"processor": processor})
         path.write_text(found.model_copy(update={"machine": machine}).model_dump_json())
-        timed(tmp_path, path.parent.name, "ppo", 0.5)
 
     lines = section(render_page(tmp_path, NAMES, "ppo"), "Channels, bits, and both: ResNet-18")
 
-    assert "Searched on oak (channels 20 %, both 20 %); elm (bits 30 %)." in lines
-    assert f"Timed on {MACHINE.processor}." in lines
+    assert "Searched for on 2 processors: oak (channels 20 %, both 20 %); elm (bits 30 %)." in lines
+
+
+def test_the_page_says_where_latencies_were_read(tmp_path: Path) -> None:
+    finish(tmp_path, "resnet18_cifar-curve-both-20", {}, ppo=0.5)
+    assert "Latencies are" not in render_page(tmp_path, NAMES, "ppo")
+    timed(tmp_path, "resnet18_cifar-curve-both-20", "ppo", 0.5)
+    assert f"(`docs/latency.md`), read on {MACHINE.processor}. " in render_page(tmp_path, NAMES, "ppo")
 
 
 def test_joint_searches_are_compared_with_the_agent_and_show_what_was_measured(tmp_path: Path) -> None:
