@@ -402,9 +402,9 @@ class LatencyTable:
             raise TableError(msg)
         return found
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the table as JSON, in one step; `FileWriteError` if that cannot be done."""
-        write_atomic(path, self.to_json().encode())
+        write_atomic(Path(path), self.to_json().encode())
 
     @property
     def digest(self) -> str:
