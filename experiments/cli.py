@@ -377,6 +377,12 @@ def latency_build(
     host: Host = None,
     host_python: HostPython = "python3",
     as_json: AsJson = False,
+    recalibrate: Annotated[
+        bool,
+        typer.Option(
+            "--recalibrate", help="Time whole networks where the table is calibrated, too, and keep the better fit."
+        ),
+    ] = False,
 ) -> None:
     """Measure the layers of networks on this device; a build that was stopped goes on."""
     from .table_building import build_named
@@ -394,6 +400,7 @@ def latency_build(
             rounding=rounding,
             bits=(8, 32) if integers else (32,),
             n_networks=networks,
+            recalibrate=recalibrate,
             remote=Remote(host, host_python) if host is not None else None,
             say=_to_stderr,
         )

@@ -224,7 +224,8 @@ class RunOutcome(_Record):
     further_budgets: tuple[Allowance, ...] = ()
     """The budgets after the first, all of which every plan kept."""
     is_reconstructed: bool = False
-    """Whether plans were repaired by least squares before they were scored (and before fine-tuning)."""
+    """Whether plans were repaired by least squares before they were scored (and before fine-tuning); False in a record
+    from before it was kept."""
     seed: int
     command: str
     machine: Machine

@@ -39,6 +39,7 @@ def build_named(
     rounding: int | None = None,
     bits: Sequence[int] = (FULL_BITS,),
     n_networks: int = 8,
+    recalibrate: bool = False,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Measure what the table ``out`` lacks for a network, and calibrate it with whole networks.
@@ -58,6 +59,7 @@ def build_named(
         bits: each layer is timed with each of these; 8 only on runtimes that take ONNX.
         n_networks: whole networks of floats, beside the dense one, that the sum over layers is calibrated with; with 8
             bits each has `_MIXES` with integers beside it.
+        recalibrate: time whole networks also where the table is calibrated, and keep the better fit.
         say: told of progress.
 
     Returns:
@@ -95,14 +97,17 @@ def build_named(
         known = table.calibrations.get(network_key(network.graph), Calibration())
         # What was calibrated with integers before stays so.
         cost = network.cost(table, integers=EIGHT_BITS in bits or known.n_mixed > 0)
+        n_networks = max(n_networks, known.n_networks - 1)
         n_mixed = _MIXES * (n_networks + 1) if cost.has_integers else 0
-        if known.n_networks < n_networks + 1 or known.n_mixed < n_mixed or known.error > _POOR_FIT:
+        is_known = known.n_networks == n_networks + 1 and known.n_mixed >= n_mixed
+        if recalibrate or not is_known:
             dense = dict(zip(network.space.names, network.space.sizes.tolist(), strict=True))
             plans = [dense, *network.plans(n_networks, seed=0)]
             if n_mixed:
                 mixes = ([plan, *_rotated(network, plan, seed)] for seed, plan in enumerate(plans))
                 plans = [mixed for each in mixes for mixed in each]
-            table = _calibrated(table, cost, device, network, plans, say, save=lambda found: found.save(out))
+            first = table if is_known else None
+            table = _calibrated(table, cost, device, network, plans, say, first, save=lambda found: found.save(out))
         found = table.calibrations[cost.key]
         return {
             "table": str(out),
@@ -128,33 +133,36 @@ def _calibrated(
     network: TimedNetwork,
     plans: Sequence[Mapping[str, int]],
     say: Say,
+    known: LatencyTable | None,
     save: Callable[[LatencyTable], None],
 ) -> LatencyTable:
-    """The table calibrated with the networks of ``plans``, which are timed again where they fit badly.
+    """The table calibrated with the networks of ``plans``, which are timed twice where they fit badly at first.
 
-    Of two fits the better one is kept; the first is saved before the second is begun.
+    Of all fits, that of ``known`` among them, the best is kept; what a first timing gave is saved before a second one.
     """
     counts = [[plan.get(name, FULL_BITS) for name in cost.groups] for plan in plans]
 
-    def tried() -> tuple[float, LatencyTable]:
-        found = calibrated(table, cost, counts, plan_ratios(device, network, plans, say))
-        return found.calibrations[cost.key].error, found
+    def error(one: LatencyTable) -> float:
+        return one.calibrations[cost.key].error
 
-    error, best = tried()
-    save(best)
-    if error <= _POOR_FIT:
+    def timed_beside(other: LatencyTable | None) -> LatencyTable:
+        found = calibrated(table, cost, counts, plan_ratios(device, network, plans, say))
+        best = found if other is None or error(found) < error(other) else other
+        save(best)
         return best
-    say(
-        f"{network.name}: half of the whole networks are more than {error:.1%} from what their layers add up to; they "
-        "are timed again, in case other programs kept the machine busy"
-    )
-    error, best = min((error, best), tried(), key=lambda each: each[0])
-    save(best)
-    if error > _POOR_FIT:
+
+    best = timed_beside(known)
+    if error(best) > _POOR_FIT:
         say(
-            f"warning: {network.name}: half of the whole networks are more than {error:.1%} from what the table says "
-            "of them, and plans will be too; the same command times them anew, on a quiet machine perhaps to better "
-            "effect. Networks of a few tenths of a millisecond may come no closer"
+            f"{network.name}: half of the whole networks are more than {error(best):.1%} from what their layers add up "
+            "to; they are timed again, in case other programs kept the machine busy"
+        )
+        best = timed_beside(best)
+    if error(best) > _POOR_FIT:
+        say(
+            f"warning: {network.name}: half of the whole networks are more than {error(best):.1%} from what the table "
+            "says of them, and plans will be too. On a quiet machine --recalibrate may help; networks of a few tenths "
+            "of a millisecond may come no closer"
         )
     return best
 

@@ -129,7 +129,8 @@ def _places_of_slow(
 ) -> _Places | None:
     """Those of a convolution with these arguments, of `torch.conv2d`, if its gradients are slow in bfloat16."""
     is_depthwise = groups > 1 and input.dim() == weight.dim() == 4 and weight.shape[1] == 1
-    if not is_depthwise or input.device.type != "cpu" or not {input.dtype, weight.dtype} <= _CAST:
+    dtypes = {each.dtype for each in (input, weight, bias) if each is not None}
+    if not is_depthwise or input.device.type != "cpu" or not dtypes <= _CAST:
         return None
     strides, dilations = _pair(stride), _pair(dilation)
     if not strides or not dilations or (max(*strides, *dilations) == 1 and max(weight.shape[2:]) <= 3):

@@ -29,12 +29,13 @@ RECONSTRUCTED = ("resnet56",)
 score so little without that searches can hardly tell them apart."""
 DECIDED = {"channels": ["channels"], "bits": ["bits"], "both": ["channels", "bits"]}
 CURVE_SHARES = {"channels": (20, 30, 50), "bits": (30, 45), "both": (14, 20, 30)}
-"""The same for the curves of ResNet-18, where 8 bits in every layer leave 25 to 27."""
+"""The same for the curves of ResNet-18, where 8 bits in every layer leave 25 to 27 in calls that have not settled."""
 CURVE_EPOCHS = 1
 """The same for each point of a curve."""
 SAME_MACS = {"macs": "50% macs", "macs-and-latency": "50% macs, 75% latency"}
 """Budgets of channels alone: found for multiply-adds, and for latency at as many of them. Plans of half of the
-multiply-adds take 78 to 83 % of the latency, and 75 % is the least at which that many can stay."""
+multiply-adds take 78 to 83 % of the latency in calls that have not settled, and 75 % is the least at which that many
+can stay."""
 
 
 @dataclass(frozen=True)

@@ -177,18 +177,19 @@ class Sitting:
             self._time(cell, self.root, folder, display, stop)
 
     def was_timed_again(self, cell: Cell) -> bool:
-        """Whether the latencies in its record are those that `time_again` read last."""
-        again, kept = (folder / cell.name / "timed.json" for folder in (self.root / "again", self.records))
-        return again.exists() and kept.exists() and again.read_bytes() == kept.read_bytes()
+        """Whether `time_again` has read the latencies in its record, of these plans and of those beside it."""
+        again = self.root / "again"
+        files = [f"{cell.name}/timed.json", *(f"{name}/results.json" for name in (cell.name, cell.beside) if name)]
+        return all(_are_equal(again / file, self.records / file) for file in files)
 
     def time_again(self, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
         """Read the latencies of a recorded cell anew.
 
         The networks are made from its plans and the weights that were there before fine-tuning, which time does not
-        depend on.
+        depend on; weights that are missing are trained.
 
         Raises:
-            RunBusyError: if another sitting works on it, or on the one that it is timed beside.
+            RunBusyError: if another sitting works on it, on the one that it is timed beside, or on the weights.
         """
         again, record = self.root / "again", self.records / cell.name
         with locked(self.root / f".{cell.name}.lock", f"on cell {cell.name}"), ExitStack() as held:
@@ -201,8 +202,7 @@ class Sitting:
 
     def _rebuild(self, record: RunFolder, run: RunFolder, cell: Cell, display: RunDisplay, stop: StopFlag) -> None:
         """The networks of a record's plans, in a run folder, unless they are there."""
-        found = record.results_file.read_bytes()
-        if run.results_file.exists() and run.results_file.read_bytes() == found:
+        if _are_equal(run.results_file, record.results_file):
             return
         shutil.rmtree(run.root, ignore_errors=True)
         # Without a table: none is asked for.
@@ -219,7 +219,7 @@ class Sitting:
                 network = builder.build(policy)
             save_product(run, subject, row.method, network, policy, display)
         write_atomic(run.config_file, config.to_yaml().encode())
-        write_atomic(run.results_file, found)
+        write_atomic(run.results_file, record.results_file.read_bytes())
 
     def _time(self, cell: Cell, root: Path, out: Path, display: RunDisplay, stop: StopFlag) -> None:
         """Time the networks in the run folder of a cell, and of the one beside it, and the floor where that is asked.
@@ -278,6 +278,10 @@ class Sitting:
                 return
 
 
+def _are_equal(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.read_bytes() == other.read_bytes()
+
+
 def _take_searches(record: RunFolder, run: RunFolder) -> None:
     """Put what the methods of another cell found in place of searching again, where that is not done yet."""
     outcome = record.outcome()
@@ -322,7 +326,8 @@ def main(
     minutes: Annotated[float, typer.Option(help="Start no further cell after so many minutes; 0 for no end.")] = 0,
     render: Annotated[bool, typer.Option("--render", help="Only write the page from what is there.")] = False,
     time_again: Annotated[
-        bool, typer.Option("--time-again", help="Read the latencies of recorded cells again, each once.")
+        bool,
+        typer.Option("--time-again", help="Read the latencies of recorded cells again, unless ROOT/again holds them."),
     ] = False,
 ) -> None:
     """Carry out the cells that are missing and write the page of results; the exit code is 1 if one of them failed."""

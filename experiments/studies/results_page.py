@@ -57,7 +57,8 @@ again; with `--records FOLDER --page FILE` `python -m experiments.studies.result
 
 _LATENCIES = """Latencies are those of settled calls in ONNX Runtime (`docs/latency.md`), read on {}. Searches up to 30
 November 2026 spent times of calls made straight after another network, in which small networks are up to 1.4 times as
-slow: their plans, timed anew with `--time-again`, take less than their budgets allow."""
+slow. Their plans were timed anew with `--time-again`, in networks made from them and not fine-tuned, and so was the
+floor: the plans take less than their budgets allow, and a budget is a larger multiple of the floor than was asked."""
 
 _SEARCH_TABLES = (
     (

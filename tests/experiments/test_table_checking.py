@@ -1,12 +1,10 @@
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments import table_building
 from latency.table import LatencyTable
 from latency.worker import allowed_cpus
 
@@ -14,11 +12,7 @@ Command = Callable[..., Any]
 TINY = ("--model", "tests.experiments.tiny:network", "--shape", "1,8,8", "--classes", "3")
 
 
-def test_a_table_is_built_checked_and_refused_elsewhere(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # So small a network may fit badly, and is timed anew then.
-    monkeypatch.setattr(table_building, "_POOR_FIT", math.inf)
+def test_a_table_is_built_checked_and_refused_elsewhere(command: Command, tmp_path: Path) -> None:
     table, page = tmp_path / "table.json", tmp_path / "page.md"
     options = ("--runtime", "pytorch-eager", "--rounding", "4")
 
