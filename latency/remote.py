@@ -103,10 +103,15 @@ class RemoteDevice:
         )
 
     def times_ns(
-        self, networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], n_runs: int, n_warmup: int
+        self,
+        networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]],
+        n_runs: int,
+        n_warmup: int,
+        *,
+        settled: bool = True,
     ) -> NDArray[np.float64]:
         """Time the networks in turn, less what a call of one thread waited for a processor."""
-        answer = self._run(networks, n_runs, n_warmup)
+        answer = self._run(networks, n_runs, n_warmup, settled=settled)
         pairs = zip(answer["elapsed_ns"], answer["waited_ns"], strict=True)
         return np.array([without_waits(own, waits, self.threads) for own, waits in pairs], dtype=float)
 
@@ -135,9 +140,15 @@ class RemoteDevice:
         return LatencyReport(entries, count_images([values]), self.threads, processor.name, cpus, versions)
 
     def _run(
-        self, networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], n_runs: int, n_warmup: int
+        self,
+        networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]],
+        n_runs: int,
+        n_warmup: int,
+        *,
+        settled: bool = True,
     ) -> dict[str, Any]:
-        settings = {"threads": self.threads, "cpus": list(self.cpus), "n_runs": n_runs, "n_warmup": n_warmup}
+        calls = {"n_runs": n_runs, "n_warmup": n_warmup, "settled": settled}
+        settings = {"threads": self.threads, "cpus": list(self.cpus)} | calls
         content = _packed(networks, settings)
         options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5"]
         command = [*self.ssh, *options, self.host, f"{_quoted(self.python)} {shlex.join(['-c', _BOOTSTRAP])}"]

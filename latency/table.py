@@ -111,7 +111,14 @@ class Device(Protocol):
     def fingerprint(self) -> Fingerprint:
         """What it is."""
 
-    def times_ns(self, networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], n_runs: int, n_warmup: int) -> Floats:
+    def times_ns(
+        self,
+        networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]],
+        n_runs: int,
+        n_warmup: int,
+        *,
+        settled: bool = True,
+    ) -> Floats:
         """Nanoseconds of each network on its inputs, interleaved: shape ``(networks, n_runs)``."""
 
 
@@ -143,13 +150,20 @@ class LocalDevice:
         """Processor, runtime, version, threads and where they stay."""
         return Fingerprint(Processor.here(), self.runtime.name, self.runtime.version(), self.threads, self.cpus)
 
-    def times_ns(self, networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], n_runs: int, n_warmup: int) -> Floats:
+    def times_ns(
+        self,
+        networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]],
+        n_runs: int,
+        n_warmup: int,
+        *,
+        settled: bool = True,
+    ) -> Floats:
         """Time the networks in turn, less what a call of one thread waited for a processor."""
         stopwatch = Stopwatch()
         with self.in_force(), torch.inference_mode():
             calls = [self.runtime.load(artifact, inputs, self.threads) for artifact, inputs in networks]
             timers = [self.runtime.timer(call, stopwatch) for call in calls]
-            elapsed, waited = interleave(timers, n_runs, n_warmup)
+            elapsed, waited = interleave(timers, n_runs, n_warmup, settled=settled)
         rows = [without_waits(own, waits, self.threads) for own, waits in zip(elapsed, waited, strict=True)]
         return np.array(rows, dtype=float)
 
@@ -591,8 +605,13 @@ def network_ratios(
 
 
 def _layer_ratios(device: Device, shapes: Sequence[tuple[LayerKind, int, int]], n_runs: int) -> Floats:
+    """Times of layers, whose calls do not settle: in a network all other layers run in between.
+
+    What they are compared with is to be settled, and is called twice for that; the second call is read.
+    """
     networks = [(layer_artifact(*shape, device.takes), (layer_input(*shape),)) for shape in shapes]
-    reference, empty, *times = device.times_ns([*_anchors(device), *networks], n_runs, n_warmup=2)
+    twice = [anchor for anchor in _anchors(device) for _ in range(2)]
+    _, reference, _, empty, *times = device.times_ns([*twice, *networks], n_runs, n_warmup=2, settled=False)
     ratios: Floats = np.median((np.array(times) - empty) / reference, axis=1)
     # The clock may read less than an empty call for the least of layers; no layer is free.
     return np.maximum(ratios, 1e-4)

@@ -260,7 +260,7 @@ def run_job(folder: Path) -> dict[str, Any]:
     """Time the networks that ``job.json`` in a folder lists.
 
     The job holds ``networks`` (each a ``model`` file and ``inputs``, files of one array each), ``threads``,
-    ``n_runs``, ``n_warmup``, and ``cpus`` to stay on, or null.
+    ``n_runs``, ``n_warmup``, ``settled``, and ``cpus`` to stay on, or null.
     """
     import numpy as np
     import onnxruntime
@@ -274,7 +274,7 @@ def run_job(folder: Path) -> dict[str, Any]:
     for network in job["networks"]:
         inputs = [np.load(folder / name, allow_pickle=False) for name in network["inputs"]]
         timers.append(stopwatch.timer(onnx_call(str(folder / network["model"]), inputs, job["threads"])))
-    elapsed, waited = interleave(timers, job["n_runs"], job["n_warmup"])
+    elapsed, waited = interleave(timers, job["n_runs"], job["n_warmup"], settled=job["settled"])
     return {
         "elapsed_ns": elapsed,
         "waited_ns": waited,

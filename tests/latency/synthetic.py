@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -15,6 +16,8 @@ from latency.table import Calibration, Fingerprint, LatencyTable, network_key
 from latency.worker import Processor
 
 EMPTY_NS = 5_000
+COLD_NS = 2_000
+"""What an empty network takes beyond that after one that does something, unless calls settle."""
 SLIDE_RULE = Processor("slide rule", "wood")
 
 
@@ -36,14 +39,22 @@ class FormulaDevice:
         self.stop_after = stop_after
 
     def times_ns(
-        self, networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], n_runs: int, n_warmup: int
+        self,
+        networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]],
+        n_runs: int,
+        n_warmup: int,
+        *,
+        settled: bool = True,
     ) -> np.ndarray:
         self.calls += 1
         if self.stop_after is not None and self.calls > self.stop_after:
             raise KeyboardInterrupt
-        self.layers += len(networks) - 2
+        self.layers += 0 if settled else len(networks) - 4
         load = 1 + 0.25 * ((self.calls - 1) % 3)
         times = [self._one(network) for network, _ in networks]
+        if not settled:
+            is_cold = [before > EMPTY_NS >= time for before, time in pairwise(times)]
+            times = [time + COLD_NS * cold for time, cold in zip(times, [False, *is_cold], strict=True)]
         return np.array([[time * load] * n_runs for time in times])
 
     def _one(self, network: Artifact) -> float:

@@ -18,7 +18,7 @@ def answer_to(folder: Path, **job: object) -> subprocess.CompletedProcess:
     (folder / "relu.onnx").write_bytes(relu_onnx())
     np.save(folder / "x.npy", np.zeros((1, 3, 4, 4), dtype=np.float32))
     network = {"model": "relu.onnx", "inputs": ["x.npy"]}
-    settings = {"networks": [network], "threads": 1, "cpus": [], "n_runs": 3, "n_warmup": 0}
+    settings = {"networks": [network], "threads": 1, "cpus": [], "n_runs": 3, "n_warmup": 0, "settled": True}
     (folder / "job.json").write_text(json.dumps(settings | job))
     return subprocess.run(
         [sys.executable, "-I", folder / "worker.py", folder], cwd=folder, capture_output=True, text=True, check=False
