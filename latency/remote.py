@@ -24,7 +24,7 @@ from torch import Tensor
 from graph_encoder.batches import count_images
 
 from .measure import LatencyReport, summarise
-from .runtimes import ONNXRUNTIME, Artifact, LatencyError, find_runtime
+from .runtimes import ONNXRUNTIME, Artifact, Fed, LatencyError, find_runtime
 from .table import Fingerprint
 from .worker import Processor, without_waits
 
@@ -103,12 +103,7 @@ class RemoteDevice:
         )
 
     def times_ns(
-        self,
-        networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]],
-        n_runs: int,
-        n_warmup: int,
-        *,
-        settled: bool = True,
+        self, networks: Sequence[Fed], n_runs: int, n_warmup: int, *, settled: bool = True
     ) -> NDArray[np.float64]:
         """Time the networks in turn, less what a call of one thread waited for a processor."""
         answer = self._run(networks, n_runs, n_warmup, settled=settled)
@@ -139,14 +134,7 @@ class RemoteDevice:
         processor = Processor.of_json(answer["processor"])
         return LatencyReport(entries, count_images([values]), self.threads, processor.name, cpus, versions)
 
-    def _run(
-        self,
-        networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]],
-        n_runs: int,
-        n_warmup: int,
-        *,
-        settled: bool = True,
-    ) -> dict[str, Any]:
+    def _run(self, networks: Sequence[Fed], n_runs: int, n_warmup: int, *, settled: bool = True) -> dict[str, Any]:
         calls = {"n_runs": n_runs, "n_warmup": n_warmup, "settled": settled}
         settings = {"threads": self.threads, "cpus": list(self.cpus)} | calls
         content = _packed(networks, settings)
@@ -186,7 +174,7 @@ def _quoted(program: str) -> str:
     return f"{home}/{shlex.quote(rest)}" if slash and _HOME.fullmatch(home) else shlex.quote(program)
 
 
-def _packed(networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]], settings: Mapping[str, Any]) -> bytes:
+def _packed(networks: Sequence[Fed], settings: Mapping[str, Any]) -> bytes:
     """The job, its files and the measuring script as an archive; files that several networks share go once."""
     files: dict[str, bytes] = {"worker.py": Path(__file__).with_name("worker.py").read_bytes()}
     names: dict[int, str] = {}

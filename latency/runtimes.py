@@ -26,6 +26,8 @@ from .worker import Stopwatch, Timer, interleave, onnx_call, without_waits
 
 Artifact = nn.Module | bytes | Path
 """A network as a runtime takes it: a module, or an ONNX file by content or path."""
+Fed = tuple[Artifact, tuple[Tensor, ...]]
+"""A network with its inputs."""
 
 PYTORCH = "pytorch-eager"
 COMPILED = "pytorch-compile"

@@ -30,7 +30,7 @@ from pruning.layer_policy import FULL_BITS
 
 from .layers import LayerKind, empty_artifact, layer_artifact, layer_input, layers_of
 from .measure import LatencyReport, Variant, affinity, check_cpus, measure, torch_threads
-from .runtimes import Artifact, LatencyError, Runtime
+from .runtimes import Artifact, Fed, LatencyError, Runtime
 from .worker import Processor, Stopwatch, interleave, without_waits
 
 FORMAT_VERSION = 6
@@ -111,14 +111,7 @@ class Device(Protocol):
     def fingerprint(self) -> Fingerprint:
         """What it is."""
 
-    def times_ns(
-        self,
-        networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]],
-        n_runs: int,
-        n_warmup: int,
-        *,
-        settled: bool = True,
-    ) -> Floats:
+    def times_ns(self, networks: Sequence[Fed], n_runs: int, n_warmup: int, *, settled: bool = True) -> Floats:
         """Nanoseconds of each network on its inputs, interleaved: shape ``(networks, n_runs)``."""
 
 
@@ -150,14 +143,7 @@ class LocalDevice:
         """Processor, runtime, version, threads and where they stay."""
         return Fingerprint(Processor.here(), self.runtime.name, self.runtime.version(), self.threads, self.cpus)
 
-    def times_ns(
-        self,
-        networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]],
-        n_runs: int,
-        n_warmup: int,
-        *,
-        settled: bool = True,
-    ) -> Floats:
+    def times_ns(self, networks: Sequence[Fed], n_runs: int, n_warmup: int, *, settled: bool = True) -> Floats:
         """Time the networks in turn, less what a call of one thread waited for a processor."""
         stopwatch = Stopwatch()
         with self.in_force(), torch.inference_mode():
@@ -617,7 +603,7 @@ def _layer_ratios(device: Device, shapes: Sequence[tuple[LayerKind, int, int]], 
     return np.maximum(ratios, 1e-4)
 
 
-def _anchors(device: Device) -> list[tuple[Artifact, tuple[Tensor, ...]]]:
+def _anchors(device: Device) -> list[Fed]:
     """The reference layer and the empty network."""
     shape = (_REFERENCE, _REFERENCE_CHANNELS, _REFERENCE_CHANNELS)
     reference = (layer_artifact(*shape, device.takes), (layer_input(*shape),))

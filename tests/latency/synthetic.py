@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import numpy as np
 import onnx
-from torch import Tensor, nn
+from torch import nn
 
 from graph_encoder.network import NetworkGraph
-from latency.runtimes import Artifact
+from latency.runtimes import Artifact, Fed
 from latency.table import Calibration, Fingerprint, LatencyTable, network_key
 from latency.worker import Processor
 
@@ -38,14 +38,7 @@ class FormulaDevice:
         self.layers = 0
         self.stop_after = stop_after
 
-    def times_ns(
-        self,
-        networks: Sequence[tuple[Artifact, tuple[Tensor, ...]]],
-        n_runs: int,
-        n_warmup: int,
-        *,
-        settled: bool = True,
-    ) -> np.ndarray:
+    def times_ns(self, networks: Sequence[Fed], n_runs: int, n_warmup: int, *, settled: bool = True) -> np.ndarray:
         self.calls += 1
         if self.stop_after is not None and self.calls > self.stop_after:
             raise KeyboardInterrupt
