@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -62,12 +62,14 @@ class MeasuredPlan:
 def spent_by_the_clock(
     problem: SearchProblem, subject: Subject, builder: CandidateEvaluator, display: RunDisplay
 ) -> SearchProblem:
-    """The same problem with less latency to spend, where the clock finds the start plan over the budget.
+    """The same problem with as much latency to spend by the table as the clock finds the budget to be.
 
     Plans of about one cost are about equally wrong in the table. A search that knows spends what is there; a plan that
-    is made smaller afterwards was chosen for another budget. The start plan is made smaller as those that are found are
-    (`within_measured_budget`), and what it then costs by the table is spent. Without a clock (the table's device is not
-    this one, or `LatencyConfig.clock` rules it out) the table is all there is.
+    is made smaller afterwards was chosen for another budget, and one that the table took for slower than it is leaves
+    some of the budget. Where the clock finds the start plan over the budget, it is made smaller as those that are found
+    are (`within_measured_budget`); where it surely finds room, larger by what the upper end of the reading's interval
+    leaves, once, and stays so if the clock agrees. What the start plan then costs by the table is spent. Without a
+    clock (the table's device is not this one, or `LatencyConfig.clock` rules it out) the table is all there is.
 
     Args:
         problem: with a budget of latency or without.
@@ -79,21 +81,40 @@ def spent_by_the_clock(
     if bound is None or not subject.config.latency.clock:
         return problem
     plan = space.policy(start_plan(space))
-    # A search that began without a clock is not compared with others that spend less.
+    # A search that began without a clock is not compared with others that spend more or less.
     began = any(entry.purpose == "candidate" for entry in problem.journal.entries())
     settled = "plans were searched for without a clock before" if began else ""
     clock = _PlanClock(subject, builder, bound.cost.dense, settled)
     measured = within_measured_budget(plan, space, clock, problem.journal, "start")
+    if measured.policy == plan and measured.is_within:
+        measured = _with_room_spent(measured, space, clock, problem.journal)
     if measured.unmeasured or measured.policy == plan:
         return problem
     limit = space.cost_of(measured.policy, bound.cost)
     _tell_of_disturbance(measured.readings, display)
+    asks = "little" if limit < bound.limit else "much"
     display.say(
-        f"the table asks too little of the start plan: for the budget of {measured.allowed:.1%} of the dense latency, "
+        f"the table asks too {asks} of the start plan: for the budget of {measured.allowed:.1%} of the dense latency, "
         f"searches spend {limit / bound.cost.dense:.1%} by the table"
     )
-    smaller = space.with_limit("latency", limit)
-    return replace(problem, space=smaller if problem.sensitivity else started_uniformly(smaller))
+    changed = space.with_limit("latency", limit)
+    return replace(problem, space=changed if problem.sensitivity else started_uniformly(changed))
+
+
+def _with_room_spent(small: MeasuredPlan, space: SearchSpace, time_share: TimeShare, journal: Journal) -> MeasuredPlan:
+    """The start plan, larger by what the clock leaves of the budget, if the clock agrees; else as it is."""
+    assert space.timed is not None
+    cost, reading = space.timed.cost, small.readings[-1]
+    room = space.with_limit("latency", math.floor(space.timed.limit * reading.predicted / reading.high))
+    larger = room.policy(start_plan(room))
+    if space.cost_of(larger, cost) <= space.timed.limit:
+        return small
+    reader = _PlanReader(space, time_share, journal, "start")
+    try:
+        fits = reader.read(larger).measured <= small.allowed
+    except LatencyError:
+        return small
+    return MeasuredPlan(larger, (*small.readings, *reader.readings), small.allowed) if fits else small
 
 
 def kept_by_the_clock(
@@ -111,7 +132,7 @@ def kept_by_the_clock(
     A plan whose network is being fine-tuned or saved already stays as it is, also where a clock can be asked only now.
 
     Args:
-        policy: plan within the budget by the table.
+        policy: plan within what searches spend by the table.
         own: folder of the method that found it.
         subject: the dense network and its images.
         space: the decisions.
@@ -178,40 +199,31 @@ def within_measured_budget(
     all plans at the limit are over it, and no number of rounds would tell.
 
     Args:
-        policy: plan within the budget by the table.
+        policy: plan within what searches spend by the table.
         space: its decisions, with a budget of latency, alone or among others.
         time_share: measures a plan; not called for readings that the journal holds.
         journal: each reading is in it before it is used, so that a continued run comes to the same plan.
         name: of the search that found the plan.
-        others: plans within the budget by the table that may take its place, the best first.
+        others: plans as costly by the table that may take its place, the best first.
     """
     assert space.timed is not None
     limit, cost = space.timed.limit, space.timed.cost
-    allowed, lowest = limit / cost.dense, space.lowest_of(cost)
+    reader, lowest = _PlanReader(space, time_share, journal, name), space.lowest_of(cost)
+    readings, allowed = reader.readings, reader.allowed
     found = space.keep_ratios(policy)
     base = np.array([found[name] for name in space.names])
-    readings: list[ClockReading] = []
-
-    def last_reading(plan: CompressionPolicy) -> ClockReading:
-        before = len(readings)
-        for reading in _readings(plan, space, time_share, journal, name):
-            readings.append(reading)
-            if reading.high <= allowed or (len(readings) > before + 1 and not _lie_apart(*readings[-2:])):
-                break
-        return readings[-1]
-
     try:
-        last = last_reading(policy)
+        last = reader.read(policy)
         if last.measured > allowed:
             for other in others:
-                if last_reading(other).measured <= allowed:
+                if reader.read(other).measured <= allowed:
                     return MeasuredPlan(other, tuple(readings), allowed)
         for _ in range(MOST_PROJECTIONS):
             if last.measured <= allowed or space.cost_of(policy, cost) <= lowest:
                 break
             smaller = max(lowest, math.floor(limit * last.predicted / last.measured))
             policy = space.policy(project(base, space.with_limit("latency", smaller)))
-            last = last_reading(policy)
+            last = reader.read(policy)
     except LatencyError as error:
         return MeasuredPlan(policy, tuple(readings), allowed, unmeasured=str(error))
     if readings[-1] != last:
@@ -224,19 +236,51 @@ def _lie_apart(one: ClockReading, other: ClockReading) -> bool:
     return one.high < other.low or other.high < one.low
 
 
-def _readings(
-    policy: CompressionPolicy, space: SearchSpace, time_share: TimeShare, journal: Journal, name: str
-) -> Iterator[ClockReading]:
-    """What the clock says of one plan, from the journal where that holds it, with more rounds each time."""
-    assert space.timed is not None
-    cost = space.timed.cost
-    for rounds in ROUNDS_OF_READINGS:
-        reading = journal.reading(policy.digest, rounds)
-        if reading is None:
-            predicted, found = space.cost_of(policy, cost) / cost.dense, time_share(policy, rounds)
-            reading = ClockReading(name, policy.digest, predicted, found.ratio, found.low, found.high, rounds)
-            journal.append(reading)
-        yield reading
+@dataclass(frozen=True)
+class _PlanReader:
+    """What the clock says of plans, from the journal where that holds it.
+
+    Attributes:
+        space: the decisions, with a budget of latency.
+        time_share: measures a plan.
+        journal: holds what was read before, and gets what is read now.
+        name: of the search that found the plans.
+        readings: all of them, in order.
+    """
+
+    space: SearchSpace
+    time_share: TimeShare
+    journal: Journal
+    name: str
+    readings: list[ClockReading] = field(default_factory=list)
+
+    @property
+    def allowed(self) -> float:
+        """The budget, over the latency of the dense network by the table."""
+        assert self.space.timed is not None
+        return self.space.timed.limit / self.space.timed.cost.dense
+
+    def read(self, plan: CompressionPolicy) -> ClockReading:
+        """A plan's last reading: the first that lies within the budget, or that agrees with the one before."""
+        before = len(self.readings)
+        for rounds in ROUNDS_OF_READINGS:
+            reading = self._reading(plan, rounds)
+            self.readings.append(reading)
+            is_second = len(self.readings) > before + 1
+            if reading.high <= self.allowed or (is_second and not _lie_apart(*self.readings[-2:])):
+                break
+        return self.readings[-1]
+
+    def _reading(self, plan: CompressionPolicy, rounds: int) -> ClockReading:
+        before = self.journal.reading(plan.digest, rounds)
+        if before is not None:
+            return before
+        assert self.space.timed is not None
+        cost = self.space.timed.cost
+        predicted, found = self.space.cost_of(plan, cost) / cost.dense, self.time_share(plan, rounds)
+        reading = ClockReading(self.name, plan.digest, predicted, found.ratio, found.low, found.high, rounds)
+        self.journal.append(reading)
+        return reading
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ class RunOutcome(_Record):
     elsewhere: str = ""
     """Why the times of the networks are another device's; empty if they were read on `device`, or there is none."""
     asked_limit: int | None = None
-    """The latency asked for, where the clock left searches less of it by the table, `cost_limit`; else None."""
+    """The latency asked for, where the clock let searches spend more or less by the table, `cost_limit`; else None."""
     probe_evaluations: float = 0.0
     """Evaluations that the sensitivity probes count as; made once, counted for each method that uses them."""
     probe_seconds: float = 0.0

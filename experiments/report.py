@@ -222,8 +222,9 @@ def _comparison(outcome: RunOutcome) -> str:
 def _close_note(outcome: RunOutcome, plans: Sequence[Plan]) -> str:
     if outcome.asked_limit is not None:
         spent, asked = (limit / outcome.dense_cost for limit in (outcome.cost_limit, outcome.asked_limit))
+        was = "over" if spent < asked else "well within"
         return (
-            f" The start plan was over the budget on the clock, so searches spent {spent:.1%} of the dense latency by "
+            f" The start plan was {was} the budget on the clock, so searches spent {spent:.1%} of the dense latency by "
             f"the table in place of {asked:.1%}."
         )
     if not outcome.has_budget or near_limit(plans, outcome.cost_limit):

@@ -237,7 +237,7 @@ def _scaled_layers(model: nn.Module) -> Iterator[None]:
 def _prove_twice(
     model: nn.Module, graph: NetworkGraph, inputs: tuple[Tensor, ...], subject: str, policy: CompressionPolicy
 ) -> Proof:
-    """The proof, where it is refuted in double precision: deep networks round by more than is allowed."""
+    """The proof, in double precision where single refutes it and the network runs in double: deep networks round."""
     proof = _prove(model, graph, inputs, subject, policy)
     if not proof.is_refuted:
         return proof
@@ -248,7 +248,7 @@ def _prove_twice(
         )
     except _FAILURES:
         return proof
-    return proof if math.isnan(again.error) else again
+    return proof if again.message else again
 
 
 def _prove(

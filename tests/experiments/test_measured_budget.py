@@ -387,11 +387,44 @@ def test_searches_spend_what_the_clock_leaves_of_the_budget(
     assert again.space.limit == found_out.space.limit
 
 
+def test_searches_spend_more_where_the_table_takes_plans_for_slower_than_they_are(
+    space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = (space.limit or 0) / space.cost.dense
+
+    def clock(plan: CompressionPolicy, rounds: int) -> Comparison:
+        return found(0.8 * by_the_table(space, plan), rounds, half_width=0.01)
+
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        larger = spent(problem_with(space, journal), clock, monkeypatch).space
+
+    # The upper end of the interval is what has to fit, so the budget is not spent to the last.
+    plan = larger.policy(start_plan(larger))
+    assert 0.9 * allowed < 0.8 * by_the_table(space, plan) < allowed < (larger.limit or 0) / space.cost.dense
+    assert kept(plan, space, clock).policy == plan
+    # A continued run spends the same, also where there is no clock.
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        assert spent(problem_with(space, journal), no_clock, monkeypatch).space.limit == larger.limit
+
+
+def test_searches_spend_no_more_where_nothing_is_left_to_keep_or_the_clock_refuses_it(
+    space: SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = space.with_limit("latency", space.cost.dense)
+    start = space.policy(start_plan(space))
+    fast = exactly(lambda plan: 0.5 * by_the_table(space, plan))
+    refusing = exactly(lambda plan: 0.5 if plan == start else 0.61)
+
+    for decisions, clock in ((whole, fast), (space, refusing)):
+        problem = problem_with(decisions, Journal())
+        assert spent(problem, clock, monkeypatch) is problem
+
+
 def test_what_is_spent_is_the_whole_budget_or_as_much_less_as_the_clock_asks(
     space: SearchSpace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allowed = (space.limit or 0) / space.cost.dense
-    for clock in (exactly(lambda p: 0.9 * by_the_table(space, p)), exactly(lambda _: allowed), no_clock):
+    for clock in (exactly(lambda p: by_the_table(space, p)), exactly(lambda _: allowed), no_clock):
         problem = problem_with(space, Journal())
         assert spent(problem, clock, monkeypatch) is problem
     # Half of the time is a constant that the table knows nothing of: once is not enough.

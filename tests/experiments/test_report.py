@@ -328,19 +328,20 @@ def test_reports_of_equal_runs_are_equal() -> None:
     assert pages[0] == pages[1]
 
 
-def test_what_the_clock_left_of_a_budget_is_told_and_over_is_what_was_asked() -> None:
+@pytest.mark.parametrize(("spent", "was"), [(400, "over"), (600, "well within")])
+def test_what_the_clock_leaves_of_a_budget_is_told_and_over_is_what_was_asked(spent: int, was: str) -> None:
     reading = ClockReading("ppo", "a plan", 0.4, 0.46, 0.45, 0.47, 60)
     told = outcome(
         row("ppo", 0.8, 0.88, clock_readings=(reading,)),
         budget_kind="latency",
         dense_cost=1000,
-        cost_limit=400,
+        cost_limit=spent,
         asked_limit=500,
     )
 
     assert (
-        "The start plan was over the budget on the clock, so searches spent 40.0% of the dense latency by the table in "
-        "place of 50.0%."
+        f"The start plan was {was} the budget on the clock, so searches spent {spent / 1000:.1%} of the dense latency "
+        "by the table in place of 50.0%."
     ) in render_report(told, plans(), "")
     assert "46.0% (45.0% to 47.0%)" in table_cells(told)[1]
 
