@@ -100,16 +100,16 @@ class Sensitivity:
     """Accuracy lost when one decision alone keeps a part of what the untouched network has.
 
     Attributes:
-        groups: names of the decisions.
+        names: of the decisions.
         keep_ratios: places (`SearchSpace.places`) at which each stood: of a group, shares of the units that stayed.
         dense_accuracy: with nothing removed, batch-norm statistics re-estimated, in ``[0, 1]``.
-        lost: accuracy lost, shape ``(groups, keep_ratios)``; below 0 where the score rose.
+        lost: accuracy lost, shape ``(decisions, keep_ratios)``; below 0 where the score rose.
         fidelity: share of the search images each was scored on.
         by_level: accuracy that each choice inside a layer is taken to lose, by its name and the levels that were
             measured; it follows from outputs, see `CandidateEvaluator.probe_sensitivity`.
     """
 
-    groups: tuple[str, ...]
+    names: tuple[str, ...]
     keep_ratios: tuple[float, ...]
     dense_accuracy: float
     lost: NDArray[np.float64]
@@ -117,15 +117,15 @@ class Sensitivity:
     by_level: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     def at(self, keep_ratio: float) -> NDArray[np.float64]:
-        """Accuracy lost at one keep ratio, shape ``(groups,)``; `ValueError` if it was not measured."""
+        """Accuracy lost at one keep ratio, shape ``(decisions,)``; `ValueError` if it was not measured."""
         if keep_ratio not in self.keep_ratios:
             msg = f"sensitivity was not measured at keep ratio {keep_ratio}; measured: {self.keep_ratios}"
             raise ValueError(msg)
         return self.lost[:, self.keep_ratios.index(keep_ratio)]
 
     def floors(self, noise_floor: float) -> NDArray[np.float64]:
-        """Smallest loss of each decision that counts, ``(groups,)``: of those that were scored, ``noise_floor``."""
-        return np.array([RESOLVED_LOSS if name in self.by_level else noise_floor for name in self.groups])
+        """Smallest loss of each decision that counts, ``(decisions,)``: of those that were scored, ``noise_floor``."""
+        return np.array([RESOLVED_LOSS if name in self.by_level else noise_floor for name in self.names])
 
     def of_levels(self, decision: str, levels: Counts, untouched: int) -> NDArray[np.float64]:
         """Accuracy that a choice inside a layer is taken to lose at each of ``levels``, never rising with them.
@@ -404,7 +404,9 @@ class CandidateEvaluator:
 
         def divergence(policy: CompressionPolicy) -> float:
             # At 1 the outputs tell no more of the network's than their mean does: beyond, there is nothing to lose.
-            return min(self.compare(policy, n_images=n_images).divergence or 0.0, 1.0)
+            found = self.compare(policy, n_images=n_images).divergence
+            assert found is not None
+            return min(found, 1.0)
 
         floor = noise_floor(dense, count_shared(n_images, fidelity))
         factor = _through_origin(

@@ -89,7 +89,7 @@ class Observer:
         Args:
             space: the decisions.
             model: the dense network; its weights are read once.
-            sensitivity: measured sensitivity of the same groups, if there is any. Of `SENSITIVITY_KEEP_RATIOS` those
+            sensitivity: measured sensitivity of the same decisions, if there is any. Of `SENSITIVITY_KEEP_RATIOS` those
                 that were measured are shown; the columns of the others, and their presence flags, stay 0.
             noise_floor: smallest loss of accuracy that counts, in ``(0, 1)``.
             sizes: room to leave, so that networks of different size share one observation space; what this network
@@ -97,7 +97,7 @@ class Observer:
             one_decision: whether an observation holds one decision (layer by layer) or all of them.
 
         Raises:
-            ValueError: if ``sizes`` is too small, or ``sensitivity`` is of other groups.
+            ValueError: if ``sizes`` is too small, or ``sensitivity`` is of other decisions.
         """
         self.space = space
         self.n_operators = len(space.graph.operators)
@@ -214,10 +214,8 @@ def _measured_columns(
     table = np.zeros((n_operators + space.n, len(NODE_FEATURES)), dtype=np.float32)
     if sensitivity is None:
         return table
-    if sensitivity.groups != space.names:
-        msg = (
-            f"sensitivity was measured for groups {list(sensitivity.groups)}, but the decisions are {list(space.names)}"
-        )
+    if sensitivity.names != space.names:
+        msg = f"sensitivity was measured for {list(sensitivity.names)}, but the decisions are {list(space.names)}"
         raise ValueError(msg)
     for ratio in SENSITIVITY_KEEP_RATIOS:
         if ratio in sensitivity.keep_ratios:

@@ -226,7 +226,7 @@ class SearchSpace:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the decisions."""
-        return self.cost.groups
+        return self.cost.names
 
     @property
     def sizes(self) -> Counts:
@@ -472,7 +472,7 @@ def _check_bound(space: SearchSpace, bound: Bound) -> None:
     if lowest <= bound.limit:
         return
     asked = f"a budget of {in_words(bound.limit, kind)} ({bound.limit / dense:.1%} of the dense"
-    has_bits = any(decision.choice == "bits" for decision in space.layers)
+    has_bits = any(decision.choice != "density" for decision in space.layers)
     is_changed = has_bits if kind == "latency" else bound.cost(space.minimum) != bound.cost(space.sizes)
     # Channels change every cost, though rounding and least shares may leave each group its whole width alone.
     if not space.groups and not is_changed:
@@ -506,7 +506,7 @@ def _ways_to_save(space: SearchSpace, cost: CostModel | LatencyModel) -> list[st
     whole = CostModel(space.graph, cost.kind, None, space.layers, space.sparsity)
     least = dict(zip(space.names, space.minimum.tolist(), strict=True))
     decided = {group.name for group in space.groups}
-    sizes = dict(zip(whole.groups, whole.sizes.tolist(), strict=True))
+    sizes = dict(zip(whole.names, whole.sizes.tolist(), strict=True))
     kept_less = [1 if name in decided else least.get(name, size) for name, size in sizes.items()]
     spared_less = [least.get(name, 1) for name in sizes]
     costs = {KEEP_LESS: whole(np.array(kept_less)), SPARE_LESS: whole(np.array(spared_less))}

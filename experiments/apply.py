@@ -12,7 +12,7 @@ from torch import nn
 from envs.action import decode
 from envs.evaluator import CandidateEvaluator
 from envs.journal import Journal
-from latency.cost import count_macs, count_params, predict_cost
+from latency.cost import count_macs, count_nonzero, predict_cost
 from pruning.export import ExportError, export_onnx, save_compressed
 from pruning.policy import CompressionPolicy
 
@@ -168,6 +168,7 @@ def _saved(
     metadata = describe_images(subject.config.data, subject.data.classes)
     onnx = write_exported(network, COMPRESSED, example, out, images, subject.config.measure, display, metadata)
     device = TableDevice.of(subject.config.latency.table)
+    macs, params = count_nonzero(network, subject.graph, policy, example)
     own, dense = _times(subject, network, policy, onnx, device, display)
     has_zeros = bool(policy.sparse_layers)
     counting = speeds_that_count(COMPRESSED, own, dense, has_zeros=has_zeros, device=device.fingerprint)
@@ -180,10 +181,9 @@ def _saved(
         "dense_accuracy": evaluate(subject.model),
         "accuracy": evaluate(network),
         "dense_macs": subject.graph.macs,
-        # What zeros and bits save follows from the policy; no tensor is smaller for it.
-        "macs": predict_cost(subject.graph, policy) if policy.layers else count_macs(network, example),
+        "macs": macs,
         "dense_params": subject.graph.params,
-        "params": predict_cost(subject.graph, policy, "params") if policy.layers else count_params(network),
+        "params": params,
         "dense_bytes": predict_cost(subject.graph, CompressionPolicy(), "bytes"),
         "bytes": predict_cost(subject.graph, policy, "bytes"),
         "dense_bops": predict_cost(subject.graph, CompressionPolicy(), "bops"),

@@ -486,6 +486,7 @@ def latency_measure(
 
 def main() -> None:
     """Run the command; an error that a user can mend ends it with a message in place of a traceback."""
+    logging.addLevelName(logging.WARNING, "warning")  # as the display of a run says it
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
         app()

@@ -257,8 +257,9 @@ class LatencyConfig(_Section):
     table: Path | None = None
     """Table of the device that the network is for, with the layers of this network."""
     clock: bool = True
-    """Keep the budget on the clock too: plans are timed on the table's device, and made smaller where they are over it.
-    False keeps it by the table alone, so that a search depends on no reading and repeats."""
+    """Keep the budget on the clock too: plans are timed on the table's device, searches spend what the clock finds the
+    budget to be by the table, and plans are made smaller where they are over it. False keeps it by the table alone, so
+    that a search depends on no reading and repeats."""
 
 
 class MeasureConfig(_Section):

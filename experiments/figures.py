@@ -149,8 +149,9 @@ def pareto_figure(plans: Sequence[Plan], outcome: RunOutcome) -> str:
                 label="Pareto front",
             )
             if outcome.has_budget:
-                limit = outcome.cost_limit / dense_cost
-                axes.axvline(limit, color="#b91c1c", linestyle=":", linewidth=1.4, label="limit")
+                limit, is_asked = outcome.cost_limit / dense_cost, outcome.asked_limit is None
+                limit_label = "limit" if is_asked else "limit by the table"
+                axes.axvline(limit, color="#b91c1c", linestyle=":", linewidth=1.4, label=limit_label)
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
             axes.set_xlabel(f"share of the dense network's {_long(outcome.budget_kind)}")
         panels[0].set_ylabel("accuracy on the search images")

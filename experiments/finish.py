@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save
 from torch import nn
 
 from envs.journal import ClockReading, Journal
 from graph_encoder.copies import copied
-from latency.cost import count_macs, count_params, predict_cost
+from latency.cost import count_nonzero, predict_cost
 from pruning.export import load_unique, save_compressed, unique_tensors
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
@@ -24,7 +25,7 @@ from .exported_files import ONNX_NAME, describe_images, write_exported
 from .figures import Plan
 from .images import MissingSplitError
 from .interrupt import StopFlag
-from .measured_budget import kept_by_the_clock
+from .measured_budget import PlanClock, kept_by_the_clock
 from .methods import MethodSearch, other_finalists
 from .outcome import DENSE, Allowance, MethodOutcome, RunOutcome, budget_words
 from .problem import SearchProblem
@@ -63,31 +64,32 @@ class Finalist:
     @property
     def product(self) -> nn.Module:
         """The network that a user takes away."""
-        return self.tuned or self.network
+        return self.network if self.tuned is None else self.tuned
 
 
 def finish_run(
     folder: RunFolder,
     subject: Subject,
     problem: SearchProblem,
+    searched: SearchProblem,
     searches: Sequence[MethodSearch],
+    clock: PlanClock | None,
     display: RunDisplay,
     stop: StopFlag,
-    *,
-    spent: int | None,
 ) -> RunOutcome:
     """Carry a run whose searches are done to its results and its report.
 
     Args:
         folder: of the run.
         subject: the dense network and its images.
-        problem: what was searched, with the budgets that were asked for.
+        problem: what was asked for.
+        searched: the same with the budgets that searches spent.
         searches: what each method found.
+        clock: that a budget of latency is kept by, if there is one.
         display: told what happens.
         stop: looked at after every epoch and network.
-        spent: what the searches could spend of the first budget, None without one.
     """
-    finalists = _finalists(folder, subject, problem, searches, display, stop)
+    finalists = _finalists(folder, subject, problem, searched, searches, clock, display, stop)
     _save_products(folder, subject, finalists, display, stop)
     rows = [_row(folder, subject, problem, finalist) for finalist in finalists]
     for warning in _doubts(rows, subject.chance):
@@ -95,7 +97,7 @@ def finish_run(
     device = TableDevice.of(subject.config.latency.table)
     rows = _with_latencies(folder, rows, finalists, subject, device, display)
     rows, n_test = _with_test_accuracy(folder, rows, finalists, subject, display)
-    outcome = _outcome(folder, subject, problem, rows, device, n_test, spent)
+    outcome = _outcome(folder, subject, problem, searched, rows, device, n_test)
     _log_metrics(folder, subject.config, outcome)
     write_atomic(folder.results_file, outcome.model_dump_json(indent=2).encode())
     return rebuild_report(folder, display)
@@ -112,7 +114,7 @@ def _doubts(rows: Sequence[MethodOutcome], chance: float) -> list[str]:
                 "raise finetune.epochs, or check the augmentation (data.flip, data.crop_padding)"
             )
         if row.method != DENSE:
-            best = max(best, after or before or 0.0)
+            best = max(best, after if after is not None else before or 0.0)
     if best < near_chance(chance):
         doubts.append(
             f"no compressed network is clearly better than guessing ({chance:.1%}): the best is right on {best:.1%} of "
@@ -153,7 +155,9 @@ def _finalists(
     folder: RunFolder,
     subject: Subject,
     problem: SearchProblem,
+    searched: SearchProblem,
     searches: Sequence[MethodSearch],
+    clock: PlanClock | None,
     display: RunDisplay,
     stop: StopFlag,
 ) -> list[Finalist]:
@@ -166,10 +170,10 @@ def _finalists(
     for search in searches:
         policy = problem.policy(search)
         readings: tuple[ClockReading, ...] = ()
-        if problem.space.timed is not None and subject.config.latency.clock:
+        if clock is not None:
             own = folder.method(search.method)
-            others = other_finalists(search.method, problem, subject.config.search, policy)
-            measured = kept_by_the_clock(policy, own, subject, problem.space, builder, problem.journal, display, others)
+            others = other_finalists(search.method, searched, subject.config.search, policy)
+            measured = kept_by_the_clock(policy, own, clock, problem.space, problem.journal, display, others)
             policy, readings = measured.policy, measured.readings
             # What is handed on to others is the plan of the network that is handed on.
             policy.save(own.policy_file)
@@ -200,8 +204,7 @@ def _tuned(
     tuned = copied(network)
     if own.tuned_file.exists():
         with reading(own.tuned_file, "delete it, and 'secateur resume' fine-tunes the network again"):
-            weights = load_file(own.tuned_file)
-        load_unique(tuned, weights)
+            load_unique(tuned, load_file(own.tuned_file))
         return tuned.eval()
     tune(
         tuned,
@@ -248,24 +251,12 @@ def save_product(
 
 def _row(folder: RunFolder, subject: Subject, problem: SearchProblem, finalist: Finalist) -> MethodOutcome:
     evaluate, search = subject.evaluate_on_validation(), finalist.search
-    policy, graph = finalist.policy, subject.graph
-    space, onnx = problem.space, folder.method(finalist.name).model / ONNX_NAME
-    inside = bool(space.layers) or "bytes" in [bound.cost.kind for bound in space.bounds]
-    row = MethodOutcome(
-        method=finalist.name,
-        validation_accuracy=evaluate(finalist.network),
-        tuned_validation_accuracy=evaluate(finalist.tuned) if finalist.tuned else None,
-        # What zeros and bits save is no size of a tensor: it follows from the policy, by formulas that tests hold
-        # against counts of built networks.
-        macs=predict_cost(graph, policy) if inside else count_macs(finalist.network, subject.example(2)),
-        params=predict_cost(graph, policy, "params") if inside else count_params(finalist.network),
-        size_bytes=predict_cost(graph, policy, "bytes"),
-        onnx_bytes=onnx.stat().st_size if onnx.exists() else None,
-    )
-    if search is None:
-        return row.model_copy(update={"cost": space.cost.dense})
-    return row.model_copy(
-        update={
+    policy, graph, space = finalist.policy, subject.graph, problem.space
+    onnx = folder.method(finalist.name).model / ONNX_NAME
+    macs, params = count_nonzero(finalist.network, graph, policy, subject.example(2))
+    found: dict[str, Any] = {"cost": space.cost.dense}
+    if search is not None:
+        found = {
             "evaluations": search.evaluations,
             "plans": search.plans,
             "cache_hits": search.cache_hits,
@@ -277,6 +268,15 @@ def _row(folder: RunFolder, subject: Subject, problem: SearchProblem, finalist: 
             "clock_readings": finalist.readings,
             "further_costs": {bound.cost.kind: space.cost_of(policy, bound.cost) for bound in space.bounds[1:]},
         }
+    return MethodOutcome(
+        method=finalist.name,
+        validation_accuracy=evaluate(finalist.network),
+        tuned_validation_accuracy=evaluate(finalist.tuned) if finalist.tuned is not None else None,
+        macs=macs,
+        params=params,
+        size_bytes=predict_cost(graph, policy, "bytes"),
+        onnx_bytes=onnx.stat().st_size if onnx.exists() else None,
+        **found,
     )
 
 
@@ -331,24 +331,30 @@ def _outcome(
     folder: RunFolder,
     subject: Subject,
     problem: SearchProblem,
+    searched: SearchProblem,
     rows: Sequence[MethodOutcome],
     device: TableDevice,
     n_test: int,
-    spent: int | None,
 ) -> RunOutcome:
     config, space = subject.config, problem.space
+    allowances = [
+        Allowance(
+            kind=asked.cost.kind,
+            limit=spent.limit,
+            asked_limit=None if spent.limit == asked.limit else asked.limit,
+            dense_cost=asked.cost.dense,
+        )
+        for asked, spent in zip(space.bounds, searched.space.bounds, strict=True)
+    ]
     return RunOutcome(
         model=config.model.name,
         data=Path(config.data.source).name,
         budget=budget_words(config.budget, config.search.target),
         budget_kind=space.cost.kind,
-        cost_limit=space.cost.dense if spent is None else spent,
+        cost_limit=allowances[0].limit if allowances else space.cost.dense,
         dense_cost=space.cost.dense,
-        asked_limit=None if spent == space.limit else space.limit,
-        further_budgets=tuple(
-            Allowance(kind=bound.cost.kind, limit=bound.limit, dense_cost=bound.cost.dense)
-            for bound in space.bounds[1:]
-        ),
+        asked_limit=allowances[0].asked_limit if allowances else None,
+        further_budgets=tuple(allowances[1:]),
         is_reconstructed=config.search.reconstruct,
         seed=config.search.seed,
         command=folder.command,

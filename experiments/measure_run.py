@@ -25,7 +25,6 @@ from .progress import Say, count
 from .run import RunError, RunFolder
 from .timing_device import Remote, device_for
 
-WARMUP = 10
 OF_FIRST = "of the first run's (95 %)"
 HEADINGS = ["run", "method", "threads", "ms (quartiles)", "disturbed", "of dense (95 %)", OF_FIRST, ""]
 """Of `SavedLatency.cells`."""
@@ -194,9 +193,9 @@ def measure_runs(
         where = ", ".join(str(run.root) for run in runs.values())
         say(f"{where}: {len(artifacts)} networks with {count(n, 'thread')}, {rounds} rounds")
         named = {network.key: artifact for network, artifact in artifacts.items()}
-        report = device.measure(named, example, n_runs=rounds, n_warmup=WARMUP)
+        report = device.measure(named, example, n_runs=rounds)
         networks = list(artifacts)
-        readings += [_reading(each, networks, report, device, rounds, another.get(each.run, "")) for each in networks]
+        readings += [_reading(each, networks, report, device, rounds, another[each.run]) for each in networks]
     return readings
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -18,6 +18,7 @@ from envs.space import SearchSpace
 from latency.measure import Comparison
 from latency.runtimes import Artifact, LatencyError
 from latency.table import LatencyTable
+from pruning.export import ExportError
 from pruning.policy import CompressionPolicy
 
 from .clock import ROUNDS, Clock
@@ -42,7 +43,7 @@ class MeasuredPlan:
     """A plan after it was measured.
 
     Attributes:
-        policy: the plan that was found, or the finalist or smaller plan that took its place.
+        policy: the plan that was found, or the finalist or other plan that took its place.
         readings: what the clock said of the plan that was found and of each that was read after it, of ``policy`` last.
         allowed: the budget, over the latency of the dense network.
         unmeasured: why the clock does not say all that was asked of `policy`; empty if it does.
@@ -59,70 +60,71 @@ class MeasuredPlan:
         return not self.unmeasured and self.readings[-1].measured <= self.allowed
 
 
-def spent_by_the_clock(
-    problem: SearchProblem, subject: Subject, builder: CandidateEvaluator, display: RunDisplay
-) -> SearchProblem:
+def spent_by_the_clock(problem: SearchProblem, clock: PlanClock, display: RunDisplay) -> SearchProblem:
     """The same problem with as much latency to spend by the table as the clock finds the budget to be.
 
     Plans of about one cost are about equally wrong in the table. A search that knows spends what is there; a plan that
     is made smaller afterwards was chosen for another budget, and one that the table took for slower than it is leaves
-    some of the budget. Where the clock finds the start plan over the budget, it is made smaller as those that are found
-    are (`within_measured_budget`); where it surely finds room, larger by what the upper end of the reading's interval
-    leaves, once, and stays so if the clock agrees. What the start plan then costs by the table is spent. Without a
-    clock (the table's device is not this one, or `LatencyConfig.clock` rules it out) the table is all there is.
+    some of the budget. The start plan is made smaller, or larger, as those that are found are made smaller
+    (`within_measured_budget`), and what it then costs by the table is spent. More is spent of shares of the dense
+    latency alone: what the dense network takes in milliseconds changes from one hour to the next. Where no clock
+    answers, as the table's device is not this one, the table is all there is.
 
     Args:
-        problem: with a budget of latency or without.
-        subject: the dense network and its images.
-        builder: builds the network of a plan.
+        problem: with a budget of latency.
+        clock: of the run.
         display: told of the budget that is spent.
     """
     space, bound = problem.space, problem.space.timed
-    if bound is None or not subject.config.latency.clock:
-        return problem
+    assert bound is not None
     plan = space.policy(start_plan(space))
-    # A search that began without a clock is not compared with others that spend more or less.
-    began = any(entry.purpose == "candidate" for entry in problem.journal.entries())
-    settled = "plans were searched for without a clock before" if began else ""
-    clock = _PlanClock(subject, builder, bound.cost.dense, settled)
-    measured = within_measured_budget(plan, space, clock, problem.journal, "start")
-    if measured.policy == plan and measured.is_within:
-        measured = _with_room_spent(measured, space, clock, problem.journal)
+    time_share: TimeShare = clock
+    if any(entry.purpose == "candidate" for entry in problem.journal.entries()):
+        # A search that began with the whole budget is not compared with others that spend more or less.
+        time_share = _refusing("plans were searched for before this was asked")
+    measured = within_measured_budget(plan, space, time_share, problem.journal, "start")
+    if measured.policy == plan and measured.is_within and not clock.is_absolute:
+        measured = _with_room_spent(measured, problem, time_share)
+    _tell_of_disturbance(measured.readings, display)
     if measured.unmeasured or measured.policy == plan:
         return problem
     limit = space.cost_of(measured.policy, bound.cost)
-    _tell_of_disturbance(measured.readings, display)
     asks = "little" if limit < bound.limit else "much"
     display.say(
         f"the table asks too {asks} of the start plan: for the budget of {measured.allowed:.1%} of the dense latency, "
         f"searches spend {limit / bound.cost.dense:.1%} by the table"
     )
-    changed = space.with_limit("latency", limit)
-    return replace(problem, space=changed if problem.sensitivity else started_uniformly(changed))
+    return replace(problem, space=_limited(problem, limit))
 
 
-def _with_room_spent(small: MeasuredPlan, space: SearchSpace, time_share: TimeShare, journal: Journal) -> MeasuredPlan:
-    """The start plan, larger by what the clock leaves of the budget, if the clock agrees; else as it is."""
-    assert space.timed is not None
-    cost, reading = space.timed.cost, small.readings[-1]
-    room = space.with_limit("latency", math.floor(space.timed.limit * reading.predicted / reading.high))
-    larger = room.policy(start_plan(room))
-    if space.cost_of(larger, cost) <= space.timed.limit:
+def _with_room_spent(small: MeasuredPlan, problem: SearchProblem, time_share: TimeShare) -> MeasuredPlan:
+    """The start plan where the clock leaves room: larger by as much as surely is there, if the clock agrees."""
+    space, bound, reading = problem.space, problem.space.timed, small.readings[-1]
+    assert bound is not None
+    # A limit of all that the dense network takes would leave nothing to search.
+    room = min(math.floor(bound.limit * reading.predicted / reading.high), bound.cost.dense - 1)
+    if room <= bound.limit:
         return small
-    reader = _PlanReader(space, time_share, journal, "start")
-    try:
-        fits = reader.read(larger).measured <= small.allowed
-    except LatencyError:
+    roomy = _limited(problem, room)
+    larger = space.policy(start_plan(roomy))
+    if space.cost_of(larger, bound.cost) <= bound.limit:
         return small
-    return MeasuredPlan(larger, (*small.readings, *reader.readings), small.allowed) if fits else small
+    found = within_measured_budget(larger, space, time_share, problem.journal, "start")
+    is_more = space.cost_of(found.policy, bound.cost) > bound.limit
+    return found if found.is_within and is_more else replace(small, readings=small.readings + found.readings)
+
+
+def _limited(problem: SearchProblem, limit: int) -> SearchSpace:
+    """The space with another limit of latency, and the start plan that belongs to it."""
+    space = problem.space.with_limit("latency", limit)
+    return space if problem.starts_from_probes else started_uniformly(space)
 
 
 def kept_by_the_clock(
     policy: CompressionPolicy,
     own: MethodFolder,
-    subject: Subject,
+    clock: PlanClock,
     space: SearchSpace,
-    builder: CandidateEvaluator,
     journal: Journal,
     display: RunDisplay,
     others: Sequence[CompressionPolicy] = (),
@@ -134,21 +136,24 @@ def kept_by_the_clock(
     Args:
         policy: plan within what searches spend by the table.
         own: folder of the method that found it.
-        subject: the dense network and its images.
+        clock: of the run.
         space: the decisions.
-        builder: builds the network of a plan.
         journal: holds what was read before, and gets what is read now.
         display: told what was read.
         others: finalists that may take its place, the best first.
     """
-    name, settled = own.root.name, ""
+    name = own.root.name
+    time_share: TimeShare = clock
     if own.tuned_file.exists() or own.finetuning.exists() or own.model.exists():
-        settled = "its network is fine-tuned or saved already, which another plan would undo"
+        time_share = _refusing("its network is fine-tuned or saved already, which another plan would undo")
     assert space.timed is not None
-    clock = _PlanClock(subject, builder, space.timed.cost.dense, settled)
-    plan = within_measured_budget(policy, space, clock, journal, name, others)
+    plan = within_measured_budget(policy, space, time_share, journal, name, others)
     if plan.unmeasured:
-        display.say(f"warning: {name} is not measured: {plan.unmeasured}")
+        by_table = space.cost_of(plan.policy, space.timed.cost) / space.timed.cost.dense
+        over = (
+            f" It takes {by_table:.1%} by the table, of {plan.allowed:.1%} allowed" if by_table > plan.allowed else ""
+        )
+        display.say(f"warning: {name} is not measured: {plan.unmeasured}.{over}")
         return plan
     _tell_of_disturbance(plan.readings, display)
     last, n_more = plan.readings[-1], len({reading.digest for reading in plan.readings}) - 1
@@ -208,22 +213,31 @@ def within_measured_budget(
     """
     assert space.timed is not None
     limit, cost = space.timed.limit, space.timed.cost
-    reader, lowest = _PlanReader(space, time_share, journal, name), space.lowest_of(cost)
-    readings, allowed = reader.readings, reader.allowed
+    allowed, lowest = limit / cost.dense, space.lowest_of(cost)
     found = space.keep_ratios(policy)
     base = np.array([found[name] for name in space.names])
+    readings: list[ClockReading] = []
+
+    def last_reading(plan: CompressionPolicy) -> ClockReading:
+        before = len(readings)
+        for reading in _readings(plan, space, time_share, journal, name):
+            readings.append(reading)
+            if reading.high <= allowed or (len(readings) > before + 1 and not _lie_apart(*readings[-2:])):
+                break
+        return readings[-1]
+
     try:
-        last = reader.read(policy)
+        last = last_reading(policy)
         if last.measured > allowed:
             for other in others:
-                if reader.read(other).measured <= allowed:
+                if last_reading(other).measured <= allowed:
                     return MeasuredPlan(other, tuple(readings), allowed)
         for _ in range(MOST_PROJECTIONS):
             if last.measured <= allowed or space.cost_of(policy, cost) <= lowest:
                 break
             smaller = max(lowest, math.floor(limit * last.predicted / last.measured))
             policy = space.policy(project(base, space.with_limit("latency", smaller)))
-            last = reader.read(policy)
+            last = last_reading(policy)
     except LatencyError as error:
         return MeasuredPlan(policy, tuple(readings), allowed, unmeasured=str(error))
     if readings[-1] != last:
@@ -236,55 +250,32 @@ def _lie_apart(one: ClockReading, other: ClockReading) -> bool:
     return one.high < other.low or other.high < one.low
 
 
-@dataclass(frozen=True)
-class _PlanReader:
-    """What the clock says of plans, from the journal where that holds it.
+def _readings(
+    policy: CompressionPolicy, space: SearchSpace, time_share: TimeShare, journal: Journal, name: str
+) -> Iterator[ClockReading]:
+    """What the clock says of one plan, from the journal where that holds it, with more rounds each time."""
+    assert space.timed is not None
+    cost = space.timed.cost
+    for rounds in ROUNDS_OF_READINGS:
+        reading = journal.reading(policy.digest, rounds)
+        if reading is None:
+            predicted, found = space.cost_of(policy, cost) / cost.dense, time_share(policy, rounds)
+            reading = ClockReading(name, policy.digest, predicted, found.ratio, found.low, found.high, rounds)
+            journal.append(reading)
+        yield reading
 
-    Attributes:
-        space: the decisions, with a budget of latency.
-        time_share: measures a plan.
-        journal: holds what was read before, and gets what is read now.
-        name: of the search that found the plans.
-        readings: all of them, in order.
-    """
 
-    space: SearchSpace
-    time_share: TimeShare
-    journal: Journal
-    name: str
-    readings: list[ClockReading] = field(default_factory=list)
+def _refusing(reason: str) -> TimeShare:
+    """What stands for a clock that may not be asked."""
 
-    @property
-    def allowed(self) -> float:
-        """The budget, over the latency of the dense network by the table."""
-        assert self.space.timed is not None
-        return self.space.timed.limit / self.space.timed.cost.dense
+    def refuse(policy: CompressionPolicy, rounds: int) -> Comparison:
+        raise LatencyError(reason)
 
-    def read(self, plan: CompressionPolicy) -> ClockReading:
-        """A plan's last reading: the first that lies within the budget, or that agrees with the one before."""
-        before = len(self.readings)
-        for rounds in ROUNDS_OF_READINGS:
-            reading = self._reading(plan, rounds)
-            self.readings.append(reading)
-            is_second = len(self.readings) > before + 1
-            if reading.high <= self.allowed or (is_second and not _lie_apart(*self.readings[-2:])):
-                break
-        return self.readings[-1]
-
-    def _reading(self, plan: CompressionPolicy, rounds: int) -> ClockReading:
-        before = self.journal.reading(plan.digest, rounds)
-        if before is not None:
-            return before
-        assert self.space.timed is not None
-        cost = self.space.timed.cost
-        predicted, found = self.space.cost_of(plan, cost) / cost.dense, self.time_share(plan, rounds)
-        reading = ClockReading(self.name, plan.digest, predicted, found.ratio, found.low, found.high, rounds)
-        self.journal.append(reading)
-        return reading
+    return refuse
 
 
 @dataclass(frozen=True)
-class _PlanClock:
+class PlanClock:
     """Times plans against the dense network; before the first, no clock is asked for and nothing is exported.
 
     Where the budget is a time and no share, it says how long a plan takes over what the table says of the dense
@@ -294,18 +285,27 @@ class _PlanClock:
         subject: the dense network and its images.
         builder: builds the network of a plan.
         dense_ns: latency of the dense network by the table.
-        settled: why it is too late to ask a clock, if it is.
     """
 
     subject: Subject
     builder: CandidateEvaluator
     dense_ns: int
-    settled: str = ""
+
+    @classmethod
+    def of(cls, subject: Subject, problem: SearchProblem) -> PlanClock | None:
+        """The clock of a run; None without a budget of latency, or where `LatencyConfig.clock` rules it out."""
+        bound = problem.space.timed
+        if bound is None or not subject.config.latency.clock:
+            return None
+        return cls(subject, problem.evaluator("", lambda _: None), bound.cost.dense)
+
+    @property
+    def is_absolute(self) -> bool:
+        """Whether the budget is a time."""
+        return any(budget.kind == "latency" and budget.absolute for budget in self.subject.config.budget)
 
     @cached_property
     def _clock(self) -> Clock:
-        if self.settled:
-            raise LatencyError(self.settled)
         assert self.subject.config.latency.table is not None
         return Clock.of_table(LatencyTable.load(self.subject.config.latency.table))
 
@@ -318,11 +318,16 @@ class _PlanClock:
         return self.subject.calibration()[0]
 
     def __call__(self, policy: CompressionPolicy, rounds: int) -> Comparison:
+        """As `TimeShare` says."""
         clock = self._clock
-        networks = {DENSE: self._dense, "plan": clock.artifact(self.builder.build(policy), self._images)}
+        try:
+            networks = {DENSE: self._dense, "plan": clock.artifact(self.builder.build(policy), self._images)}
+        except ExportError as error:
+            msg = f"it cannot be exported: {error}"
+            raise LatencyError(msg) from error
         report, runtime = clock.time(networks, self._images, rounds), clock.device.runtime.name
         found = report.compare("plan", DENSE, runtime)
-        if not any(budget.kind == "latency" and budget.absolute for budget in self.subject.config.budget):
+        if not self.is_absolute:
             return found
         by_table = 1e6 * report.entry(DENSE, runtime).median_ms / self.dense_ns
         return replace(found, ratio=found.ratio * by_table, low=found.low * by_table, high=found.high * by_table)

@@ -160,7 +160,7 @@ class MethodOutcome(_Record):
     tuned_validation_accuracy: float | None = None
     """The same after fine-tuning."""
     test_accuracy: float | None = None
-    """Accuracy on the test split before fine-tuning; filled in by the report."""
+    """Accuracy on the test split before fine-tuning."""
     tuned_test_accuracy: float | None = None
     """The same after fine-tuning."""
     macs: int
@@ -172,7 +172,7 @@ class MethodOutcome(_Record):
     onnx_bytes: int | None = None
     """Size of the ONNX file; None where none was written."""
     cost: int = 0
-    """What the plan costs, in the first budget's kind; 0 for the dense network."""
+    """What the plan costs, in the first budget's kind; of the dense network 0 in older records."""
     further_costs: dict[CostKind, int] = {}
     """What it costs in the kinds of the other budgets; none for the dense network."""
     keep_ratios: dict[str, float] = {}
@@ -201,9 +201,16 @@ class Allowance(_Record):
     kind: CostKind
     """What is counted."""
     limit: int
-    """Most that a plan could cost (latency in nanoseconds)."""
+    """Most that a plan could cost (latency in nanoseconds), by the table where it is latency."""
+    asked_limit: int | None = None
+    """The latency asked for, where the clock let searches spend more or less by the table, `limit`; else None."""
     dense_cost: int
     """What the untouched network costs."""
+
+    @property
+    def asked(self) -> int:
+        """What was asked for."""
+        return self.limit if self.asked_limit is None else self.asked_limit
 
 
 class RunOutcome(_Record):
@@ -222,7 +229,7 @@ class RunOutcome(_Record):
     dense_cost: int = 0
     """Cost of the untouched network, in the same kind; 0 in a record of channels alone from before it was kept."""
     further_budgets: tuple[Allowance, ...] = ()
-    """The budgets after the first, all of which every plan kept."""
+    """The budgets after the first, whose limits every plan kept."""
     is_reconstructed: bool = False
     """Whether plans were repaired by least squares before they were scored (and before fine-tuning); False in a record
     from before it was kept."""
@@ -234,7 +241,7 @@ class RunOutcome(_Record):
     elsewhere: str = ""
     """Why the times of the networks are another device's; empty if they were read on `device`, or there is none."""
     asked_limit: int | None = None
-    """The latency asked for, where the clock let searches spend more or less by the table, `cost_limit`; else None."""
+    """As that of `Allowance`, for the first budget."""
     probe_evaluations: float = 0.0
     """Evaluations that the sensitivity probes count as; made once, counted for each method that uses them."""
     probe_seconds: float = 0.0
@@ -258,7 +265,12 @@ class RunOutcome(_Record):
     def budgets(self) -> tuple[Allowance, ...]:
         """Every budget; without any, what the reward weighs, up to all of the dense network's."""
         return (
-            Allowance(kind=self.budget_kind, limit=self.cost_limit, dense_cost=self.dense_cost),
+            Allowance(
+                kind=self.budget_kind,
+                limit=self.cost_limit,
+                asked_limit=self.asked_limit,
+                dense_cost=self.dense_cost,
+            ),
             *self.further_budgets,
         )
 
@@ -518,9 +530,7 @@ def _clock_cell(row: MethodOutcome, outcome: RunOutcome) -> str:
 
 def _is_over_on_the_clock(row: MethodOutcome, outcome: RunOutcome) -> bool:
     """Whether the last reading of a row is over the latency budget."""
-    limits = [budget.limit / budget.dense_cost for budget in outcome.budgets if budget.kind == "latency"]
-    if outcome.asked_limit is not None:
-        limits = [outcome.asked_limit / outcome.dense_cost]
+    limits = [budget.asked / budget.dense_cost for budget in outcome.budgets if budget.kind == "latency"]
     return bool(limits and row.clock_readings) and row.clock_readings[-1].measured > limits[0]
 
 
@@ -538,7 +548,7 @@ def _has_files(outcome: RunOutcome) -> bool:
 
 
 def _time(row: MethodOutcome, dense: MethodOutcome, runtime: str) -> str:
-    latency = next((latency for latency in row.latencies if latency.runtime.startswith(runtime)), None)
+    latency = next((latency for latency in row.latencies if latency.runtime == runtime), None)
     if latency is None:
         return "-"
     whole = next((other for other in dense.latencies if other.runtime == latency.runtime), None)
@@ -547,10 +557,10 @@ def _time(row: MethodOutcome, dense: MethodOutcome, runtime: str) -> str:
 
 
 def _times(outcome: RunOutcome) -> dict[str, str]:
-    """How the runtimes of the table begin, by the heading of their column."""
+    """The runtimes of the table, by the heading of their column."""
     timed = {latency.runtime for row in outcome.rows for latency in row.latencies}
-    columns = {"eager ms": "pytorch", "onnx ms": ONNXRUNTIME} | ({"sparse ms": SPARSE} if SPARSE in timed else {})
-    if outcome.device and outcome.device.runtime in timed - {PYTORCH, *columns.values()}:
+    columns = {"eager ms": PYTORCH, "onnx ms": ONNXRUNTIME} | ({"sparse ms": SPARSE} if SPARSE in timed else {})
+    if outcome.device and outcome.device.runtime in timed - {*columns.values()}:
         columns[f"{outcome.device.runtime} ms"] = outcome.device.runtime
     where = ", another device" if outcome.elsewhere else ""
     return {f"{heading}{where}": runtime for heading, runtime in columns.items()}

@@ -220,8 +220,10 @@ def _comparison(outcome: RunOutcome) -> str:
 
 
 def _close_note(outcome: RunOutcome, plans: Sequence[Plan]) -> str:
-    if outcome.asked_limit is not None:
-        spent, asked = (limit / outcome.dense_cost for limit in (outcome.cost_limit, outcome.asked_limit))
+    for budget in outcome.budgets:
+        if budget.asked_limit is None:
+            continue
+        spent, asked = budget.limit / budget.dense_cost, budget.asked / budget.dense_cost
         was = "over" if spent < asked else "well within"
         return (
             f" The start plan was {was} the budget on the clock, so searches spent {spent:.1%} of the dense latency by "
@@ -281,7 +283,7 @@ def _provenance(outcome: RunOutcome) -> str:
         "device, threads": f"{machine.device}, {machine.threads}",
         "system": f"{machine.system}, Python {machine.python}",
         "packages": ", ".join(f"{name} {version}" for name, version in machine.packages.items()),
-        "limit": f"{', '.join(in_words(b.limit, b.kind) for b in outcome.budgets)} ({outcome.budget})",
+        "limit": f"{', '.join(in_words(b.asked, b.kind) for b in outcome.budgets)} ({outcome.budget})",
         **({"latency table": str(outcome.device)} if outcome.device else {}),
         "images": f"{outcome.n_validation:,} validation, {outcome.n_test:,} test",
     }

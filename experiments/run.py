@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from latency.table import LatencyTable
+from pruning.export import ExportError
 from pruning.files import FileWriteError, write_atomic
 
 from .config import RunConfig, load_config
@@ -38,7 +39,7 @@ def reading(file: Path, todo: str) -> Iterator[None]:
     """Name the file of a run that cannot be read, and what to do about it, in a `RunError` of one line."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, ExportError) as error:
         msg = f"cannot read '{file}': {_reason(error)}; {todo}"
         raise RunError(msg) from error
 

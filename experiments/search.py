@@ -30,7 +30,7 @@ from .finish import finish_run, rebuild_report
 from .identity import tensors_digest
 from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
-from .measured_budget import spent_by_the_clock
+from .measured_budget import PlanClock, spent_by_the_clock
 from .methods import MethodSearch, check_enough, check_has_channels, search_with
 from .outcome import RunOutcome, percent
 from .precision import NO_KERNELS, settle_precision
@@ -169,9 +169,10 @@ def _carry_out(
     tell_precision(config.search, device, display)
     display.plan(_planned_work(config, problem))
     problem = _probed(problem, subject, display, stop)
-    searched = spent_by_the_clock(problem, subject, problem.evaluator("", lambda _: None), display)
+    clock = PlanClock.of(subject, problem)
+    searched = problem if clock is None else spent_by_the_clock(problem, clock, display)
     searches = [_search(folder, subject, searched, method, display, stop) for method in config.search.methods]
-    return finish_run(folder, subject, problem, searches, display, stop, spent=searched.space.limit)
+    return finish_run(folder, subject, problem, searched, searches, clock, display, stop)
 
 
 def _planned_work(config: RunConfig, problem: SearchProblem) -> dict[str, float]:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latency.decision import EIGHT_BITS
 from latency.predict import LatencyModel, calibrated
 from latency.runtimes import LatencyError
 from latency.table import Calibration, Device, LatencyTable, build_table, needed_kinds, network_key, start_table
-from pruning.layer_policy import FULL_BITS
+from pruning.layer_policy import FULL_BITS, INTEGER_BITS
 
 from .progress import Say
 from .run import locked
@@ -71,7 +70,7 @@ def build_named(
         RunBusyError: if another process builds the table.
     """
     device = device_for(runtime, threads, remote, cpus)
-    if EIGHT_BITS in bits and device.takes == "module":
+    if INTEGER_BITS in bits and device.takes == "module":
         msg = f"runtime '{runtime}' computes in floats alone; build without --integers, or for one that reads ONNX"
         raise LatencyError(msg)
     # A network that cannot be built leaves nothing behind.
@@ -96,7 +95,7 @@ def build_named(
         )
         known = table.calibrations.get(network_key(network.graph), Calibration())
         # What was calibrated with integers before stays so.
-        cost = network.cost(table, integers=EIGHT_BITS in bits or known.n_mixed > 0)
+        cost = network.cost(table, integers=INTEGER_BITS in bits or known.n_mixed > 0)
         n_networks = max(n_networks, known.n_networks - 1)
         n_mixed = _MIXES * (n_networks + 1) if cost.has_integers else 0
         is_known = known.n_networks == n_networks + 1 and known.n_mixed >= n_mixed
@@ -140,7 +139,7 @@ def _calibrated(
 
     Of all fits, that of ``known`` among them, the best is kept; what a first timing gave is saved before a second one.
     """
-    counts = [[plan.get(name, FULL_BITS) for name in cost.groups] for plan in plans]
+    counts = [[plan.get(name, FULL_BITS) for name in cost.names] for plan in plans]
 
     def error(one: LatencyTable) -> float:
         return one.calibrations[cost.key].error

@@ -105,7 +105,7 @@ def check_table(
     plans = network.plans(n_policies, seed + 1)
     if integers:
         plans = [network.mixed(plan, 3, n_policies * seed + at)[at % 3] for at, plan in enumerate(plans)]
-    predicted = [predicts([plan[name] for name in predicts.groups]) for plan in plans]
+    predicted = [predicts([plan[name] for name in predicts.names]) for plan in plans]
     measured = plan_ratios(device, network, plans, say) * table.reference_ns
     image = tuple(network.example.shape[1:])
     checked = CheckedTable(model, image, table, seed, integers, np.array(predicted) / 1e6, measured / 1e6)

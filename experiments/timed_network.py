@@ -17,11 +17,11 @@ from envs.action import nearest
 from envs.space import SearchSpace
 from graph_encoder.capture import capture
 from graph_encoder.network import NetworkGraph
-from latency.decision import EIGHT_BITS, LayerDecision, layer_decisions, layer_policies
+from latency.decision import LayerDecision, layer_decisions, layer_policies
 from latency.predict import LatencyModel
 from latency.table import LatencyTable
 from pruning.export import export_marked, export_onnx
-from pruning.layer_policy import FULL_BITS
+from pruning.layer_policy import FULL_BITS, INTEGER_BITS
 from pruning.policy import CompressionPolicy
 from pruning.qdq import MarkedNetwork
 
@@ -92,7 +92,7 @@ class TimedNetwork:
             changes = (0.0, generator.uniform(0.05, 0.3), 0.5)[index % 3]
             is_changed = generator.random(len(self.bits)) < changes
             is_integer = (np.cumsum(is_changed) + (generator.integers(2) if changes else 0)) % 2 == 0
-            levels = np.where(is_integer, EIGHT_BITS, FULL_BITS).tolist()
+            levels = np.where(is_integer, INTEGER_BITS, FULL_BITS).tolist()
             mixes.append({**plan, **{one.name: level for one, level in zip(self.bits, levels, strict=True)}})
         return mixes
 

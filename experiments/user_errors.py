@@ -6,6 +6,7 @@ from envs.reward import RewardError
 from graph_encoder.network import TraceError
 from latency.budget import BudgetError
 from latency.runtimes import LatencyError
+from pruning.calibration import CalibrationError
 from pruning.export import ExportError
 from pruning.files import CheckpointError, FileWriteError
 from pruning.finetune import FinetuneError
@@ -21,6 +22,7 @@ from .user_function import UserFunctionError
 
 USER_ERRORS = (
     BudgetError,
+    CalibrationError,
     CheckpointError,
     ConfigError,
     DataError,

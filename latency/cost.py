@@ -44,6 +44,25 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def count_nonzero(
+    model: nn.Module, graph: NetworkGraph, policy: CompressionPolicy, example_inputs: Tensor | tuple[Tensor, ...]
+) -> tuple[int, int]:
+    """Multiply-adds with a weight that is not zero, and parameters that are not, of the network that a policy leaves.
+
+    They are counted on the network. What zeros save is no size of a tensor: where layers have a policy of their own,
+    it follows from that, by formulas.
+
+    Args:
+        model: as built.
+        graph: of the dense network.
+        policy: that it was built by.
+        example_inputs: what ``model`` takes, any batch size.
+    """
+    if policy.layers:
+        return predict_cost(graph, policy), predict_cost(graph, policy, "params")
+    return count_macs(model, example_inputs), count_params(model)
+
+
 def size_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers at their present types, in memory; shared ones count once.
 
@@ -63,7 +82,7 @@ class CostModel:
 
     Attributes:
         kind: what is counted.
-        groups: names of the decisions that a vector of counts stands for: channel groups, then layer decisions.
+        names: of the decisions that a vector of counts stands for: channel groups, then layer decisions.
         sizes: int64 of shape ``(decisions,)``: units of each group, level of each untouched layer.
         dense: cost of the untouched network.
     """
@@ -89,7 +108,7 @@ class CostModel:
         """
         names = tuple(group.name for group in graph.prunable) if groups is None else tuple(groups)
         self.kind = kind
-        self.groups = (*names, *(decision.name for decision in layers))
+        self.names = (*names, *(decision.name for decision in layers))
         sizes = [graph.group(name).size for name in names] + [decision.size for decision in layers]
         self.sizes = np.array(sizes, dtype=np.int64)
         self._column = {graph.group_index[name]: column for column, name in enumerate(names)}
@@ -109,12 +128,12 @@ class CostModel:
         self._rows = np.array([row + [one] * (width - len(row)) for row in rows], dtype=np.int64).reshape(-1, width)
         self._full = np.array([dim.full for dim in row_of], dtype=np.int64)
         # Floats, for the fast matrix product: sizes lie far below 2**53, where floats stop being exact.
-        self._per_unit = np.zeros((len(row_of), len(self.groups)))
+        self._per_unit = np.zeros((len(row_of), len(self.names)))
         for dim, row in row_of.items():
             for group, channels in dim.per_unit:
                 if group in self._column:
                     self._per_unit[row, self._column[group]] += channels
-        self._touched = [self._terms_of(column) for column in range(len(self.groups))]
+        self._touched = [self._terms_of(column) for column in range(len(self.names))]
 
     def _terms_of(self, column: int) -> list[tuple[int, list[tuple[int, int]]]]:
         """Terms that change with one group, each as its factor and its (dimension row, channels a unit) pairs."""
@@ -139,7 +158,7 @@ class CostModel:
         return product
 
     def of_ratios(self, ratios: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The same formula for fractions of units: ``(batch, groups)`` keep ratios to ``(batch,)`` costs."""
+        """The same formula for fractions of units: ``(batch, decisions)`` keep ratios to ``(batch,)`` costs."""
         removed = ((1 - ratios) * self.sizes) @ self._per_unit.T
         result: NDArray[np.float64] = (self._full - removed)[:, self._rows].prod(axis=2) @ self._factors.astype(float)
         return result / self._scale

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graph_encoder.network import NetworkGraph, Operator
-from pruning.layer_policy import BITS, FULL_BITS, LayerPolicy
+from pruning.layer_policy import BITS, FULL_BITS, INTEGER_BITS, LayerPolicy
 
 LayerChoice = Literal["density", "weight_bits", "act_bits", "bits"]
 """Share of the weights that stay; bits of weights; bits of what the layer reads; bits of both, always equal."""
@@ -15,7 +15,6 @@ LayerChoice = Literal["density", "weight_bits", "act_bits", "bits"]
 FULL_DENSITY = 100
 """Densities are whole percents."""
 DENSITIES = (5, 10, 15, 20, 25, 30, 35, 40, 50, 60, 70, 80, FULL_DENSITY)
-EIGHT_BITS = 8
 _DECIDABLE = ("Conv1d", "Conv2d", "Conv3d", "Linear")
 """Layers of torch.nn whose weights can be sparse and quantized."""
 
@@ -97,7 +96,7 @@ def layer_decisions(
     for layer in layers:
         is_last, is_end = layer == layers[-1], layer in (layers[0], layers[-1])
         stays_dense = is_last or (protect_first and layer == layers[0]) or not _divides(pattern, operators[layer])
-        at_end = [level for level in bits if level >= EIGHT_BITS] or [EIGHT_BITS]
+        at_end = [level for level in bits if level >= INTEGER_BITS] or [INTEGER_BITS]
         for choice in choices:
             if choice != "density":
                 found.append(LayerDecision(layer, choice, tuple(at_end if is_end else bits)))
@@ -138,6 +137,6 @@ def layer_policies(
         share = 1.0 if density == FULL_DENSITY or LayerPolicy(sparsity).n_of_m else density / FULL_DENSITY
         pattern = "dense" if density == FULL_DENSITY else sparsity
         weight_bits, act_bits = (values.get(what, FULL_BITS) for what in ("weight_bits", "act_bits"))
-        halved = reduce_range and weight_bits == act_bits == EIGHT_BITS
+        halved = reduce_range and weight_bits == act_bits == INTEGER_BITS
         policies[layer] = LayerPolicy(pattern, share, weight_bits, act_bits, reduce_range=halved)
     return policies

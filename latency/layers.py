@@ -15,9 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from graph_encoder.network import LinearDim, NetworkGraph, Operator, Term
-from pruning.layer_policy import FULL_BITS
+from pruning.layer_policy import FULL_BITS, INTEGER_BITS
 
-from .decision import EIGHT_BITS
 from .runtimes import Artifact, LatencyError
 
 _OPSET, _IR_VERSION = 17, 10
@@ -149,16 +148,16 @@ def _loses_within_groups(operator: Operator, group_outputs: int, graph: NetworkG
 def layer_input(kind: LayerKind, inputs: int, outputs: int) -> Tensor:
     """An input of a layer, batch of one: shape ``(1, channels, *space)``, or ``(rows, channels)``.
 
-    Floats, or bytes for a layer of `EIGHT_BITS`: inside a network of integers it reads what another one wrote. There
+    Floats, or bytes for a layer of `INTEGER_BITS`: inside a network of integers it reads what another one wrote. There
     the channels come last, ``(1, *space, channels)``.
     """
     generator = torch.Generator().manual_seed(0)
     shape: tuple[int, ...] = (kind.out_size[0], inputs)
     if kind.kind == "conv":
         channels = inputs * kind.groups(outputs)
-        is_last = kind.bits == EIGHT_BITS
+        is_last = kind.bits == INTEGER_BITS
         shape = (1, *kind.in_size, channels) if is_last else (1, channels, *kind.in_size)
-    if kind.bits == EIGHT_BITS:
+    if kind.bits == INTEGER_BITS:
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     return torch.randn(shape, generator=generator)
 
@@ -176,7 +175,7 @@ def layer_module(kind: LayerKind, inputs: int, outputs: int) -> nn.Module:
 def layer_onnx(kind: LayerKind, inputs: int, outputs: int) -> bytes:
     """A layer with a bias, and a ReLU after a convolution, as a network of its own, batch of one.
 
-    A layer of `EIGHT_BITS` reads and writes bytes, with a scale for each output channel of its weight: the runtime
+    A layer of `INTEGER_BITS` reads and writes bytes, with a scale for each output channel of its weight: the runtime
     fuses all of it into one integer kernel. Such kernels want the channels last; written between two transpositions,
     which the runtime cancels against its own, the layer is timed without what happens only at a network's ends.
     """
@@ -185,7 +184,7 @@ def layer_onnx(kind: LayerKind, inputs: int, outputs: int) -> bytes:
     # Equal weights would be as good: time does not depend on values, but for denormal ones.
     weight = np.random.default_rng(0).standard_normal(weight_shape, dtype=np.float32)
     out_shape = [kind.out_size[0], outputs] if kind.kind == "linear" else [1, outputs, *kind.out_size]
-    if kind.bits == EIGHT_BITS:
+    if kind.bits == INTEGER_BITS:
         tensors = _integer_tensors(weight, outputs)
         reads, writes = ("x", "y") if kind.kind == "linear" else ("x_first", "y_first")
         nodes = [

@@ -244,7 +244,7 @@ def compare(times: ArrayLike, baseline: ArrayLike) -> Comparison:
     """
     mine, other = np.asarray(times, dtype=float), np.asarray(baseline, dtype=float)
     if mine.shape != other.shape or mine.ndim != 1:
-        msg = f"times have shape {mine.shape} and the baseline's {other.shape}; both must be of the same rounds"
+        msg = f"times have shape {mine.shape} and the baseline's {other.shape}; each needs one a round"
         raise ValueError(msg)
     ratios = np.sort(mine / other)
     n = len(ratios)

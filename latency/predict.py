@@ -13,9 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import lsq_linear
 
 from graph_encoder.network import LinearDim, NetworkGraph
-from pruning.layer_policy import FULL_BITS
+from pruning.layer_policy import FULL_BITS, INTEGER_BITS
 
-from .decision import EIGHT_BITS, LayerDecision
+from .decision import LayerDecision
 from .integers import IntegerFlow, State
 from .layers import Layer, LayerKind, layers_of
 from .runtimes import LatencyError
@@ -68,7 +68,7 @@ class LatencyModel:
 
     Attributes:
         kind: ``"latency"``.
-        groups: names of the decisions that a vector of counts stands for: channel groups, then layer decisions. Zeros
+        names: of the decisions that a vector of counts stands for: channel groups, then layer decisions. Zeros
             change nothing: the runtimes compute them as any other weight.
         sizes: int64 of shape ``(decisions,)``: units of each group, level of each untouched layer.
         dense: nanoseconds of the untouched network.
@@ -104,7 +104,7 @@ class LatencyModel:
         """
         _check_decisions(layers)
         names = tuple(group.name for group in graph.prunable) if groups is None else tuple(groups)
-        self.groups = (*names, *(decision.name for decision in layers))
+        self.names = (*names, *(decision.name for decision in layers))
         sizes = [graph.group(name).size for name in names] + [decision.size for decision in layers]
         self.sizes = np.array(sizes, dtype=np.int64)
         self.key = network_key(graph)
@@ -133,7 +133,7 @@ class LatencyModel:
         column = {graph.group_index[name]: index for index, name in enumerate(names)}
         bits = [place for place, decision in enumerate(layers) if decision.choice == "bits"]
         self._full = np.array([dim.full for dim in row_of] + [layers[place].size for place in bits], dtype=np.int64)
-        self._per_unit = np.zeros((len(self._full), len(self.groups)))
+        self._per_unit = np.zeros((len(self._full), len(self.names)))
         for dim, row in row_of.items():
             for group, channels in dim.per_unit:
                 if group in column:
@@ -157,7 +157,7 @@ class LatencyModel:
         self._kinds_of: list[tuple[int, ...]] = []
         position: dict[LayerKind, int] = {}
         for layer in timed:
-            kinds = [replace(layer.kind, bits=bits) for bits in (FULL_BITS, EIGHT_BITS)[: 1 + self.has_integers]]
+            kinds = [replace(layer.kind, bits=bits) for bits in (FULL_BITS, INTEGER_BITS)[: 1 + self.has_integers]]
             for kind in kinds:
                 if kind not in position:
                     position[kind] = len(self._times)
@@ -218,7 +218,7 @@ class LatencyModel:
 
     def states(self, dimensions: Sequence[int]) -> list[State]:
         """How each operator is computed, given what `dimensions` returns."""
-        return self._flow.states([gate >= 0 and dimensions[gate] == EIGHT_BITS for gate in self._gates])
+        return self._flow.states([gate >= 0 and dimensions[gate] == INTEGER_BITS for gate in self._gates])
 
     def operator_ns(self, operator: int, dimensions: Sequence[int], state: State) -> int:
         """Calibrated nanoseconds of an operator by its place in the graph, with the conversions of what it writes."""
@@ -318,7 +318,7 @@ def _check_decisions(layers: Sequence[LayerDecision]) -> None:
                 "with neither; put bits in search.decide in its place"
             )
             raise LatencyError(msg)
-        if untimed := [bits for bits in decision.levels if bits not in (EIGHT_BITS, FULL_BITS)]:
+        if untimed := [bits for bits in decision.levels if bits not in (INTEGER_BITS, FULL_BITS)]:
             msg = (
                 f"{decision.name} may be {untimed[0]} bits, which no table times: below 8 they are simulated, and take "
                 "no less time; keep to 8 and 32, or take a budget of bytes or bops"
@@ -348,15 +348,16 @@ def calibrated(table: LatencyTable, model: LatencyModel, plans: Sequence[ArrayLi
         msg = f"a calibration fits two numbers to whole networks of floats, got {n_floats}; time at least 3"
         raise TableError(msg)
     terms = np.array(sums, dtype=float)
-    scale, offset, *of_integers = _fitted(terms if is_mixed.any() else terms[:, :1], measured)
+    if is_mixed.any():
+        scale, offset, integer_scale, conversion, element = _fitted(terms, measured)
+    else:
+        scale, offset = _fitted(terms[:, :1], measured)
+        integer_scale, conversion, element = scale, 0.0, 0.0
     # However the fit leans, no layer is free, and the least network of all keeps half of what its layers cost.
-    scale, *rest = (
-        max(value, floor) for value, floor in zip([scale, *of_integers], (0.1, 0.1, 0.0, 0.0), strict=False)
-    )
-    weights = np.array([scale, *(rest or (scale, 0.0, 0.0))])
-    offset = max(offset, -0.5 * float((terms @ weights).min()))
-    error = float(np.median(np.abs((offset + terms @ weights) / measured - 1)))
-    _, integer_scale, conversion, element = weights.tolist()
+    scale, integer_scale = max(scale, 0.1), max(integer_scale, 0.1)
+    layers = terms @ np.array([scale, integer_scale, conversion, element])
+    offset = max(offset, -0.5 * float(layers.min()))
+    error = float(np.median(np.abs((offset + layers) / measured - 1)))
     found = Calibration(scale, offset, n_floats, error, integer_scale, conversion, element, n_mixed=int(is_mixed.sum()))
     return replace(table, calibrations={**table.calibrations, model.key: found})
 

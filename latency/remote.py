@@ -142,7 +142,10 @@ class RemoteDevice:
         command = [*self.ssh, *options, self.host, f"{_quoted(self.python)} {shlex.join(['-c', _BOOTSTRAP])}"]
         code, out, err = _talk(command, len(content).to_bytes(8, "big") + content, self.timeout_s)
         if code is None:
-            msg = f"'{self.host}' did not answer within {self.timeout_s:g} s; give it more time, or fewer runs"
+            msg = (
+                f"'{self.host}' did not answer within {self.timeout_s:g} s; see that nothing else keeps it busy, or "
+                "time fewer networks or rounds at once"
+            )
             raise RemoteError(msg)
         if code != 0:
             raise RemoteError(self._failure(code, err))

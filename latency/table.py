@@ -260,9 +260,11 @@ class KindTimes:
         """Time of a layer with so many channels.
 
         Raises:
-            TableError: if a count is of a class that the table does not hold, or lies above its knots.
+            TableError: if a count is of a class that the table does not hold, or lies outside its knots.
         """
-        rows, columns, times = self._surface(self._class_in(inputs), self._class_out(outputs))
+        self._check_held(inputs, self.inputs, "reads")
+        self._check_held(outputs, self.outputs, "writes")
+        rows, columns, times = self._surface(class_of(inputs), class_of(outputs))
         row, along_rows = _place(rows, inputs)
         column, along_columns = _place(columns, outputs)
         low, high = times[row], times[min(row + 1, len(rows) - 1)]
@@ -271,15 +273,8 @@ class KindTimes:
         second = high[column] + (high[right] - high[column]) * along_columns
         return float(first + (second - first) * along_rows)
 
-    def _class_in(self, count: int) -> int:
-        return self._held(count, self.inputs, "reads")
-
-    def _class_out(self, count: int) -> int:
-        return self._held(count, self.outputs, "writes")
-
-    def _held(self, count: int, knots: tuple[int, ...], verb: str) -> int:
-        divisor = class_of(count)
-        members = [knot for knot in knots if class_of(knot) == divisor]
+    def _check_held(self, count: int, knots: tuple[int, ...], verb: str) -> None:
+        members = [knot for knot in knots if class_of(knot) == class_of(count)]
         if not members or not members[0] <= count <= members[-1]:
             held = ", ".join(f"{k}" for k in knots)
             msg = (
@@ -288,7 +283,6 @@ class KindTimes:
                 "another network, 'secateur latency build' into the same file adds this one"
             )
             raise TableError(msg)
-        return divisor
 
     def _surface(self, class_in: int, class_out: int) -> tuple[list[int], list[int], list[list[float]]]:
         """Knots and times of one pair of classes; plain lists, which are faster to look up one value in."""
@@ -580,12 +574,10 @@ def build_table(
     return replace(table, kinds=kinds)
 
 
-def network_ratios(
-    device: Device, networks: Sequence[Artifact], inputs: tuple[Tensor, ...], *, n_runs: int = 30, n_warmup: int = 3
-) -> Floats:
+def network_ratios(device: Device, networks: Sequence[Artifact], inputs: tuple[Tensor, ...]) -> Floats:
     """Times of whole networks in units of the reference layer's, measured in the same rounds; shape ``(networks,)``."""
     timed = [(network, inputs) for network in networks]
-    reference, _, *times = device.times_ns([*_anchors(device), *timed], n_runs, n_warmup)
+    reference, _, *times = device.times_ns([*_anchors(device), *timed], n_runs=30, n_warmup=3)
     ratios: Floats = np.median(np.array(times) / reference, axis=1)
     return ratios
 

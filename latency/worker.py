@@ -260,7 +260,7 @@ def run_job(folder: Path) -> dict[str, Any]:
     """Time the networks that ``job.json`` in a folder lists.
 
     The job holds ``networks`` (each a ``model`` file and ``inputs``, files of one array each), ``threads``,
-    ``n_runs``, ``n_warmup``, ``settled``, and ``cpus`` to stay on, or null.
+    ``n_runs``, ``n_warmup``, ``settled``, and ``cpus`` to stay on, none for all.
     """
     import numpy as np
     import onnxruntime

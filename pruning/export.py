@@ -28,11 +28,11 @@ from graph_encoder.errors import first_line, why_not_exported
 
 from .files import write_atomic
 from .half_precision import InHalfPrecision, has_half_precision
-from .layer_policy import LayerPolicy
+from .layer_policy import HALF_BITS, INTEGER_BITS, LayerPolicy
 from .policy import CompressionPolicy
 from .program_archive import ArchiveError, vetted_copy
 from .qdq import IntegerReport, MarkedNetwork, integer_model, integer_report, marked_network, saturates
-from .quantize import HALF_BITS, INTEGER_BITS, insert_quantizers, is_integer, quantized_layers
+from .quantize import insert_quantizers, is_integer, quantized_layers
 from .surgery import apply_policy
 
 FORMAT_VERSION = 1

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel
 from torch import Tensor, nn
 
-from .qdq import count_kernels
+from .qdq import count_operators
 
 
 class InHalfPrecision(nn.Module):
@@ -40,6 +40,6 @@ def has_half_precision(element_type: int = TensorProto.FLOAT16) -> bool:
     graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "probe", [image], [result], [weight])
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
     try:
-        return "Cast" not in count_kernels(model.SerializeToString())
+        return "Cast" not in count_operators(model.SerializeToString())
     except MissingKernel:
         return False

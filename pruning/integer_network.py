@@ -16,9 +16,8 @@ from torch.nn.utils import skip_init
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .integer_flow import is_join, keeps_values, kind_of, source_of
-from .layer_policy import LayerPolicy
+from .layer_policy import INTEGER_BITS, LayerPolicy
 from .quantize import (
-    INTEGER_BITS,
     ActQuantizer,
     LinearWeightQuantizer,
     QuantizedConv2d,

@@ -9,8 +9,8 @@ from typing import Any
 
 BLOCKS = (4, 8, 16)
 """Output channels that may share their zeros."""
-FULL_BITS = 32
-BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, FULL_BITS)
+INTEGER_BITS, HALF_BITS, FULL_BITS = 8, 16, 32
+BITS = (1, 2, 3, 4, 5, 6, 7, INTEGER_BITS, HALF_BITS, FULL_BITS)
 """Bits of a value: up to 7 only simulated, 8 an integer, 16 a half-precision and 32 a single-precision float."""
 QUANTIZERS = ("linear", "kmeans")
 

@@ -416,7 +416,7 @@ def _quantize(proto: onnx.ModelProto, found: _Reader) -> onnx.ModelProto:
     return quantized
 
 
-def count_kernels(content: bytes) -> Counter[str]:
+def count_operators(content: bytes) -> Counter[str]:
     """Operators of the graph that ONNX Runtime makes of a model, by type, at its highest optimisation level."""
     return Counter(node.op_type for node in _optimised(content).node)
 

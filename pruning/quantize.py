@@ -23,10 +23,8 @@ from graph_encoder.symbolic import symbolic_trace
 
 from .calibration import CalibrationError, Observer, RangeMethod, nothing_seen, shared_values, weight_steps
 from .integer_flow import kind_of, tensors_to_quantize
-from .layer_policy import FULL_BITS, LayerPolicy, PolicyError
+from .layer_policy import FULL_BITS, HALF_BITS, INTEGER_BITS, LayerPolicy, PolicyError
 
-INTEGER_BITS = 8
-HALF_BITS = 16
 _SMALLEST_STEP = 1e-12
 _RELU6 = 6.0
 

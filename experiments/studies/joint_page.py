@@ -11,12 +11,12 @@ from ..progress import count
 from .matrix import CURVE_EPOCHS, CURVE_SHARES, JOINT_BUDGETS, JOINT_EPOCHS, JOINT_EVALUATIONS, SAME_MACS
 from .results_cells import Cells, in_points
 
-_JOINT = f"""Channels, residual streams among them, and bits (8 or 32) of every layer, chosen together under a budget of
-latency in ONNX Runtime, by {JOINT_EVALUATIONS} evaluations a search, seed 0, rounding 8; shares are of the dense
-network in single precision. Searches spend the table's milliseconds; *latency* is that of the saved files, timed beside
-the dense one in a fresh process, 200 rounds in turn: the median ratio with its 95 % interval. All networks, the dense
-one too, were then fine-tuned for {JOINT_EPOCHS} epochs on the same batches, without bits, which were calibrated
-after that."""
+_JOINT = f"""Channels, the residual streams but the first among them, and bits (8 or 32) of every layer, chosen together
+under a budget of latency in ONNX Runtime, by {JOINT_EVALUATIONS} evaluations a search, seed 0, rounding 8; shares are
+of the dense network in single precision. Searches spend the table's milliseconds; *latency* is that of the saved files,
+timed beside the dense one in a fresh process, 200 rounds in turn: the median ratio with its 95 % interval. All
+networks, the dense one too, were then fine-tuned for the same number of epochs on the same batches, without bits, which
+were calibrated after that."""
 _REPAIRED = "Plans were repaired by least-squares reconstruction (AMC) before they were scored, and before fine-tuning."
 _CURVES = f"""One search of {JOINT_EVALUATIONS} evaluations (seed 0) for each budget, then fine-tuning for
 {count(CURVE_EPOCHS, "epoch")} without bits, which are calibrated after that. Deciding bits alone, no plan is
@@ -32,8 +32,8 @@ def joint_sections(cells: Cells) -> list[tuple[str, str, list[str]]]:
     joint: list[str] = []
     for model, asked in JOINT_BUDGETS.items():
         if table := _joint_table(cells, f"{model}-joint"):
-            words = f"{asked} times the latency of its floor" if isinstance(asked, float) else asked
-            joint += [f"### {model} at {words}", *table]
+            words = f"{asked} times its floor as it was read then" if isinstance(asked, float) else asked
+            joint += [f"### {model} at {words}, {count(JOINT_EPOCHS[model], 'epoch')} of fine-tuning", *table]
     return [
         ("Channels and bits under a latency budget", _JOINT, joint),
         ("Channels, bits, and both: ResNet-18", _CURVES, _curves(cells)),

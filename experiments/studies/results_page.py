@@ -80,8 +80,8 @@ _SEARCH_TABLES = (
 _JOINT_SEARCHES = (
     f"ResNet-18 at {JOINT_BUDGETS['resnet18_cifar']}, before fine-tuning",
     f"Channels and bits, scored on 2,000 of the even-numbered files, {JOINT_EVALUATIONS} evaluations, the probes among "
-    "them. The budget is kept by the table alone (`--set latency.clock=false`), so that no plan is made smaller by how "
-    "a reading of it came out. Mean and standard deviation over the seeds; differences from the agent in points, "
+    "them. The budget is kept by the table alone (`--set latency.clock=false`), so that no plan depends on how a "
+    "reading came out. Mean and standard deviation over the seeds; differences from the agent in points, "
     "paired by seed, with 95 % intervals (Student's t). Latency is that of the saved files on one thread, as a share "
     "of the dense network's in single precision.",
 )
@@ -94,8 +94,9 @@ before batch norms are re-estimated.""",
 _TUNED_20 = """15 epochs for each network, the dense one too: SGD with Nesterov momentum, cosine schedule, the same
 batches. Differences in points, with 95 % intervals: over the seeds (pairs of runs, Student's t), and over the test
 images (pairs of verdicts on the same image, averaged over the seeds, normal)."""
-_TUNED_56 = """30 epochs for each network, the dense one too; one seed, each network in a cell of its own, fine-tuned in
-bfloat16 where the processor of its cell gains by it (AMD's does, Intel's without AMX does not), else in float32."""
+_TUNED_56 = """30 epochs for each network, the dense one too, whose batch norms were re-estimated before; one seed, each
+network in a cell of its own, fine-tuned in bfloat16 where the processor of its cell gains by it (AMD's does, Intel's
+without AMX does not), else in float32."""
 _TRANSFER = (
     "A frozen agent on another network",
     """An agent trained on ResNet-20 (300 evaluations from the uniform plan, without sensitivities, seed 0), its
@@ -154,7 +155,19 @@ def _search_table(cells: Cells, searches: Mapping[str, Sequence[str]], reference
     if dense and lines:
         head = [DENSE, percent(dense[0].test_accuracy), "-", "-", percent(dense[0].validation_accuracy)]
         lines.insert(0, [*head, *["-"] * (len(heads) - len(head))])
-    return [Table(heads, lines).markdown()] if lines else []
+    if not lines:
+        return []
+    return [Table(heads, lines).markdown(), *(_devices(cells, own) if is_timed else [])]
+
+
+def _devices(cells: Cells, names: Sequence[str]) -> list[str]:
+    """Where plans were searched for and their latency was read on processors of other names."""
+    tables = {cells.outcomes[name].machine.processor for name in names if name in cells.outcomes}
+    read = {entry["processor"]["name"] for name in names for entry in cells.timed.get(name, [])}
+    if tables == read:
+        return []
+    searched, where = (" and ".join(sorted(found)) for found in (tables, read))
+    return [f"Searched for on {searched}, with its table; latency was read on {where}, another device."]
 
 
 def _against(cells: Cells, searches: Mapping[str, Sequence[str]], method: str, reference: str) -> str:

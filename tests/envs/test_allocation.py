@@ -34,7 +34,7 @@ class Vectors:
     kind = "macs"
 
     def __init__(self, groups: Sequence[str], sizes: np.ndarray, times: Sequence[int]) -> None:
-        self.groups, self.sizes, self.times = tuple(groups), sizes, np.array(times)
+        self.names, self.sizes, self.times = tuple(groups), sizes, np.array(times)
         self.dense = self(sizes)
 
     def __call__(self, kept: np.ndarray) -> int:

@@ -35,7 +35,7 @@ def row(method: str, before: float, after: float, **others: object) -> MethodOut
         "keep_ratios": {"conv1": 0.5, "conv2": 0.75},
         "latencies": tuple(
             Latency(runtime=name, median_ms=ms, lower_quartile_ms=ms - 0.1, upper_quartile_ms=ms + 0.1, n_runs=5)
-            for name, ms in (("pytorch eager", 2.0), ("onnxruntime", 1.0))
+            for name, ms in (("pytorch-eager", 2.0), ("onnxruntime", 1.0))
         ),
     }
     return MethodOutcome.model_validate(fields | others)

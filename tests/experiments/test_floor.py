@@ -99,7 +99,7 @@ def test_a_budget_that_only_bits_reach_says_so(command: Command, tmp_path: Path)
     table = saved_table(tmp_path, IntegerFormulaDevice(), [8, 32])
     pruned = joint_space(table)
     counts = pruned.minimum.copy()
-    counts[len(pruned.groups) :] = 32
+    counts[len(pruned.names) :] = 32
     limit = (pruned.cost(counts) + pruned.lowest_cost) // 2
 
     done = command("check", *TINY, "--latency-table", table, "--budget", f"{limit / 1e6} ms")

@@ -1,5 +1,5 @@
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,13 +12,13 @@ from torch import nn
 from envs.action import project, start_plan
 from envs.journal import Journal, JournalEntry, Purpose
 from envs.space import SearchSpace
-from experiments import measured_budget
 from experiments.config import LatencyConfig, RunConfig, SearchSettings
 from experiments.interrupt import StopFlag
 from experiments.measured_budget import (
     MOST_PROJECTIONS,
     ROUNDS_OF_READINGS,
     MeasuredPlan,
+    PlanClock,
     TimeShare,
     kept_by_the_clock,
     spent_by_the_clock,
@@ -35,6 +35,7 @@ from latency.budget import Budget, read_budgets
 from latency.measure import Comparison, LatencyReport, summarise
 from latency.runtimes import LatencyError
 from latency.table import build_table, needed_kinds, start_table
+from pruning.export import ExportError
 from pruning.policy import CompressionPolicy
 from tests.latency.synthetic import FormulaDevice
 
@@ -192,7 +193,7 @@ def test_it_ends_where_the_clock_never_agrees(space: SearchSpace) -> None:
 
 @pytest.mark.parametrize(("of_the_fastest", "is_within"), [(0.5, True), (0.7, False)])
 def test_the_fastest_plan_is_read_before_a_budget_is_given_up(
-    space: SearchSpace, monkeypatch: pytest.MonkeyPatch, of_the_fastest: float, is_within: bool
+    space: SearchSpace, of_the_fastest: float, is_within: bool
 ) -> None:
     policy, lowest = space.policy(start_plan(space)), space.lowest_of(space.cost)
     # So slow that the scaled budget is less than any plan takes by the table.
@@ -202,7 +203,7 @@ def test_the_fastest_plan_is_read_before_a_budget_is_given_up(
 
     assert [space.cost_of(measured.policy), measured.is_within] == [lowest, is_within]
     assert list(dict.fromkeys(r.digest for r in measured.readings)) == [policy.digest, measured.policy.digest]
-    assert spent(problem_with(space, Journal()), clock, monkeypatch).space.limit == lowest
+    assert spent(problem_with(space, Journal()), clock).space.limit == lowest
 
 
 def test_how_much_smaller_a_plan_is_made_follows_from_the_finer_reading(space: SearchSpace) -> None:
@@ -303,7 +304,7 @@ def test_a_plan_that_was_made_without_a_clock_is_not_made_smaller_by_one_found_l
     policy, never = space.policy(start_plan(space)), cast("Any", None)
 
     with RunDisplay(quiet=True) as display:
-        plan = kept_by_the_clock(policy, own, never, space, never, Journal(), display)
+        plan = kept_by_the_clock(policy, own, never, space, Journal(), display)
 
     assert plan.policy == policy
     assert plan.unmeasured == "its network is fine-tuned or saved already, which another plan would undo"
@@ -314,11 +315,11 @@ def problem_with(space: SearchSpace, journal: Journal) -> SearchProblem:
     return SearchProblem(nn.Identity(), space.graph, space, never, journal, seed=0)
 
 
-def test_without_the_clock_searches_spend_what_the_table_says(space: SearchSpace) -> None:
-    problem, never = problem_with(space, Journal()), cast("Any", None)
+def test_no_clock_is_asked_without_a_budget_of_latency_or_where_it_is_ruled_out(space: SearchSpace) -> None:
+    untimed = problem_with(replace(space, bounds=()), Journal())
 
-    with RunDisplay(quiet=True) as display:
-        assert spent_by_the_clock(problem, subject_by(clock=False), never, display) is problem
+    assert PlanClock.of(subject_by(clock=False), problem_with(space, Journal())) is None
+    assert PlanClock.of(subject_by(clock=True), untimed) is None
 
 
 @pytest.mark.parametrize("clock", [True, False])
@@ -342,21 +343,29 @@ def subject_by(*, clock: bool) -> Subject:
     return cast("Subject", SimpleNamespace(config=RunConfig(latency=LatencyConfig(clock=clock))))
 
 
-def spent(problem: SearchProblem, clock: TimeShare, monkeypatch: pytest.MonkeyPatch) -> SearchProblem:
-    monkeypatch.setattr(measured_budget, "_PlanClock", lambda *_: clock)
-    never = cast("Any", None)
+@dataclass(frozen=True)
+class FakeClock:
+    """Answers as it is told."""
+
+    time_share: TimeShare
+    is_absolute: bool = False
+
+    def __call__(self, policy: CompressionPolicy, rounds: int) -> Comparison:
+        return self.time_share(policy, rounds)
+
+
+def spent(problem: SearchProblem, time_share: TimeShare, *, is_absolute: bool = False) -> SearchProblem:
     with RunDisplay(quiet=True) as display:
-        return spent_by_the_clock(problem, subject_by(clock=True), never, display)
+        return spent_by_the_clock(problem, cast("Any", FakeClock(time_share, is_absolute)), display)
 
 
 def test_searches_that_began_without_a_clock_go_on_without_one(space: SearchSpace) -> None:
-    journal, never = Journal(), cast("Any", None)
-    problem, subject = problem_with(space, journal), subject_by(clock=True)
-    policy = space.policy(start_plan(space))
+    journal = Journal()
+    problem, policy = problem_with(space, journal), space.policy(start_plan(space))
     journal.append(JournalEntry(0, "cem", 0, "candidate", policy.digest, {}, 1.0, 0.7, 10, 0.1, 1.0))
 
-    with RunDisplay(quiet=True) as display:
-        assert spent_by_the_clock(problem, subject, never, display) is problem
+    for share in (0.5, 2.0):
+        assert spent(problem, exactly(lambda p, share=share: share * by_the_table(space, p))) is problem
 
 
 def no_clock(_: CompressionPolicy, rounds: int) -> Comparison:
@@ -364,16 +373,13 @@ def no_clock(_: CompressionPolicy, rounds: int) -> Comparison:
     raise LatencyError(msg)
 
 
-def test_searches_spend_what_the_clock_leaves_of_the_budget(
-    space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_searches_spend_what_the_clock_leaves_of_the_budget(space: SearchSpace, tmp_path: Path) -> None:
     policy = space.policy(start_plan(space))
     with Journal(tmp_path / "journal.jsonl") as journal:
         # The first, coarse reading is not what counts.
         found_out = spent(
             problem_with(space, journal),
             lambda plan, rounds: found((2.0 if rounds == FIRST else 1.25) * by_the_table(space, plan), rounds),
-            monkeypatch,
         )
 
     # As much as fits in the rounding of the plan.
@@ -383,12 +389,12 @@ def test_searches_spend_what_the_clock_leaves_of_the_budget(
     assert kept(plan, space, exactly(lambda p: 1.25 * by_the_table(space, p))).policy == plan != policy
     # A continued run spends the same, also where there is no clock.
     with Journal(tmp_path / "journal.jsonl") as journal:
-        again = spent(problem_with(space, journal), no_clock, monkeypatch)
+        again = spent(problem_with(space, journal), no_clock)
     assert again.space.limit == found_out.space.limit
 
 
 def test_searches_spend_more_where_the_table_takes_plans_for_slower_than_they_are(
-    space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    space: SearchSpace, tmp_path: Path
 ) -> None:
     allowed = (space.limit or 0) / space.cost.dense
 
@@ -396,7 +402,7 @@ def test_searches_spend_more_where_the_table_takes_plans_for_slower_than_they_ar
         return found(0.8 * by_the_table(space, plan), rounds, half_width=0.01)
 
     with Journal(tmp_path / "journal.jsonl") as journal:
-        larger = spent(problem_with(space, journal), clock, monkeypatch).space
+        larger = spent(problem_with(space, journal), clock).space
 
     # The upper end of the interval is what has to fit, so the budget is not spent to the last.
     plan = larger.policy(start_plan(larger))
@@ -404,31 +410,52 @@ def test_searches_spend_more_where_the_table_takes_plans_for_slower_than_they_ar
     assert kept(plan, space, clock).policy == plan
     # A continued run spends the same, also where there is no clock.
     with Journal(tmp_path / "journal.jsonl") as journal:
-        assert spent(problem_with(space, journal), no_clock, monkeypatch).space.limit == larger.limit
+        assert spent(problem_with(space, journal), no_clock).space.limit == larger.limit
 
 
-def test_searches_spend_no_more_where_nothing_is_left_to_keep_or_the_clock_refuses_it(
-    space: SearchSpace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = space.with_limit("latency", space.cost.dense)
+def test_room_that_the_clock_gives_back_in_part_is_spent_in_part(space: SearchSpace) -> None:
+    allowed = (space.limit or 0) / space.cost.dense
+    start = space.policy(start_plan(space))
+
+    # A third of the start plan's time is lost for nothing: as much more as its proportion promises is too much.
+    def clock(plan: CompressionPolicy) -> float:
+        return 0.5 * allowed + 2 * (by_the_table(space, plan) - by_the_table(space, start))
+
+    larger = spent(problem_with(space, Journal()), exactly(clock)).space
+    plan = larger.policy(start_plan(larger))
+
+    assert by_the_table(space, start) < (larger.limit or 0) / space.cost.dense < 2 * allowed
+    assert clock(plan) <= allowed
+
+
+def test_searches_spend_no_more_where_nothing_is_left_to_keep_or_the_clock_refuses_it(space: SearchSpace) -> None:
     start = space.policy(start_plan(space))
     fast = exactly(lambda plan: 0.5 * by_the_table(space, plan))
     refusing = exactly(lambda plan: 0.5 if plan == start else 0.61)
 
-    for decisions, clock in ((whole, fast), (space, refusing)):
-        problem = problem_with(decisions, Journal())
-        assert spent(problem, clock, monkeypatch) is problem
+    for limit, clock, is_absolute in (
+        (space.cost.dense, fast, False),
+        (space.limit or 0, refusing, False),
+        # What a dense network takes in milliseconds is another matter tomorrow.
+        (space.limit or 0, fast, True),
+    ):
+        problem = problem_with(space.with_limit("latency", limit), Journal())
+        assert spent(problem, clock, is_absolute=is_absolute) is problem
 
 
-def test_what_is_spent_is_the_whole_budget_or_as_much_less_as_the_clock_asks(
-    space: SearchSpace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_clock_finds_nothing_to_save_what_is_spent_stays_below_the_dense_network(space: SearchSpace) -> None:
+    larger = spent(problem_with(space, Journal()), exactly(lambda plan: 0.1 * by_the_table(space, plan))).space
+
+    assert (space.limit or 0) < (larger.limit or 0) < space.cost.dense
+
+
+def test_what_is_spent_is_the_whole_budget_or_as_much_less_as_the_clock_asks(space: SearchSpace) -> None:
     allowed = (space.limit or 0) / space.cost.dense
     for clock in (exactly(lambda p: by_the_table(space, p)), exactly(lambda _: allowed), no_clock):
         problem = problem_with(space, Journal())
-        assert spent(problem, clock, monkeypatch) is problem
+        assert spent(problem, clock) is problem
     # Half of the time is a constant that the table knows nothing of: once is not enough.
-    twice = spent(problem_with(space, Journal()), exactly(lambda p: 0.3 + 0.6 * by_the_table(space, p)), monkeypatch)
+    twice = spent(problem_with(space, Journal()), exactly(lambda p: 0.3 + 0.6 * by_the_table(space, p)))
     plan = twice.space.policy(start_plan(twice.space))
     assert by_the_table(space, plan) > 0.4 and 0.3 + 0.6 * by_the_table(space, plan) <= allowed
 
@@ -447,11 +474,42 @@ def test_a_time_is_compared_with_a_time(space: SearchSpace, budget: str, expecte
     subject = SimpleNamespace(
         config=SimpleNamespace(budget=read_budgets(budget)), model=model, calibration=lambda: [images]
     )
-    plan = measured_budget._PlanClock(
-        cast("Any", subject), cast("Any", SimpleNamespace(build=lambda _: model)), 4_000_000
-    )
+    plan = PlanClock(cast("Any", subject), cast("Any", SimpleNamespace(build=lambda _: model)), 4_000_000)
     vars(plan)["_clock"] = clock
 
     found = plan(space.policy(start_plan(space)), 9)
 
     assert (found.low, found.ratio, found.high) == pytest.approx((expected,) * 3)
+
+
+def test_a_plan_that_cannot_be_exported_is_not_measured_and_stays(space: SearchSpace) -> None:
+    def refused(*_: object) -> None:
+        msg = "the file's outputs are not those of the network"
+        raise ExportError(msg)
+
+    subject = SimpleNamespace(model=nn.Identity(), calibration=lambda: [torch.zeros(2, 3, 8, 8)])
+    clock = PlanClock(cast("Any", subject), cast("Any", None), 1)
+    vars(clock)["_clock"] = SimpleNamespace(artifact=refused)
+    policy = space.policy(start_plan(space))
+
+    measured = kept(policy, space, clock)
+
+    assert measured.policy == policy and not measured.readings
+    assert measured.unmeasured == "it cannot be exported: the file's outputs are not those of the network"
+
+
+def test_a_plan_over_the_budget_by_the_table_is_told_where_no_clock_answers(
+    space: SearchSpace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over = space.with_limit("latency", int(0.8 * space.cost.dense))
+    policy, own = space.policy(start_plan(over)), MethodFolder(tmp_path / "ppo")
+
+    with RunDisplay() as display:
+        kept_by_the_clock(policy, own, cast("Any", FakeClock(no_clock)), space, Journal(), display)
+
+    told = " ".join(capsys.readouterr().err.split())
+    takes = f"{by_the_table(space, policy):.1%}"
+    assert by_the_table(space, policy) > 0.6
+    assert told == (
+        f"warning: ppo is not measured: the table is of another device. It takes {takes} by the table, of 60.0% allowed"
+    )

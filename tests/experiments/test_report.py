@@ -12,6 +12,7 @@ from rich.console import Console
 from envs.journal import ClockReading
 from experiments.figures import Plan, accuracy_figure, keep_ratio_figure, pareto_figure, pareto_front, shortened
 from experiments.outcome import (
+    Allowance,
     Latency,
     MethodOutcome,
     RunOutcome,
@@ -197,7 +198,9 @@ def test_a_network_that_is_slower_is_called_so_in_table_and_report() -> None:
         update={
             "rows": tuple(
                 row.model_copy(
-                    update={"latencies": tuple(t.model_copy(update={"runtime": "pytorch"}) for t in row.latencies)}
+                    update={
+                        "latencies": tuple(t.model_copy(update={"runtime": "pytorch-eager"}) for t in row.latencies)
+                    }
                 )
                 for row in found.rows
             )
@@ -328,16 +331,16 @@ def test_reports_of_equal_runs_are_equal() -> None:
     assert pages[0] == pages[1]
 
 
+@pytest.mark.parametrize("is_first", [True, False])
 @pytest.mark.parametrize(("spent", "was"), [(400, "over"), (600, "well within")])
-def test_what_the_clock_leaves_of_a_budget_is_told_and_over_is_what_was_asked(spent: int, was: str) -> None:
+def test_what_the_clock_leaves_of_a_budget_is_told_and_over_is_what_was_asked(
+    spent: int, was: str, *, is_first: bool
+) -> None:
     reading = ClockReading("ppo", "a plan", 0.4, 0.46, 0.45, 0.47, 60)
-    told = outcome(
-        row("ppo", 0.8, 0.88, clock_readings=(reading,)),
-        budget_kind="latency",
-        dense_cost=1000,
-        cost_limit=spent,
-        asked_limit=500,
-    )
+    first = {"budget_kind": "latency", "dense_cost": 1000, "cost_limit": spent, "asked_limit": 500}
+    latency = Allowance(kind="latency", dense_cost=1000, limit=spent, asked_limit=500)
+    second = {"dense_cost": 2000, "cost_limit": 1000, "further_budgets": (latency,)}
+    told = outcome(row("ppo", 0.8, 0.88, clock_readings=(reading,)), **(first if is_first else second))
 
     assert (
         f"The start plan was {was} the budget on the clock, so searches spent {spent / 1000:.1%} of the dense latency "

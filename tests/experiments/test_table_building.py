@@ -52,7 +52,7 @@ def test_whole_networks_that_fit_badly_are_timed_again_and_the_better_fit_is_kep
         table = LatencyTable.load(out)
         saved.extend(each.error for each in table.calibrations.values())
         cost = network.cost(table, integers=False)
-        sums = [cost.sums([plan[name] for name in cost.groups]).floats for plan in plans]
+        sums = [cost.sums([plan[name] for name in cost.names]).floats for plan in plans]
         return np.array([(0.4 + 0.8 * one) * by for one, by in zip(sums, cycle((1.0, left.pop(0))), strict=False)])
 
     monkeypatch.setattr(table_building, "plan_ratios", ratios)

@@ -14,12 +14,14 @@ from torch import nn
 from experiments.clock import TableDevice
 from experiments.config import RunConfig
 from experiments.interrupt import StopFlag
+from experiments.measured_budget import PlanClock
 from experiments.outcome import DENSE, Latency, RunOutcome, headings, missing_speedups
 from experiments.progress import RunDisplay
 from experiments.report import render_report
 from experiments.search import start_run
 from experiments.turns import variants_of
 from graph_encoder.capture import capture
+from latency.measure import Comparison
 from latency.runtimes import PYTORCH, Artifact, OnnxRuntime, PyTorchEager, find_runtime
 from latency.table import LatencyTable, LocalDevice, TableError, build_table, needed_kinds, start_table
 from latency.worker import Processor, allowed_cpus
@@ -66,7 +68,25 @@ def test_a_run_under_latency_says_of_which_device_and_what_the_clock_read(run: P
     assert outcome.device == LatencyTable.load(table).fingerprint
     assert outcome.elsewhere == ""
     readings = outcome.row("uniform").clock_readings
-    assert readings[0].predicted <= 0.8 and all(each.low <= each.measured <= each.high for each in readings)
+    assert readings[0].predicted <= 1 and all(each.low <= each.measured <= each.high for each in readings)
+
+
+def test_what_the_clock_lets_searches_spend_is_what_rewards_see_and_the_report_tells(
+    tiny_config: Callable[..., RunConfig], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Half of the time that the table says, of any plan.
+    monkeypatch.setattr(PlanClock, "__call__", lambda _, policy, rounds: Comparison(0.3, 0.29, 0.31, rounds, 0))
+    rewarded = {"search__reward": "tests.experiments.tiny:accuracy_within_the_limit", "search__methods": ["random"]}
+    budgets = {"budget": "60% latency, 90% macs", "latency__table": str(table)}
+    with RunDisplay(quiet=True) as display:
+        config = tiny_config(**rewarded, **budgets, finetune__epochs=0)
+        found = start_run(config, tmp_path / "run", ["secateur"], display, StopFlag())
+
+    latency, macs = found.budgets
+    assert latency.asked == int(0.6 * latency.dense_cost) < latency.limit < latency.dense_cost
+    assert macs.asked_limit is None
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The start plan was well within the budget on the clock, so searches spent" in page
 
 
 def test_networks_are_timed_with_the_threads_and_on_the_processors_of_the_table(table: Path, tmp_path: Path) -> None:

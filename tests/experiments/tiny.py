@@ -35,6 +35,14 @@ def deeper_network(num_classes: int, in_channels: int) -> nn.Module:
     return nn.Sequential(*layers[:9], *extra, *layers[9:])
 
 
+def accuracy_within_the_limit(accuracy: float, cost: int, limit: int | None) -> float:
+    """A reward that is not defined for plans over their budget."""
+    if limit is not None and cost > limit:
+        msg = f"{cost} is over {limit}"
+        raise ValueError(msg)
+    return accuracy
+
+
 def images() -> dict[str, tuple[Tensor, Tensor]]:
     """Noise with a bright stripe whose direction is the class: 240 images to train on, 90 and 90 others."""
     return {

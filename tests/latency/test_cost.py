@@ -116,7 +116,7 @@ def test_choices_inside_layers_count_as_by_hand(kind: CostKind, expected: int) -
         layers={"3": LayerPolicy("unstructured", 0.25, 4, 8), "8": LayerPolicy("dense", 1, 8, 8)}
     )
 
-    assert cost.groups == ("3:density", "3:weight_bits", "3:act_bits", "8:bits")
+    assert cost.names == ("3:density", "3:weight_bits", "3:act_bits", "8:bits")
     # In bytes, one more for each decision: tensors are stored in whole bytes.
     assert cost(np.array([25, 4, 8, 8])) == expected + (4 if kind == "bytes" else 0)
     assert predict_cost(graph, policy, kind) == expected

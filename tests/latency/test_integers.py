@@ -10,7 +10,7 @@ from graph_encoder.capture import capture
 from graph_encoder.network import LinearDim
 from latency.integers import IntegerFlow
 from pruning.export import export_marked
-from pruning.qdq import count_kernels
+from pruning.qdq import count_operators
 
 
 class Joined(nn.Module):
@@ -102,7 +102,7 @@ def test_kernels_and_conversions_are_those_of_the_runtime(activation: Callable[[
     generator = np.random.default_rng(0)
     for _ in range(20):
         layers = [layer for layer in LAYERS if generator.random() < 0.6]
-        kernels = count_kernels(marked.with_integers(marked.proto, layers).SerializeToString())
+        kernels = count_operators(marked.with_integers(marked.proto, layers).SerializeToString())
         running, conversions = states(*layers)
         assert kernels["QLinearConv"] + kernels["QGemm"] == len(running & set(LAYERS)), layers
         assert (kernels["QLinearAdd"], kernels["QLinearConcat"]) == ("add" in running, "concat" in running), layers

@@ -67,7 +67,7 @@ def test_meter_counts_each_step_as_the_difference_of_two_plans(model: LatencyMod
 
 
 def test_faster_kernels_for_even_counts_show_in_the_prediction(model: LatencyModel) -> None:
-    inner = model.groups.index("inner")
+    inner = model.names.index("inner")
     counts = model.sizes.copy()
     counts[inner] = 39
     assert model(counts) > model.dense
@@ -87,7 +87,7 @@ def mixed() -> LatencyModel:
 
 def test_bits_change_the_time_of_their_layer_and_of_no_other(mixed: LatencyModel) -> None:
     before, counts = mixed.by_owner(mixed.sizes), mixed.sizes.copy()
-    counts[mixed.groups.index("inner:bits")] = 8
+    counts[mixed.names.index("inner:bits")] = 8
     after = mixed.by_owner(counts)
 
     assert {name for name in after if after[name] != before[name]} == {"inner"}
@@ -95,12 +95,12 @@ def test_bits_change_the_time_of_their_layer_and_of_no_other(mixed: LatencyModel
 
 
 def with_bits(model: LatencyModel, channels: list[int], integer: set[str]) -> np.ndarray:
-    names = [name.partition(":")[0] for name in model.groups if name.endswith(":bits")]
+    names = [name.partition(":")[0] for name in model.names if name.endswith(":bits")]
     return np.array(channels + [8 if name in integer else 32 for name in names])
 
 
 def test_conversions_cost_what_they_were_calibrated_at_by_hand(mixed: LatencyModel) -> None:
-    assert mixed.groups[:2] == ("stem", "inner")
+    assert mixed.names[:2] == ("stem", "inner")
     plan = with_bits(mixed, [20, 36], {"inner"})
     sums = mixed.sums(plan)
     # What it reads is quantized, and converted back for the sum; what it writes is converted for the depthwise layer.
@@ -114,14 +114,14 @@ def test_conversions_cost_what_they_were_calibrated_at_by_hand(mixed: LatencyMod
 
 def test_integers_that_meet_floats_everywhere_can_take_longer_than_floats(mixed: LatencyModel) -> None:
     channels = [4, 4]
-    all_of = {name.partition(":")[0] for name in mixed.groups if name.endswith(":bits")}
+    all_of = {name.partition(":")[0] for name in mixed.names if name.endswith(":bits")}
     alone = mixed(with_bits(mixed, channels, {"inner"}))
     assert mixed(with_bits(mixed, channels, all_of)) < mixed(with_bits(mixed, channels, set())) < alone
 
 
 def test_meter_counts_channels_and_bits_as_the_difference_of_two_plans(mixed: LatencyModel) -> None:
     generator = np.random.default_rng(4)
-    is_bits = np.array([name.endswith(":bits") for name in mixed.groups])
+    is_bits = np.array([name.endswith(":bits") for name in mixed.names])
     for _ in range(30):
         counts = np.where(is_bits, generator.choice([8, 32], len(is_bits)), generator.integers(1, mixed.sizes + 1))
         meter = mixed.meter(counts)

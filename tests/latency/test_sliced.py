@@ -14,7 +14,7 @@ from latency.sliced import sliced_onnx
 from pruning.export import export_marked, export_onnx
 from pruning.layer_policy import LayerPolicy
 from pruning.policy import CompressionPolicy
-from pruning.qdq import count_kernels
+from pruning.qdq import count_operators
 from pruning.quantize import quantize_layers
 from pruning.surgery import apply_policy
 
@@ -111,4 +111,4 @@ def test_sliced_integers_run_in_the_kernels_of_the_exported_network(tmp_path: Pa
         content = sliced_onnx(marked.proto, graph, policy, partial(marked.with_integers, layers=layers))
 
         assert content is not None
-        assert count_kernels(content) == count_kernels((tmp_path / "small.onnx").read_bytes())
+        assert count_operators(content) == count_operators((tmp_path / "small.onnx").read_bytes())

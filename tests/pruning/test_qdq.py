@@ -14,7 +14,7 @@ from pruning import export
 from pruning.export import ExportError, export_onnx
 from pruning.half_precision import InHalfPrecision, has_half_precision
 from pruning.layer_policy import LayerPolicy
-from pruning.qdq import IntegerReport, count_kernels, integer_report, saturates
+from pruning.qdq import IntegerReport, count_operators, integer_report, saturates
 from pruning.quantize import ActQuantizer, LinearWeightQuantizer, quantize_layers, quantized_layers
 
 INT8 = LayerPolicy(weight_bits=8, act_bits=8)
@@ -94,7 +94,7 @@ def test_every_layer_and_the_sum_run_in_integer_kernels(integers: Exported) -> N
     assert report.kernels == {"QLinearConv": 4, "QLinearAdd": 1, "QLinearConcat": 1, "QGemm": 2}
     # The image in; what is averaged; the average in.
     assert report.conversions == 3
-    assert count_kernels(path.read_bytes())["BatchNormalization"] == 0
+    assert count_operators(path.read_bytes())["BatchNormalization"] == 0
 
 
 @pytest.mark.slow
@@ -293,7 +293,7 @@ def test_kernels_are_looked_for_and_not_assumed() -> None:
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "one", [image], [result])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
 
-    assert count_kernels(model.SerializeToString()) == {"Relu": 1}
+    assert count_operators(model.SerializeToString()) == {"Relu": 1}
     assert has_half_precision(TensorProto.FLOAT)
 
 

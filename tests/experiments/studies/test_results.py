@@ -368,7 +368,7 @@ def test_what_was_found_for_latency_is_shown_with_the_times_of_its_files(tmp_pat
 
     page = render_page(tmp_path, NAMES, "ppo")
 
-    lines = page.split("### resnet18_cifar at 10% latency\n")[1].splitlines()
+    lines = page.split("### resnet18_cifar at 10% latency, 4 epochs of fine-tuning\n")[1].splitlines()
     cells = {line.split(" | ")[0]: line.split(" | ") for line in lines[5:7]}
     assert cells["| dense"][1:4] == ["90.00 %", "91.00 %", "-"]
     assert cells["| dense"][5:] == ["5 ms", "- |"]
@@ -408,7 +408,9 @@ def test_the_floor_of_a_network_is_shown_as_it_was_measured(tmp_path: Path) -> N
 
     page = render_page(tmp_path, NAMES, "ppo")
 
-    lines = page.split("### resnet56 at 1.1 times the latency of its floor\n")[1].splitlines()
+    lines = page.split("### resnet56 at 1.1 times its floor as it was read then, 4 epochs of fine-tuning\n")[
+        1
+    ].splitlines()
     assert lines[1].endswith(
         " The fastest network that could be chosen: 0.5 ms, 41.0% of the dense network, by the table; "
         "42.0% [40.0%, 44.0%] when measured."
