@@ -11,8 +11,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from latency.measure import LatencyReport
+from latency.pace import Pace
 from latency.runtimes import Artifact, LatencyError, Runtime, find_runtime
-from latency.table import Fingerprint, LatencyTable, LocalDevice
+from latency.table import Fingerprint, LatencyTable, LocalDevice, reference_ns
 from pruning.export import export_onnx
 
 ROUNDS = 60
@@ -25,9 +26,11 @@ class Clock:
 
     Attributes:
         device: this machine with the runtime of the table, its threads, and the processors that they stay on.
+        pace: of the table's reference layer.
     """
 
     device: LocalDevice
+    pace: Pace
 
     @classmethod
     def of_table(cls, table: LatencyTable) -> Clock:
@@ -40,7 +43,7 @@ class Clock:
         asked = table.fingerprint
         device = LocalDevice(find_runtime(asked.runtime), asked.threads, asked.cpus)
         asked.check(device.fingerprint)
-        return cls(device)
+        return cls(device, Pace(table.reference_ns))
 
     def artifact(self, network: nn.Module, images: Tensor) -> Artifact:
         """The network as the runtime takes it; ``images`` are a few inputs, on which an ONNX file is checked."""
@@ -52,8 +55,14 @@ class Clock:
             return path.read_bytes()
 
     def time(self, networks: Mapping[str, Artifact], images: Tensor, rounds: int = ROUNDS) -> LatencyReport:
-        """Times of the networks, in turn, for one image."""
-        return self.device.measure(networks, images[:1].cpu(), n_runs=rounds)
+        """Times of the networks, in turn, for one image; again where something else kept the processor busy."""
+
+        def read() -> tuple[LatencyReport, float]:
+            before = reference_ns(self.device)
+            found = self.device.measure(networks, images[:1].cpu(), n_runs=rounds)
+            return found, max(before, reference_ns(self.device))
+
+        return self.pace.quietest(read)
 
 
 @dataclass(frozen=True)

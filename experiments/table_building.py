@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latency.pace import Pace
 from latency.predict import LatencyModel, calibrated
 from latency.runtimes import LatencyError
 from latency.table import Calibration, Device, LatencyTable, build_table, needed_kinds, network_key, start_table
@@ -19,6 +20,8 @@ from .whole_networks import plan_ratios
 
 _MIXES = 2
 """Networks with integers for each network of floats of a calibration, with the same channels."""
+_LOOKS = 6
+"""Readings of the reference layer that a table begins with."""
 _POOR_FIT = 0.06
 """Median error of a calibration from which its networks are timed once more. On quiet machines 0.02 to 0.053 were read
 (ResNet-18, ResNet-56, MobileNet-V2); on one that was busy meanwhile 0.067, and the fastest plan of ResNet-56 came out
@@ -81,15 +84,16 @@ def build_named(
             table = LatencyTable.load(out)
             table.fingerprint.check(device.fingerprint)
         else:
-            table = start_table(device)
+            table = start_table(device, n_looks=_LOOKS)
             table.save(out)
-        needed = needed_kinds(network.graph, network.steps, bits)
+        needed, pace = needed_kinds(network.graph, network.steps, bits), Pace(table.reference_ns)
         size = "x".join(map(str, network.example.shape[1:]))
         say(f"{model}, {size} (--shape), {n_classes} outputs (--classes): {len(needed)} kinds of layer")
         table = build_table(
             table,
             device,
             needed,
+            pace=pace,
             save=lambda grown: grown.save(out),
             progress=_in_tenths(lambda done, total: say(f"{model}: {done:,} of {total:,} layers measured")),
         )
@@ -106,7 +110,11 @@ def build_named(
                 mixes = ([plan, *_rotated(network, plan, seed)] for seed, plan in enumerate(plans))
                 plans = [mixed for each in mixes for mixed in each]
             first = table if is_known else None
-            table = _calibrated(table, cost, device, network, plans, say, first, save=lambda found: found.save(out))
+            table = _calibrated(
+                table, cost, device, network, plans, pace, say, first, save=lambda found: found.save(out)
+            )
+        if pace.warning:
+            say(pace.warning)
         found = table.calibrations[cost.key]
         return {
             "table": str(out),
@@ -131,6 +139,7 @@ def _calibrated(
     device: Device,
     network: TimedNetwork,
     plans: Sequence[Mapping[str, int]],
+    pace: Pace,
     say: Say,
     known: LatencyTable | None,
     save: Callable[[LatencyTable], None],
@@ -145,7 +154,7 @@ def _calibrated(
         return one.calibrations[cost.key].error
 
     def timed_beside(other: LatencyTable | None) -> LatencyTable:
-        found = calibrated(table, cost, counts, plan_ratios(device, network, plans, say))
+        found = calibrated(table, cost, counts, plan_ratios(device, network, plans, pace, say))
         best = found if other is None or error(found) < error(other) else other
         save(best)
         return best

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from latency.pace import Pace
 from latency.table import LatencyTable, TableError
 
 from .progress import Say
@@ -106,7 +107,10 @@ def check_table(
     if integers:
         plans = [network.mixed(plan, 3, n_policies * seed + at)[at % 3] for at, plan in enumerate(plans)]
     predicted = [predicts([plan[name] for name in predicts.names]) for plan in plans]
-    measured = plan_ratios(device, network, plans, say) * table.reference_ns
+    pace = Pace(table.reference_ns)
+    measured = plan_ratios(device, network, plans, pace, say) * table.reference_ns
+    if pace.warning:
+        say(pace.warning)
     image = tuple(network.example.shape[1:])
     checked = CheckedTable(model, image, table, seed, integers, np.array(predicted) / 1e6, measured / 1e6)
     within = np.percentile(np.abs(checked.errors), [50, 75])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from latency.pace import Pace
 from latency.runtimes import Artifact
 from latency.sliced import sliced_onnx
 from latency.table import Device, network_ratios
@@ -28,7 +29,7 @@ _BATCH = 8
 
 
 def plan_ratios(
-    device: Device, network: TimedNetwork, plans: Sequence[Mapping[str, int]], say: Say
+    device: Device, network: TimedNetwork, plans: Sequence[Mapping[str, int]], pace: Pace, say: Say
 ) -> NDArray[np.float64]:
     """Times of the networks of plans over the reference layer's in the same rounds; shape ``(plans,)``."""
     ratios: list[float] = []
@@ -36,7 +37,7 @@ def plan_ratios(
         part = plans[start : start + _BATCH]
         with tempfile.TemporaryDirectory() as folder:
             artifacts = list(_artifacts(device, network, part, Path(folder)))
-            ratios += network_ratios(device, artifacts, (network.example,)).tolist()
+            ratios += network_ratios(device, artifacts, (network.example,), pace).tolist()
         say(f"{network.name}: {len(ratios)} of {len(plans)} whole networks timed")
     return np.array(ratios)
 

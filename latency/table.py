@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from pruning.layer_policy import FULL_BITS
 
 from .layers import LayerKind, empty_artifact, layer_artifact, layer_input, layers_of
 from .measure import LatencyReport, Variant, affinity, check_cpus, measure, torch_threads
+from .pace import PAUSE_S, Pace
 from .runtimes import Artifact, Fed, LatencyError, Runtime
 from .worker import Processor, Stopwatch, interleave, without_waits
 
@@ -45,6 +47,8 @@ _REFERENCE = LayerKind("conv", (3, 3), (1, 1), (16, 16))
 _REFERENCE_CHANNELS = 64
 _CHUNK = 24
 """Layers timed in turn; a table is saved after so many."""
+_ANCHOR_CALLS = 4
+"""Calls of the reference layer and of the empty network before layers are timed; the last one is read."""
 
 Floats = NDArray[np.float64]
 
@@ -523,11 +527,28 @@ def needed_kinds(
     return {kind: (knots_of(inputs), knots_of(outputs)) for kind, (inputs, outputs) in counts.items()}
 
 
-def start_table(device: Device, *, n_runs: int = 200) -> LatencyTable:
-    """A table of ``device`` that holds the time of its reference layer and nothing else."""
-    reference, empty = device.times_ns(_anchors(device), n_runs, n_warmup=20)
-    unit = float(np.median(reference))
-    return LatencyTable(device.fingerprint, unit, float(np.median(empty / reference)))
+def start_table(device: Device, *, n_runs: int = 200, n_looks: int = 1) -> LatencyTable:
+    """A table of ``device`` that holds the time of its reference layer and nothing else.
+
+    Args:
+        device: where to measure.
+        n_runs: timed calls of each reading.
+        n_looks: readings, `latency.pace.PAUSE_S` apart, of which the quietest is taken.
+    """
+    unit, empty = math.inf, 0.0
+    for look in range(n_looks):
+        if look:
+            time.sleep(PAUSE_S)
+        reference, nothing = device.times_ns(_anchors(device), n_runs, n_warmup=20)
+        if (median := float(np.median(reference))) < unit:
+            unit, empty = median, float(np.median(nothing / reference))
+    return LatencyTable(device.fingerprint, unit, empty)
+
+
+def reference_ns(device: Device) -> float:
+    """Median time of the reference layer now."""
+    reference, _ = device.times_ns(_anchors(device), n_runs=30, n_warmup=3)
+    return float(np.median(reference))
 
 
 def build_table(
@@ -536,6 +557,7 @@ def build_table(
     needed: Mapping[LayerKind, tuple[Sequence[int], Sequence[int]]],
     *,
     n_runs: int = 15,
+    pace: Pace | None = None,
     save: Callable[[LatencyTable], None] = lambda table: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LatencyTable:
@@ -550,6 +572,7 @@ def build_table(
         device: where to measure.
         needed: knots by layer kind, from `needed_kinds`.
         n_runs: timed calls of each layer.
+        pace: of the reference layer; chunks are timed again where it is slow.
         save: called with the table after each chunk, so that a build that is stopped can go on.
         progress: called with the layers measured and the layers needed.
 
@@ -557,6 +580,7 @@ def build_table(
         TableError: if the table is of another device.
     """
     table.fingerprint.check(device.fingerprint)
+    pace = Pace(table.reference_ns) if pace is None else pace
     kinds = dict(table.kinds)
     for kind, (inputs, outputs) in needed.items():
         kinds[kind] = kinds.get(kind, KindTimes.empty(kind, inputs, outputs)).widened(inputs, outputs)
@@ -566,7 +590,7 @@ def build_table(
     for start in range(0, len(points), _CHUNK):
         part = points[start : start + _CHUNK]
         shapes = [(kind, kinds[kind].inputs[row], kinds[kind].outputs[column]) for kind, row, column in part]
-        for (kind, row, column), ratio in zip(part, _layer_ratios(device, shapes, n_runs), strict=True):
+        for (kind, row, column), ratio in zip(part, _layer_ratios(device, shapes, n_runs, pace), strict=True):
             kinds[kind].ratios[row, column] = ratio
         table = replace(table, kinds=dict(kinds))
         save(table)
@@ -574,25 +598,33 @@ def build_table(
     return replace(table, kinds=kinds)
 
 
-def network_ratios(device: Device, networks: Sequence[Artifact], inputs: tuple[Tensor, ...]) -> Floats:
+def network_ratios(device: Device, networks: Sequence[Artifact], inputs: tuple[Tensor, ...], pace: Pace) -> Floats:
     """Times of whole networks in units of the reference layer's, measured in the same rounds; shape ``(networks,)``."""
-    timed = [(network, inputs) for network in networks]
-    reference, _, *times = device.times_ns([*_anchors(device), *timed], n_runs=30, n_warmup=3)
-    ratios: Floats = np.median(np.array(times) / reference, axis=1)
-    return ratios
+    timed = [*_anchors(device), *((network, inputs) for network in networks)]
+
+    def read() -> tuple[Floats, float]:
+        reference, _, *times = device.times_ns(timed, n_runs=30, n_warmup=3)
+        return np.median(np.array(times) / reference, axis=1), float(np.median(reference))
+
+    return pace.quietest(read)
 
 
-def _layer_ratios(device: Device, shapes: Sequence[tuple[LayerKind, int, int]], n_runs: int) -> Floats:
+def _layer_ratios(device: Device, shapes: Sequence[tuple[LayerKind, int, int]], n_runs: int, pace: Pace) -> Floats:
     """Times of layers, whose calls do not settle: in a network all other layers run in between.
 
-    What they are compared with is to be settled, and is called twice for that; the second call is read.
+    What they are compared with is to be settled, and is called several times for that; the last call is read.
     """
     networks = [(layer_artifact(*shape, device.takes), (layer_input(*shape),)) for shape in shapes]
-    twice = [anchor for anchor in _anchors(device) for _ in range(2)]
-    _, reference, _, empty, *times = device.times_ns([*twice, *networks], n_runs, n_warmup=2, settled=False)
-    ratios: Floats = np.median((np.array(times) - empty) / reference, axis=1)
+    repeated = [anchor for anchor in _anchors(device) for _ in range(_ANCHOR_CALLS)]
+
+    def read() -> tuple[Floats, float]:
+        times = device.times_ns([*repeated, *networks], n_runs, n_warmup=2, settled=False)
+        reference, empty = times[_ANCHOR_CALLS - 1], times[2 * _ANCHOR_CALLS - 1]
+        ratios = np.median((times[2 * _ANCHOR_CALLS :] - empty) / reference, axis=1)
+        return ratios, float(np.median(reference))
+
     # The clock may read less than an empty call for the least of layers; no layer is free.
-    return np.maximum(ratios, 1e-4)
+    return np.maximum(pace.quietest(read), 1e-4)
 
 
 def _anchors(device: Device) -> list[Fed]:

@@ -48,7 +48,7 @@ def test_whole_networks_that_fit_badly_are_timed_again_and_the_better_fit_is_kep
     out, left = tmp_path / "table.json", list(slower)
     saved: list[float] = []
 
-    def ratios(_: Device, network: TimedNetwork, plans: Sequence[Mapping[str, int]], __: Any) -> np.ndarray:
+    def ratios(__: Device, network: TimedNetwork, plans: Sequence[Mapping[str, int]], *_: Any) -> np.ndarray:
         table = LatencyTable.load(out)
         saved.extend(each.error for each in table.calibrations.values())
         cost = network.cost(table, integers=False)

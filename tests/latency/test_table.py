@@ -171,7 +171,7 @@ def test_a_table_survives_its_file(graph: NetworkGraph, tmp_path: Path) -> None:
     loaded = LatencyTable.load(tmp_path / "table.json")
     assert (loaded.fingerprint, loaded.calibrations) == (table.fingerprint, table.calibrations)
     model, again = LatencyModel(graph, table), LatencyModel(graph, loaded)
-    assert again.dense == pytest.approx(model.dense, rel=1e-5)
+    assert again.dense == pytest.approx(model.dense, abs=2)  # nanoseconds are whole, ratios rounded
     assert again(np.array([7, 9])) == LatencyModel(graph, loaded)(np.array([7, 9]))
 
 
