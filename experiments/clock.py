@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from latency.measure import LatencyReport
 from latency.pace import Pace
 from latency.runtimes import Artifact, LatencyError, Runtime, find_runtime
-from latency.table import Fingerprint, LatencyTable, LocalDevice, reference_ns
+from latency.table import Fingerprint, LatencyTable, LocalDevice, quietly
 from pruning.export import export_onnx
+
+_T = TypeVar("_T")
 
 ROUNDS = 60
 """Rounds in which networks and the dense one take turns."""
@@ -56,13 +60,11 @@ class Clock:
 
     def time(self, networks: Mapping[str, Artifact], images: Tensor, rounds: int = ROUNDS) -> LatencyReport:
         """Times of the networks, in turn, for one image; again where something else kept the processor busy."""
+        return self.quietly(partial(self.device.measure, networks, images[:1].cpu(), n_runs=rounds))
 
-        def read() -> tuple[LatencyReport, float]:
-            before = reference_ns(self.device)
-            found = self.device.measure(networks, images[:1].cpu(), n_runs=rounds)
-            return found, max(before, reference_ns(self.device))
-
-        return self.pace.quietest(read)
+    def quietly(self, read: Callable[[], _T]) -> _T:
+        """What is read while the table's reference layer is fast; see `latency.pace.Pace.quietest`."""
+        return quietly(self.device, self.pace, read)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,10 @@ class TableDevice:
     def runtime(self) -> Runtime | None:
         """Its runtime, where it is this machine."""
         return self.clock.device.runtime if self.clock else None
+
+    def quietly(self, read: Callable[[], _T]) -> _T:
+        """As `Clock.quietly`, where it is this machine; else read as it comes."""
+        return self.clock.quietly(read) if self.clock else read()
 
     def in_force(self) -> AbstractContextManager[None]:
         """Its threads and processors for a while, where it is this machine; else those of this process stay."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from latency.measure import LatencyReport
 from latency.remote import RemoteDevice
 from latency.runtimes import Artifact
-from latency.table import Fingerprint, LocalDevice, TableError
+from latency.table import Fingerprint, LocalDevice, TableError, pace_of, quietly
 from latency.worker import Processor
 from pruning.export import Manifest, load_compressed, read_manifest
 from pruning.policy import CompressionPolicy
@@ -193,7 +194,10 @@ def measure_runs(
         where = ", ".join(str(run.root) for run in runs.values())
         say(f"{where}: {len(artifacts)} networks with {count(n, 'thread')}, {rounds} rounds")
         named = {network.key: artifact for network, artifact in artifacts.items()}
-        report = device.measure(named, example, n_runs=rounds)
+        pace = pace_of(device)
+        report = quietly(device, pace, partial(device.measure, named, example, n_runs=rounds))
+        if pace.warning:
+            say(pace.warning)
         networks = list(artifacts)
         readings += [_reading(each, networks, report, device, rounds, another[each.run]) for each in networks]
     return readings

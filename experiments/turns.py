@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -72,8 +73,11 @@ def time_in_turn(
     with device.in_force():
         prepared = prepared_networks(modules, x, display) if is_sparse else {}
         started = time.perf_counter()
-        report = measure(variants_of(modules, onnx, prepared, device.runtime), x, n_runs=n_runs)
+        variants = variants_of(modules, onnx, prepared, device.runtime)
+        report = device.quietly(partial(measure, variants, x, n_runs=n_runs))
     display.say(f"timed {len(networks)} networks in turn, {time.perf_counter() - started:.1f} s")
+    if device.clock and device.clock.pace.warning:
+        display.say(device.clock.pace.warning)
     dense = {entry.runtime: entry for entry in report.entries if entry.model == DENSE}
     return {
         name: Times(

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ _ANCHOR_CALLS = 4
 """Calls of the reference layer and of the empty network before layers are timed; the last one is read."""
 
 Floats = NDArray[np.float64]
+_T = TypeVar("_T")
 
 
 class TableError(LatencyError):
@@ -535,20 +536,36 @@ def start_table(device: Device, *, n_runs: int = 200, n_looks: int = 1) -> Laten
         n_runs: timed calls of each reading.
         n_looks: readings, `latency.pace.PAUSE_S` apart, of which the quietest is taken.
     """
-    unit, empty = math.inf, 0.0
-    for look in range(n_looks):
-        if look:
-            time.sleep(PAUSE_S)
-        reference, nothing = device.times_ns(_anchors(device), n_runs, n_warmup=20)
-        if (median := float(np.median(reference))) < unit:
-            unit, empty = median, float(np.median(nothing / reference))
+    unit, empty = _quietest_look(device, n_runs, n_looks)
     return LatencyTable(device.fingerprint, unit, empty)
 
 
-def reference_ns(device: Device) -> float:
-    """Median time of the reference layer now."""
-    reference, _ = device.times_ns(_anchors(device), n_runs=30, n_warmup=3)
-    return float(np.median(reference))
+def pace_of(device: Device) -> Pace:
+    """How fast the reference layer runs: the quietest of a few readings."""
+    return Pace(_quietest_look(device, n_runs=30, n_looks=3)[0])
+
+
+def quietly(device: Device, pace: Pace, read: Callable[[], _T]) -> _T:
+    """What is read while the reference layer is fast, before and after; see `Pace.quietest`."""
+
+    def between() -> tuple[_T, float]:
+        before, _ = _quietest_look(device, n_runs=30)
+        found = read()
+        after, _ = _quietest_look(device, n_runs=30)
+        return found, max(before, after)
+
+    return pace.quietest(between)
+
+
+def _quietest_look(device: Device, n_runs: int, n_looks: int = 1) -> tuple[float, float]:
+    """Median nanoseconds of the reference layer, and time of an empty network over it."""
+    looks = []
+    for look in range(n_looks):
+        if look:
+            time.sleep(PAUSE_S)
+        reference, empty = device.times_ns(_anchors(device), n_runs, n_warmup=20)
+        looks.append((float(np.median(reference)), float(np.median(empty / reference))))
+    return min(looks)
 
 
 def build_table(
