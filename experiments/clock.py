@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from torch import Tensor, nn
 
-from latency.measure import LatencyReport
+from latency.measure import LatencyReport, Variant, measure
 from latency.pace import Pace
 from latency.runtimes import Artifact, LatencyError, Runtime, find_runtime
-from latency.table import Fingerprint, LatencyTable, LocalDevice, quietly
+from latency.table import Fingerprint, LatencyTable, LocalDevice, measured_quietly, reference_ns
 from pruning.export import export_onnx
-
-_T = TypeVar("_T")
 
 ROUNDS = 60
 """Rounds in which networks and the dense one take turns."""
@@ -60,11 +56,16 @@ class Clock:
 
     def time(self, networks: Mapping[str, Artifact], images: Tensor, rounds: int = ROUNDS) -> LatencyReport:
         """Times of the networks, in turn, for one image; again where something else kept the processor busy."""
-        return self.quietly(partial(self.device.measure, networks, images[:1].cpu(), n_runs=rounds))
+        return measured_quietly(self.device, self.pace, networks, images[:1].cpu(), rounds)
 
-    def quietly(self, read: Callable[[], _T]) -> _T:
-        """What is read while the table's reference layer is fast; see `latency.pace.Pace.quietest`."""
-        return quietly(self.device, self.pace, read)
+    def measure(self, variants: Sequence[Variant], x: Tensor, n_runs: int) -> LatencyReport:
+        """As `latency.measure.measure`, again where something else kept the processor busy."""
+
+        def read() -> tuple[LatencyReport, float]:
+            report = measure([*variants, self.device.reference], x, n_runs=n_runs)
+            return report, reference_ns(report, self.device.runtime.name)
+
+        return self.pace.quietest(read)
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ class TableDevice:
         """Its runtime, where it is this machine."""
         return self.clock.device.runtime if self.clock else None
 
-    def quietly(self, read: Callable[[], _T]) -> _T:
-        """As `Clock.quietly`, where it is this machine; else read as it comes."""
-        return self.clock.quietly(read) if self.clock else read()
+    def measure(self, variants: Sequence[Variant], x: Tensor, n_runs: int) -> LatencyReport:
+        """As `Clock.measure`, where it is this machine; else as it comes."""
+        return self.clock.measure(variants, x, n_runs) if self.clock else measure(variants, x, n_runs=n_runs)
 
     def in_force(self) -> AbstractContextManager[None]:
         """Its threads and processors for a while, where it is this machine; else those of this process stay."""

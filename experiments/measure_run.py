@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from latency.measure import LatencyReport
 from latency.remote import RemoteDevice
 from latency.runtimes import Artifact
-from latency.table import Fingerprint, LocalDevice, TableError, pace_of, quietly
+from latency.table import Fingerprint, LocalDevice, TableError, measured_quietly, pace_of
 from latency.worker import Processor
 from pruning.export import Manifest, load_compressed, read_manifest
 from pruning.policy import CompressionPolicy
@@ -195,7 +194,7 @@ def measure_runs(
         say(f"{where}: {len(artifacts)} networks with {count(n, 'thread')}, {rounds} rounds")
         named = {network.key: artifact for network, artifact in artifacts.items()}
         pace = pace_of(device)
-        report = quietly(device, pace, partial(device.measure, named, example, n_runs=rounds))
+        report = measured_quietly(device, pace, named, example, rounds)
         if pace.warning:
             say(pace.warning)
         networks = list(artifacts)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from graph_encoder.copies import copied
-from latency.measure import Variant, measure
+from latency.measure import Variant
 from latency.runtimes import ONNXRUNTIME, PYTORCH, SPARSE, Artifact, LatencyError, Runtime, find_runtime, prepare_sparse
 from pruning.policy import CompressionPolicy
 from pruning.sparse_network import SparseNetwork
@@ -74,7 +73,7 @@ def time_in_turn(
         prepared = prepared_networks(modules, x, display) if is_sparse else {}
         started = time.perf_counter()
         variants = variants_of(modules, onnx, prepared, device.runtime)
-        report = device.quietly(partial(measure, variants, x, n_runs=n_runs))
+        report = device.measure(variants, x, n_runs)
     display.say(f"timed {len(networks)} networks in turn, {time.perf_counter() - started:.1f} s")
     if device.clock and device.clock.pace.warning:
         display.say(device.clock.pace.warning)

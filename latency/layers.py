@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from graph_encoder.network import LinearDim, NetworkGraph, Operator, Term
 from pruning.layer_policy import FULL_BITS, INTEGER_BITS
 
-from .runtimes import Artifact, LatencyError
+from .runtimes import Artifact, Fed, LatencyError
 
 _OPSET, _IR_VERSION = 17, 10
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -264,6 +264,12 @@ def layer_artifact(kind: LayerKind, inputs: int, outputs: int, takes: str) -> Ar
         msg = f"{kind}: a runtime of PyTorch modules computes in floats; build the table on one that takes ONNX"
         raise LatencyError(msg)
     return (layer_module if takes == "module" else layer_onnx)(kind, inputs, outputs)
+
+
+def reference_layer(takes: str) -> Fed:
+    """The layer whose time is the unit of tables, with its input: 3x3, 64 to 64 channels, 16x16."""
+    shape = (LayerKind("conv", (3, 3), (1, 1), (16, 16)), 64, 64)
+    return layer_artifact(*shape, takes), (layer_input(*shape),)
 
 
 def empty_artifact(takes: str) -> Artifact:

@@ -40,11 +40,13 @@ class Variant:
         model: name of the network.
         runtime: name of the runtime.
         artifact: a module or an ONNX file, whatever its bits.
+        inputs: its own, batch first, on the CPU; those of all networks if None.
     """
 
     model: str
     runtime: str
     artifact: Artifact
+    inputs: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def measure(
 
     Args:
         variants: networks and runtimes.
-        inputs: inputs of every network, batch first, on the CPU.
+        inputs: inputs of every network that has none of its own, batch first, on the CPU.
         n_runs: timed calls of each, at least 5.
         n_warmup: calls made first and thrown away.
         threads: threads of each runtime; PyTorch's present number if not given.
@@ -207,7 +209,7 @@ def measure(
         for name, runtime in runtimes.items():
             # One runtime at a time: the idle threads of another one would spin on the processors that this one needs.
             places = [place for place, variant in enumerate(variants) if variant.runtime == name]
-            timers = [_timer(runtime, variants[place].artifact, values, threads, stopwatch) for place in places]
+            timers = [_timer(runtime, variants[place], values, threads, stopwatch) for place in places]
             elapsed, waited = interleave(timers, n_runs, n_warmup)
             for place, own, waits in zip(places, elapsed, waited, strict=True):
                 timed[place] = summarise(variants[place].model, name, own, waits, threads)
@@ -313,10 +315,9 @@ def check_cpus(cpus: Sequence[int]) -> None:
         raise LatencyError(refusal)
 
 
-def _timer(
-    runtime: Runtime, artifact: Artifact, values: tuple[Tensor, ...], threads: int, stopwatch: Stopwatch
-) -> Timer:
-    return runtime.timer(runtime.load(artifact, values, threads), stopwatch)
+def _timer(runtime: Runtime, variant: Variant, values: tuple[Tensor, ...], threads: int, stopwatch: Stopwatch) -> Timer:
+    inputs = values if variant.inputs is None else variant.inputs
+    return runtime.timer(runtime.load(variant.artifact, inputs, threads), stopwatch)
 
 
 def _check(variants: Sequence[Variant], values: tuple[Tensor, ...], n_runs: int) -> None:

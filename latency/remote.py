@@ -23,9 +23,10 @@ from torch import Tensor
 
 from graph_encoder.batches import count_images
 
+from .layers import reference_layer
 from .measure import LatencyReport, summarise
 from .runtimes import ONNXRUNTIME, Artifact, Fed, LatencyError, find_runtime
-from .table import Fingerprint
+from .table import REFERENCE, Fingerprint
 from .worker import Processor, without_waits
 
 _HOME = re.compile(r"~[\w.-]*")
@@ -118,17 +119,21 @@ class RemoteDevice:
         n_runs: int = 50,
         n_warmup: int = 10,
     ) -> LatencyReport:
-        """Time ONNX files there, one call of each in turn; see `latency.measure.measure`.
+        """Time ONNX files there, and the reference layer, a settled call of each in turn.
+
+        See `latency.measure.measure`.
 
         Raises:
             RemoteError: if the machine cannot be reached, has no Python or no onnxruntime, breaks the connection, or
                 takes longer than `timeout_s`. Nothing stays behind there.
         """
         values = inputs if isinstance(inputs, tuple) else (inputs,)
-        answer = self._run([(network, values) for network in networks.values()], n_runs, n_warmup)
+        fed = [*((network, values) for network in networks.values()), reference_layer(self.takes)]
+        answer = self._run(fed, n_runs, n_warmup)
+        names = [*networks, REFERENCE]
         entries = tuple(
             summarise(name, ONNXRUNTIME, elapsed, waited, self.threads)
-            for name, elapsed, waited in zip(networks, answer["elapsed_ns"], answer["waited_ns"], strict=True)
+            for name, elapsed, waited in zip(names, answer["elapsed_ns"], answer["waited_ns"], strict=True)
         )
         cpus, versions = tuple(answer["cpus"]), {ONNXRUNTIME: str(answer["version"])}
         processor = Processor.of_json(answer["processor"])

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from graph_encoder.network import LinearDim, NetworkGraph
 from pruning.files import write_atomic
 from pruning.layer_policy import FULL_BITS
 
-from .layers import LayerKind, empty_artifact, layer_artifact, layer_input, layers_of
+from .layers import LayerKind, empty_artifact, layer_artifact, layer_input, layers_of, reference_layer
 from .measure import LatencyReport, Variant, affinity, check_cpus, measure, torch_threads
 from .pace import PAUSE_S, Pace
 from .runtimes import Artifact, Fed, LatencyError, Runtime
@@ -43,15 +43,15 @@ STAIR = 16
 """Width of a stair, in channels."""
 _STEEP = 4
 """Stairs that get knots on both sides; farther up a stair is less than a fifth of the time."""
-_REFERENCE = LayerKind("conv", (3, 3), (1, 1), (16, 16))
-_REFERENCE_CHANNELS = 64
+REFERENCE = "reference layer"
+"""Its name in the reports of devices."""
 _CHUNK = 24
 """Layers timed in turn; a table is saved after so many."""
 _ANCHOR_CALLS = 4
 """Calls of the reference layer and of the empty network before layers are timed; the last one is read."""
 
 Floats = NDArray[np.float64]
-_T = TypeVar("_T")
+Inputs = Tensor | tuple[Tensor, ...]
 
 
 class TableError(LatencyError):
@@ -120,6 +120,13 @@ class Device(Protocol):
         """Nanoseconds of each network on its inputs, interleaved: shape ``(networks, n_runs)``."""
 
 
+class MeasuringDevice(Device, Protocol):
+    """A device that says more of the networks that it times."""
+
+    def measure(self, networks: Mapping[str, Artifact], inputs: Inputs, *, n_runs: int = 50) -> LatencyReport:
+        """Times of networks that take the same inputs, and of the reference layer, called `REFERENCE`."""
+
+
 @dataclass(frozen=True)
 class LocalDevice:
     """This machine.
@@ -164,16 +171,25 @@ class LocalDevice:
         with affinity(self.cpus or None), torch_threads(self.threads):
             yield
 
+    @property
+    def reference(self) -> Variant:
+        """The reference layer, to be timed beside others."""
+        return Variant(REFERENCE, self.runtime.name, *reference_layer(self.takes))
+
     def measure(
         self,
         networks: Mapping[str, Artifact],
-        inputs: Tensor | tuple[Tensor, ...],
+        inputs: Inputs,
         *,
         n_runs: int = 50,
         n_warmup: int = 10,
     ) -> LatencyReport:
-        """Time networks that take the same inputs, a settled call of each in turn; see `latency.measure.measure`."""
+        """Time networks that take the same inputs, and the reference layer, a settled call of each in turn.
+
+        See `latency.measure.measure`.
+        """
         variants = [Variant(name, self.runtime.name, artifact) for name, artifact in networks.items()]
+        variants.append(self.reference)
         return measure(variants, inputs, n_runs=n_runs, n_warmup=n_warmup, threads=self.threads, cpus=self.cpus or None)
 
 
@@ -545,16 +561,21 @@ def pace_of(device: Device) -> Pace:
     return Pace(_quietest_look(device, n_runs=30, n_looks=3)[0])
 
 
-def quietly(device: Device, pace: Pace, read: Callable[[], _T]) -> _T:
-    """What is read while the reference layer is fast, before and after; see `Pace.quietest`."""
+def measured_quietly(
+    device: MeasuringDevice, pace: Pace, networks: Mapping[str, Artifact], inputs: Inputs, n_runs: int
+) -> LatencyReport:
+    """Times of networks in rounds in which the reference layer is fast; see `Pace.quietest`."""
 
-    def between() -> tuple[_T, float]:
-        before, _ = _quietest_look(device, n_runs=30)
-        found = read()
-        after, _ = _quietest_look(device, n_runs=30)
-        return found, max(before, after)
+    def read() -> tuple[LatencyReport, float]:
+        report = device.measure(networks, inputs, n_runs=n_runs)
+        return report, reference_ns(report, device.fingerprint.runtime)
 
-    return pace.quietest(between)
+    return pace.quietest(read)
+
+
+def reference_ns(report: LatencyReport, runtime: str) -> float:
+    """Median time of the reference layer in the rounds of a report."""
+    return 1e6 * report.entry(REFERENCE, runtime).median_ms
 
 
 def _quietest_look(device: Device, n_runs: int, n_looks: int = 1) -> tuple[float, float]:
@@ -646,6 +667,4 @@ def _layer_ratios(device: Device, shapes: Sequence[tuple[LayerKind, int, int]], 
 
 def _anchors(device: Device) -> list[Fed]:
     """The reference layer and the empty network."""
-    shape = (_REFERENCE, _REFERENCE_CHANNELS, _REFERENCE_CHANNELS)
-    reference = (layer_artifact(*shape, device.takes), (layer_input(*shape),))
-    return [reference, (empty_artifact(device.takes), (torch.zeros(1, 1),))]
+    return [reference_layer(device.takes), (empty_artifact(device.takes), (torch.zeros(1, 1),))]

@@ -21,7 +21,7 @@ from latency.layers import LayerKind
 from latency.measure import cpu_name
 from latency.remote import RemoteDevice, RemoteError
 from latency.runtimes import ONNXRUNTIME, find_runtime
-from latency.table import LocalDevice, build_table, start_table
+from latency.table import REFERENCE, LocalDevice, build_table, start_table
 
 from .test_measure import relu_onnx
 
@@ -102,6 +102,7 @@ def test_files_go_there_and_times_come_back(ssh: tuple[str, ...], scratch: Path,
     assert [(entry.model, entry.runtime, entry.n_runs) for entry in report.entries] == [
         ("content", ONNXRUNTIME, 7),
         ("path", ONNXRUNTIME, 7),
+        (REFERENCE, ONNXRUNTIME, 7),
     ]
     assert all(entry.median_ms > 0 for entry in report.entries)
     assert (report.cpu, report.batch_size, report.threads) == (cpu_name(), 2, 1)
