@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from latency.measure import LatencyReport, Variant, measure
 from latency.pace import Pace
 from latency.runtimes import Artifact, LatencyError, Runtime, find_runtime
-from latency.table import Fingerprint, LatencyTable, LocalDevice, measured_quietly, reference_ns
+from latency.table import Fingerprint, LatencyTable, LocalDevice, measured_quietly, pace_of, reference_ns
 from pruning.export import export_onnx
 
 ROUNDS = 60
@@ -26,11 +27,11 @@ class Clock:
 
     Attributes:
         device: this machine with the runtime of the table, its threads, and the processors that they stay on.
-        pace: of the table's reference layer.
+        known_ns: time of the reference layer by the table.
     """
 
     device: LocalDevice
-    pace: Pace
+    known_ns: float
 
     @classmethod
     def of_table(cls, table: LatencyTable) -> Clock:
@@ -43,7 +44,7 @@ class Clock:
         asked = table.fingerprint
         device = LocalDevice(find_runtime(asked.runtime), asked.threads, asked.cpus)
         asked.check(device.fingerprint)
-        return cls(device, Pace(table.reference_ns))
+        return cls(device, table.reference_ns)
 
     def artifact(self, network: nn.Module, images: Tensor) -> Artifact:
         """The network as the runtime takes it; ``images`` are a few inputs, on which an ONNX file is checked."""
@@ -59,13 +60,25 @@ class Clock:
         return measured_quietly(self.device, self.pace, networks, images[:1].cpu(), rounds)
 
     def measure(self, variants: Sequence[Variant], x: Tensor, n_runs: int) -> LatencyReport:
-        """As `latency.measure.measure`, again where something else kept the processor busy."""
+        """As `latency.measure.measure`; what the table's runtime does, again where something else kept it busy."""
+        runtime = self.device.runtime.name
+        own = [variant for variant in variants if variant.runtime == runtime]
+        others = [variant for variant in variants if variant.runtime != runtime]
 
         def read() -> tuple[LatencyReport, float]:
-            report = measure([*variants, self.device.reference], x, n_runs=n_runs)
-            return report, reference_ns(report, self.device.runtime.name)
+            report = measure([*own, self.device.reference], x, n_runs=n_runs)
+            return report, reference_ns(report, runtime)
 
-        return self.pace.quietest(read)
+        with self.device.in_force():
+            if not own:
+                return measure(others, x, n_runs=n_runs)
+            found = self.pace.quietest(read)
+            return found.joined(measure(others, x, n_runs=n_runs)) if others else found
+
+    @cached_property
+    def pace(self) -> Pace:
+        """Of the table's reference layer."""
+        return pace_of(self.device, self.known_ns)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ def finish_run(
     problem: SearchProblem,
     searched: SearchProblem,
     searches: Sequence[MethodSearch],
+    device: TableDevice,
     clock: PlanClock | None,
     display: RunDisplay,
     stop: StopFlag,
@@ -85,6 +86,7 @@ def finish_run(
         problem: what was asked for.
         searched: the same with the budgets that searches spent.
         searches: what each method found.
+        device: of the latency table.
         clock: that a budget of latency is kept by, if there is one.
         display: told what happens.
         stop: looked at after every epoch and network.
@@ -94,7 +96,6 @@ def finish_run(
     rows = [_row(folder, subject, problem, finalist) for finalist in finalists]
     for warning in _doubts(rows, subject.chance):
         display.say(f"warning: {warning}")
-    device = TableDevice.of(subject.config.latency.table)
     rows = _with_latencies(folder, rows, finalists, subject, device, display)
     rows, n_test = _with_test_accuracy(folder, rows, finalists, subject, display)
     outcome = _outcome(folder, subject, problem, searched, rows, device, n_test)
@@ -318,7 +319,7 @@ def _with_test_accuracy(
     for row, finalist in zip(rows, finalists, strict=True):
         judged = judge(finalist.network)
         found = {"test_accuracy": judged.double().mean().item()}
-        if finalist.tuned:
+        if finalist.tuned is not None:
             judged = judge(finalist.tuned)
             found["tuned_test_accuracy"] = judged.double().mean().item()
         digits = "".join("1" if is_right else "0" for is_right in judged.tolist())

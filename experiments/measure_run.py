@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from latency.measure import LatencyReport
 from latency.remote import RemoteDevice
-from latency.runtimes import Artifact
+from latency.runtimes import Artifact, LatencyError
 from latency.table import Fingerprint, LocalDevice, TableError, measured_quietly, pace_of
 from latency.worker import Processor
 from pruning.export import Manifest, load_compressed, read_manifest
@@ -193,13 +193,29 @@ def measure_runs(
         where = ", ".join(str(run.root) for run in runs.values())
         say(f"{where}: {len(artifacts)} networks with {count(n, 'thread')}, {rounds} rounds")
         named = {network.key: artifact for network, artifact in artifacts.items()}
-        pace = pace_of(device)
-        report = measured_quietly(device, pace, named, example, rounds)
-        if pace.warning:
-            say(pace.warning)
+        report = _measured(device, named, example, rounds, say)
         networks = list(artifacts)
         readings += [_reading(each, networks, report, device, rounds, another[each.run]) for each in networks]
     return readings
+
+
+def _measured(
+    device: LocalDevice | RemoteDevice,
+    networks: Mapping[str, Artifact],
+    example: tuple[Tensor, ...],
+    rounds: int,
+    say: Say,
+) -> LatencyReport:
+    """Times of a quiet machine where the runtime runs the layer that tells of it, else as they come."""
+    try:
+        pace = pace_of(device)
+    except LatencyError as error:
+        say(f"what a busy machine disturbs is not read again: {error}")
+        return device.measure(networks, example, n_runs=rounds)
+    report = measured_quietly(device, pace, networks, example, rounds)
+    if pace.warning:
+        say(pace.warning)
+    return report
 
 
 def _named(roots: Sequence[Path]) -> dict[str, RunFolder]:

@@ -17,11 +17,10 @@ from envs.journal import ClockReading, Journal
 from envs.space import SearchSpace
 from latency.measure import Comparison
 from latency.runtimes import Artifact, LatencyError
-from latency.table import LatencyTable
 from pruning.export import ExportError
 from pruning.policy import CompressionPolicy
 
-from .clock import ROUNDS, Clock
+from .clock import ROUNDS, Clock, TableDevice
 from .outcome import DENSE
 from .problem import SearchProblem, started_uniformly
 from .progress import RunDisplay, count
@@ -285,29 +284,32 @@ class PlanClock:
         subject: the dense network and its images.
         builder: builds the network of a plan.
         dense_ns: latency of the dense network by the table.
+        device: of the table.
     """
 
     subject: Subject
     builder: CandidateEvaluator
     dense_ns: int
+    device: TableDevice
 
     @classmethod
-    def of(cls, subject: Subject, problem: SearchProblem) -> PlanClock | None:
+    def of(cls, subject: Subject, problem: SearchProblem, device: TableDevice) -> PlanClock | None:
         """The clock of a run; None without a budget of latency, or where `LatencyConfig.clock` rules it out."""
         bound = problem.space.timed
         if bound is None or not subject.config.latency.clock:
             return None
-        return cls(subject, problem.evaluator("", lambda _: None), bound.cost.dense)
+        return cls(subject, problem.evaluator("", lambda _: None), bound.cost.dense, device)
 
     @property
     def is_absolute(self) -> bool:
         """Whether the budget is a time."""
         return any(budget.kind == "latency" and budget.absolute for budget in self.subject.config.budget)
 
-    @cached_property
+    @property
     def _clock(self) -> Clock:
-        assert self.subject.config.latency.table is not None
-        return Clock.of_table(LatencyTable.load(self.subject.config.latency.table))
+        if self.device.clock is None:
+            raise LatencyError(self.device.elsewhere)
+        return self.device.clock
 
     @cached_property
     def _dense(self) -> Artifact:

@@ -25,6 +25,7 @@ from pruning.export import unique_tensors
 from pruning.files import FileWriteError, is_disk_full, write_atomic
 from pruning.importance import rank_units
 
+from .clock import TableDevice
 from .config import ONE_SHOT, Method, RunConfig, SearchSettings
 from .finish import finish_run, rebuild_report
 from .identity import tensors_digest
@@ -169,10 +170,11 @@ def _carry_out(
     tell_precision(config.search, device, display)
     display.plan(_planned_work(config, problem))
     problem = _probed(problem, subject, display, stop)
-    clock = PlanClock.of(subject, problem)
+    target = TableDevice.of(config.latency.table)
+    clock = PlanClock.of(subject, problem, target)
     searched = problem if clock is None else spent_by_the_clock(problem, clock, display)
     searches = [_search(folder, subject, searched, method, display, stop) for method in config.search.methods]
-    return finish_run(folder, subject, problem, searched, searches, clock, display, stop)
+    return finish_run(folder, subject, problem, searched, searches, target, clock, display, stop)
 
 
 def _planned_work(config: RunConfig, problem: SearchProblem) -> dict[str, float]:

@@ -9,7 +9,16 @@ from typing import Any
 from latency.pace import Pace
 from latency.predict import LatencyModel, calibrated
 from latency.runtimes import LatencyError
-from latency.table import Calibration, Device, LatencyTable, build_table, needed_kinds, network_key, start_table
+from latency.table import (
+    Calibration,
+    Device,
+    LatencyTable,
+    build_table,
+    needed_kinds,
+    network_key,
+    pace_of,
+    start_table,
+)
 from pruning.layer_policy import FULL_BITS, INTEGER_BITS
 
 from .progress import Say
@@ -86,7 +95,8 @@ def build_named(
         else:
             table = start_table(device, n_looks=_LOOKS)
             table.save(out)
-        needed, pace = needed_kinds(network.graph, network.steps, bits), Pace(table.reference_ns)
+        needed = needed_kinds(network.graph, network.steps, bits)
+        pace = pace_of(device, table.reference_ns)
         size = "x".join(map(str, network.example.shape[1:]))
         say(f"{model}, {size} (--shape), {n_classes} outputs (--classes): {len(needed)} kinds of layer")
         table = build_table(

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latency.pace import Pace
-from latency.table import LatencyTable, TableError
+from latency.table import LatencyTable, TableError, pace_of
 
 from .progress import Say
 from .rank_correlation import spearman
@@ -107,7 +106,7 @@ def check_table(
     if integers:
         plans = [network.mixed(plan, 3, n_policies * seed + at)[at % 3] for at, plan in enumerate(plans)]
     predicted = [predicts([plan[name] for name in predicts.names]) for plan in plans]
-    pace = Pace(table.reference_ns)
+    pace = pace_of(device, table.reference_ns)
     measured = plan_ratios(device, network, plans, pace, say) * table.reference_ns
     if pace.warning:
         say(pace.warning)

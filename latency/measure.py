@@ -138,6 +138,10 @@ class LatencyReport:
         msg = f"'{model}' was not measured on '{runtime}'; measured: {[(e.model, e.runtime) for e in self.entries]}"
         raise KeyError(msg)
 
+    def joined(self, other: LatencyReport) -> LatencyReport:
+        """This report with the entries of another one of the same inputs, threads and processors."""
+        return replace(self, entries=self.entries + other.entries, versions={**self.versions, **other.versions})
+
     def compare(self, model: str, baseline: str, runtime: str = PYTORCH) -> Comparison:
         """Whether ``model`` is faster than ``baseline`` on the same runtime; see `compare`."""
         return compare(self.entry(model, runtime).times_ms, self.entry(baseline, runtime).times_ms)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from .runtimes import LatencyError
+
 _T = TypeVar("_T")
 
 BUSY = 1.05
@@ -30,35 +32,43 @@ class Pace:
 
     Attributes:
         least_ns: its least median time so far.
-        busy: readings that were taken though the layer was slow in all tries.
+        waited_for_ns: what readings are repeated for; more than the least where that was not met again.
+        busy: readings in which the layer was slow.
         readings: all of them.
     """
 
     least_ns: float = math.inf
+    waited_for_ns: float = math.inf
     busy: int = 0
     readings: int = 0
 
     def quietest(self, read: Callable[[], tuple[_T, float]]) -> _T:
         """The first of `MOST_TRIES` readings in whose rounds the reference layer was fast, else the least disturbed.
 
-        A layer that stays slow is taken to have become so: what follows is not waited for.
+        A layer that stays slow is taken to have become so: what follows is not waited for. What fails in a later try
+        does not undo the ones before.
 
         Args:
             read: reads something, and the median time of the reference layer meanwhile, in nanoseconds.
         """
+        tries = [self._seen(read())]
+        while (best := min(tries, key=lambda one: one[1]))[1] > BUSY * self.waited_for_ns and len(tries) < MOST_TRIES:
+            time.sleep(PAUSE_S)
+            try:
+                tries.append(self._seen(read()))
+            except LatencyError:
+                break
+        found, slowness = best
         self.readings += 1
-        tries: list[tuple[_T, float]] = []
-        for attempt in range(MOST_TRIES):
-            if attempt:
-                time.sleep(PAUSE_S)
-            tries.append(read())
-            best, slowness = min(tries, key=lambda one: one[1])
-            self.least_ns = min(self.least_ns, slowness)
-            if slowness <= BUSY * self.least_ns:
-                return best
-        self.busy += 1
-        self.least_ns = slowness
-        return best
+        self.busy += slowness > BUSY * self.least_ns
+        if slowness > BUSY * self.waited_for_ns:
+            self.waited_for_ns = slowness
+        return found
+
+    def _seen(self, reading: tuple[_T, float]) -> tuple[_T, float]:
+        self.least_ns = min(self.least_ns, reading[1])
+        self.waited_for_ns = min(self.waited_for_ns, reading[1])
+        return reading
 
     @property
     def warning(self) -> str:
@@ -66,6 +76,6 @@ class Pace:
         if not self.busy:
             return ""
         return (
-            f"warning: something else kept the processor busy in {self.busy} of {self.readings} readings, however "
-            "often they were repeated; times are less exact for it"
+            f"warning: in {self.busy} of {self.readings} readings the processor was slower than at its best, however "
+            "often they were repeated: something else kept it busy, or its clock is slower now; times are less exact"
         )

@@ -118,22 +118,22 @@ class RemoteDevice:
         *,
         n_runs: int = 50,
         n_warmup: int = 10,
+        with_reference: bool = False,
     ) -> LatencyReport:
-        """Time ONNX files there, and the reference layer, a settled call of each in turn.
-
-        See `latency.measure.measure`.
+        """Time ONNX files there, a settled call of each in turn; see `latency.measure.measure`.
 
         Raises:
             RemoteError: if the machine cannot be reached, has no Python or no onnxruntime, breaks the connection, or
                 takes longer than `timeout_s`. Nothing stays behind there.
         """
         values = inputs if isinstance(inputs, tuple) else (inputs,)
-        fed = [*((network, values) for network in networks.values()), reference_layer(self.takes)]
-        answer = self._run(fed, n_runs, n_warmup)
-        names = [*networks, REFERENCE]
+        fed: dict[str, Fed] = {name: (network, values) for name, network in networks.items()}
+        if with_reference:
+            fed[REFERENCE] = reference_layer(self.takes)
+        answer = self._run([*fed.values()], n_runs, n_warmup)
         entries = tuple(
             summarise(name, ONNXRUNTIME, elapsed, waited, self.threads)
-            for name, elapsed, waited in zip(names, answer["elapsed_ns"], answer["waited_ns"], strict=True)
+            for name, elapsed, waited in zip(fed, answer["elapsed_ns"], answer["waited_ns"], strict=True)
         )
         cpus, versions = tuple(answer["cpus"]), {ONNXRUNTIME: str(answer["version"])}
         processor = Processor.of_json(answer["processor"])

@@ -47,8 +47,10 @@ REFERENCE = "reference layer"
 """Its name in the reports of devices."""
 _CHUNK = 24
 """Layers timed in turn; a table is saved after so many."""
-_ANCHOR_CALLS = 4
-"""Calls of the reference layer and of the empty network before layers are timed; the last one is read."""
+_ANCHORS = 4
+"""Copies of the reference layer and of the empty network that are called one after another before layers are; the last
+one is read, as those before it have woken what they share."""
+_FEW_LOOKS = 3
 
 Floats = NDArray[np.float64]
 Inputs = Tensor | tuple[Tensor, ...]
@@ -123,8 +125,10 @@ class Device(Protocol):
 class MeasuringDevice(Device, Protocol):
     """A device that says more of the networks that it times."""
 
-    def measure(self, networks: Mapping[str, Artifact], inputs: Inputs, *, n_runs: int = 50) -> LatencyReport:
-        """Times of networks that take the same inputs, and of the reference layer, called `REFERENCE`."""
+    def measure(
+        self, networks: Mapping[str, Artifact], inputs: Inputs, *, n_runs: int = 50, with_reference: bool = False
+    ) -> LatencyReport:
+        """Times of networks that take the same inputs, if asked with the reference layer, called `REFERENCE`."""
 
 
 @dataclass(frozen=True)
@@ -183,13 +187,12 @@ class LocalDevice:
         *,
         n_runs: int = 50,
         n_warmup: int = 10,
+        with_reference: bool = False,
     ) -> LatencyReport:
-        """Time networks that take the same inputs, and the reference layer, a settled call of each in turn.
-
-        See `latency.measure.measure`.
-        """
+        """Time networks that take the same inputs, a settled call of each in turn; see `latency.measure.measure`."""
         variants = [Variant(name, self.runtime.name, artifact) for name, artifact in networks.items()]
-        variants.append(self.reference)
+        if with_reference:
+            variants.append(self.reference)
         return measure(variants, inputs, n_runs=n_runs, n_warmup=n_warmup, threads=self.threads, cpus=self.cpus or None)
 
 
@@ -556,9 +559,20 @@ def start_table(device: Device, *, n_runs: int = 200, n_looks: int = 1) -> Laten
     return LatencyTable(device.fingerprint, unit, empty)
 
 
-def pace_of(device: Device) -> Pace:
-    """How fast the reference layer runs: the quietest of a few readings."""
-    return Pace(_quietest_look(device, n_runs=30, n_looks=3)[0])
+def pace_of(device: Device, known_ns: float = math.inf) -> Pace:
+    """How fast the reference layer runs: the least of a few readings now, and of what a table says.
+
+    Raises:
+        LatencyError: if the runtime cannot run the layer.
+    """
+    try:
+        now, _ = _quietest_look(device, n_runs=30, n_looks=_FEW_LOOKS)
+    except LatencyError:
+        raise
+    except Exception as error:  # those of a runtime share no base class
+        msg = f"runtime '{device.fingerprint.runtime}' cannot run the reference layer: {error}"
+        raise LatencyError(msg) from error
+    return Pace(min(now, known_ns), min(now, known_ns))
 
 
 def measured_quietly(
@@ -567,7 +581,7 @@ def measured_quietly(
     """Times of networks in rounds in which the reference layer is fast; see `Pace.quietest`."""
 
     def read() -> tuple[LatencyReport, float]:
-        report = device.measure(networks, inputs, n_runs=n_runs)
+        report = device.measure(networks, inputs, n_runs=n_runs, with_reference=True)
         return report, reference_ns(report, device.fingerprint.runtime)
 
     return pace.quietest(read)
@@ -618,7 +632,7 @@ def build_table(
         TableError: if the table is of another device.
     """
     table.fingerprint.check(device.fingerprint)
-    pace = Pace(table.reference_ns) if pace is None else pace
+    pace = Pace(table.reference_ns, table.reference_ns) if pace is None else pace
     kinds = dict(table.kinds)
     for kind, (inputs, outputs) in needed.items():
         kinds[kind] = kinds.get(kind, KindTimes.empty(kind, inputs, outputs)).widened(inputs, outputs)
@@ -650,15 +664,15 @@ def network_ratios(device: Device, networks: Sequence[Artifact], inputs: tuple[T
 def _layer_ratios(device: Device, shapes: Sequence[tuple[LayerKind, int, int]], n_runs: int, pace: Pace) -> Floats:
     """Times of layers, whose calls do not settle: in a network all other layers run in between.
 
-    What they are compared with is to be settled, and is called several times for that; the last call is read.
+    What they are compared with is to be settled as far as it goes: see `_ANCHORS`.
     """
     networks = [(layer_artifact(*shape, device.takes), (layer_input(*shape),)) for shape in shapes]
-    repeated = [anchor for anchor in _anchors(device) for _ in range(_ANCHOR_CALLS)]
+    repeated = [anchor for anchor in _anchors(device) for _ in range(_ANCHORS)]
 
     def read() -> tuple[Floats, float]:
         times = device.times_ns([*repeated, *networks], n_runs, n_warmup=2, settled=False)
-        reference, empty = times[_ANCHOR_CALLS - 1], times[2 * _ANCHOR_CALLS - 1]
-        ratios = np.median((times[2 * _ANCHOR_CALLS :] - empty) / reference, axis=1)
+        reference, empty = times[_ANCHORS - 1], times[2 * _ANCHORS - 1]
+        ratios = np.median((times[2 * _ANCHORS :] - empty) / reference, axis=1)
         return ratios, float(np.median(reference))
 
     # The clock may read less than an empty call for the least of layers; no layer is free.

@@ -1,6 +1,6 @@
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,6 @@ OPTIONS: dict[str, Any] = {
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A cache of the tests' own, so that what a user has lying about changes nothing."""
     os.environ["SECATEUR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def each_reading_once() -> Iterator[None]:
-    """Tests keep the processor busy themselves: what they time is not read again for it, as `Pace` would."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("latency.pace.MOST_TRIES", 1)
-        yield
 
 
 @pytest.fixture(scope="session")

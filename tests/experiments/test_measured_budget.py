@@ -12,6 +12,7 @@ from torch import nn
 from envs.action import project, start_plan
 from envs.journal import Journal, JournalEntry, Purpose
 from envs.space import SearchSpace
+from experiments.clock import TableDevice
 from experiments.config import LatencyConfig, RunConfig, SearchSettings
 from experiments.interrupt import StopFlag
 from experiments.measured_budget import (
@@ -318,8 +319,8 @@ def problem_with(space: SearchSpace, journal: Journal) -> SearchProblem:
 def test_no_clock_is_asked_without_a_budget_of_latency_or_where_it_is_ruled_out(space: SearchSpace) -> None:
     untimed = problem_with(replace(space, bounds=()), Journal())
 
-    assert PlanClock.of(subject_by(clock=False), problem_with(space, Journal())) is None
-    assert PlanClock.of(subject_by(clock=True), untimed) is None
+    assert PlanClock.of(subject_by(clock=False), problem_with(space, Journal()), TableDevice()) is None
+    assert PlanClock.of(subject_by(clock=True), untimed, TableDevice()) is None
 
 
 @pytest.mark.parametrize("clock", [True, False])
@@ -474,8 +475,8 @@ def test_a_time_is_compared_with_a_time(space: SearchSpace, budget: str, expecte
     subject = SimpleNamespace(
         config=SimpleNamespace(budget=read_budgets(budget)), model=model, calibration=lambda: [images]
     )
-    plan = PlanClock(cast("Any", subject), cast("Any", SimpleNamespace(build=lambda _: model)), 4_000_000)
-    vars(plan)["_clock"] = clock
+    builder, device = SimpleNamespace(build=lambda _: model), TableDevice(clock=cast("Any", clock))
+    plan = PlanClock(cast("Any", subject), cast("Any", builder), 4_000_000, device)
 
     found = plan(space.policy(start_plan(space)), 9)
 
@@ -488,8 +489,8 @@ def test_a_plan_that_cannot_be_exported_is_not_measured_and_stays(space: SearchS
         raise ExportError(msg)
 
     subject = SimpleNamespace(model=nn.Identity(), calibration=lambda: [torch.zeros(2, 3, 8, 8)])
-    clock = PlanClock(cast("Any", subject), cast("Any", None), 1)
-    vars(clock)["_clock"] = SimpleNamespace(artifact=refused)
+    device = TableDevice(clock=cast("Any", SimpleNamespace(artifact=refused)))
+    clock = PlanClock(cast("Any", subject), cast("Any", None), 1, device)
     policy = space.policy(start_plan(space))
 
     measured = kept(policy, space, clock)
