@@ -11,10 +11,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from latency.device import Fingerprint, LocalDevice, measured_quietly, pace_of, reference_ns
 from latency.measure import LatencyReport, Variant, measure
 from latency.pace import Pace
 from latency.runtimes import Artifact, LatencyError, Runtime, find_runtime
-from latency.table import Fingerprint, LatencyTable, LocalDevice, measured_quietly, pace_of, reference_ns
+from latency.table import LatencyTable
 from pruning.export import export_onnx
 
 ROUNDS = 60

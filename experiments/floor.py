@@ -13,9 +13,10 @@ from envs.evaluator import CandidateEvaluator
 from envs.space import KEEP_LESS, SPARE_LESS, SearchSpace
 from graph_encoder.network import NetworkGraph
 from latency.budget import Budget, BudgetError, in_words, least_in_words
+from latency.device import TableError
 from latency.measure import Comparison
 from latency.runtimes import LatencyError
-from latency.table import LatencyTable, TableError
+from latency.table import LatencyTable
 
 from .clock import Clock
 from .config import ConfigError, Decision, RunConfig

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from latency.device import Fingerprint, LocalDevice, TableError, measured_quietly, pace_of
 from latency.measure import LatencyReport
 from latency.remote import RemoteDevice
 from latency.runtimes import Artifact, LatencyError
-from latency.table import Fingerprint, LocalDevice, TableError, measured_quietly, pace_of
 from latency.worker import Processor
 from pruning.export import Manifest, load_compressed, read_manifest
 from pruning.policy import CompressionPolicy

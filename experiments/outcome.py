@@ -16,9 +16,9 @@ from rich.text import Text
 from envs.journal import ClockReading
 from latency.budget import Budget, in_words
 from latency.cost import CostKind
+from latency.device import Fingerprint
 from latency.measure import LatencyEntry
 from latency.runtimes import ONNXRUNTIME, PYTORCH, SPARSE
-from latency.table import Fingerprint
 
 from .machine import Machine
 

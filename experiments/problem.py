@@ -32,8 +32,9 @@ from graph_encoder.network import NetworkGraph
 from latency.budget import Budget, BudgetError
 from latency.cost import CostModel
 from latency.decision import layer_decisions
+from latency.device import TableError
 from latency.predict import LatencyModel
-from latency.table import LatencyTable, TableError
+from latency.table import LatencyTable
 from latency.worker import Processor
 from pruning.calibration import RangeMethod
 from pruning.layer_policy import LayerPolicy

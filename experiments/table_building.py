@@ -6,19 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latency.device import Device, pace_of
 from latency.pace import Pace
 from latency.predict import LatencyModel, calibrated
 from latency.runtimes import LatencyError
-from latency.table import (
-    Calibration,
-    Device,
-    LatencyTable,
-    build_table,
-    needed_kinds,
-    network_key,
-    pace_of,
-    start_table,
-)
+from latency.table import Calibration, LatencyTable, build_table, needed_kinds, network_key, start_table
 from pruning.layer_policy import FULL_BITS, INTEGER_BITS
 
 from .progress import Say

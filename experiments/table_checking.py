@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latency.table import LatencyTable, TableError, pace_of
+from latency.device import TableError, pace_of
+from latency.table import LatencyTable
 
 from .progress import Say
 from .rank_correlation import spearman

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from latency.device import LocalDevice
 from latency.remote import RemoteDevice, RemoteError
 from latency.runtimes import ONNXRUNTIME, LatencyError, find_runtime
-from latency.table import LocalDevice
 
 
 @dataclass(frozen=True)

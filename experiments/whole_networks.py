@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from latency.device import Device
 from latency.pace import Pace
 from latency.runtimes import Artifact
 from latency.sliced import sliced_onnx
-from latency.table import Device, network_ratios
+from latency.table import network_ratios
 from pruning.export import export_marked, export_onnx
 from pruning.policy import CompressionPolicy
 from pruning.qdq import MarkedNetwork

@@ -16,10 +16,11 @@ from graph_encoder.network import LinearDim, NetworkGraph
 from pruning.layer_policy import FULL_BITS, INTEGER_BITS
 
 from .decision import LayerDecision
+from .device import TableError
 from .integers import IntegerFlow, State
 from .layers import Layer, LayerKind, layers_of
 from .runtimes import LatencyError
-from .table import Calibration, KindTimes, LatencyTable, TableError, network_key
+from .table import Calibration, KindTimes, LatencyTable, network_key
 
 Floats = NDArray[np.float64]
 _PRIOR = 0.02

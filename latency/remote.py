@@ -23,10 +23,10 @@ from torch import Tensor
 
 from graph_encoder.batches import count_images
 
+from .device import REFERENCE, Fingerprint
 from .layers import reference_layer
 from .measure import LatencyReport, summarise
 from .runtimes import ONNXRUNTIME, Artifact, Fed, LatencyError, find_runtime
-from .table import REFERENCE, Fingerprint
 from .worker import Processor, without_waits
 
 _HOME = re.compile(r"~[\w.-]*")

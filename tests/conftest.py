@@ -9,5 +9,5 @@ def each_reading_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("latency.pace.MOST_TRIES", 1)
         patch.setattr("latency.pace.PAUSE_S", 0.0)
-        patch.setattr("latency.table.PAUSE_S", 0.0)
+        patch.setattr("latency.device.PAUSE_S", 0.0)
         yield

@@ -18,8 +18,9 @@ from experiments.search import search_space
 from experiments.timed_network import TimedNetwork
 from latency.budget import Budget, least_in_words
 from latency.decision import layer_decisions
+from latency.device import Fingerprint
 from latency.measure import Comparison
-from latency.table import Fingerprint, LatencyTable, build_table, needed_kinds, start_table
+from latency.table import LatencyTable, build_table, needed_kinds, start_table
 from tests.latency.synthetic import SLIDE_RULE, FormulaDevice, IntegerFormulaDevice, as_calibrated
 
 Command = Callable[..., Any]

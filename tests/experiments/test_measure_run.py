@@ -13,8 +13,8 @@ from experiments.measure_run import SavedLatency
 from experiments.outcome import DENSE
 from experiments.progress import RunDisplay
 from experiments.search import start_run
+from latency.device import LocalDevice
 from latency.measure import LatencyReport
-from latency.table import LocalDevice
 from latency.worker import Processor, allowed_cpus
 
 Command = Callable[..., Any]

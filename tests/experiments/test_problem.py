@@ -18,16 +18,8 @@ from experiments.problem import (
 )
 from graph_encoder.capture import capture
 from latency.budget import Budget
-from latency.table import (
-    Calibration,
-    Fingerprint,
-    LatencyTable,
-    TableError,
-    build_table,
-    needed_kinds,
-    network_key,
-    start_table,
-)
+from latency.device import Fingerprint, TableError
+from latency.table import Calibration, LatencyTable, build_table, needed_kinds, network_key, start_table
 from latency.worker import Processor
 from pruning.importance import rank_units
 from tests.latency.synthetic import IntegerFormulaDevice, as_calibrated

@@ -21,7 +21,7 @@ from experiments.run import (
     numbered_folder,
     refuse_existing,
 )
-from latency.table import TableError
+from latency.device import TableError
 from pruning.files import FileWriteError
 
 from .outcomes import MACHINE, outcome

@@ -9,7 +9,8 @@ import pytest
 from experiments import table_building
 from experiments.run import locked
 from experiments.timed_network import TimedNetwork
-from latency.table import Device, LatencyTable
+from latency.device import Device
+from latency.table import LatencyTable
 
 Command = Callable[..., Any]
 TINY = ("--model", "tests.experiments.tiny:network", "--shape", "1,8,8", "--classes", "3")

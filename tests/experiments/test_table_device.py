@@ -21,9 +21,10 @@ from experiments.report import render_report
 from experiments.search import start_run
 from experiments.turns import variants_of
 from graph_encoder.capture import capture
+from latency.device import LocalDevice, TableError
 from latency.measure import Comparison
 from latency.runtimes import PYTORCH, Artifact, OnnxRuntime, PyTorchEager, find_runtime
-from latency.table import LatencyTable, LocalDevice, TableError, build_table, needed_kinds, start_table
+from latency.table import LatencyTable, build_table, needed_kinds, start_table
 from latency.worker import Processor, allowed_cpus
 from tests.latency.synthetic import FormulaDevice, as_calibrated
 

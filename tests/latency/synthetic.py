@@ -11,8 +11,9 @@ import onnx
 from torch import nn
 
 from graph_encoder.network import NetworkGraph
+from latency.device import Fingerprint
 from latency.runtimes import Artifact, Fed
-from latency.table import Calibration, Fingerprint, LatencyTable, network_key
+from latency.table import Calibration, LatencyTable, network_key
 from latency.worker import Processor
 
 EMPTY_NS = 5_000

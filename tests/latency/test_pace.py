@@ -7,11 +7,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from experiments.clock import Clock, TableDevice
+from latency.device import REFERENCE, LocalDevice, pace_of
 from latency.layers import LayerKind
 from latency.measure import LatencyReport, Variant, summarise
 from latency.pace import BUSY, Pace
 from latency.runtimes import ONNXRUNTIME, PYTORCH, Artifact, Fed, LatencyError, PyTorchEager, find_runtime
-from latency.table import REFERENCE, LocalDevice, build_table, network_ratios, pace_of, start_table
+from latency.table import build_table, network_ratios, start_table
 
 from .synthetic import FormulaDevice
 

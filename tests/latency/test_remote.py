@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import nn
 
+from latency.device import REFERENCE, LocalDevice
 from latency.layers import LayerKind
 from latency.measure import cpu_name
 from latency.remote import RemoteDevice, RemoteError
 from latency.runtimes import ONNXRUNTIME, find_runtime
-from latency.table import REFERENCE, LocalDevice, build_table, start_table
+from latency.table import build_table, start_table
 
 from .test_measure import relu_onnx
 

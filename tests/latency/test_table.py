@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from graph_encoder.capture import capture
 from graph_encoder.network import LinearDim, NetworkGraph
 from latency.decision import layer_decisions
+from latency.device import Fingerprint, LocalDevice, TableError
 from latency.layers import LayerKind
 from latency.predict import LatencyModel, calibrated
 from latency.runtimes import ONNXRUNTIME, Artifact, LatencyError, PyTorchEager, find_runtime
 from latency.table import (
     Calibration,
-    Fingerprint,
     KindTimes,
     LatencyTable,
-    LocalDevice,
-    TableError,
     build_table,
     class_of,
     knots_of,
