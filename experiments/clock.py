@@ -76,6 +76,11 @@ class Clock:
             found = self.pace.quietest(read)
             return found.joined(measure(others, x, n_runs=n_runs)) if others else found
 
+    @property
+    def warning(self) -> str:
+        """What to tell of readings that were disturbed; empty if none was, or none was made."""
+        return self.pace.warning if "pace" in vars(self) else ""
+
     @cached_property
     def pace(self) -> Pace:
         """Of the table's reference layer."""

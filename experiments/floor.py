@@ -154,8 +154,8 @@ def find_floors(
     else:
         ratios = _measured(clock, model, graph, list(spaces.values()), images)
         floors = [replace(floor, measured=ratio) for floor, ratio in zip(floors, ratios, strict=True)]
-        if clock.pace.warning:
-            notes.append(clock.pace.warning)
+        if clock.warning:
+            notes.append(clock.warning)
     limit = asked.limit(floors[0].dense_ns) if asked else None
     refusal = None
     if limit is not None:

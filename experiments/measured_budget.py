@@ -275,7 +275,7 @@ def _refusing(reason: str) -> TimeShare:
 
 @dataclass(frozen=True)
 class PlanClock:
-    """Times plans against the dense network; before the first, no clock is asked for and nothing is exported.
+    """Times plans against the dense network; before the first, nothing is timed and nothing is exported.
 
     Where the budget is a time and no share, it says how long a plan takes over what the table says of the dense
     network: an error of the table's there would be one of the plan's.

@@ -189,7 +189,7 @@ def _figure_sections(outcome: RunOutcome, plans: Sequence[Plan]) -> list[str]:
                 "Measured time",
                 " ".join(
                     [
-                        f"CPU, {count(outcome.timed_threads, 'thread')}, all networks interleaved in one run. "
+                        f"CPU, {count(outcome.timed_threads, 'thread')}, all networks of one runtime in turn. "
                         "Multiply-adds are not time: small layers, memory traffic and the runtime decide how much of "
                         "the saving arrives.",
                         *speed_notes(outcome),

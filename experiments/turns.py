@@ -51,7 +51,7 @@ class Times:
 def time_in_turn(
     networks: Mapping[str, FinishedNetwork], x: Tensor, n_runs: int, device: TableDevice, display: RunDisplay
 ) -> dict[str, Times]:
-    """Time all networks in one interleaved run on the CPU, as the device does that they were searched for.
+    """Time all networks on the CPU, those of one runtime in turn, as the device does that they were searched for.
 
     Args:
         networks: by name, the dense one as `DENSE`.
@@ -75,8 +75,8 @@ def time_in_turn(
         variants = variants_of(modules, onnx, prepared, device.runtime)
         report = device.measure(variants, x, n_runs)
     display.say(f"timed {len(networks)} networks in turn, {time.perf_counter() - started:.1f} s")
-    if device.clock and device.clock.pace.warning:
-        display.say(device.clock.pace.warning)
+    if device.clock and device.clock.warning:
+        display.say(device.clock.warning)
     dense = {entry.runtime: entry for entry in report.entries if entry.model == DENSE}
     return {
         name: Times(

@@ -61,7 +61,7 @@ class Pace:
         found, slowness = best
         self.readings += 1
         self.busy += slowness > BUSY * self.least_ns
-        if slowness > BUSY * self.waited_for_ns:
+        if slowness > BUSY * self.waited_for_ns and len(tries) == MOST_TRIES:
             self.waited_for_ns = slowness
         return found
 

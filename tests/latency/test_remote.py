@@ -99,7 +99,9 @@ def emptied(folder: Path) -> bool:
 def test_files_go_there_and_times_come_back(ssh: tuple[str, ...], scratch: Path, tmp_path: Path) -> None:
     path = tmp_path / "relu.onnx"
     path.write_bytes(relu_onnx())
-    report = device(ssh).measure({"content": relu_onnx(), "path": path}, torch.zeros(2, 3, 4, 4), n_runs=7)
+    report = device(ssh).measure(
+        {"content": relu_onnx(), "path": path}, torch.zeros(2, 3, 4, 4), n_runs=7, with_reference=True
+    )
     assert [(entry.model, entry.runtime, entry.n_runs) for entry in report.entries] == [
         ("content", ONNXRUNTIME, 7),
         ("path", ONNXRUNTIME, 7),
