@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from latency.device import Fingerprint, LocalDevice, measured_quietly, pace_of, reference_ns
+from latency.device import Fingerprint, LocalDevice, measured_quietly, pace_of
 from latency.measure import LatencyReport, Variant, measure
 from latency.pace import Pace
 from latency.runtimes import Artifact, LatencyError, Runtime, find_runtime
@@ -63,17 +63,12 @@ class Clock:
     def measure(self, variants: Sequence[Variant], x: Tensor, n_runs: int) -> LatencyReport:
         """As `latency.measure.measure`; what the table's runtime does, again where something else kept it busy."""
         runtime = self.device.runtime.name
-        own = [variant for variant in variants if variant.runtime == runtime]
+        own = {variant.model: variant.artifact for variant in variants if variant.runtime == runtime}
         others = [variant for variant in variants if variant.runtime != runtime]
-
-        def read() -> tuple[LatencyReport, float]:
-            report = measure([*own, self.device.reference], x, n_runs=n_runs)
-            return report, reference_ns(report, runtime)
-
         with self.device.in_force():
             if not own:
                 return measure(others, x, n_runs=n_runs)
-            found = self.pace.quietest(read)
+            found = measured_quietly(self.device, self.pace, own, x, n_runs)
             return found.joined(measure(others, x, n_runs=n_runs)) if others else found
 
     @property

@@ -149,11 +149,6 @@ class LocalDevice:
         with affinity(self.cpus or None), torch_threads(self.threads):
             yield
 
-    @property
-    def reference(self) -> Variant:
-        """The reference layer, to be timed beside others."""
-        return Variant(REFERENCE, self.runtime.name, *reference_layer(self.takes))
-
     def measure(
         self,
         networks: Mapping[str, Artifact],
@@ -166,7 +161,7 @@ class LocalDevice:
         """Time networks that take the same inputs, a settled call of each in turn; see `latency.measure.measure`."""
         variants = [Variant(name, self.runtime.name, artifact) for name, artifact in networks.items()]
         if with_reference:
-            variants.append(self.reference)
+            variants.append(Variant(REFERENCE, self.runtime.name, *reference_layer(self.takes)))
         return measure(variants, inputs, n_runs=n_runs, n_warmup=n_warmup, threads=self.threads, cpus=self.cpus or None)
 
 
@@ -183,7 +178,7 @@ def pace_of(device: Device, known_ns: float = math.inf) -> Pace:
     except Exception as error:  # those of a runtime share no base class
         msg = f"runtime '{device.fingerprint.runtime}' cannot run the reference layer: {error}"
         raise LatencyError(msg) from error
-    return Pace(min(now, known_ns), min(now, known_ns))
+    return Pace(min(now, known_ns))
 
 
 def measured_quietly(
@@ -193,14 +188,9 @@ def measured_quietly(
 
     def read() -> tuple[LatencyReport, float]:
         report = device.measure(networks, inputs, n_runs=n_runs, with_reference=True)
-        return report, reference_ns(report, device.fingerprint.runtime)
+        return report, 1e6 * report.entry(REFERENCE, device.fingerprint.runtime).median_ms
 
     return pace.quietest(read)
-
-
-def reference_ns(report: LatencyReport, runtime: str) -> float:
-    """Median time of the reference layer in the rounds of a report."""
-    return 1e6 * report.entry(REFERENCE, runtime).median_ms
 
 
 def quietest_look(device: Device, n_runs: int, n_looks: int = 1) -> tuple[float, float]:

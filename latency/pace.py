@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from .runtimes import LatencyError
@@ -38,9 +38,12 @@ class Pace:
     """
 
     least_ns: float = math.inf
-    waited_for_ns: float = math.inf
+    waited_for_ns: float = field(init=False)
     busy: int = 0
     readings: int = 0
+
+    def __post_init__(self) -> None:
+        self.waited_for_ns = self.least_ns
 
     def quietest(self, read: Callable[[], tuple[_T, float]]) -> _T:
         """The first of `MOST_TRIES` readings in whose rounds the reference layer was fast, else the least disturbed.

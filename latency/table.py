@@ -438,7 +438,7 @@ def build_table(
         TableError: if the table is of another device.
     """
     table.fingerprint.check(device.fingerprint)
-    pace = Pace(table.reference_ns, table.reference_ns) if pace is None else pace
+    pace = Pace(table.reference_ns) if pace is None else pace
     kinds = dict(table.kinds)
     for kind, (inputs, outputs) in needed.items():
         kinds[kind] = kinds.get(kind, KindTimes.empty(kind, inputs, outputs)).widened(inputs, outputs)

@@ -30,14 +30,14 @@ def readings(*of_reference: float) -> Iterator[tuple[int, float]]:
 
 
 def test_a_quiet_reading_is_taken_at_once() -> None:
-    pace, told = Pace(QUIET, QUIET), readings(QUIET * BUSY, 1.0)
+    pace, told = Pace(QUIET), readings(QUIET * BUSY, 1.0)
 
     assert pace.quietest(lambda: next(told)) == 0
     assert (pace.least_ns, pace.warning) == (QUIET, "")
 
 
 def test_a_disturbed_reading_is_repeated_until_one_is_quiet() -> None:
-    pace, told = Pace(QUIET, QUIET), readings(130.0, 120.0, 104.0, QUIET)
+    pace, told = Pace(QUIET), readings(130.0, 120.0, 104.0, QUIET)
 
     assert pace.quietest(lambda: next(told)) == 2
     assert pace.warning == ""
@@ -54,7 +54,7 @@ def test_a_faster_reading_shows_that_the_one_before_was_disturbed() -> None:
 
 def test_the_least_disturbed_is_taken_where_none_is_quiet_and_what_stays_slow_is_not_waited_for() -> None:
     slow = [150.0, 140.0, 145.0, 142.0]
-    pace, told = Pace(QUIET, QUIET), readings(*slow, 143.0, QUIET, 143.0, QUIET)
+    pace, told = Pace(QUIET), readings(*slow, 143.0, QUIET, 143.0, QUIET)
 
     assert [pace.quietest(lambda: next(told)) for _ in range(4)] == [1, 4, 5, 7]
     # The second was slow as well, though it was not read again.
@@ -72,7 +72,7 @@ def test_what_fails_in_a_later_try_does_not_undo_the_ones_before() -> None:
         msg = "the connection was cut"
         raise LatencyError(msg)
 
-    pace, told = Pace(QUIET, QUIET), readings(150.0, 140.0)
+    pace, told = Pace(QUIET), readings(150.0, 140.0)
 
     assert pace.quietest(lambda: broken(told)) == 1
     with pytest.raises(LatencyError, match="cut"):
@@ -103,7 +103,8 @@ def test_only_what_the_tables_runtime_does_is_read_again(monkeypatch: pytest.Mon
         entries = [summarise(each.model, each.runtime, [int(1e6 * slow)] * 9, [0] * 9, 1) for each in variants]
         return LatencyReport(tuple(entries), 1, 1, "", (), {})
 
-    monkeypatch.setattr("experiments.clock.measure", timed)
+    for room in ("experiments.clock", "latency.device"):
+        monkeypatch.setattr(f"{room}.measure", timed)
     variants = [Variant("file", ONNXRUNTIME, b""), Variant("module", PYTORCH, nn.Identity())]
     device = TableDevice(clock=Clock(LocalDevice(find_runtime(ONNXRUNTIME)), QUIET))
 
@@ -152,7 +153,7 @@ def test_tables_and_whole_networks_are_those_of_a_quiet_machine() -> None:
     networks = [nn.Conv2d(n, n, 3) for n in (16, 64)]
 
     found = build_table(start_table(disturbed), disturbed, NEEDED)
-    times = network_ratios(disturbed, networks, (torch.zeros(1),), Pace(found.reference_ns, found.reference_ns))
+    times = network_ratios(disturbed, networks, (torch.zeros(1),), Pace(found.reference_ns))
 
     assert found.kinds[CONV].ratios == pytest.approx(expected.kinds[CONV].ratios)
     assert times == pytest.approx(network_ratios(quiet, networks, (torch.zeros(1),), pace_of(quiet)))

@@ -497,6 +497,22 @@ def test_points_of_a_curve_from_several_processors_are_told_apart(tmp_path: Path
     assert "Searched for on 2 processors: oak (channels 20 %, both 20 %); elm (bits 30 %)." in lines
 
 
+def test_a_table_of_methods_says_where_plans_were_searched_for_and_latencies_read(tmp_path: Path) -> None:
+    name = "resnet18_cifar-methods-seed0"
+    finish(tmp_path, name, {}, **dict.fromkeys(JOINT_METHODS, 0.5))
+    timed(tmp_path, name, "ppo", 0.1)
+    title, path = "ResNet-18 at 10% latency, before fine-tuning", tmp_path / name / "results.json"
+    assert not any("another device" in line for line in section(render_page(tmp_path, NAMES, "ppo"), title))
+    found = RunOutcome.load(path)
+    machine = found.machine.model_copy(update={"processor": "elm"})
+    path.write_text(found.model_copy(update={"machine": machine}).model_dump_json())
+
+    lines = section(render_page(tmp_path, NAMES, "ppo"), title)
+
+    read = f"latency was read on {MACHINE.processor}, another device."
+    assert f"Searched for on elm, with its table; {read}" in lines
+
+
 def test_the_page_says_where_latencies_were_read(tmp_path: Path) -> None:
     finish(tmp_path, "resnet18_cifar-curve-both-20", {}, ppo=0.5)
     assert "Latencies are" not in render_page(tmp_path, NAMES, "ppo")
