@@ -12,7 +12,7 @@ from torch import nn
 from envs.action import decode
 from envs.evaluator import CandidateEvaluator
 from envs.journal import Journal
-from latency.cost import count_macs, count_nonzero, predict_cost
+from latency.cost import count_nonzero, predict_cost
 from pruning.export import ExportError, export_onnx, save_compressed
 from pruning.policy import CompressionPolicy
 
@@ -102,7 +102,7 @@ def _applied(
         channels_last=True,
         autocast=settings.autocast,
     )
-    return _saved(subject, builder, policy, out, display)
+    return _saved(subject, builder, policy, out, display, stop)
 
 
 def _apply_agent(
@@ -125,10 +125,10 @@ def _apply_agent(
     uniform = decode(np.zeros(problem.space.n), problem.space)
     evaluate = subject.evaluate_on_validation()
     uniform_network = evaluator.build(uniform)
-    saved, uniform_accuracy = _saved(subject, evaluator, policy, out, display), evaluate(uniform_network)
+    saved, uniform_accuracy = _saved(subject, evaluator, policy, out, display, stop), evaluate(uniform_network)
     return saved | {
         "uniform_accuracy": uniform_accuracy,
-        "uniform_macs": count_macs(uniform_network, subject.example(2)),
+        "uniform_macs": count_nonzero(uniform_network, subject.graph, uniform, subject.example(2))[0],
         "verdict": agent_verdict(saved["accuracy"], uniform_accuracy, evaluations),
     }
 
@@ -153,11 +153,18 @@ def agent_verdict(accuracy: float, uniform_accuracy: float, evaluations: int) ->
 
 
 def _saved(
-    subject: Subject, builder: CandidateEvaluator, policy: CompressionPolicy, out: Path, display: RunDisplay
+    subject: Subject,
+    builder: CandidateEvaluator,
+    policy: CompressionPolicy,
+    out: Path,
+    display: RunDisplay,
+    stop: StopFlag,
 ) -> dict[str, Any]:
-    """Build, save and score the network that ``policy`` leaves."""
+    """Build, save and score the network that ``policy`` leaves; once it is saved, nothing stops what is left."""
     evaluate, example = subject.evaluate_on_validation(), subject.example(2)
+    stop.check()
     network = builder.build(policy)
+    stop.check()
     save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
     if epochs := subject.config.finetune.epochs:
         display.say(

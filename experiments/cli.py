@@ -152,24 +152,37 @@ def search(
     stem = Path(config).stem if config else resolved.model.name.rpartition(":")[2]
     command = ["secateur", *sys.argv[1:]]
 
-    def work(display: RunDisplay, stop: StopFlag) -> RunOutcome:
+    def work(display: RunDisplay, stop: StopFlag) -> tuple[Path, RunOutcome]:
         while out is None:
             # Another run that is started at the same time may take the number first.
             with suppress(RunExistsError):
-                return start_run(resolved, numbered_folder(Path("runs"), stem), command, display, stop)
-        return start_run(resolved, out, command, display, stop)
+                root = numbered_folder(Path("runs"), stem)
+                return root, start_run(resolved, root, command, display, stop)
+        return out, start_run(resolved, out, command, display, stop)
 
     outcome = _run(as_json, work, resolved)
     _end_without_speedup(missing_speedups(outcome) if require_speedup else [])
 
 
 @app.command()
-def resume(run: RunPath, require_speedup: RequireSpeedup = False, as_json: AsJson = False) -> None:
+def resume(
+    run: RunPath,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="A key that no evaluation depends on: finetune.*, measure.*, device, threads, data.download."
+        ),
+    ] = None,
+    require_speedup: RequireSpeedup = False,
+    as_json: AsJson = False,
+) -> None:
     """Continue a run that was stopped or killed."""
+    from .config import parse_setting
     from .outcome import missing_speedups
     from .search import resume_run
 
-    outcome = _run(as_json, lambda display, stop: resume_run(run, display, stop))
+    changes = dict(map(parse_setting, settings or []))
+    outcome = _run(as_json, lambda display, stop: (run, resume_run(run, display, stop, changes)))
     _end_without_speedup(missing_speedups(outcome) if require_speedup else [])
 
 
@@ -179,7 +192,7 @@ def report(run: RunPath, as_json: AsJson = False) -> None:
     from .finish import rebuild_report
     from .run import RunFolder
 
-    _run(as_json, lambda display, stop: rebuild_report(RunFolder.open(run), display))
+    _run(as_json, lambda display, stop: (run, rebuild_report(RunFolder.open(run), display)))
 
 
 @app.command()
@@ -497,9 +510,13 @@ def main() -> None:
         if isinstance(error, Interrupted):
             print(error, file=sys.stderr)
             sys.exit(130)
-        if not isinstance(error, USER_ERRORS):
+        if not isinstance(error, (*USER_ERRORS, PermissionError)):
             raise
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        # Of a path below a folder that may not be entered not even what is there can be asked.
+        refused = (
+            isinstance(error, PermissionError) and f"no permission for '{error.filename}': grant it, or name another"
+        )
+        print("\n".join([f"error: {refused or error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         sys.exit(1)
 
 
@@ -512,9 +529,9 @@ def _configuration(config: str | None, options: dict[str, Any], settings: list[s
 
 
 def _run(
-    as_json: bool, work: Callable[[RunDisplay, StopFlag], RunOutcome], config: RunConfig | None = None
+    as_json: bool, work: Callable[[RunDisplay, StopFlag], tuple[Path, RunOutcome]], config: RunConfig | None = None
 ) -> RunOutcome:
-    """Carry out a run and print its outcome; ``config`` is that of a run which starts."""
+    """Carry out a run, which gives its folder and outcome, and print it; ``config`` is that of a run which starts."""
     from rich.console import Console
 
     from .interrupt import stop_on_signals
@@ -527,10 +544,10 @@ def _run(
         _digits_told(config, display),
         _stdout_kept(as_json),
     ):
-        outcome = work(display, stop)
+        root, outcome = work(display, stop)
     console = Console()
     if as_json:
-        print(outcome.model_dump_json(indent=2))
+        print(json.dumps({"run": str(root)} | outcome.model_dump(mode="json"), indent=2))
         return outcome
     if console.is_terminal:
         console.print(*result_tables(outcome, console.width), sep="\n")

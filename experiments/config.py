@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from agent.config import AgentConfig, DDPGConfig, PPOConfig
-from envs.reward import GALEN, GALEN_BETA
+from envs.reward import GALEN, GALEN_BETA, REWARDS
 from latency.budget import Budget, read_budgets
 from latency.decision import DENSITIES, LayerChoice
 from pruning.calibration import RangeMethod
@@ -21,6 +21,7 @@ from pruning.importance import Criterion
 from pruning.layer_policy import FULL_BITS, LayerPolicy
 
 from .data import DataRecipe
+from .user_function import is_reference
 
 Method = Literal["uniform", "magnitude", "sensitivity", "greedy", "knapsack", "random", "cem", "ppo", "ddpg"]
 Environment = Literal["network", "layerwise"]
@@ -162,6 +163,31 @@ class SearchSettings(_Section):
             msg = "sparsity is the pattern that zeros follow; to decide no density, leave it out of search.decide"
             raise ValueError(msg)
         return sparsity
+
+    @field_validator("reward")
+    @classmethod
+    def _is_a_reward(cls, reward: str | None) -> str | None:
+        known = [*REWARDS, GALEN]
+        if reward is not None and reward not in known and not is_reference(reward):
+            msg = f"unknown reward '{reward}'{_nearest(reward, known)}, or package.module:function"
+            raise ValueError(msg)
+        return reward
+
+    @model_validator(mode="after")
+    def _chooses_among_what_is_decided(self) -> Self:
+        choices = {
+            "sparsity": ("density", "density" in self.decide),
+            "densities": ("density", "density" in self.decide),
+            "bits": ("bits, weight_bits or act_bits", self.decides_bits),
+            "reduce_range": ("bits", self.decides_bits),
+        }
+        for name, (decision, is_decided) in choices.items():
+            value = getattr(self, name)
+            if not is_decided and value != type(self).model_fields[name].default:
+                found = ", ".join(map(str, value)) if isinstance(value, tuple) else value
+                msg = f"{name} is {found}, and decide names no {decision}: add it to search.decide, or leave {name} out"
+                raise ValueError(msg)
+        return self
 
     @property
     def layer_choices(self) -> tuple[LayerChoice, ...]:

@@ -18,7 +18,7 @@ from graph_encoder.modes import evaluation_mode, mixed_precision
 from pruning.integer_network import in_integers
 
 from .image_folder import classes_and_size, first_image, read_image_folder
-from .images import DataError, ImageSplit, MissingSplitError, choose, read_list
+from .images import DataError, ImageSplit, MissingSplitError, Scaling, choose, read_list
 from .sources import FunctionSource, check_built_in, read_bundled, read_cifar
 from .user_function import is_reference
 
@@ -91,6 +91,9 @@ class DataRecipe(BaseModel):
     """Images that only the report reads, once."""
     size: int | None = Field(default=None, ge=1)
     """Height and width in pixels that images are brought to; unset takes them as they are."""
+    resize: int | None = Field(default=None, ge=1)
+    """Pixels that the shorter side is scaled to before the centre is cut out, at least ``size``; unset scales it to
+    ``size``. Networks of ImageNet that read 224 pixels were mostly tested with 256."""
     grayscale: bool = False
     """Read an image folder with one channel in place of three."""
     crop_padding: int = Field(default=4, ge=0)
@@ -101,6 +104,11 @@ class DataRecipe(BaseModel):
     """Mean of each channel, of values in 0 to 1."""
     std: tuple[float, ...] = ()
     """Standard deviation of each channel, of values in 0 to 1."""
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """What images are brought to; None takes them as they are."""
+        return Scaling(self.size, self.resize or self.size) if self.size is not None else None
 
     @property
     def is_chosen(self) -> bool:
@@ -120,6 +128,12 @@ class DataRecipe(BaseModel):
     def _check(self) -> "DataRecipe":
         if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
             msg = f"mean and std need one value for each channel, std above 0; found mean {self.mean}, std {self.std}"
+            raise ValueError(msg)
+        if self.resize is not None and self.resize < (self.size or self.resize + 1):
+            msg = (
+                f"resize is {self.resize} and size {self.size}: images are scaled until the shorter side has resize "
+                "pixels, and size is what is cut out of them; give a size, and a resize of at least as much"
+            )
             raise ValueError(msg)
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
@@ -167,7 +181,7 @@ class ImageData:
         source, split = self.recipe.source, self.recipe.train
         if source not in _BUILT_IN and Path(source).is_dir():
             first = first_image(
-                Path(source), split.folder, split.list_file, size=self.recipe.size, grayscale=self.recipe.grayscale
+                Path(source), split.folder, split.list_file, self.recipe.scaling, grayscale=self.recipe.grayscale
             )
             return self._of_classes(self._checked(first))
         return self.train.take(torch.tensor([0]))
@@ -216,7 +230,7 @@ class ImageData:
                 classes, size = classes_and_size(root, split.folder, split.list_file)
                 self._check_like_train("test", classes, None if self.recipe.size else size)
             elif (images := self._function.check(split.folder)) is not None:
-                self._check_images("test", _resized(self._checked(images), self.recipe.size))
+                self._check_images("test", _resized(self._checked(images), self.recipe.scaling))
         except MissingSplitError as error:
             if split == DataRecipe.model_fields["test"].default:
                 return
@@ -241,7 +255,7 @@ class ImageData:
         if source not in _BUILT_IN and Path(source).exists():
             return self._checked(
                 read_image_folder(
-                    Path(source), split.folder, split.list_file, size=recipe.size, grayscale=recipe.grayscale
+                    Path(source), split.folder, split.list_file, recipe.scaling, grayscale=recipe.grayscale
                 )
             )
         if source == "bundled":
@@ -253,7 +267,7 @@ class ImageData:
             images = self._function.read(split.folder)
         if split.list_file is not None:
             images = choose(images, read_list(split.list_file), split.list_file)
-        return _resized(self._checked(images), recipe.size)
+        return _resized(self._checked(images), recipe.scaling)
 
     def _read_like_train(self, name: Literal["validation", "test"]) -> ImageSplit:
         images = self._read(getattr(self.recipe, name))
@@ -359,10 +373,11 @@ def check_classes_are_covered(train: ImageSplit, validation: ImageSplit) -> str 
     )
 
 
-def _resized(split: ImageSplit, size: int | None) -> ImageSplit:
-    if size is None or split.images.shape[2:] == (size, size):
+def _resized(split: ImageSplit, scaling: Scaling | None) -> ImageSplit:
+    if scaling is None or scaling.keeps(*split.images.shape[2:]):
         return split
-    images = transforms.center_crop(transforms.resize(split.images, [size], antialias=True), [size, size])
+    images = transforms.resize(split.images, [scaling.shorter], antialias=True)
+    images = transforms.center_crop(images, [scaling.size, scaling.size])
     return ImageSplit(images, split.labels, split.paths, split.classes)
 
 
@@ -390,8 +405,8 @@ def make_judge(
 ) -> Callable[[nn.Module], Tensor]:
     """Build the function that says which of a fixed set of images a network classifies rightly.
 
-    The images are normalised once and stay on ``device``; every call sees the same ones in the same batches, so two
-    networks are compared on common random numbers.
+    The images stay on ``device`` as bytes; every call sees the same ones in the same batches, so two networks are
+    compared on common random numbers.
 
     Args:
         split: images and labels.
@@ -410,13 +425,13 @@ def make_judge(
     device = torch.device(device)
     if n_images is not None and n_images < len(split):
         split = split.take(_draw(len(split), n_images, torch.Generator().manual_seed(seed)))
-    images = torch.split(normalise(split.images.to(device), recipe), batch_size)
-    labels = split.labels.to(device)
+    # As floats they would take four times the memory; normalising a batch takes far less time than a network does.
+    images, labels = torch.split(split.images.to(device), batch_size), split.labels.to(device)
 
     def judge(model: nn.Module) -> Tensor:
         with evaluation_mode(model), torch.no_grad(), mixed_precision(device.type, autocast):
             network = in_integers(model)
-            found = torch.cat([network(batch).argmax(dim=1) for batch in images])
+            found = torch.cat([network(normalise(batch, recipe)).argmax(dim=1) for batch in images])
         return (found == labels).cpu()
 
     return judge

@@ -93,7 +93,10 @@ def finish_run(
     """
     finalists = _finalists(folder, subject, problem, searched, searches, clock, display, stop)
     _save_products(folder, subject, finalists, display, stop)
-    rows = [_row(folder, subject, problem, finalist) for finalist in finalists]
+    rows = []
+    for finalist in finalists:
+        stop.check()
+        rows.append(_row(folder, subject, problem, finalist))
     for warning in _doubts(rows, subject.chance):
         display.say(f"warning: {warning}")
     rows = _with_latencies(folder, rows, finalists, subject, device, display)
@@ -169,6 +172,7 @@ def _finalists(
         tuned = _tuned(folder.method(DENSE), subject, DENSE, subject.model, CompressionPolicy({}), display, stop)
     found.append(Finalist(DENSE, CompressionPolicy({}), subject.model, tuned, None))
     for search in searches:
+        stop.check()
         policy = problem.policy(search)
         readings: tuple[ClockReading, ...] = ()
         if clock is not None:
@@ -367,6 +371,7 @@ def _outcome(
         granted_evaluations=config.search.evaluations,
         n_validation=len(subject.data.validation),
         n_test=n_test,
+        warnings=folder.warnings(),
         rows=tuple(rows),
     )
 

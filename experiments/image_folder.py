@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .images import DataError, ImageSplit, MissingSplitError, cached_split, check_listed, read_list, write_list
+from .images import DataError, ImageSplit, MissingSplitError, Scaling, cached_split, check_listed, read_list, write_list
 
 _SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
@@ -51,7 +51,7 @@ class _Tree:
 
 
 def read_image_folder(
-    root: Path, folder: str, list_file: Path | None = None, *, size: int | None = None, grayscale: bool = False
+    root: Path, folder: str, list_file: Path | None = None, scaling: Scaling | None = None, *, grayscale: bool = False
 ) -> ImageSplit:
     """Decode the images of one split; the second time they come from the cache.
 
@@ -59,8 +59,7 @@ def read_image_folder(
         root: a folder, or a .tar (compressed or not) or .zip archive of one.
         folder: the split's folder below ``root``; it holds one folder for each class.
         list_file: text file with the images to take, relative to ``folder``, one a line; all if None.
-        size: height and width in pixels; other images are scaled and cropped about the centre. None takes them as
-            they are, and they must all be equal.
+        scaling: what images are brought to. None takes them as they are, and they must all be of one size.
         grayscale: one channel in place of three.
 
     Raises:
@@ -71,13 +70,13 @@ def read_image_folder(
 
     def read() -> ImageSplit:
         files = image_files(root, folder)
-        return _decode(root, folder, files, _listed(files, list_file), size, grayscale)
+        return _decode(root, folder, files, _listed(files, list_file), scaling, grayscale)
 
-    return cached_split((_fingerprint(root, folder), folder, names, size, grayscale), read)
+    return cached_split((_fingerprint(root, folder), folder, names, scaling, grayscale), read)
 
 
 def first_image(
-    root: Path, folder: str, list_file: Path | None = None, *, size: int | None = None, grayscale: bool = False
+    root: Path, folder: str, list_file: Path | None = None, scaling: Scaling | None = None, *, grayscale: bool = False
 ) -> ImageSplit:
     """The first image of a split and the classes of all of it, without decoding the others.
 
@@ -85,7 +84,7 @@ def first_image(
     """
     files = image_files(root, folder)
     names = _listed(files, list_file)
-    return _decode(root, folder, files, names[:1], size, grayscale)
+    return _decode(root, folder, files, names[:1], scaling, grayscale)
 
 
 def classes_and_size(
@@ -119,7 +118,7 @@ def write_split_lists(root: Path, folder: str, out: Path) -> tuple[Path, Path]:
         The paths of the even and the odd list.
 
     Raises:
-        DataError: if a name holds no number, or all numbers are even or all odd.
+        DataError: if a name holds no number, all numbers are even or all odd, or lists of other images are there.
     """
     lists: tuple[list[str], list[str]] = ([], [])
     for name in image_files(root, folder):
@@ -132,6 +131,10 @@ def write_split_lists(root: Path, folder: str, out: Path) -> tuple[Path, Path]:
         msg = f"the images of '{folder}' in '{root}' are all {'odd' if lists[1] else 'even'}: nothing to divide"
         raise DataError(msg)
     paths = _list_files(folder, out)
+    for path, names in zip(paths, lists, strict=True):
+        if path.exists() and read_list(path) != tuple(names):
+            msg = f"'{path}' lists other images; delete it, or name another folder with --out"
+            raise DataError(msg)
     for path, names in zip(paths, lists, strict=True):
         write_list(path, names)
     return paths
@@ -347,7 +350,7 @@ def _decode(
     folder: str,
     files: Mapping[str, ImageFile],
     names: tuple[str, ...],
-    size: int | None,
+    scaling: Scaling | None,
     grayscale: bool,
 ) -> ImageSplit:
     # Classes come from the whole folder: a list that leaves one out must not shift the labels of the others.
@@ -355,7 +358,7 @@ def _decode(
     label = {name: i for i, name in enumerate(classes)}
     pixels = np.empty(0, np.uint8)
     for i, name in enumerate(names):
-        image = _decode_one(root, folder, name, files[name], size, grayscale)
+        image = _decode_one(root, folder, name, files[name], scaling, grayscale)
         if i == 0:
             pixels = np.empty((len(names), *image.shape), np.uint8)
         if image.shape != pixels.shape[1:]:
@@ -372,7 +375,7 @@ def _decode(
 
 
 def _decode_one(
-    root: Path, folder: str, name: str, file: ImageFile, size: int | None, grayscale: bool
+    root: Path, folder: str, name: str, file: ImageFile, scaling: Scaling | None, grayscale: bool
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     try:
         with Image.open(_readable(file)) as opened:
@@ -380,8 +383,10 @@ def _decode_one(
     except Exception as error:  # Pillow's decoders raise many types on broken input
         msg = f"broken image '{folder}/{name}' in '{root}' ({error}); replace it, or leave it out with a list file"
         raise DataError(msg) from error
-    if size is not None and image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    if scaling is not None and not scaling.keeps(*image.size):
+        # What Pillow leaves out at each edge, as a share of the side.
+        border = (1 - scaling.size / scaling.shorter) / 2
+        image = ImageOps.fit(image, (scaling.size, scaling.size), Image.Resampling.BILINEAR, border)
     array = np.asarray(image)
     return array[..., None] if grayscale else array
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -31,6 +32,22 @@ class DataError(ValueError):
 
 class MissingSplitError(DataError):
     """A source has no such split at all."""
+
+
+class Scaling(NamedTuple):
+    """What images are brought to: the shorter side is scaled, and a square about the centre is cut out.
+
+    Attributes:
+        size: side of the square, in pixels.
+        shorter: pixels of the shorter side, at least as many.
+    """
+
+    size: int
+    shorter: int
+
+    def keeps(self, height: int, width: int) -> bool:
+        """Whether images of so many pixels are left as they are."""
+        return height == width == self.size == self.shorter
 
 
 @dataclass(frozen=True)

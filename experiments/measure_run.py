@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,12 @@ class _Saved:
         policy = CompressionPolicy.load(self.path / "policy.json")
         return any(layer.is_quantized for layer in policy.layers.values())
 
-    def module(self) -> nn.Module:
-        config = self.folder.config
-        sample = ImageData(config.data).sample
-        name, n_classes, n_channels = config.model.name, len(sample.classes), sample.images.shape[1]
-        return load_compressed(self.path, lambda: build_model(name, n_classes, n_channels))
+
+def _builder(folder: RunFolder) -> Callable[[], nn.Module]:
+    """What builds the dense network of a run; its images are read for that, once."""
+    config = folder.config
+    sample = ImageData(config.data).sample
+    return partial(build_model, config.model.name, len(sample.classes), sample.images.shape[1])
 
 
 def measure_runs(
@@ -244,9 +246,10 @@ def _gathered(runs: Mapping[str, RunFolder], runtime: str, takes: str, say: Say)
 
 
 def _artifacts(networks: Sequence[_Saved], takes: str) -> tuple[dict[_Saved, Artifact], list[str]]:
-    """The saved networks as a runtime takes them, and why others are not among them."""
+    """The saved networks of one run as a runtime takes them, and why others are not among them."""
     artifacts: dict[_Saved, Artifact] = {}
     left_out: list[str] = []
+    build: Callable[[], nn.Module] | None = None
     for network in networks:
         if takes == "onnx":
             path = network.path / ONNX_NAME
@@ -258,7 +261,8 @@ def _artifacts(networks: Sequence[_Saved], takes: str) -> tuple[dict[_Saved, Art
         elif network.is_quantized:
             left_out.append(f"{network.method} has integers, which this runtime of float networks would only simulate")
         else:
-            artifacts[network] = network.module()
+            build = build or _builder(network.folder)
+            artifacts[network] = load_compressed(network.path, build)
     return artifacts, left_out
 
 

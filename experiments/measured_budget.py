@@ -21,6 +21,7 @@ from pruning.export import ExportError
 from pruning.policy import CompressionPolicy
 
 from .clock import ROUNDS, Clock, TableDevice
+from .interrupt import StopFlag
 from .outcome import DENSE
 from .problem import SearchProblem, started_uniformly
 from .progress import RunDisplay, count
@@ -214,7 +215,7 @@ def within_measured_budget(
     limit, cost = space.timed.limit, space.timed.cost
     allowed, lowest = limit / cost.dense, space.lowest_of(cost)
     found = space.keep_ratios(policy)
-    base = np.array([found[name] for name in space.names])
+    base = space.places(np.rint([found[name] for name in space.names] * space.sizes).astype(np.int64))
     readings: list[ClockReading] = []
 
     def last_reading(plan: CompressionPolicy) -> ClockReading:
@@ -285,20 +286,22 @@ class PlanClock:
         builder: builds the network of a plan.
         dense_ns: latency of the dense network by the table.
         device: of the table.
+        stop: looked at before each reading.
     """
 
     subject: Subject
     builder: CandidateEvaluator
     dense_ns: int
     device: TableDevice
+    stop: StopFlag
 
     @classmethod
-    def of(cls, subject: Subject, problem: SearchProblem, device: TableDevice) -> PlanClock | None:
+    def of(cls, subject: Subject, problem: SearchProblem, device: TableDevice, stop: StopFlag) -> PlanClock | None:
         """The clock of a run; None without a budget of latency, or where `LatencyConfig.clock` rules it out."""
         bound = problem.space.timed
         if bound is None or not subject.config.latency.clock:
             return None
-        return cls(subject, problem.evaluator("", lambda _: None), bound.cost.dense, device)
+        return cls(subject, problem.evaluator("", lambda _: None), bound.cost.dense, device, stop)
 
     @property
     def is_absolute(self) -> bool:
@@ -321,6 +324,7 @@ class PlanClock:
 
     def __call__(self, policy: CompressionPolicy, rounds: int) -> Comparison:
         """As `TimeShare` says."""
+        self.stop.check()
         clock = self._clock
         try:
             networks = {DENSE: self._dense, "plan": clock.artifact(self.builder.build(policy), self._images)}

@@ -14,6 +14,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from graph_encoder.copies import copied
+from graph_encoder.randomness import kept_randomness
 from pruning.export import describe_misfit, names_of_tensors
 
 from .mobilenet import mobilenet_v2_cifar
@@ -29,6 +31,8 @@ _BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "resnet18_cifar": resnet18_cifar,
     "mobilenet_v2_cifar": mobilenet_v2_cifar,
 }
+_SAVED = (b"PK", b"\x80")
+"""What a file of torch.save begins with: an archive, or the pickle that it was before PyTorch 1.6."""
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 ONE_TENSOR = "a search scores one tensor (images, classes): wrap the network in a module that returns the logits alone"
 """What to do about a network that returns several tensors, or one inside something else."""
@@ -143,6 +147,26 @@ def check_outputs(model: nn.Module, images: Tensor, classes: Sequence[str]) -> N
     raise ModelError(msg)
 
 
+def check_trains(model: nn.Module, images: Tensor) -> None:
+    """Check that ``model`` returns scores in training mode too, as one with auxiliary heads does not.
+
+    Args:
+        model: is not changed.
+        images: a batch as it reads them, ``(N, C, H, W)``.
+
+    Raises:
+        ModelError: if it returns something else.
+    """
+    with torch.no_grad(), kept_randomness():
+        scores = copied(model).train()(images)
+    if not isinstance(scores, Tensor):
+        msg = (
+            f"in training mode the network returns a {type(scores).__name__}; wrap it in a module that returns the "
+            "logits alone, or pass its weights and do not fine-tune it (finetune.epochs 0)"
+        )
+        raise ModelError(msg)
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load trained weights into ``model``, all of them or none.
 
@@ -190,6 +214,15 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             raise ModelError(msg) from error
     if path.suffix not in (".pt", ".pth"):
         msg = f"weights '{path}' have the suffix '{path.suffix}'; expected .safetensors, .pt or .pth"
+        raise ModelError(msg)
+    with path.open("rb") as file:
+        start = file.read(20)
+    if not start.startswith(_SAVED):
+        found = f"begins with {start!r}" if start else "is empty"
+        msg = (
+            f"cannot read the weights '{path}': the file {found}, so it was not written by torch.save; is it a web "
+            "page or a pointer in place of the weights?"
+        )
         raise ModelError(msg)
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)

@@ -249,6 +249,8 @@ class RunOutcome(_Record):
     """Evaluations that each searching method was granted; one that finds nothing new to propose ends with fewer."""
     n_validation: int
     n_test: int
+    warnings: tuple[str, ...] = ()
+    """What the run warned of, each once."""
     rows: tuple[MethodOutcome, ...]
 
     @property

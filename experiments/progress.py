@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
 from typing import Self
 
 from rich.console import Console
@@ -91,6 +93,7 @@ class RunDisplay:
         self._bars: Progress | None = None
         self._overall: TaskID | None = None
         self._started = time.perf_counter()
+        self._log: Path | None = None
 
     def __enter__(self) -> Self:
         if self.console.is_terminal and not self.console.quiet:
@@ -120,6 +123,18 @@ class RunDisplay:
     def say(self, text: str) -> None:
         """One line of its own."""
         self.console.print(text, markup=False, soft_wrap=True)
+        if self._log:
+            with self._log.open("a") as file:
+                file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
+
+    @contextmanager
+    def kept_in(self, log: Path) -> Iterator[None]:
+        """Append what is said meanwhile to a file too, with the time, also where the display is quiet."""
+        self._log = log
+        try:
+            yield
+        finally:
+            self._log = None
 
     @contextmanager
     def stage(self, title: str, total: float, kind: str) -> Iterator[Stage]:

@@ -47,6 +47,7 @@ def render_report(outcome: RunOutcome, plans: Sequence[Plan], configuration: str
         ),
         cards=_cards(outcome),
         verdict=escape(verdict(outcome)),
+        warnings=_warnings(outcome),
         table=_result_table(outcome),
         figures="".join([*_figure_sections(outcome, plans), sparse_section(outcome)]),
         cost_note=escape(_cost_note(outcome)),
@@ -126,6 +127,14 @@ def _cards(outcome: RunOutcome) -> str:
     return "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in cards
     )
+
+
+def _warnings(outcome: RunOutcome) -> str:
+    """A section with what the run warned of; empty if it did not."""
+    if not outcome.warnings:
+        return ""
+    items = "".join(f"<li>{escape(text)}</li>" for text in outcome.warnings)
+    return f"<section><h2>Warnings</h2><ul>{items}</ul></section>"
 
 
 def _result_table(outcome: RunOutcome) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import re
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,10 @@ from pruning.files import FileWriteError, write_atomic
 from .config import RunConfig, load_config
 from .machine import Machine
 from .outcome import RunOutcome
+
+_log = logging.getLogger(__name__)
+_WARNING = "warning: "
+"""How a line begins that warns."""
 
 
 class RunError(RuntimeError):
@@ -76,6 +82,9 @@ def locked(file: Path, where: str) -> Iterator[None]:
         except BlockingIOError:
             msg = f"another process works {where}; wait for it or stop it"
             raise RunBusyError(msg) from None
+        except OSError as error:
+            # Some network file systems know no locks.
+            _log.warning("'%s' cannot be locked (%s): see to it that one process works %s", file, error.strerror, where)
         yield
 
 
@@ -118,6 +127,18 @@ class RunFolder:
     def results_file(self) -> Path:
         """What the run found, JSON; there once the run is finished."""
         return self.root / "results.json"
+
+    @property
+    def log_file(self) -> Path:
+        """What the run said, each line with its time."""
+        return self.root / "log.txt"
+
+    def warnings(self) -> tuple[str, ...]:
+        """The warnings among what it said, each once."""
+        said = self.log_file.read_text().splitlines() if self.log_file.exists() else []
+        lines = (line.partition(" ")[2] for line in said)
+        warned = (line.removeprefix(_WARNING) for line in lines if line.startswith(_WARNING))
+        return tuple(dict.fromkeys(warned))
 
     @property
     def report_file(self) -> Path:
@@ -166,6 +187,11 @@ class RunFolder:
             return file.read_text().strip()
 
     @property
+    def resume_command(self) -> str:
+        """What continues the run, as one types it."""
+        return shlex.join(["secateur", "resume", str(self.root)])
+
+    @property
     def lock_file(self) -> Path:
         """Made first, by the one process that starts the run; see `locked`."""
         return self.root / ".lock"
@@ -177,12 +203,12 @@ class RunFolder:
             RunError: if it is not finished, or its results cannot be read.
         """
         if not self.results_file.exists():
-            todo = f"continue it with 'secateur resume {self.root}'"
+            todo = f"continue it with '{self.resume_command}'"
             msg = f"run {self.root} is not finished (no results.json in it); {todo}"
             raise RunError(msg)
         todo = (
             "it was changed, or written by another version of secateur: put it back, or delete it, and "
-            f"'secateur resume {self.root}' makes it again"
+            f"'{self.resume_command}' makes it again"
         )
         with reading(self.results_file, todo):
             return RunOutcome.load(self.results_file)
@@ -213,9 +239,10 @@ class RunFolder:
         try:
             root.mkdir(parents=True, exist_ok=True)
             # Of two runs that are started here at once, one makes this file.
-            folder.lock_file.touch(exist_ok=False)
-        except FileExistsError:
-            raise _exists_already(root) from None
+            try:
+                folder.lock_file.touch(exist_ok=False)
+            except FileExistsError:
+                raise _exists_already(root) from None
         except OSError as error:
             msg = f"cannot make the run folder '{root}': {error.strerror}; name another with --out"
             raise FileWriteError(error.errno, msg) from error
@@ -235,10 +262,10 @@ class RunFolder:
             RunError: if there is no run.
         """
         if not (root / "config.yaml").exists():
-            runs = sorted(path.parent.name for path in root.parent.glob("*/config.yaml"))
-            msg = (
-                f"{root} is not a run folder (no config.yaml in it); runs in {root.parent}: {', '.join(runs) or 'none'}"
-            )
+            within, beside = (sorted(where.glob("*/config.yaml")) for where in (root, root.parent))
+            runs = ", ".join(path.parent.name for path in within or beside) or "none"
+            where = root if within else root.parent
+            msg = f"{root} is not a run folder (no config.yaml in it); runs in {where}: {runs}"
             raise RunError(msg)
         return cls(root)
 
@@ -283,6 +310,13 @@ class MethodFolder:
         """Weights after fine-tuning, safetensors; there once it is finished."""
         return self.root / "tuned.safetensors"
 
+    def forget_tuning(self) -> bool:
+        """Delete what fine-tuning made, finished or not; whether there was anything."""
+        made = [path for path in (self.finetuning, self.tuned_file, self.model) if path.exists()]
+        for path in made:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return bool(made)
+
     @property
     def judged_file(self) -> Path:
         """A digit for each test image, in their order: 1 where the network to take away classifies it rightly."""
@@ -324,7 +358,7 @@ def refuse_existing(path: Path) -> None:
 
 
 def _exists_already(path: Path) -> RunExistsError:
-    todo = f"continue it with 'secateur resume {path}', or " if (path / "config.yaml").exists() else ""
+    todo = f"continue it with '{RunFolder(path).resume_command}', or " if (path / "config.yaml").exists() else ""
     msg = f"{path} exists already; {todo}choose another name with --out"
     return RunExistsError(msg)
 

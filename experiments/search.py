@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -26,7 +27,7 @@ from pruning.files import FileWriteError, is_disk_full, write_atomic
 from pruning.importance import rank_units
 
 from .clock import TableDevice
-from .config import ONE_SHOT, Method, RunConfig, SearchSettings
+from .config import ONE_SHOT, ConfigError, Method, RunConfig, SearchSettings, load_config
 from .finish import finish_run, rebuild_report
 from .identity import tensors_digest
 from .interrupt import Interrupted, StopFlag
@@ -37,13 +38,18 @@ from .outcome import RunOutcome, percent
 from .precision import NO_KERNELS, settle_precision
 from .problem import Scoring, SearchProblem, evaluations_to_probe, least_squares, probe, settle_range, space_by
 from .progress import RunDisplay, Stage, count
-from .run import RunBusyError, RunError, RunFolder, reading
+from .run import MethodFolder, RunBusyError, RunError, RunFolder, reading
 from .scalars import EvaluationScalars
 from .subject import Subject, prepare_subject, report_dense
 from .user_function import UserFunctionError, call, is_reference, load_function
 
 _IMAGES = "images"
 """Key under which the file of the dense weights holds a digest of the images."""
+CHANGEABLE = ("finetune", "measure", "device", "threads", "data.download")
+"""Keys and sections that a run can be continued with other values of."""
+LITTLE_LEFT = 0.5
+"""Share of the dense network's accuracy above chance. Near its fastest, ResNet-56 was left with 0.42 of it by uniform
+pruning and bits and with 0.86 where layers were fitted."""
 
 
 def start_run(config: RunConfig, root: Path, command: Sequence[str], display: RunDisplay, stop: StopFlag) -> RunOutcome:
@@ -60,6 +66,7 @@ def start_run(config: RunConfig, root: Path, command: Sequence[str], display: Ru
         RunExistsError: if the folder exists.
         Interrupted: if a signal came in; `resume_run` continues.
     """
+    is_own = not root.exists()
     folder = create_run(config, root, command, display)
     display.say(f"run folder: {root} ({config.device}, {count(folder.machine.threads, 'thread')})")
     try:
@@ -69,10 +76,10 @@ def start_run(config: RunConfig, root: Path, command: Sequence[str], display: Ru
     except Exception:
         # Refused input: a folder without any evaluation would only be in the way of the next try.
         if not folder.journal_file.exists():
-            # Of a link to a folder it takes what is in it.
             for path in root.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if not root.is_symlink():
+            # An empty folder that was there before stays.
+            if is_own:
                 root.rmdir()
         raise
 
@@ -98,14 +105,24 @@ def _without_idle_methods(config: RunConfig, display: RunDisplay) -> RunConfig:
     return config.model_copy(update={"search": search.model_copy(update={"methods": methods})})
 
 
-def resume_run(root: Path, display: RunDisplay, stop: StopFlag) -> RunOutcome:
+def resume_run(root: Path, display: RunDisplay, stop: StopFlag, changes: Mapping[str, Any] | None = None) -> RunOutcome:
     """Continue the run in ``root`` where it was left, or only rebuild its report if it is finished.
+
+    Args:
+        root: the run's folder.
+        display: told what happens.
+        stop: looked at after every evaluation and epoch.
+        changes: keys of the configuration, dotted, and the values that the run goes on with.
 
     Raises:
         RunError: if there is no run.
+        ConfigError: if evaluations depend on a key that is changed, or the run is finished.
         Interrupted: if a signal came in again.
     """
     folder = RunFolder.open(root)
+    if changes:
+        with folder.locked():
+            _change(folder, changes, display)
     if folder.results_file.exists():
         return rebuild_report(folder, display)
     config = folder.config
@@ -115,12 +132,35 @@ def resume_run(root: Path, display: RunDisplay, stop: StopFlag) -> RunOutcome:
     return _execute(folder, config, device, display, stop)
 
 
+def _change(folder: RunFolder, changes: Mapping[str, Any], display: RunDisplay) -> None:
+    """Let a run go on with other values of keys that no evaluation depends on."""
+    if refused := [key for key in changes if not {key, key.partition(".")[0]} & set(CHANGEABLE)]:
+        msg = (
+            f"{', '.join(refused)}: what was evaluated before would not compare with what follows. A run that is "
+            f"continued takes other values of {', '.join(CHANGEABLE)}; for those of others start a new one"
+        )
+        raise ConfigError(msg)
+    if folder.results_file.exists():
+        msg = (
+            f"run {folder.root} is finished, and nothing of it is made again; 'secateur finetune' trains a network of "
+            "it otherwise, from RUN/methods/NAME"
+        )
+        raise ConfigError(msg)
+    before, config = load_config(folder.config_file), load_config(folder.config_file, changes)
+    if config.finetune != before.finetune:
+        # A comparison of networks that were not trained alike would say nothing.
+        tuned = [own for own in map(MethodFolder, folder.root.glob("methods/*")) if own.forget_tuning()]
+        if tuned:
+            display.say(f"finetune: {count(len(tuned), 'network')} trained otherwise before will be trained anew")
+    write_atomic(folder.config_file, config.to_yaml().encode())
+
+
 def _execute(
     folder: RunFolder, config: RunConfig, device: torch.device, display: RunDisplay, stop: StopFlag
 ) -> RunOutcome:
-    todo = f"continue with 'secateur resume {folder.root}'"
+    todo = f"continue with '{folder.resume_command}'"
     try:
-        with _full_disk_named(folder.root), folder.locked():
+        with _full_disk_named(folder.root), folder.locked(), display.kept_in(folder.log_file):
             return _carry_out(folder, config, device, display, stop)
     except Interrupted as stopped:
         msg = f"stopped by {stopped}; everything so far is saved: {todo}"
@@ -171,10 +211,27 @@ def _carry_out(
     display.plan(_planned_work(config, problem))
     problem = _probed(problem, subject, display, stop)
     target = TableDevice.of(config.latency.table)
-    clock = PlanClock.of(subject, problem, target)
+    clock = PlanClock.of(subject, problem, target, stop)
     searched = problem if clock is None else spent_by_the_clock(problem, clock, display)
-    searches = [_search(folder, subject, searched, method, display, stop) for method in config.search.methods]
+    searches: list[MethodSearch] = []
+    for method in config.search.methods:
+        searches.append(_search(folder, subject, searched, method, display, stop))
+        if len(searches) == 1 and not config.search.reconstruct and "channels" in config.search.decide:
+            _tell_of_little_left(searches[0], searched, subject.chance, display)
     return finish_run(folder, subject, problem, searched, searches, target, clock, display, stop)
+
+
+def _tell_of_little_left(found: MethodSearch, problem: SearchProblem, chance: float, display: RunDisplay) -> None:
+    """Say where a plan leaves so little accuracy that plans repaired before they are scored are told apart better."""
+    dense, left = problem.evaluator("", lambda _: None).dense_accuracy(), found.search_accuracy
+    if left - chance >= LITTLE_LEFT * (dense - chance):
+        return
+    display.say(
+        f"warning: {found.method}'s plan is right on {left:.1%} of the search images, the dense network on "
+        f"{dense:.1%}: where so much is lost, accuracies tell little of what fine-tuning makes of the plans. With "
+        "search.reconstruct=true, pruned layers are fitted to the dense network's by least squares before they are "
+        "scored"
+    )
 
 
 def _planned_work(config: RunConfig, problem: SearchProblem) -> dict[str, float]:
@@ -269,7 +326,10 @@ def check_search(subject: Subject) -> None:
         BudgetError: if the budget cannot be met.
         ConfigError: if there is nothing to decide, or a method of the run is granted too few evaluations or ranks
             channels, and none are decided.
+        UserFunctionError: if there is no such function as the reward names.
     """
+    if (reward := subject.config.search.reward) is not None and is_reference(reward):
+        load_function(reward)
     settings, space = subject.config.search, space_of_graph(subject.config, subject.graph)
     n_calibration = sum(map(len, subject.calibration()))
     probes = evaluations_to_probe(space, settings.probe_share, subject.n_search, n_calibration)
@@ -336,7 +396,7 @@ def importance_of(subject: Subject) -> dict[str, torch.Tensor]:
 def _saved_importance(folder: RunFolder, subject: Subject) -> dict[str, torch.Tensor]:
     if not folder.importance_file.exists():
         write_atomic(folder.importance_file, save(importance_of(subject)))
-    todo = f"delete it, and 'secateur resume {folder.root}' makes it again"
+    todo = f"delete it, and '{folder.resume_command}' makes it again"
     with reading(folder.importance_file, todo):
         return load_file(folder.importance_file)
 
@@ -363,7 +423,7 @@ def _search(
     own = folder.method(method)
     if own.search_file.exists():
         display.say(f"{method}: searched before")
-        todo = f"delete it, and 'secateur resume {folder.root}' makes it again from the evaluations in the journal"
+        todo = f"delete it, and '{folder.resume_command}' makes it again from the evaluations in the journal"
         with reading(own.search_file, todo):
             found = MethodSearch.model_validate_json(own.search_file.read_text())
     else:

@@ -57,7 +57,7 @@ def read_cifar(name: Literal["cifar10", "cifar100"], folder: str, root: Path | N
         download: fetch it if it is not there.
 
     Raises:
-        DataError: if it is not there and ``download`` is False.
+        DataError: if it is not there and ``download`` is False, or it cannot be fetched or kept.
     """
     from torchvision import datasets
 
@@ -66,8 +66,11 @@ def read_cifar(name: Literal["cifar10", "cifar100"], folder: str, root: Path | N
     constructor = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
         data = constructor(root, train=folder == "train", download=download)
-    except RuntimeError as error:
-        msg = f"{name} is not in '{root}' ({error}); allow the download with `download: true` or `--download`"
+    except (RuntimeError, OSError) as error:
+        todo = "allow the download with `download: true` or `--download`"
+        if download:
+            todo = "it could not be downloaded; put torchvision's copy of it into a folder that `data.root` names"
+        msg = f"{name} is not in '{root}' ({error}); {todo}"
         raise DataError(msg) from error
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     official = "train" if folder == "train" else "test"

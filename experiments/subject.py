@@ -29,7 +29,7 @@ from .data import (
     normalise,
 )
 from .interrupt import StopFlag
-from .models import build_model, check_outputs, load_weights
+from .models import build_model, check_outputs, check_trains, load_weights
 from .outcome import percent
 from .progress import RunDisplay
 from .training import trained_weights
@@ -167,6 +167,8 @@ def prepare_subject(
     example = normalise(sample.images.expand(2, -1, -1, -1).to(device), config.data)
     graph = leave_refuted_dense(model, capture(model, example), example)
     check_outputs(model, example, sample.classes)
+    if config.finetune.epochs or not weights:
+        check_trains(model, example)
     subject = Subject(config, data, model, graph, device)
     check(subject)
     _tell_images_left_out(config, graph, display)

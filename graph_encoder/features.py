@@ -223,8 +223,11 @@ def _operator_row(
     }
     if operator.weight:
         weight = tensors[operator.weight]
-        # Of a transposed convolution the channels written are the second dimension.
+        # Of a transposed convolution and of an embedding the channels written are the second dimension, and so they
+        # are of a layer that multiplies by its weight as it is.
         is_turned = operator.layer_type.startswith("ConvTranspose") and operator.groups == 1
+        is_turned |= operator.kind == "embedding"
+        is_turned |= operator.kind == "linear" and weight.shape[0] != operator.out_channels
         row |= _weight_features(weight.transpose(0, 1) if is_turned else weight)
     if operator.norm and f"{operator.norm}.weight" in tensors:
         row |= _scale_features(tensors[f"{operator.norm}.weight"])
@@ -258,7 +261,8 @@ def _cost_features(
     graph: NetworkGraph, operators: Sequence[Operator], times: Mapping[str, float] | None
 ) -> dict[str, float]:
     weighted = sum(1 for operator in graph.operators if operator.weight)
-    macs, params = sum(o.macs for o in operators), sum(o.params for o in operators)
+    # A layer that runs several times has its parameters once.
+    macs, params = sum(o.macs for o in operators), sum({o.weight or o.name: o.params for o in operators}.values())
     row = {"log_macs": math.log10(1 + macs) / 6, "log_params": math.log10(1 + params) / 4}
     work: tuple[float, float] = macs, graph.macs
     if times is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .labels import compact, tighten, varying_dims
 from .shapes import tensors_in
@@ -193,9 +194,12 @@ def _affine(
             out_dim = labels = run.out_axis(name, dims[0], out_width)
             if (bias_name := run.name_of(bias)) is not None:
                 run.axis(bias_name, 0, "elementwise", labels)
+    # Positions lie between the batch and the channels, where the batch comes first.
+    between = tuple(call.outputs[0].shape[1:-1]) + (1, 1)[: max(0, 4 - call.outputs[0].dim())]
     sources = run.add_weighted(
-        call, weight, bias, "linear", positions, (out_dim, in_dim), in_channels=in_width, out_channels=out_width
-    )
+        call, weight, bias, "linear", positions, (out_dim, in_dim), in_channels=in_width, out_channels=out_width,
+        out_size=between if math.prod(between) == positions else (positions, 1),
+    )  # fmt: skip
     return [labels], sources
 
 
@@ -740,7 +744,9 @@ def _index(run: LabelPass, call: Call) -> Result:
         if run.is_activation(x):
             for dim in set(indexed) & set(varying_dims(labels)):
                 run.record.classes.merge_along(labels, dim)
-        return [call.func(labels, *call.args[1:], **call.kwargs)], call.sources
+        # Labels are on the CPU, wherever the network is.
+        args, kwargs = tree_map_only(Tensor, lambda index: index.to(labels.device), (call.args[1:], call.kwargs))
+        return [call.func(labels, *args, **kwargs)], call.sources
     if not labels.numel():
         return [run.constant(call.outputs[0])], call.sources
     if not varying_dims(labels):

@@ -133,9 +133,15 @@ def _n_parts(node: fx.Node) -> int | None:
         # Of a batch there may be fewer parts.
         return count if isinstance(count, int) and _argument(node, 2, "dim") not in (None, 0) else None
     if node.target in ("split", torch.split, "split_with_sizes", torch.split_with_sizes):
-        sizes = _argument(node, 1, "split_size_or_sections" if "sizes" not in node.kwargs else "sizes")
+        sizes = _argument(node, 1, _split_name(node))
         return len(sizes) if isinstance(sizes, tuple | list) else None
     return None
+
+
+def _split_name(node: fx.Node) -> str:
+    """What a split calls the sizes of its parts, which differs between functions and methods."""
+    names = ("split_size_or_sections", "split_size", "split_sizes", "sizes")
+    return next((name for name in names if name in node.kwargs), names[0])
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[int]:
@@ -462,7 +468,7 @@ def _numbers(node: fx.Node, holder: str, labels: Tensor, position: int, n_output
         ]
     if holder == "split":
         dim = int(node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)) % labels.dim()  # type: ignore
-        given = node.args[1] if len(node.args) > 1 else node.kwargs.get("split_size_or_sections")
+        given = _argument(node, 1, _split_name(node))
         parts = given if isinstance(given, tuple | list) else [given]
         if compacted.shape[dim] != labels.shape[dim]:
             return []
@@ -594,10 +600,10 @@ def _set_number(node: fx.Node, held: HeldNumber, value: int) -> None:
         pads[index] = value
         _set_argument(node, 1, "pad", tuple(pads))
     elif what == "split":
-        given = node.args[1] if len(node.args) > 1 else node.kwargs.get("split_size_or_sections")
+        given = _argument(node, 1, _split_name(node))
         sizes = list(given) if isinstance(given, tuple | list) else [0] * count  # type: ignore[arg-type]
         sizes[index] = value
-        _set_argument(node, 1, "split_size_or_sections", sizes)
+        _set_argument(node, 1, _split_name(node), sizes)
     elif what == "unflatten":
         sizes = list(_argument(node, 2, "sizes"))
         sizes[index] = value

@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatch
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pruning.export import load_compressed, load_program
 from pruning.policy import CompressionPolicy
 
 from . import outcomes
-from .stopping import StopAfter
+from .stopping import StopAfter, StopWhen
 from .tiny import CLASSES, SIDE
 from .tiny import images as tiny_images
 from .tiny import network as tiny_network
@@ -92,12 +93,138 @@ def journal(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
 
 
-def test_json_holds_the_outcome_and_nothing_else(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
+def in_json(run: Path) -> dict[str, Any]:
+    """What a command prints of a run: where it is, and its outcome."""
+    return {"run": str(run)} | RunOutcome.load(run / "results.json").model_dump(mode="json")
+
+
+def test_json_holds_the_folder_and_the_outcome_and_nothing_else(
+    command: Command, tiny_yaml: Path, tmp_path: Path
+) -> None:
     done = command("search", tiny_yaml, "--out", tmp_path / "run", "--json")
 
-    outcome = RunOutcome.model_validate_json(done.out)
     assert done.err == ""
-    assert outcome == RunOutcome.load(tmp_path / "run" / "results.json")
+    assert json.loads(done.out) == in_json(tmp_path / "run")
+
+
+def test_run_that_a_bad_recipe_ends_is_continued_with_another(
+    command: Command, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    run, bad = tmp_path / "my run", ("--set", "finetune.learning_rate=1e30", "--set", "finetune.batch_size=24")
+    failed = command("search", tiny_yaml, "--finetune-epochs", 1, *bad, "--out", run)
+    assert failed.code == 1
+    assert "lower the learning rate" in failed.err
+    assert f"continue with 'secateur resume '{run}''" in failed.err
+    found = (run / "journal.jsonl").read_bytes()
+
+    refused = command("resume", run, "--set", "search.seed=3", "--set", "finetune.epochs=2")
+    assert refused.code == 1
+    assert refused.err.startswith("error: search.seed: what was evaluated before would not compare with what follows")
+    done = command("resume", run, "--set", "finetune.learning_rate=0.01")
+    assert done.code == 0, done.err
+    outcome = RunOutcome.load(run / "results.json")
+    assert all(row.tuned_validation_accuracy is not None for row in outcome.rows)
+    assert (run / "journal.jsonl").read_bytes() == found
+
+    too_late = command("resume", run, "--set", "finetune.epochs=2")
+    assert too_late.code == 1
+    assert too_late.err.startswith(f"error: run {run} is finished, and nothing of it is made again")
+
+
+def test_networks_trained_by_another_recipe_are_trained_again_by_the_one_that_a_run_goes_on_with(
+    command: Command, tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config, run, straight = tiny_config(finetune__epochs=1), tmp_path / "run", tmp_path / "straight"
+    dense = run / "methods" / "dense" / "tuned.safetensors"
+    with RunDisplay(quiet=True) as display:
+        with pytest.raises(Interrupted):
+            start_run(config, run, ["secateur"], display, StopWhen(dense.exists))
+        tuned = dense.read_bytes()
+        start_run(tiny_config(finetune__epochs=2), straight, ["secateur"], display, StopFlag())
+
+    done = command("resume", run, "--set", "finetune.epochs=2")
+
+    assert done.code == 0
+    assert "finetune: 1 network trained otherwise before will be trained anew" in done.err
+    assert dense.read_bytes() != tuned
+    for method in ("dense", "uniform", "random"):
+        weights = "methods", method, "tuned.safetensors"
+        assert run.joinpath(*weights).read_bytes() == straight.joinpath(*weights).read_bytes()
+
+
+def test_what_a_run_warned_of_is_in_its_log_its_results_and_its_report(
+    command: Command, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    options = ("--budget", "12%", "--methods", "uniform", "--json")
+    done = command("search", tiny_yaml, *options, "--out", tmp_path / "run")
+
+    (warning,) = (text for text in json.loads(done.out)["warnings"] if "search.reconstruct=true" in text)
+    said = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert any(line.partition(" ")[2] == f"warning: {warning}" for line in said)
+    assert any(re.fullmatch(r"\S+ dense accuracy: .+", line) for line in said)
+    assert escape(warning) in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_runs_that_cannot_be_made_below_a_link_to_nothing_end_with_an_error(
+    command: Command, tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to("nowhere")
+
+    done = command("search", tiny_yaml)
+
+    assert done.code == 1
+    assert done.err.startswith("error: cannot make the run folder 'runs/tiny-1': File exists")
+
+
+def test_refused_run_leaves_the_empty_folder_that_was_there(command: Command, tiny_yaml: Path, tmp_path: Path) -> None:
+    for name in ("there", "new"):
+        if name == "there":
+            (tmp_path / name).mkdir()
+        done = command("search", tiny_yaml, "--data", "nonsense", "--out", tmp_path / name)
+        assert done.code == 1
+        assert "unknown data source 'nonsense'" in done.err
+
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["there"]
+    assert not list((tmp_path / "there").iterdir())
+
+
+def test_path_without_permission_is_named(
+    command: Command, tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_file = Path.is_file
+
+    def refusing(path: Path) -> bool:
+        if path.parent == Path("/home/other"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refusing)
+    done = command("search", tiny_yaml, "--weights", "/home/other/w.pt", "--out", tmp_path / "run")
+
+    assert done.code == 1
+    assert "error: no permission for '/home/other/w.pt': grant it, or name another" in done.err
+
+
+def test_mistyped_reward_and_choices_that_nothing_is_decided_by_are_refused(command: Command, tiny_yaml: Path) -> None:
+    reward = command("search", tiny_yaml, "--set", "search.reward=acuracy")
+    assert reward.code == 1
+    assert "search.reward: unknown reward 'acuracy'; did you mean 'accuracy'? Allowed: accuracy, " in reward.err
+    pattern = command("search", tiny_yaml, "--set", "search.sparsity=2:4")
+    assert pattern.code == 1
+    assert "sparsity is 2:4, and decide names no density: add it to search.decide, or leave sparsity out" in pattern.err
+    bits = command("search", tiny_yaml, "--set", "search.bits=[4, 8]")
+    assert "bits is 4, 8, and decide names no bits, weight_bits or act_bits" in bits.err
+
+
+def test_reward_function_that_is_not_there_is_refused_before_training(
+    command: Command, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    done = command("search", tiny_yaml, "--set", "search.reward=nowhere:reward", "--out", tmp_path / "run")
+
+    assert done.code == 1
+    assert "no module 'nowhere' for 'nowhere:reward'" in done.err
+    assert "training" not in done.err
 
 
 def test_every_method_keeps_the_budget_and_pays_for_what_it_used(finished_run: Path) -> None:
@@ -152,7 +279,7 @@ def test_finished_run_is_resumed_at_once(command: Command, finished_run: Path) -
 
     done = command("resume", finished_run, "--json")
 
-    assert RunOutcome.model_validate_json(done.out) == RunOutcome.load(finished_run / "results.json")
+    assert json.loads(done.out) == in_json(finished_run)
     assert (finished_run / "journal.jsonl").read_bytes() == journal
 
 
@@ -525,7 +652,8 @@ def test_training_writes_weights_that_a_search_takes(command: Command, tiny_yaml
         "search", tiny_yaml, "--weights", weights, "--methods", "uniform", "--out", tmp_path / "run", "--json"
     )
 
-    dense = RunOutcome.model_validate_json(done.out).row("dense")
+    assert done.code == 0
+    dense = RunOutcome.load(tmp_path / "run" / "results.json").row("dense")
     assert dense.validation_accuracy == json.loads(trained.out)["validation_accuracy"]
 
 

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from experiments.data import (
     normalise,
 )
 from experiments.image_folder import first_image, read_image_folder, split_lists, write_split_lists
-from experiments.images import MissingSplitError
+from experiments.images import MissingSplitError, Scaling
 
 
 @pytest.fixture(autouse=True)
@@ -169,15 +170,25 @@ def test_images_of_other_sizes_are_scaled_and_cropped_about_the_centre(root: Pat
     wide.paste((250, 250, 250), (6, 0, 18, 12))
     wide.save(root / "train" / "cat" / "000.png")
 
-    split = read_image_folder(root, "train", size=6)
+    split = read_image_folder(root, "train", scaling=Scaling(6, 6))
 
     assert split.images.shape == (8, 3, 6, 6)
     assert split.images[0, :, :, 1:5].min() > 240
+    # Of 24 by 12 pixels the 6 by 6 in the middle, where all is white.
+    assert read_image_folder(root, "train", scaling=Scaling(6, 12)).images[0].min() > 240
 
 
 def test_size_applies_to_arrays_too() -> None:
     data = ImageData(DataRecipe(size=14))
     assert data.validation.images.shape == (750, 1, 14, 14)
+    whole = ImageData(DataRecipe()).validation.images
+    assert torch.equal(ImageData(DataRecipe(size=14, resize=28)).validation.images, whole[:, :, 7:21, 7:21])
+
+
+@pytest.mark.parametrize("size", [None, 29])
+def test_images_are_not_scaled_to_less_than_is_cut_out(size: int | None) -> None:
+    with pytest.raises(ValueError, match=f"resize is 28 and size {size}: images are scaled until"):
+        DataRecipe(size=size, resize=28)
 
 
 def test_even_and_odd_lists_divide_a_folder(root: Path, tmp_path: Path) -> None:
@@ -201,7 +212,13 @@ def test_lists_that_are_there_are_not_written_again(root: Path, tmp_path: Path) 
 
     assert split_lists(root, "test", tmp_path) == (even, odd)
     assert even.read_text() == "cat/000.png\n"
+    # One of them alone may be what somebody edited: it is not written over.
     odd.unlink()
+    assert failure(lambda: split_lists(root, "test", tmp_path)) == (
+        f"'{even}' lists other images; delete it, or name another folder with --out"
+    )
+    assert not odd.exists()
+    even.unlink()
     assert split_lists(root, "test", tmp_path) == (even, odd)
     assert len(even.read_text().split()) == len(odd.read_text().split()) == 4
 
@@ -449,7 +466,7 @@ def test_broken_image_in_an_archive_is_named(root: Path, tmp_path: Path) -> None
     image(1, (64, 64)).save(buffer, "JPEG")
     (root / "train" / "dog" / "002.jpg").write_bytes(buffer.getvalue()[:-300])
     archive = packed(root, tmp_path / "pets.tar")
-    assert failure(lambda: read_image_folder(archive, "train", size=6)).startswith(
+    assert failure(lambda: read_image_folder(archive, "train", scaling=Scaling(6, 6))).startswith(
         f"broken image 'train/dog/002.jpg' in '{archive}' ("
     )
 
@@ -822,6 +839,22 @@ def test_cifar_is_not_downloaded_unless_asked(cache: Path) -> None:
     message = failure(lambda: ImageData(DataRecipe(source="cifar10")).train)
     assert message.startswith(f"cifar10 is not in '{cache / 'torchvision'}' (")
     assert message.endswith("); allow the download with `download: true` or `--download`")
+
+
+def test_cifar_that_cannot_be_downloaded_is_an_error_that_says_what_to_do(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        msg = "no route to host"
+        raise URLError(msg)
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
+    message = failure(lambda: ImageData(DataRecipe(source="cifar10", download=True)).train)
+
+    assert message == (
+        f"cifar10 is not in '{cache / 'torchvision'}' (<urlopen error no route to host>); it could not be downloaded; "
+        "put torchvision's copy of it into a folder that `data.root` names"
+    )
 
 
 def test_name_without_a_number_is_neither_even_nor_odd(root: Path, tmp_path: Path) -> None:

@@ -319,8 +319,8 @@ def problem_with(space: SearchSpace, journal: Journal) -> SearchProblem:
 def test_no_clock_is_asked_without_a_budget_of_latency_or_where_it_is_ruled_out(space: SearchSpace) -> None:
     untimed = problem_with(replace(space, bounds=()), Journal())
 
-    assert PlanClock.of(subject_by(clock=False), problem_with(space, Journal()), TableDevice()) is None
-    assert PlanClock.of(subject_by(clock=True), untimed, TableDevice()) is None
+    assert PlanClock.of(subject_by(clock=False), problem_with(space, Journal()), TableDevice(), StopFlag()) is None
+    assert PlanClock.of(subject_by(clock=True), untimed, TableDevice(), StopFlag()) is None
 
 
 @pytest.mark.parametrize("clock", [True, False])
@@ -476,7 +476,7 @@ def test_a_time_is_compared_with_a_time(space: SearchSpace, budget: str, expecte
         config=SimpleNamespace(budget=read_budgets(budget)), model=model, calibration=lambda: [images]
     )
     builder, device = SimpleNamespace(build=lambda _: model), TableDevice(clock=cast("Any", clock))
-    plan = PlanClock(cast("Any", subject), cast("Any", builder), 4_000_000, device)
+    plan = PlanClock(cast("Any", subject), cast("Any", builder), 4_000_000, device, StopFlag())
 
     found = plan(space.policy(start_plan(space)), 9)
 
@@ -490,7 +490,7 @@ def test_a_plan_that_cannot_be_exported_is_not_measured_and_stays(space: SearchS
 
     subject = SimpleNamespace(model=nn.Identity(), calibration=lambda: [torch.zeros(2, 3, 8, 8)])
     device = TableDevice(clock=cast("Any", SimpleNamespace(artifact=refused)))
-    clock = PlanClock(cast("Any", subject), cast("Any", None), 1, device)
+    clock = PlanClock(cast("Any", subject), cast("Any", None), 1, device, StopFlag())
     policy = space.policy(start_plan(space))
 
     measured = kept(policy, space, clock)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import agent
 from experiments.data import DataRecipe, ImageData, SplitRecipe, make_evaluate
 from experiments.image_folder import write_split_lists
-from experiments.models import ModelError, build_model, input_sizes, load_weights
+from experiments.models import ModelError, build_model, check_outputs, check_trains, input_sizes, load_weights
 from experiments.user_function import UserFunctionError
 from pruning.export import unique_tensors
 
@@ -251,14 +251,49 @@ def test_poisoned_weights_are_refused_and_their_payload_not_run(trained: nn.Modu
     assert not touched.exists()
 
 
-def test_weights_that_are_no_file_of_pytorch_are_named(trained: nn.Module, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "begins with b'version https://git-'"),
+        (b"<!DOCTYPE html>", "begins with b'<!DOCTYPE html>'"),
+        (b"", "is empty"),
+    ],
+    ids=["a pointer of Git LFS", "a web page", "nothing"],
+)
+def test_weights_that_are_no_file_of_pytorch_are_named(
+    trained: nn.Module, tmp_path: Path, content: bytes, found: str
+) -> None:
     path = tmp_path / "weights.pt"
-    path.write_text("junk\n")
+    path.write_bytes(content)
 
-    assert re.fullmatch(
-        rf"cannot read the weights '{path}': KeyError: \d+; the file was not written by torch.save, or was cut short",
-        failure(lambda: load_weights(trained, path)),
+    assert failure(lambda: load_weights(trained, path)) == (
+        f"cannot read the weights '{path}': the file {found}, so it was not written by torch.save; is it a web page or "
+        "a pointer in place of the weights?"
     )
+
+
+class WithAnotherHead(nn.Module):
+    """Returns the scores of an auxiliary head too while it is trained, as GoogLeNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head, self.other = nn.BatchNorm2d(3), nn.Linear(3, 10), nn.Linear(3, 10)
+
+    def forward(self, x: torch.Tensor) -> object:
+        x = self.norm(x).mean((2, 3))
+        return (self.head(x), self.other(x)) if self.training else self.head(x)
+
+
+def test_network_that_returns_more_while_it_is_trained_is_refused() -> None:
+    model, images = WithAnotherHead().eval(), torch.randn(2, 3, 8, 8)
+
+    check_outputs(model, images, [str(i) for i in range(10)])
+    assert failure(lambda: check_trains(model, images)) == (
+        "in training mode the network returns a tuple; wrap it in a module that returns the logits alone, or pass its "
+        "weights and do not fine-tune it (finetune.epochs 0)"
+    )
+    assert not model.training
+    assert model.norm.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

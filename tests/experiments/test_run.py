@@ -1,3 +1,4 @@
+import errno
 import os
 import platform
 import subprocess
@@ -18,6 +19,7 @@ from experiments.run import (
     RunExistsError,
     RunFolder,
     claimed,
+    locked,
     numbered_folder,
     refuse_existing,
 )
@@ -61,6 +63,26 @@ def test_other_folder_is_refused_without_talk_of_resuming(tmp_path: Path) -> Non
 
 def test_empty_folder_may_become_a_run(tmp_path: Path, tiny_config: Configured) -> None:
     assert RunFolder.create(tmp_path, tiny_config(), MACHINE, []).config_file.exists()
+
+
+def test_opening_the_folder_of_runs_names_those_in_it(folder: RunFolder) -> None:
+    with pytest.raises(RunError, match=rf"\(no config.yaml in it\); runs in {folder.root.parent}: mine$"):
+        RunFolder.open(folder.root.parent)
+
+
+def test_file_system_without_locks_is_warned_about_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("experiments.run.fcntl.flock", refuse)
+    with locked(tmp_path / "lock", "on it"):
+        pass
+
+    assert caplog.messages == [
+        f"'{tmp_path / 'lock'}' cannot be locked (No locks available): see to it that one process works on it"
+    ]
 
 
 def test_opening_what_is_no_run_names_the_runs_beside_it(folder: RunFolder) -> None:

@@ -392,6 +392,31 @@ def test_resume_warns_of_another_number_of_threads(
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "is_told"),
+    [
+        ({"budget": "12%"}, True),
+        ({"budget": "12%", "search__reconstruct": True}, False),
+        ({"budget": "90%"}, False),
+    ],
+    ids=["little is left", "plans are repaired", "much is left"],
+)
+def test_first_plan_that_leaves_little_accuracy_is_warned_about(
+    tiny_config: Configured, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], is_told: bool
+) -> None:
+    root = tmp_path / "run"
+    with RunDisplay() as display:
+        start_run(tiny_config(**options), root, ["secateur", "search"], display, StopFlag())
+
+    warned = [line for line in capsys.readouterr().err.splitlines() if "search.reconstruct=true" in line]
+    assert len(warned) == is_told
+    if is_told:
+        found = RunOutcome.load(root / "results.json").row("uniform").search_accuracy
+        (dense,) = (entry.accuracy for entry in Journal(root / "journal.jsonl").entries("") if entry.purpose == "dense")
+        told = f"uniform's plan is right on {found:.1%} of the search images, the dense network on {dense:.1%}: "
+        assert warned[0].startswith(f"warning: {told}")
+
+
 def test_hyperparameters_are_shown_once_with_the_final_metrics(tiny_config: Configured, tmp_path: Path) -> None:
     search(tiny_config(finetune__epochs=1, finetune__dense_control=False), tmp_path / "run")
     folder = RunFolder(tmp_path / "run")

@@ -124,6 +124,41 @@ def test_unequal_channels_show_in_the_statistics() -> None:
     assert values[other, column("importance_p90")] == values[other, column("importance_p10")] == 0
 
 
+class Repeats(nn.Module):
+    """An embedding whose vectors go through one layer three times, and a product with a weight as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.inner, self.head = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(8, 4)
+        self.matrix, self.bias = nn.Parameter(torch.randn(16, 8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.words(x)
+        for _ in range(3):
+            x = self.inner(x).relu()
+        out: Tensor = self.head(torch.addmm(self.bias, x.mean(1), self.matrix))
+        return out
+
+
+def test_parameters_of_a_layer_that_runs_again_count_once_and_channels_are_told_from_inputs() -> None:
+    torch.manual_seed(0)
+    model = Repeats().eval()
+    with torch.no_grad():
+        # One channel of each is far stronger, of inputs none is.
+        model.words.weight[:, 3] *= 20
+        model.matrix[:, 3] *= 20
+    graph = capture(model, torch.randint(50, (2, 6)))
+    importance = {group.name: np.ones(group.size) for group in graph.prunable}
+    values = static_node_features(graph, model, graph.prunable, importance, [0.1] * len(graph.prunable))
+
+    row = len(graph.operators) + [group.name for group in graph.prunable].index("words")
+    held = model.words.weight.numel() + 16 * 16 + 16 + model.matrix.numel() + 8
+    assert values[row, column("log_params")] == pytest.approx(math.log10(1 + held) / 4)
+    matrix = next(operator.name for operator in graph.operators if operator.weight == "matrix")
+    for name in ("words", matrix):
+        assert of(values, graph, name, "channel_norm_skew") > 0.5
+
+
 def test_importance_of_either_sign_shows_relative_to_its_magnitude() -> None:
     model, graph = network(16)
     importance = {group.name: np.linspace(-3, 1, group.size) for group in graph.prunable}

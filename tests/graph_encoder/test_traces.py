@@ -133,6 +133,34 @@ class Around(nn.Module):
         return out
 
 
+class Splits(nn.Module):
+    """A split of which the sizes are named, as the method or the function calls them."""
+
+    def __init__(self, *, by_method: bool) -> None:
+        super().__init__()
+        self.stem, self.part, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(4, 8, 1), nn.Linear(8, 5)
+        self.by_method = by_method
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.by_method:
+            one, other = x.split(split_size=[4, 8], dim=1)
+        else:
+            one, other = torch.split(x, split_size_or_sections=[4, 8], dim=1)
+        out: Tensor = self.head((self.part(one).relu() + other).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("by_method", [True, False])
+def test_sizes_of_a_split_are_rewritten_however_they_are_named(by_method: bool) -> None:
+    model = seeded(lambda: Splits(by_method=by_method))
+
+    graph = capture(model, EXAMPLE)
+
+    assert sorted(group.size for group in graph.prunable) == [4, 8] and graph.rewrites
+    assert every_uneven_plan_holds(model, graph)
+
+
 @pytest.mark.parametrize("inner", [DropsPath, AsksForASize, MakesATensor, WithoutGradients, InSinglePrecision, Counts])
 def test_a_module_that_no_trace_can_follow_is_called_whole_and_all_else_is_rewritten(
     inner: Callable[[], nn.Module],

@@ -8,7 +8,7 @@ from graph_encoder.capture import capture
 from pruning import reconstruction
 from pruning.batch_norm import reestimate_batch_norm
 from pruning.policy import CompressionPolicy
-from pruning.reconstruction import reconstruct
+from pruning.reconstruction import MOST_BYTES, most_images, reconstruct
 from pruning.surgery import apply_policy
 
 
@@ -272,6 +272,14 @@ def test_silenced_branches_and_linear_layers_over_maps_are_fitted(scale: float) 
     with torch.no_grad():
         off, left = (float((network(images) - model(images)).square().mean()) for network in (plain, fitted))
     assert left < 0.7 * off
+
+
+def test_images_that_fit_are_counted_by_the_largest_output_of_maps_with_the_channels_last() -> None:
+    graph = capture(Block(1.0).eval(), torch.randn(2, 3, 20, 10))
+
+    # 12 channels at 20 times 10 positions, behind the layer called wide.
+    assert {operator.name: operator.out_size for operator in graph.operators}["wide"] == (20, 10)
+    assert most_images(graph) == MOST_BYTES // (4 * 12 * 200)
 
 
 class Bare(nn.Module):
