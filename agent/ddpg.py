@@ -94,7 +94,7 @@ class GraphDDPGPolicy(TD3Policy):
             encoder: keyword arguments of `GraphEncoder`, for actor and critics alike.
             plan_hidden: see `PlanValue`.
             plan_layers: see `PlanValue`.
-            n_critics: critics, each trained on its own batches' loss.
+            n_critics: critics, all trained on the same batches, by the sum of their losses.
         """
         self._encoder = encoder
         self._critic: dict[str, Any] = {"plan_hidden": plan_hidden, "plan_layers": plan_layers, "n_critics": n_critics}
@@ -200,10 +200,10 @@ class GraphDDPG(DDPG):
         noise = self._noise.pop(0)
         with torch.no_grad():
             plan = self.actor(obs)
+            plans = self._explore(obs, plan, noise)
             if self.candidates > 1 and self.num_timesteps > learning_starts and bool(noise.any()):
-                plans = self._best_candidates(obs, plan, noise)
-            else:
-                plans = self._explore(obs, plan, noise)
+                is_noisy = noise.to(plan.device).any(dim=1, keepdim=True)
+                plans = torch.where(is_noisy, self._best_candidates(obs, plan, noise), plans)
         actions = plans.cpu().numpy()
         return actions, actions
 

@@ -101,14 +101,14 @@ class PlanDistribution:
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Mean log-density of the decisions of each plan ``(batch, D)``, ``(batch,)``."""
-        return self._mean(self.normal.log_prob(actions))
+        # Of a padded action, which may be anything, not even the gradient may be.
+        return self._mean(self.normal.log_prob(torch.where(self.mask > 0, actions, 0.0)))
 
     def entropy(self) -> Tensor:
         """Mean entropy of the decisions, in nats, ``(batch,)``."""
         return self._mean(self.normal.entropy())
 
     def _mean(self, values: Tensor) -> Tensor:
-        # A padded action may be anything: leave it out rather than multiply by 0, which would keep a NaN.
         kept = torch.where(self.mask > 0, values, 0.0)
         return kept.sum(dim=1) / self.mask.sum(dim=1).clamp(min=1)
 

@@ -63,7 +63,7 @@ class Ledger(VecEnvWrapper):
             ValueError: if environments of this process share an evaluator.
         """
         super().__init__(venv)
-        _check_evaluators(venv)
+        _check_environments(venv)
         self.rewards: list[float] = []
         self.best: Episode | None = None
         self.is_spent = False
@@ -196,8 +196,19 @@ def tell_exhausted(env: gym.Env[Any, Any] | VecEnv, evaluations: float, n_evalua
     )
 
 
-def _check_evaluators(venv: VecEnv) -> None:
-    """Raise ValueError where environments share an evaluator: each would count its evaluations as its own."""
+def _check_environments(venv: VecEnv) -> None:
+    """Raise ValueError where evaluations would be counted wrongly.
+
+    Environments that share an evaluator would each count its evaluations as their own; schedules and limits take an
+    episode for one plan, and a plan for one evaluation.
+    """
+    for name in ("fidelity", "refinement_steps"):
+        if venv.has_attr(name) and any(value != 1 for value in venv.get_attr(name)):
+            msg = (
+                f"an environment has {name} {venv.get_attr(name)[0]:g}: what is trained here takes an episode for one "
+                f"plan, scored on all search images; leave {name} at 1, or write a training loop of your own"
+            )
+            raise ValueError(msg)
     # Environments in processes of their own share nothing.
     environments = venv.unwrapped.envs if isinstance(venv.unwrapped, DummyVecEnv) else []
     first: dict[int, int] = {}

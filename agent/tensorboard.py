@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from torch.utils.tensorboard import SummaryWriter
+
+_log = logging.getLogger(__name__)
+MOST_AHEAD_S = 5
+"""Seconds that are waited for."""
 
 
 class ContinuedTensorBoard(TensorBoardOutputFormat):
@@ -20,8 +25,16 @@ class ContinuedTensorBoard(TensorBoardOutputFormat):
 
 def wait_for_a_later_second(folder: Path) -> None:
     """Let the clock pass the second in the name of the newest event file: readers order files by name."""
-    seconds = [int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*")]
-    while seconds and int(time.time()) <= max(seconds):
+    newest = max((int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*")), default=0)
+    if (ahead := newest - time.time()) > MOST_AHEAD_S:
+        # It was written by another clock, or this one was set back.
+        _log.warning(
+            "the newest curves in '%s' were written %.0f s from now: TensorBoard may show what follows before them",
+            folder,
+            ahead,
+        )
+        return
+    while int(time.time()) <= newest:
         time.sleep(0.05)
 
 

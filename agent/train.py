@@ -287,7 +287,7 @@ class Search:
             return False
         try:
             self._check_same_search(state["search"], checkpoints)
-            self._load_state(state)
+            self._load_state(state, checkpoints)
         except KeyError as missing:
             msg = (
                 f"the checkpoints in '{checkpoints}' lack {missing}, so they are of another version; use that one, or "
@@ -296,12 +296,12 @@ class Search:
             raise CheckpointError(msg) from missing
         return True
 
-    def _load_state(self, state: Mapping[str, Any]) -> None:
+    def _load_state(self, state: Mapping[str, Any], checkpoints: Path) -> None:
         agent = self.agent
         # The seeds that Stable-Baselines3 gave the environments wait for their next reset: let them have it now.
         self.ledger.reset()
         self.ledger.load_state_dict(state["ledger"])
-        agent.policy.load_state_dict(state["policy"])
+        load_weights(agent.policy, state["policy"], checkpoints)
         for optimizer, saved in zip(_optimizers(agent), state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         agent.num_timesteps = state["num_timesteps"]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from stable_baselines3.common.policies import BasePolicy
 
 from graph_encoder.features import GLOBAL_FEATURES, NODE_FEATURES
@@ -40,6 +41,7 @@ class Task:
         sparsity: pattern of the zeros, where densities are decided.
         densities: percents of a layer's weights to choose among, where they are decided.
         bits: bits to choose among, where they are decided.
+        span: how far a score of 1 moves a decision; 0 in a file from before it was kept.
     """
 
     environment: str
@@ -49,6 +51,7 @@ class Task:
     sparsity: str = ""
     densities: tuple[int, ...] = ()
     bits: tuple[int, ...] = ()
+    span: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,11 @@ class Training:
             found.append(
                 f"it learned to correct a {there.start} plan and corrects a {here.start} one here; train it with "
                 f"search.start {here.start}"
+            )
+        if there.span and here.span and there.span != here.span:
+            found.append(
+                f"its scores were to move a decision by up to {there.span:g} and move it by up to {here.span:g} here; "
+                f"pass --set search.span={there.span:g}"
             )
         found += self._other_choices(here)
         if not shows_measured and self.measured_dropout == 0:
@@ -197,22 +205,21 @@ def load_agent(path: Path, observation_space: spaces.Dict, action_space: spaces.
         )
         raise CheckpointError(msg)
     algorithm: Algorithm = state["algorithm"]
-    config = _CONFIGS[algorithm].model_validate(state["config"])
-    policy = build_policy(config, observation_space, action_space)
-    training = _training(state, path)
+    config, training = _training(state, _CONFIGS[algorithm], path)
     _check_features(training.features, path)
+    policy = build_policy(config, observation_space, action_space)
     load_weights(policy, state["policy"], path)
     policy.set_training_mode(False)
     return SavedAgent(config, policy, training)
 
 
-def _training(state: Mapping[str, Any], path: Path) -> Training:
+def _training(state: Mapping[str, Any], kind: type[AgentConfig], path: Path) -> tuple[AgentConfig, Training]:
     try:
-        return Training.from_state(state["training"])
-    except (KeyError, TypeError) as error:
+        return kind.model_validate(state["config"]), Training.from_state(state["training"])
+    except (KeyError, TypeError, ValidationError) as error:
         msg = (
-            f"'{path}' does not say what its agent was trained on, so it is of another version; train the agent again, "
-            "or use the version that trained it"
+            f"'{path}' does not say how its agent was trained, or in other words than this version, so it is of "
+            "another one; train the agent again, or use the version that trained it"
         )
         raise CheckpointError(msg) from error
 

@@ -18,7 +18,7 @@ def uniform(space: SearchSpace) -> Ratios:
     """The same keep ratio in every group and the fewest bits in every layer, shape ``(n,)``."""
     offsets = np.zeros(space.n)
     for index, decision in enumerate(space.layers, start=len(space.groups)):
-        # Below every place that a shift can make of it: bits rise only where no unit and no weight fits any more.
+        # Below every place that a shift can make of it: bits rise only by what rounding of the units leaves over.
         offsets[index] = 0.0 if decision.choice == "density" else -1.0
     return offsets
 

@@ -129,6 +129,7 @@ def _task(problem: SearchProblem, settings: SearchSettings) -> Task:
         sparsity=settings.sparsity if decides_density else "",
         densities=settings.densities if decides_density else (),
         bits=settings.bits if settings.decides_bits else (),
+        span=settings.span,
     )
 
 

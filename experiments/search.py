@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from envs.evaluator import Evaluation
-from envs.journal import Journal, JournalError
+from envs.journal import Journal, JournalEntry, JournalError
 from envs.reward import RewardError, RewardFunction, resolve_reward
 from envs.space import SearchSpace
 from graph_encoder.modes import has_bfloat16
@@ -450,7 +450,7 @@ def _search_anew(
                 method,
                 problem,
                 settings,
-                on_evaluation=Watch(stage, problem, stop, scalars),
+                on_evaluation=Watch(stage, problem, stop, scalars, entries),
                 on_finalist=Watch(stage, problem, stop),
                 evaluate_all=subject.evaluate_on_validation(),
                 n_validation=len(subject.data.validation),
@@ -473,9 +473,16 @@ class Watch:
     """Shows and logs each evaluation, and stops if asked to: it is safe in the journal by then."""
 
     def __init__(
-        self, stage: Stage, problem: SearchProblem, stop: StopFlag, scalars: EvaluationScalars | None = None
+        self,
+        stage: Stage,
+        problem: SearchProblem,
+        stop: StopFlag,
+        scalars: EvaluationScalars | None = None,
+        recorded: Sequence[JournalEntry] = (),
     ) -> None:
+        """Watch a search; of ``recorded`` what came before its first evaluation here, a checkpoint holds."""
         self._stage, self._problem, self._stop, self._scalars = stage, problem, stop, scalars
+        self._recorded = recorded
         self._best = 0.0
         self._repeats = 0
 
@@ -485,7 +492,10 @@ class Watch:
             self._repeats += 1
             self._stage.advance(0, 0.0, self._note)
         else:
-            self._best = max(self._best, evaluation.accuracy)
+            before = [each for each in self._recorded if each.evaluations_used < evaluation.evaluations_used]
+            self._recorded = ()
+            self._best = max([self._best, evaluation.accuracy, *(each.accuracy for each in before)])
+            self._stage.advance(sum(each.fidelity for each in before), 0.0)
             self._stage.advance(evaluation.fidelity, evaluation.seconds, self._note)
             if self._scalars:
                 self._scalars.add(evaluation, self._problem.reward(evaluation.accuracy, evaluation.cost))

@@ -62,7 +62,7 @@ def test_the_first_plan_is_the_start_plan(policy: GraphActorCriticPolicy | Graph
 
 
 def test_log_probability_and_entropy_are_those_of_a_gaussian_by_hand() -> None:
-    mean, std = torch.tensor([[0.1, -0.2, 0.9]]), torch.tensor(0.5)
+    mean, std = torch.tensor([[0.1, -0.2, 0.9]], requires_grad=True), torch.tensor(0.5)
     distribution = PlanDistribution(mean, std, torch.tensor([[1.0, 1.0, 0.0]]))
 
     found = distribution.log_prob(torch.tensor([[0.6, -0.2, math.nan]]))
@@ -70,6 +70,9 @@ def test_log_probability_and_entropy_are_those_of_a_gaussian_by_hand() -> None:
     # -log(0.5 sqrt(2 pi)) for both decisions, and -1/2 for the one that is a standard deviation away.
     assert found.item() == pytest.approx(-math.log(0.5 * math.sqrt(2 * math.pi)) - 0.25)
     assert distribution.entropy().item() == pytest.approx(0.5 * math.log(2 * math.pi * math.e * 0.25))
+    # (0.6 - 0.1) / 0.5^2, a mean over two; of the padded decision none, whatever its action is.
+    (slope,) = torch.autograd.grad(found.sum(), mean)
+    assert slope[0].tolist() == pytest.approx([1.0, 0.0, 0.0])
 
 
 def test_the_clipped_ratio_does_not_shrink_with_the_number_of_decisions() -> None:

@@ -94,3 +94,12 @@ def test_environments_that_share_an_evaluator_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=f"^{message}$"):
         Ledger(apart, lambda _: None)
+
+
+@pytest.mark.parametrize(("name", "value"), [("fidelity", 0.5), ("refinement_steps", 3)])
+def test_environments_that_count_otherwise_are_refused(name: str, value: float) -> None:
+    env = TargetEnv(3)
+    setattr(env, name, value)
+
+    with pytest.raises(ValueError, match=f"an environment has {name} {value:g}: what is trained here takes an episode"):
+        Ledger(vectorised(env), lambda _: None)

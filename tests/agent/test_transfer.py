@@ -18,6 +18,10 @@ from tests.agent.synthetic import TargetEnv
 
 SMALL: dict[str, Any] = {"hidden": 8, "n_layers": 1, "n_frequencies": 0}
 CONFIGS = [PPOConfig(updates=5, **SMALL), DDPGConfig(updates=1, batch_size=8, **SMALL)]
+OF_ANOTHER_VERSION = (
+    "'{}' does not say how its agent was trained, or in other words than this version, so it is of another one; train "
+    "the agent again, or use the version that trained it"
+)
 CHANNELS = Task("network", "sensitivity", decide=("channels",), budgets=("macs",))
 TRAINING = Training(CHANNELS, measured_dropout=0.25)
 
@@ -98,10 +102,17 @@ def test_an_agent_whose_file_does_not_say_what_it_was_trained_on_is_refused(
 
     with pytest.raises(CheckpointError) as caught:
         load_agent(tmp_path / "other.pt", env.observation_space, env.action_space)  # type: ignore[arg-type]
-    assert str(caught.value) == (
-        f"'{tmp_path / 'other.pt'}' does not say what its agent was trained on, so it is of another version; train the "
-        "agent again, or use the version that trained it"
-    )
+    assert str(caught.value) == OF_ANOTHER_VERSION.format(tmp_path / "other.pt")
+
+
+def test_an_agent_with_hyper_parameters_of_another_version_is_refused(tmp_path: Path) -> None:
+    env = trained(CONFIGS[0], tmp_path / "agent.pt")
+    state = read_state(tmp_path / "agent.pt")
+    write_state(tmp_path / "other.pt", {**state, "config": {**state["config"], "temperature": 1.0}})
+
+    with pytest.raises(CheckpointError) as caught:
+        load_agent(tmp_path / "other.pt", env.observation_space, env.action_space)  # type: ignore[arg-type]
+    assert str(caught.value) == OF_ANOTHER_VERSION.format(tmp_path / "other.pt")
 
 
 def test_an_agent_that_is_used_as_it_was_trained_has_nothing_to_say() -> None:
@@ -145,6 +156,16 @@ def test_an_agent_that_never_decided_what_is_to_be_decided_is_refused_with_both_
         "'search.decide=[channels]'"
     )
     assert Training(JOINT, 1.0).refusal(CHANNELS) is None
+
+
+def test_scores_that_move_decisions_by_more_than_in_training_are_told() -> None:
+    here, training = replace(CHANNELS, span=0.5), Training(replace(CHANNELS, span=0.3), 1.0)
+
+    assert training.differences(here, shows_measured=True, knows_places=False) == [
+        "its scores were to move a decision by up to 0.3 and move it by up to 0.5 here; pass --set search.span=0.3"
+    ]
+    # A file from before it was kept says nothing of it.
+    assert TRAINING.differences(here, shows_measured=True, knows_places=False) == []
 
 
 def test_other_budgets_levels_and_patterns_are_told_with_both_named() -> None:

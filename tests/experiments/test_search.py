@@ -132,6 +132,28 @@ def test_agents_can_be_shown_sensitivities_without_starting_from_them(
     assert candidates["random"][0]["kept"] == candidates["ddpg"][0]["kept"]
 
 
+def test_resumed_agent_tells_all_of_its_search(
+    tiny_config: Configured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(**AGENT_RUN | {"search__methods": ["ppo"], "finetune__epochs": 0})
+
+    def told(root: Path, looks: int) -> str:
+        capsys.readouterr()
+        with RunDisplay() as display:
+            if looks:
+                with pytest.raises(Interrupted):
+                    start_run(config, root, ["secateur"], RunDisplay(quiet=True), StopAfter(looks))
+                assert list(root.glob("methods/ppo/checkpoints/*"))
+                resume_run(root, display, StopFlag())
+            else:
+                start_run(config, root, ["secateur"], display, StopFlag())
+        line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("ppo: "))
+        evaluations, _, best = line.partition(" in ")
+        return f"{evaluations} {best.split(', ')[1]}"
+
+    assert told(tmp_path / "resumed", 25) == told(tmp_path / "straight", 0)
+
+
 def test_methods_that_use_no_probes_make_none(tiny_config: Configured, tmp_path: Path) -> None:
     outcome = search(tiny_config(search__methods=["uniform", "magnitude"]), tmp_path / "run")
 
