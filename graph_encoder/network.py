@@ -91,6 +91,7 @@ class Operator:
         weight: qualified name of the weight parameter, empty for a join.
         norm: qualified name of the batch norm that reads this operator's output directly, empty if none.
         layer_type: class name of the torch.nn layer whose ``weight`` this is, and no other layer's; else empty.
+        is_called: whether that layer ran, and not a function that was given its weight.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Operator:
     weight: str = ""
     norm: str = ""
     layer_type: str = ""
+    is_called: bool = False
 
     @property
     def layer(self) -> str:

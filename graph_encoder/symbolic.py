@@ -336,6 +336,7 @@ def _trace(
     # What forward does by a draw of its own (a layer that is left out now and then) would be the same for ever.
     if have_drawn(before):
         raise _Untraceable
+    traced.training = model.training
     return traced
 
 

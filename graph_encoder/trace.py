@@ -275,7 +275,7 @@ class LabelPass(TorchDispatchMode):
     def _add_as_counted(self, operators: Sequence[Operator], sources: frozenset[int]) -> frozenset[int]:
         """Add operators with fixed costs and no weights, one behind the other: how data flows there is not known."""
         for operator in operators:
-            values = {**operator.__dict__, "weight": "", "norm": "", "layer_type": ""}
+            values = {**operator.__dict__, "weight": "", "norm": "", "layer_type": "", "is_called": False}
             name, kind = values.pop("name").partition("#")[0], values.pop("kind")
             index = self._add_operator(name, kind, sources, **values)
             self.record.multiplies.append(Multiply(self.record.operators[index].name, operator.macs, ()))
@@ -508,7 +508,7 @@ class LabelPass(TorchDispatchMode):
         values.setdefault("out_size", _out_size(tuple(call.outputs[0].shape)))
         index = self._add_operator(
             name, kind, call.sources, macs=macs, params=params, weight=weight_name, layer_type=self._layer_type(weight),
-            **values,
+            is_called=weight_name == f"{self.here()}.weight".lstrip("."), **values,
         )  # fmt: skip
         unique = self.record.operators[index].name
         self.record.multiplies.append(Multiply(unique, factor, dims))

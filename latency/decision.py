@@ -70,7 +70,8 @@ def layer_decisions(
 ) -> tuple[LayerDecision, ...]:
     """The choices that the layers of a network offer, layer by layer in the network's order.
 
-    Only layers of torch.nn whose weight is theirs alone offer any. The last one stays dense, as does the first unless
+    Only layers of torch.nn whose weight is theirs alone offer any; bits only those that run themselves, and no function
+    in their place. The last one stays dense, as does the first unless
     asked for, and one whose channels the pattern does not divide. Neither the first nor the last layer is offered
     fewer than 8 bits (Wang et al. 2019, HAQ, section 4): where all are fewer, they have 8.
 
@@ -92,15 +93,17 @@ def layer_decisions(
         densities = sorted({-(-FULL_DENSITY * n // m), FULL_DENSITY})
     operators = {o.layer: o for o in reversed(graph.operators) if o.layer_type in _DECIDABLE}
     layers = [name for name in weighted_layers(graph) if name in operators]
+    # Bits are put into layers: what a function is given has none of them.
+    given = {o.layer for o in graph.operators if o.layer_type and not o.is_called}
     found = []
     for layer in layers:
         is_last, is_end = layer == layers[-1], layer in (layers[0], layers[-1])
         stays_dense = is_last or (protect_first and layer == layers[0]) or not _divides(pattern, operators[layer])
         at_end = [level for level in bits if level >= INTEGER_BITS] or [INTEGER_BITS]
         for choice in choices:
-            if choice != "density":
+            if choice != "density" and layer not in given:
                 found.append(LayerDecision(layer, choice, tuple(at_end if is_end else bits)))
-            elif not stays_dense:
+            elif choice == "density" and not stays_dense:
                 found.append(LayerDecision(layer, choice, tuple(densities)))
     return tuple(decision for decision in found if decision.levels != (decision.size,))
 

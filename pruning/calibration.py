@@ -97,6 +97,8 @@ class Observer:
             CalibrationError: if one is not finite.
         """
         values = _as_it_lies(values.detach()).float()
+        if not values.numel():  # what a layer reads of no image at all
+            return
         if self._counts:
             self._count(values)
             return

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from .layer_policy import HALF_BITS, INTEGER_BITS, LayerPolicy
 from .policy import CompressionPolicy
 from .program_archive import ArchiveError, vetted_copy
 from .qdq import IntegerReport, MarkedNetwork, integer_model, integer_report, marked_network, saturates
-from .quantize import insert_quantizers, is_integer, quantized_layers
+from .quantize import by_first_name, insert_quantizers, is_integer, quantized_layers
+from .sparse_training import without_progress
 from .surgery import apply_policy
 
 FORMAT_VERSION = 1
@@ -100,7 +101,7 @@ def save_compressed(
     """
     folder = Path(folder)
     _check_bits(model, policy)
-    weights = safetensors.torch.save(unique_tensors(model))
+    weights = safetensors.torch.save(without_progress(unique_tensors(model)))
     manifest = Manifest(
         constructor=constructor,
         inputs=tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs_of(example_inputs)),
@@ -140,7 +141,9 @@ def load_compressed(folder: Path | str, constructor: Callable[[], nn.Module]) ->
         )
         raise ExportError(msg)
     dense = constructor().cpu().eval()
-    pruned = apply_policy(dense, capture(dense, manifest.examples()), policy)
+    # Bits are checked where they are put in, by the layers' own names: a graph calls tied layers by the first of them.
+    removed = replace(policy, layers={name: layer for name, layer in policy.layers.items() if layer.is_sparse})
+    pruned = apply_policy(dense, capture(dense, manifest.examples()), removed)
     are_quantized = any(layer.is_quantized for layer in policy.layers.values())
     model = insert_quantizers(pruned, policy.layers) if are_quantized else pruned
     try:
@@ -298,7 +301,7 @@ def _check_deployable(name: str, layer: LayerPolicy) -> None:
 
 def _check_bits(model: nn.Module, policy: CompressionPolicy) -> None:
     own = {name: layer.policy for name, layer in quantized_layers(model).items()}
-    asked = {name: layer for name, layer in policy.layers.items() if layer.is_quantized}
+    asked = by_first_name({name: layer for name, layer in policy.layers.items() if layer.is_quantized}, model)
     for name in sorted(own.keys() | asked.keys()):
         one, other = own.get(name, LayerPolicy()), asked.get(name, LayerPolicy())
         if _bits(one) != _bits(other):
@@ -337,7 +340,8 @@ def _to_onnx(frozen: nn.Module, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
         raise ExportError(msg)
     proto: onnx.ModelProto = program.model_proto
     for entry in proto.graph.input:
-        if entry.type.tensor_type.shape.dim[0].HasField("dim_value"):
+        dims = entry.type.tensor_type.shape.dim
+        if dims and dims[0].HasField("dim_value"):
             msg = (
                 f"{type(frozen).__name__} cannot be exported to ONNX: its operators fix the batch of input "
                 f"'{entry.name}' at {entry.type.tensor_type.shape.dim[0].dim_value}; let forward take any batch size"
@@ -506,10 +510,15 @@ def _frozen(model: nn.Module) -> nn.Module:
 
 
 def _batch(example_inputs: Inputs, size: int) -> tuple[Tensor, ...]:
-    """Inputs of another batch size: noise for floating point, the first example repeated for everything else."""
+    """Inputs of another batch size: noise for floating point, the first example repeated for everything else.
+
+    Inputs of no dimension are numbers that hold for all of a batch, and stay.
+    """
     generator = torch.Generator().manual_seed(size)
     return tuple(
-        torch.randn(size, *x.shape[1:], generator=generator, dtype=x.dtype)
+        x.cpu()
+        if not x.dim()
+        else torch.randn(size, *x.shape[1:], generator=generator, dtype=x.dtype)
         if x.is_floating_point()
         else x[:1].cpu().expand(size, *x.shape[1:]).contiguous()
         for x in inputs_of(example_inputs)
@@ -518,7 +527,7 @@ def _batch(example_inputs: Inputs, size: int) -> tuple[Tensor, ...]:
 
 def _free_batch(inputs: Sequence[Tensor]) -> tuple[dict[int, Any], ...]:
     batch = Dim("batch", min=1)
-    return tuple({0: batch} for _ in inputs)
+    return tuple({0: batch} if x.dim() else {} for x in inputs)
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

@@ -124,6 +124,9 @@ def finetune(
         raise FinetuneError(msg)
     if warmup_steps is None:
         warmup_steps = min(steps, epochs * steps // 20)
+    # NumPy's numbers are no plain values, and a checkpoint is read with no others.
+    learning_rate, momentum, weight_decay = float(learning_rate), float(momentum), float(weight_decay)
+    distillation_weight, temperature = float(distillation_weight), float(temperature)
     optimizer = torch.optim.SGD(
         _parameter_groups(model), lr=learning_rate, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
     )
@@ -158,7 +161,7 @@ def finetune(
                 loss, accuracy = _train_epoch(model, drawn, optimizer, objective, rates, epoch, autocast)
             if evaluate is not None:
                 with evaluation_mode(model):
-                    accuracy = evaluate(model)
+                    accuracy = float(evaluate(model))
             progress = progress.plus(loss, accuracy, time.perf_counter() - started)
             if checkpoint:
                 _save(checkpoint, settings, model, optimizer, progress)
@@ -182,6 +185,8 @@ def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [others, {"params": steps, "weight_decay": 0.0}] if steps else [others]
 
 
+IGNORED = -100
+"""Label that the loss leaves out, as PyTorch's cross-entropy does."""
 _PARTS = {"settings", "losses", "accuracies", "seconds", "model", "optimizer"}
 """Of a checkpoint."""
 
@@ -262,12 +267,12 @@ def _train_epoch(
         # Shares of classes have a likeliest one; of maps each position has a label.
         labelled = y.argmax(dim=1) if y.is_floating_point() else y
         n_right += int((logits.argmax(dim=1) == labelled).sum())
-        n_images, n_labels = n_images + len(y), n_labels + labelled.numel()
+        n_images, n_labels = n_images + len(y), n_labels + int((labelled != IGNORED).sum())
     if step + 1 != len(rates):
         given = "more" if step == len(rates) else str(step + 1)
         msg = f"epoch {epoch + 1} has {given} batches of the {len(rates)} that len() of the data says; make them agree"
         raise FinetuneError(msg)
-    return loss_sum / n_images, n_right / n_labels
+    return loss_sum / n_images, n_right / max(1, n_labels)
 
 
 def _schedule(step: int, n_steps: int, warmup_steps: int) -> float:

@@ -89,6 +89,8 @@ class LayerPolicy:
             raise PolicyError(msg)
 
     def _check_sparsity(self) -> None:
+        if isinstance(self.density, float):  # NumPy's too, which are no numbers of JSON
+            object.__setattr__(self, "density", float(self.density))
         if type(self.density) not in (int, float) or not 0 < self.density <= 1:
             msg = f"density is {self.density!r}; it must lie above 0 and at most at 1"
             raise PolicyError(msg)

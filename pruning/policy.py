@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import index as as_index
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,9 @@ class CompressionPolicy:
     layers: Mapping[str, LayerPolicy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # NumPy's integers, which indices often are, are no numbers of JSON.
+        object.__setattr__(self, "kept", {name: tuple(map(as_index, kept)) for name, kept in self.kept.items()})
+        object.__setattr__(self, "sizes", {name: as_index(size) for name, size in self.sizes.items()})
         for name, kept in self.kept.items():
             size = self.sizes.get(name)
             if size is None:

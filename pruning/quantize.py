@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from graph_encoder.batches import Batch, inputs_of
 from graph_encoder.copies import copied
@@ -404,10 +405,9 @@ def calibrate(
                 msg = f"layer '{name}': {error}"
                 raise CalibrationError(msg) from error
     quantizers = [module for module in model.modules() if isinstance(module, ActQuantizer)]
-    if not quantizers:
-        return
-    held = batches if isinstance(batches, list | tuple) else list(batches)
-    if not held:
+    # What one batch is drawn into may be written over when the next is drawn.
+    held = batches if isinstance(batches, list | tuple) else [tree_map_only(Tensor, Tensor.clone, b) for b in batches]
+    if quantizers and not held:
         msg = (
             "no calibration data: ranges of activations were to be chosen on no batches; hand in at least one batch "
             "of training images"
@@ -417,8 +417,10 @@ def calibrate(
         for quantizer in quantizers:
             quantizer.observer = Observer(quantizer.place)
         with evaluation_mode(model), torch.no_grad(), _full_precision_weights(model):
-            _run(model, held)
-            if method != "minmax":
+            if held:
+                with _all_called(quantized_layers(model)):
+                    _run(model, held)
+            if quantizers and method != "minmax":
                 for quantizer in quantizers:
                     assert quantizer.observer is not None
                     quantizer.observer.count_from_now_on()
@@ -428,6 +430,21 @@ def calibrate(
     finally:
         for quantizer in quantizers:
             quantizer.observer = None
+
+
+@contextmanager
+def _all_called(layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Refuse layers that do not run meanwhile: where a function takes a weight, that keeps all of its bits."""
+    called: set[nn.Module] = set()
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in layers.values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, layer in layers.items():
+        if layer not in called:
+            raise CalibrationError(nothing_seen(f"what '{name}' reads"))
 
 
 def _run(model: nn.Module, batches: Iterable[Batch]) -> None:
@@ -466,6 +483,7 @@ def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy], *, wh
     quantized = copied(model)
     modules = dict(quantized.named_modules(remove_duplicate=False))
     _check(layers, modules)
+    layers = by_first_name(layers, quantized)
     is_traceable = is_deployable(layers) and any(map(is_integer, layers.values())) and not has_hooks(quantized)
     traced = symbolic_trace(quantized) if whole_tensors and is_traceable else None
     if traced is not None:
@@ -491,6 +509,13 @@ def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy], *, wh
             # The tensors of that path are no such as others are.
             module.use_nested_tensor = False
     return quantized
+
+
+def by_first_name(layers: Mapping[str, LayerPolicy], model: nn.Module) -> dict[str, LayerPolicy]:
+    """What is given to the layers of ``model``, each by the first of its names: a module may have several."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first = {id(module): name for name, module in model.named_modules()}
+    return {first[id(modules[name])] if name in modules else name: layer for name, layer in layers.items()}
 
 
 def without_quantizers(model: nn.Module) -> nn.Module:

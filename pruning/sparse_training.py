@@ -38,6 +38,11 @@ MOST_KEPT = 1 / 3
 """With a larger share of its weights, a layer trains no faster by sparse kernels than by dense ones."""
 
 
+def without_progress(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a network, by name, but for those that it has while zeros are held."""
+    return {name: tensor for name, tensor in tensors.items() if name.split(".")[-1] not in (_DROPPED, _PROGRESS)}
+
+
 @contextmanager
 def hold_zeros(model: nn.Module, layers: Iterable[str], *, skip: bool = False) -> Iterator[None]:
     """Keep the weights that are zero now at zero, whatever trains the network meanwhile.

@@ -113,7 +113,8 @@ def pattern_of(op: str, columns: Tensor, counts: Tensor, shape: tuple[int, ...],
     found = _patterns.get(columns)
     if found is not None and found[0] == key:
         return cast(Pattern, found[1])
-    pattern = _checked(op, columns, counts, shape, block)
+    # Another tensor over the same numbers: an entry goes with its key, which it must not hold itself.
+    pattern = _checked(op, columns.detach(), counts, shape, block)
     _patterns[columns] = (key, pattern)
     return pattern
 

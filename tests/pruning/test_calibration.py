@@ -16,6 +16,18 @@ def observed(values: Tensor) -> Observer:
     return observer
 
 
+def test_no_values_at_all_change_nothing() -> None:
+    observer = Observer("what an expert without tokens reads")
+    for _ in range(2):
+        observer.see(torch.empty(0, 4))
+        observer.see(draw(50))
+        observer.count_from_now_on()
+
+    expected = observed(draw(50))
+    assert observer.batches == 1
+    assert observer.grid(16, "mse") == expected.grid(16, "mse")
+
+
 def draw(n: int, seed: int = 0) -> Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed))
 

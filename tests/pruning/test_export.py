@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ from pruning.files import FileWriteError
 from pruning.policy import CompressionPolicy, LayerPolicy
 from pruning.program_archive import ArchiveError
 from pruning.quantize import quantize_layers
+from pruning.sparse_training import hold_zeros
+from pruning.sparsity import zero_weights
 from pruning.surgery import apply_policy
 
 
@@ -94,6 +97,30 @@ def test_tied_weights_are_saved_once_and_tied_again(tmp_path: Path) -> None:
 
     assert loaded[0].weight is loaded[2].weight
     assert torch.equal(loaded[0].weight, model[0].weight)
+
+
+def test_tied_layers_with_bits_are_loaded(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+        model[2].weight = model[0].weight
+        return model.eval()
+
+    x, policy = torch.randn(5, 6), CompressionPolicy(layers=dict.fromkeys("02", LayerPolicy(weight_bits=4, act_bits=4)))
+    model = quantize_layers(tied(), policy.layers, [x])
+    save_compressed(model, policy, tmp_path, constructor="tied", example_inputs=x)
+
+    assert torch.equal(load_compressed(tmp_path, tied)(x), model(x))
+
+
+def test_network_that_is_saved_while_its_zeros_are_held_is_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sparse = Residual().eval()
+    policy = CompressionPolicy(layers={"conv": LayerPolicy("unstructured", 0.5)})
+    zero_weights(sparse, policy.layers)
+    with hold_zeros(sparse, policy.sparse_layers):
+        save_compressed(sparse, policy, tmp_path, constructor="residual", example_inputs=EXAMPLE)
+
+    torch.testing.assert_close(load_compressed(tmp_path, Residual)(IMAGES), sparse(IMAGES))
 
 
 @pytest.mark.parametrize(
@@ -276,6 +303,32 @@ def test_program_of_several_inputs_takes_any_batch_that_they_share(tmp_path: Pat
     torch.testing.assert_close(program(IMAGES, others), model(IMAGES, others))
     with pytest.raises(AssertionError, match=r"Guard failed: other.size\(\)\[0\] == one.size\(\)\[0\]"):
         program(IMAGES, others[:3])
+
+
+class Scaled(nn.Module):
+    """An image times a number that holds for all of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (self.conv(x) * scale).mean((2, 3))
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.tensor(2)], ids=["float", "integer"])
+def test_a_number_among_the_inputs_stays_one(tmp_path: Path, scale: Tensor) -> None:
+    model = Scaled().eval()
+    export_program(model, (EXAMPLE, scale), tmp_path / "model.pt2")
+    export_onnx(model, (EXAMPLE, scale), tmp_path / "model.onnx")
+
+    program = load_program(tmp_path / "model.pt2").module()
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    names = [entry.name for entry in session.get_inputs()]
+    (out,) = session.run(None, dict(zip(names, (IMAGES.numpy(), (3 * scale).numpy()), strict=True)))
+
+    torch.testing.assert_close(program(IMAGES, 3 * scale), model(IMAGES, 3 * scale))
+    torch.testing.assert_close(torch.from_numpy(out), model(IMAGES, 3 * scale), rtol=1e-4, atol=1e-5)
 
 
 class Stacked(Pair):

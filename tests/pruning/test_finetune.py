@@ -4,7 +4,9 @@ import math
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -422,3 +424,26 @@ def test_accuracy_is_a_share_whatever_the_labels(data: Blobs, layer: nn.Module) 
     report = finetune(layer, data, epochs=8, learning_rate=0.1)
 
     assert 0.9 < report.accuracies[-1] <= 1
+
+
+def test_numbers_of_numpy_leave_checkpoints_that_can_be_read(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"learning_rate": np.float64(0.1), "evaluate": lambda _: np.float64(0.5)}
+    path = tmp_path / "state.pt"
+    finetune(network(), Blobs(), epochs=3, checkpoint=path, **options)
+
+    report = finetune(network(), Blobs(), epochs=3, checkpoint=path, **options)
+
+    assert report.resumed_epoch == 3
+    assert report.accuracies == (0.5, 0.5, 0.5)
+
+
+class Unlabelled(Blobs):
+    """Every other point has no label."""
+
+    def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for points, labels in super().__call__(epoch):
+            yield points, torch.where(torch.arange(len(labels)) % 2 > 0, labels, -100)
+
+
+def test_labels_that_the_loss_leaves_out_are_not_counted() -> None:
+    assert finetune(nn.Linear(6, 2), Unlabelled(), epochs=8, learning_rate=0.1).accuracies[-1] > 0.9

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -263,3 +264,14 @@ def test_an_entry_that_the_schema_requires_the_reader_requires(name: str) -> Non
 def test_sparse_layers_are_those_that_lose_weights() -> None:
     layers = {"a": LayerPolicy("2:4"), "b": LayerPolicy(weight_bits=8), "c": LayerPolicy("block4", 1.0)}
     assert CompressionPolicy(layers=layers).sparse_layers == ("a",)
+
+
+def test_numbers_of_numpy_are_taken(tmp_path: Path) -> None:
+    plain = CompressionPolicy({"a": (0, 2)}, {"a": 4}, {"b": LayerPolicy("unstructured", 0.3)})
+    kept: Any = tuple(np.flatnonzero([True, False, True, False]))
+    policy = CompressionPolicy({"a": kept}, {"a": np.int64(4)}, {"b": LayerPolicy("unstructured", np.float64(0.3))})
+
+    policy.save(tmp_path / "policy.json")
+
+    assert policy.digest == plain.digest
+    assert CompressionPolicy.load(tmp_path / "policy.json") == plain

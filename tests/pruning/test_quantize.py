@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from graph_encoder.capture import capture
 from latency.cost import count_macs
+from latency.decision import LayerChoice, layer_decisions
 from pruning.calibration import CalibrationError
 from pruning.finetune import finetune
 from pruning.layer_policy import LayerPolicy, PolicyError
@@ -583,6 +584,58 @@ def test_a_layer_of_which_a_function_takes_the_weight_never_runs() -> None:
 
     with pytest.raises(CalibrationError, match="'b'"):
         quantize_layers(TakesAWeight().eval(), layers, [noise(4, 4)])
+    # Bits of weights alone need no ranges, and are refused all the same: they would be counted and change nothing.
+    with pytest.raises(CalibrationError, match="'b'"):
+        quantize_layers(TakesAWeight().eval(), {"b": LayerPolicy(weight_bits=4)}, [noise(4, 4)])
+
+
+@pytest.mark.parametrize("choice", ["bits", "weight_bits", "density"])
+def test_a_layer_of_which_a_function_takes_the_weight_is_offered_zeros_and_no_bits(choice: LayerChoice) -> None:
+    graph = capture(nn.Sequential(TakesAWeight(), nn.Linear(4, 4), nn.Linear(4, 4)).eval(), noise(2, 4))
+
+    offered = {decision.layer for decision in layer_decisions(graph, [choice], protect_first=False)}
+
+    # The last layer stays dense.
+    assert offered == ({"0.a", "0.b", "1"} if choice == "density" else {"0.a", "1", "2"})
+
+
+def test_a_module_of_two_names_may_be_given_bits_by_either() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(4, 4)
+            self.other = self.one
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x).relu()
+
+    model = Named().eval()
+    by_first, by_second = (quantize_layers(model, {name: INT8}, [noise(4, 4)]) for name in ("one", "other"))
+
+    assert torch.equal(by_second(noise(4, 4)), by_first(noise(4, 4)))
+    assert not torch.equal(by_second(noise(4, 4)), model(noise(4, 4)))
+
+
+def test_batches_that_are_drawn_into_one_tensor_are_all_looked_at() -> None:
+    model, parts = nn.Sequential(nn.Linear(4, 4)).eval(), [noise(3, 4, seed=i) * (i + 1) for i in range(3)]
+
+    def refilled() -> Iterator[Tensor]:
+        held = torch.empty(3, 4)
+        for part in reversed(parts):
+            yield held.copy_(part)
+
+    one, other = (quantize_layers(model, {"0": INT8}, batches) for batches in (parts[::-1], refilled()))
+
+    assert torch.equal(one(parts[2]), other(parts[2]))
+
+
+def test_a_network_keeps_its_mode_and_so_do_frozen_batch_norms(residual: nn.Module) -> None:
+    residual.train()
+    residual.bn1.eval()
+
+    quantized = quantize_layers(residual, dict.fromkeys(LAYERS, INT8), [IMAGES])
+
+    assert quantized.training and quantized.bn2.training and not quantized.bn1.training
 
 
 def test_an_encoder_that_masks_padding_is_quantized() -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pruning.kernels import ops, reference
+from pruning.kernels import ops, patterns, reference
 from pruning.kernels.formats import SparseWeight, pack, unpack
 from pruning.kernels.functional import mask_fake_quantize, sparse_conv2d, sparse_linear
 from pruning.kernels.reference import ACTIVATIONS
@@ -211,3 +213,17 @@ def test_without_the_library_the_same_operators_give_the_same_numbers(
     monkeypatch.setattr(ops, "library", lambda: None)
     for one, other in zip(run(), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_patterns_go_with_their_weights() -> None:
+    gc.collect()
+    before = len(patterns._patterns)
+    for _ in range(3):
+        weight = pack(torch.eye(4), 1)
+        sparse_linear(torch.ones(1, 4), weight)
+    assert len(patterns._patterns) > before
+
+    del weight
+    gc.collect()
+
+    assert len(patterns._patterns) == before
