@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from latency.device import Device, pace_of
+from latency.layers import untimed_convolutions
 from latency.pace import Pace
 from latency.predict import LatencyModel, calibrated
 from latency.runtimes import LatencyError
 from latency.table import Calibration, LatencyTable, build_table, needed_kinds, network_key, start_table
 from pruning.layer_policy import FULL_BITS, INTEGER_BITS
 
-from .progress import Say
+from .progress import Say, count
 from .run import locked
 from .timed_network import TimedNetwork
 from .timing_device import Remote, device_for
@@ -91,6 +92,12 @@ def build_named(
         pace = pace_of(device, table.reference_ns)
         size = "x".join(map(str, network.example.shape[1:]))
         say(f"{model}, {size} (--shape), {n_classes} outputs (--classes): {len(needed)} kinds of layer")
+        if untimed := untimed_convolutions(network.graph):
+            say(
+                f"warning: {model}: {count(len(untimed), 'convolution')} ({', '.join(untimed[:3])}"
+                f"{', ...' if len(untimed) > 3 else ''}) cannot be timed alone, being transposed with a stride or over "
+                "several maps of an image: by the table, fewer channels there save nothing"
+            )
         table = build_table(
             table,
             device,

@@ -114,6 +114,16 @@ def layers_of(graph: NetworkGraph) -> tuple[Layer, ...]:
     return tuple(found)
 
 
+def untimed_convolutions(graph: NetworkGraph) -> tuple[str, ...]:
+    """The convolutions that are not among `layers_of`, in network order: what they take does not shrink in a table.
+
+    They are transposed with a stride, or compute several maps of one image, as where frames are folded into the batch.
+    """
+    timed = {layer.name for layer in layers_of(graph)}
+    kinds = ("conv", "depthwise_conv")
+    return tuple(each.name for each in graph.operators if each.kind in kinds and each.name not in timed)
+
+
 def _kind(operator: Operator, term: Term, graph: NetworkGraph) -> LayerKind | None:
     if len(term.dims) != 2:
         return None

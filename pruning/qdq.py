@@ -48,6 +48,8 @@ _VALUE_KEEPING = frozenset(
 )
 """Operators whose outputs are some of their first input's values, so that they lie on its grid."""
 _LAYERS = ("Conv", "Gemm")
+_TURNED = ".weight.turned"
+"""How the name of a weight ends that was transposed for a product of matrices."""
 _WEIGHT_INPUT = {
     **dict.fromkeys(("QLinearConv", "QGemm", "QLinearMatMul"), 3),
     **dict.fromkeys(("MatMulIntegerToFloat", "ConvInteger", "MatMulInteger"), 1),
@@ -200,7 +202,22 @@ def marked_network(model: nn.Module, export: Callable[[nn.Module], onnx.ModelPro
         for reader in readers:
             reader.replace_input_with(node, mark)
     marked.recompile()
-    return MarkedNetwork(export(marked), traced)
+    proto = export(marked)
+    _name_turned_weights(proto, model)
+    return MarkedNetwork(proto, traced)
+
+
+def _name_turned_weights(proto: onnx.ModelProto, model: nn.Module) -> None:
+    """Name weights that the exporter turned, for a product of matrices, by their layers: it calls them by a number."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    turned = {name: layer.weight.detach().float().cpu().numpy().T for name, layer in layers.items()}
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for number in {node.input[1] for node in proto.graph.node if node.op_type == "MatMul"} & tensors.keys():
+        array = numpy_helper.to_array(tensors[number])
+        if name := next((name for name, weight in turned.items() if np.array_equal(array, weight)), ""):
+            tensors[number].name = f"{name}{_TURNED}"
+            for node in proto.graph.node:
+                _replace(node.input, number, f"{name}{_TURNED}")
 
 
 def _put_marks(model: nn.Module) -> _Marks:
@@ -302,12 +319,12 @@ class _Reader:
 
     def choose_layers(self, layers: Collection[str]) -> None:
         """Take layers whose weights have no mark, with scales of 1."""
-        weights = {f"{layer}.weight" for layer in layers}
+        axes = {f"{layer}.weight": 0 for layer in layers} | {f"{layer}{_TURNED}": 1 for layer in layers}
         for node in self._graph.node:
-            if node.op_type in _LAYERS and node.input[1] in weights:
+            if node.op_type in (*_LAYERS, "MatMul") and (weight := node.input[1]) in axes:
                 self.layers.append(node.name)
-                n_outputs = len(self._known(node.input[1]))
-                self.weights[node.input[1]], self.axes[node.input[1]] = _Scale(np.ones(n_outputs, np.float32)), 0
+                n_outputs = self._known(weight).shape[axes[weight]]
+                self.weights[weight], self.axes[weight] = _Scale(np.ones(n_outputs, np.float32)), axes[weight]
 
     def fold_batch_norms(self) -> None:
         """Fold every batch norm that alone reads a marked layer into that layer's weight, scale and bias.

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor, nn
 
 from experiments import table_building
 from experiments.run import locked
@@ -83,3 +84,24 @@ def test_whole_networks_that_fit_badly_are_timed_again_and_the_better_fit_is_kep
     command(*build)
     assert error_after(2.0, 1.9) == found.error
     assert error_after(1.0) < 0.01
+
+
+class Upsampling(nn.Module):
+    """A transposed convolution with a stride, between two others."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem, self.up, self.last = nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 4, 2, stride=2), nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.last(self.up(self.stem(x).relu())).mean((2, 3)))
+        return logits
+
+
+def test_layers_that_cannot_be_timed_alone_are_named(command: Command, tmp_path: Path) -> None:
+    shape = ("--model", f"{__name__}:Upsampling", "--shape", "1,8,8", "--classes", "3", "--networks", "2")
+
+    done = command("latency", "build", *shape, "--out", tmp_path / "table.json")
+
+    assert f"warning: {__name__}:Upsampling: 1 convolution (up) cannot be timed alone" in done.err

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from torch.nn import functional
 from graph_encoder.capture import capture
 from graph_encoder.network import LinearDim
 from latency.integers import IntegerFlow
-from pruning.export import export_marked
+from pruning.export import export_marked, export_onnx
+from pruning.layer_policy import LayerPolicy
 from pruning.qdq import count_operators
+from pruning.quantize import quantize_layers
 
 
 class Joined(nn.Module):
@@ -111,3 +114,32 @@ def test_kernels_and_conversions_are_those_of_the_runtime(activation: Callable[[
         # A transposition that the runtime moves past a term of a sum of both kinds leaves one pair more.
         is_mixed_sum = "add" not in running and "add" in conversions and bool({"stem", "outer"} & running)
         assert found - sum(conversions.values()) == 2 * is_mixed_sum, layers
+
+
+class Tokens(nn.Module):
+    """A perceptron with a sum around it, over tokens: the exporter turns its weights for products of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.head = nn.Linear(16, 32), nn.Linear(32, 16, bias=False), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head((x + self.narrow(functional.relu(self.wide(x)))).mean(1))
+        return out
+
+
+@pytest.mark.parametrize("layers", [("wide", "narrow", "head"), ("wide",), ("narrow", "head")])
+def test_linear_layers_over_tokens_are_timed_with_the_kernels_that_they_are_deployed_with(
+    tmp_path: Path, layers: tuple[str, ...]
+) -> None:
+    model, example = Tokens().eval(), torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    marked = export_marked(model, example)
+    assert marked is not None
+    eight = LayerPolicy(weight_bits=8, act_bits=8)
+    deployed = quantize_layers(model, dict.fromkeys(layers, eight), [example])
+    export_onnx(deployed, example, tmp_path / "model.onnx", images=example)
+
+    timed = count_operators(marked.with_integers(marked.proto, layers).SerializeToString())
+
+    assert timed == count_operators((tmp_path / "model.onnx").read_bytes())
+    assert sum(n for kind, n in timed.items() if kind.startswith(("QLinear", "QGemm", "MatMulInteger"))) >= len(layers)

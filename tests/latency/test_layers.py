@@ -6,10 +6,18 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graph_encoder.capture import capture
-from latency.layers import LayerKind, layer_artifact, layer_input, layer_module, layer_onnx, layers_of
+from latency.layers import (
+    LayerKind,
+    layer_artifact,
+    layer_input,
+    layer_module,
+    layer_onnx,
+    layers_of,
+    untimed_convolutions,
+)
 from latency.runtimes import LatencyError
 
 
@@ -33,6 +41,24 @@ def test_layers_are_read_off_the_graph_and_what_no_table_times_is_left_out() -> 
         ("3", LayerKind("conv", (1, 1), (1, 1), (4, 4), conv_groups=2), 4, 12),
         ("6", LayerKind("linear"), 384, 5),
     ]
+
+
+class Frames(nn.Module):
+    """Three frames an image, folded into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.reshape(-1, 3, 8, 8)).mean((2, 3))
+        out: Tensor = self.head(x.reshape(-1, 3, 8).mean(1))
+        return out
+
+
+def test_convolutions_that_no_table_times_are_named() -> None:
+    assert untimed_convolutions(capture(network(), torch.randn(2, 3, 8, 8))) == ("4",)
+    assert untimed_convolutions(capture(Frames(), torch.randn(2, 9, 8, 8))) == ("conv",)
 
 
 def test_a_convolution_keeps_its_groups_where_they_lose_channels_within() -> None:
