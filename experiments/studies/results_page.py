@@ -48,7 +48,8 @@ _HEAD = """# Results on CIFAR-10
 
 Written by `make results` from the records of finished cells in `docs/results`, with the plans found and a verdict for
 each test image; do not edit. What has no finished cell has no section yet: the end of the page names what is
-missing, and `docs/results/2026-11-22.md` holds earlier readings, without plans. Half of the multiply-adds are removed,
+missing, `docs/results/2026-11-22.md` holds earlier readings, without plans, and `docs/results/2026-11-30.md` what
+repairing and distilling the plans of ResNet-56 near its floor changed. Half of the multiply-adds are removed,
 rounding 1, the residual streams dense (`search.protected`: layer2.0.conv2, layer3.0.conv2), where a section says
 nothing else. The searches score on even-numbered files of the test folder, in bfloat16 (`search.autocast`) unless bits
 are decided or it is slower; accuracies are those of the odd-numbered ones, read once when a cell was finished. The
