@@ -169,9 +169,7 @@ def resume(
     run: RunPath,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", help="A key that no evaluation depends on: finetune.*, measure.*, device, threads, data.download."
-        ),
+        typer.Option("--set", help="Another value for one of finetune.*, measure.*, device, threads or data.download."),
     ] = None,
     require_speedup: RequireSpeedup = False,
     as_json: AsJson = False,
@@ -510,12 +508,12 @@ def main() -> None:
         if isinstance(error, Interrupted):
             print(error, file=sys.stderr)
             sys.exit(130)
-        if not isinstance(error, (*USER_ERRORS, PermissionError)):
-            raise
         # Of a path below a folder that may not be entered not even what is there can be asked.
-        refused = (
-            isinstance(error, PermissionError) and f"no permission for '{error.filename}': grant it, or name another"
-        )
+        refused = ""
+        if isinstance(error, PermissionError) and error.filename:
+            refused = f"no permission for '{error.filename}': grant it, or name another"
+        if not refused and not isinstance(error, USER_ERRORS):
+            raise
         print("\n".join([f"error: {refused or error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         sys.exit(1)
 
@@ -525,7 +523,9 @@ def _configuration(config: str | None, options: dict[str, Any], settings: list[s
 
     given = {key: value for key, value in options.items() if value is not None}
     others = dict(parse_setting(text) for text in settings or [])
-    return load_config(config_file(config) if config else None, given | others)
+    resolved = load_config(config_file(config) if config else None, given | others)
+    resolved.search.check_choices()
+    return resolved
 
 
 def _run(

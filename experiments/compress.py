@@ -194,7 +194,9 @@ def compress(
     }
     if target is not None or reward == GALEN:
         asked |= {"reward": GALEN, "target": target, "beta": beta}
-    settings = settle_range(validated(SearchSettings, asked, "compress"), table)
+    settings = validated(SearchSettings, asked, "compress")
+    settings.check_choices()
+    settings = settle_range(settings, table)
     if (settings.target is not None) != (reward == GALEN) or (settings.target and budget is not None):
         msg = f"the reward '{GALEN}' aims at a target and takes no budget; pass the three together: reward='{GALEN}', "
         msg += "target='20% latency', budget=None"

@@ -173,8 +173,8 @@ class SearchSettings(_Section):
             raise ValueError(msg)
         return reward
 
-    @model_validator(mode="after")
-    def _chooses_among_what_is_decided(self) -> Self:
+    def check_choices(self) -> None:
+        """Raise `ConfigError` where levels or patterns are chosen for what is not decided: they would do nothing."""
         choices = {
             "sparsity": ("density", "density" in self.decide),
             "densities": ("density", "density" in self.decide),
@@ -185,9 +185,11 @@ class SearchSettings(_Section):
             value = getattr(self, name)
             if not is_decided and value != type(self).model_fields[name].default:
                 found = ", ".join(map(str, value)) if isinstance(value, tuple) else value
-                msg = f"{name} is {found}, and decide names no {decision}: add it to search.decide, or leave {name} out"
-                raise ValueError(msg)
-        return self
+                msg = (
+                    f"search.{name} is {found}, and search.decide names no {decision}: add it to search.decide, or "
+                    f"leave {name} out"
+                )
+                raise ConfigError(msg)
 
     @property
     def layer_choices(self) -> tuple[LayerChoice, ...]:

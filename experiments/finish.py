@@ -97,11 +97,13 @@ def finish_run(
     for finalist in finalists:
         stop.check()
         rows.append(_row(folder, subject, problem, finalist))
-    for warning in _doubts(rows, subject.chance):
-        display.say(f"warning: {warning}")
+    doubts = _doubts(rows, subject.chance)
+    for doubt in doubts:
+        # Of these rows, and of none that a run went on from with another recipe.
+        display.say(f"warning: {doubt}", is_kept=False)
     rows = _with_latencies(folder, rows, finalists, subject, device, display)
     rows, n_test = _with_test_accuracy(folder, rows, finalists, subject, display)
-    outcome = _outcome(folder, subject, problem, searched, rows, device, n_test)
+    outcome = _outcome(folder, subject, problem, searched, rows, device, n_test, doubts)
     _log_metrics(folder, subject.config, outcome)
     write_atomic(folder.results_file, outcome.model_dump_json(indent=2).encode())
     return rebuild_report(folder, display)
@@ -340,6 +342,7 @@ def _outcome(
     rows: Sequence[MethodOutcome],
     device: TableDevice,
     n_test: int,
+    doubts: Sequence[str],
 ) -> RunOutcome:
     config, space = subject.config, problem.space
     allowances = [
@@ -371,7 +374,7 @@ def _outcome(
         granted_evaluations=config.search.evaluations,
         n_validation=len(subject.data.validation),
         n_test=n_test,
-        warnings=folder.warnings(),
+        warnings=(*folder.log.warnings(), *doubts),
         rows=tuple(rows),
     )
 

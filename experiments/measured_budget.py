@@ -236,8 +236,9 @@ def within_measured_budget(
             if last.measured <= allowed or space.cost_of(policy, cost) <= lowest:
                 break
             smaller = max(lowest, math.floor(limit * last.predicted / last.measured))
-            policy = space.policy(project(base, space.with_limit("latency", smaller)))
-            last = last_reading(policy)
+            projected = space.policy(project(base, space.with_limit("latency", smaller)))
+            # Where the clock does not answer, the plan before stays: its network may have been trained already.
+            policy, last = projected, last_reading(projected)
     except LatencyError as error:
         return MeasuredPlan(policy, tuple(readings), allowed, unmeasured=str(error))
     if readings[-1] != last:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+WARNING = "warning: "
+"""How a line begins that warns."""
 Say = Callable[[str], None]
 """Takes a line of text about how far something is."""
 
@@ -83,6 +86,40 @@ class Stage:
         self._display.say(f"{self._title}: {count(self._done, self._kind)} in {duration(seconds)}{note}")
 
 
+class RunLog:
+    """A file to which lines are appended, each with its time.
+
+    Attributes:
+        file: made with the first line.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def write(self, text: str) -> None:
+        """Append a line."""
+        with self.file.open("a") as file:
+            file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
+
+    def warnings(self) -> tuple[str, ...]:
+        """The warnings among the lines, each once."""
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        said = (line.partition(" ")[2] for line in lines)
+        return tuple(dict.fromkeys(text.removeprefix(WARNING) for text in said if text.startswith(WARNING)))
+
+
+class _ToLog(logging.Handler):
+    """Writes warnings of modules as the terminal shows them."""
+
+    def __init__(self, log: RunLog) -> None:
+        super().__init__(logging.WARNING)
+        self._to = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one."""
+        self._to.write(f"{WARNING}{record.getMessage()}")
+
+
 class RunDisplay:
     """Where a run tells its progress: bars on a terminal, a line a stage elsewhere, nothing when quiet."""
 
@@ -93,7 +130,7 @@ class RunDisplay:
         self._bars: Progress | None = None
         self._overall: TaskID | None = None
         self._started = time.perf_counter()
-        self._log: Path | None = None
+        self._log: RunLog | None = None
 
     def __enter__(self) -> Self:
         if self.console.is_terminal and not self.console.quiet:
@@ -120,21 +157,25 @@ class RunDisplay:
         if self._bars:
             self._overall = self._bars.add_task("whole run", total=None, count="", note="")
 
-    def say(self, text: str) -> None:
-        """One line of its own."""
+    def say(self, text: str, *, is_kept: bool = True) -> None:
+        """One line of its own; in the log too, unless it is not to be kept."""
         self.console.print(text, markup=False, soft_wrap=True)
-        if self._log:
-            with self._log.open("a") as file:
-                file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
+        if self._log and is_kept:
+            self._log.write(text)
 
     @contextmanager
-    def kept_in(self, log: Path) -> Iterator[None]:
-        """Append what is said meanwhile to a file too, with the time, also where the display is quiet."""
-        self._log = log
+    def kept_in(self, log: RunLog) -> Iterator[None]:
+        """Write what is said meanwhile to a log too, also where the display is quiet, and warnings of modules."""
+        outer, self._log = self._log, log
+        handler = _ToLog(log) if outer is None else None
+        if handler:
+            logging.getLogger().addHandler(handler)
         try:
             yield
         finally:
-            self._log = None
+            self._log = outer
+            if handler:
+                logging.getLogger().removeHandler(handler)
 
     @contextmanager
     def stage(self, title: str, total: float, kind: str) -> Iterator[Stage]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import re
@@ -22,10 +23,9 @@ from pruning.files import FileWriteError, write_atomic
 from .config import RunConfig, load_config
 from .machine import Machine
 from .outcome import RunOutcome
+from .progress import RunLog
 
 _log = logging.getLogger(__name__)
-_WARNING = "warning: "
-"""How a line begins that warns."""
 
 
 class RunError(RuntimeError):
@@ -84,6 +84,8 @@ def locked(file: Path, where: str) -> Iterator[None]:
             raise RunBusyError(msg) from None
         except OSError as error:
             # Some network file systems know no locks.
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
             _log.warning("'%s' cannot be locked (%s): see to it that one process works %s", file, error.strerror, where)
         yield
 
@@ -129,16 +131,9 @@ class RunFolder:
         return self.root / "results.json"
 
     @property
-    def log_file(self) -> Path:
-        """What the run said, each line with its time."""
-        return self.root / "log.txt"
-
-    def warnings(self) -> tuple[str, ...]:
-        """The warnings among what it said, each once."""
-        said = self.log_file.read_text().splitlines() if self.log_file.exists() else []
-        lines = (line.partition(" ")[2] for line in said)
-        warned = (line.removeprefix(_WARNING) for line in lines if line.startswith(_WARNING))
-        return tuple(dict.fromkeys(warned))
+    def log(self) -> RunLog:
+        """What the run said."""
+        return RunLog(self.root / "log.txt")
 
     @property
     def report_file(self) -> Path:
@@ -156,7 +151,7 @@ class RunFolder:
 
     @property
     def config(self) -> RunConfig:
-        """The configuration that the run was started with; its latency table is the run's own copy."""
+        """What the run was asked for, as `resume_run` may have changed it; its latency table is the run's own copy."""
         kept = {"latency.table": str(self.table_file)} if self.table_file.exists() else None
         return load_config(self.config_file, kept)
 
@@ -177,14 +172,22 @@ class RunFolder:
 
     @property
     def command(self) -> str:
-        """The command that started the run.
+        """The command that started the run, and those that changed it since.
 
         Raises:
             RunError: if the record cannot be read.
         """
-        file = self.root / "command.txt"
-        with reading(file, "put it back, or write into it what started the run"):
-            return file.read_text().strip()
+        with reading(self._command_file, "put it back, or write into it what started the run"):
+            return "; ".join(self._command_file.read_text().split("\n")).strip()
+
+    def note_command(self, command: Sequence[str]) -> None:
+        """Keep what changed the run beside what started it."""
+        content = f"{self._command_file.read_text()}\n{shlex.join(command)}"
+        write_atomic(self._command_file, content.encode())
+
+    @property
+    def _command_file(self) -> Path:
+        return self.root / "command.txt"
 
     @property
     def resume_command(self) -> str:
@@ -310,9 +313,9 @@ class MethodFolder:
         """Weights after fine-tuning, safetensors; there once it is finished."""
         return self.root / "tuned.safetensors"
 
-    def forget_tuning(self) -> bool:
-        """Delete what fine-tuning made, finished or not; whether there was anything."""
-        made = [path for path in (self.finetuning, self.tuned_file, self.model) if path.exists()]
+    def forget(self, *paths: Path) -> bool:
+        """Delete files and folders of the method, so that they are made again; whether there were any."""
+        made = [path for path in paths if path.exists()]
         for path in made:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return bool(made)

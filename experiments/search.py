@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import threading
@@ -34,6 +35,7 @@ from .interrupt import Interrupted, StopFlag
 from .machine import describe_machine, set_up_device
 from .measured_budget import PlanClock, spent_by_the_clock
 from .methods import MethodSearch, check_enough, check_has_channels, search_with
+from .models import check_trains
 from .outcome import RunOutcome, percent
 from .precision import NO_KERNELS, settle_precision
 from .problem import Scoring, SearchProblem, evaluations_to_probe, least_squares, probe, settle_range, space_by
@@ -46,7 +48,7 @@ from .user_function import UserFunctionError, call, is_reference, load_function
 _IMAGES = "images"
 """Key under which the file of the dense weights holds a digest of the images."""
 CHANGEABLE = ("finetune", "measure", "device", "threads", "data.download")
-"""Keys and sections that a run can be continued with other values of."""
+"""Keys and sections that a run can be continued with other values of: none says which plan is scored, or on what."""
 LITTLE_LEFT = 0.5
 """Share of the dense network's accuracy above chance. Near its fastest, ResNet-56 was left with 0.42 of it by uniform
 pruning and bits and with 0.86 where layers were fitted."""
@@ -68,9 +70,10 @@ def start_run(config: RunConfig, root: Path, command: Sequence[str], display: Ru
     """
     is_own = not root.exists()
     folder = create_run(config, root, command, display)
-    display.say(f"run folder: {root} ({config.device}, {count(folder.machine.threads, 'thread')})")
     try:
-        return resume_run(root, display, stop)
+        with display.kept_in(folder.log):
+            display.say(f"run folder: {root} ({config.device}, {count(folder.machine.threads, 'thread')})")
+            return resume_run(root, display, stop)
     except (Interrupted, FileWriteError, RunBusyError):
         raise
     except Exception:
@@ -120,20 +123,21 @@ def resume_run(root: Path, display: RunDisplay, stop: StopFlag, changes: Mapping
         Interrupted: if a signal came in again.
     """
     folder = RunFolder.open(root)
-    if changes:
-        with folder.locked():
-            _change(folder, changes, display)
-    if folder.results_file.exists():
-        return rebuild_report(folder, display)
-    config = folder.config
-    device = set_up_device(config.device, config.threads or folder.machine.threads)
-    for difference in folder.machine.differences(describe_machine(device)):
-        display.say(f"warning: {difference}; the continued run may differ from an uninterrupted one")
-    return _execute(folder, config, device, display, stop)
+    with display.kept_in(folder.log):
+        if changes:
+            with folder.locked():
+                _change(folder, changes, display)
+        if folder.results_file.exists():
+            return rebuild_report(folder, display)
+        config = folder.config
+        device = set_up_device(config.device, config.threads or folder.machine.threads)
+        for difference in folder.machine.differences(describe_machine(device)):
+            display.say(f"warning: {difference}; the continued run may differ from an uninterrupted one")
+        return _execute(folder, config, device, display, stop)
 
 
 def _change(folder: RunFolder, changes: Mapping[str, Any], display: RunDisplay) -> None:
-    """Let a run go on with other values of keys that no evaluation depends on."""
+    """Let a run go on with other values of keys that no evaluation was made by."""
     if refused := [key for key in changes if not {key, key.partition(".")[0]} & set(CHANGEABLE)]:
         msg = (
             f"{', '.join(refused)}: what was evaluated before would not compare with what follows. A run that is "
@@ -147,12 +151,32 @@ def _change(folder: RunFolder, changes: Mapping[str, Any], display: RunDisplay) 
         )
         raise ConfigError(msg)
     before, config = load_config(folder.config_file), load_config(folder.config_file, changes)
-    if config.finetune != before.finetune:
+    # Whatever cannot be used is refused before anything is deleted.
+    device = set_up_device(config.device, config.threads or folder.machine.threads)
+    if "finetune.autocast" in changes:
+        config = settle_precision(config, device, display)
+    methods = [MethodFolder(path) for path in sorted(folder.root.glob("methods/*"))]
+    if _recipe(config) != _recipe(before):
         # A comparison of networks that were not trained alike would say nothing.
-        tuned = [own for own in map(MethodFolder, folder.root.glob("methods/*")) if own.forget_tuning()]
-        if tuned:
-            display.say(f"finetune: {count(len(tuned), 'network')} trained otherwise before will be trained anew")
+        trained = [own for own in methods if own.forget(own.finetuning, own.tuned_file)]
+        for own in methods:
+            own.forget(own.model)
+        if trained:
+            display.say(f"finetune: {count(len(trained), 'network')} trained otherwise before will be trained anew")
+    elif config.measure != before.measure or config.finetune != before.finetune:
+        for own in methods:
+            own.forget(own.model)
     write_atomic(folder.config_file, config.to_yaml().encode())
+    settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    folder.note_command(
+        ["secateur", "resume", str(folder.root), *(part for text in settings for part in ("--set", text))]
+    )
+    display.say(f"goes on with {', '.join(settings)}")
+
+
+def _recipe(config: RunConfig) -> dict[str, Any]:
+    """How each network is fine-tuned."""
+    return config.finetune.model_dump(exclude={"dense_control"})
 
 
 def _execute(
@@ -160,7 +184,7 @@ def _execute(
 ) -> RunOutcome:
     todo = f"continue with '{folder.resume_command}'"
     try:
-        with _full_disk_named(folder.root), folder.locked(), display.kept_in(folder.log_file):
+        with _full_disk_named(folder.root), folder.locked():
             return _carry_out(folder, config, device, display, stop)
     except Interrupted as stopped:
         msg = f"stopped by {stopped}; everything so far is saved: {todo}"
@@ -223,14 +247,18 @@ def _carry_out(
 
 def _tell_of_little_left(found: MethodSearch, problem: SearchProblem, chance: float, display: RunDisplay) -> None:
     """Say where a plan leaves so little accuracy that plans repaired before they are scored are told apart better."""
-    dense, left = problem.evaluator("", lambda _: None).dense_accuracy(), found.search_accuracy
+    left = found.search_accuracy
+    if problem.sensitivity is not None:
+        dense = problem.sensitivity.dense_accuracy
+    else:
+        dense = problem.evaluator("", lambda _: None).dense_accuracy()
     if left - chance >= LITTLE_LEFT * (dense - chance):
         return
     display.say(
         f"warning: {found.method}'s plan is right on {left:.1%} of the search images, the dense network on "
-        f"{dense:.1%}: where so much is lost, accuracies tell little of what fine-tuning makes of the plans. With "
-        "search.reconstruct=true, pruned layers are fitted to the dense network's by least squares before they are "
-        "scored"
+        f"{dense:.1%}: where so much is lost, accuracies tell little of what plans are worth once they are repaired or "
+        "fine-tuned. With search.reconstruct=true, pruned layers are fitted to the dense network's by least squares "
+        "before a plan is scored"
     )
 
 
@@ -326,8 +354,11 @@ def check_search(subject: Subject) -> None:
         BudgetError: if the budget cannot be met.
         ConfigError: if there is nothing to decide, or a method of the run is granted too few evaluations or ranks
             channels, and none are decided.
+        ModelError: if what is to be fine-tuned returns more than scores in training mode.
         UserFunctionError: if there is no such function as the reward names.
     """
+    if subject.config.finetune.epochs:
+        check_trains(subject.model, subject.example(2))
     if (reward := subject.config.search.reward) is not None and is_reference(reward):
         load_function(reward)
     settings, space = subject.config.search, space_of_graph(subject.config, subject.graph)

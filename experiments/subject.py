@@ -167,7 +167,7 @@ def prepare_subject(
     example = normalise(sample.images.expand(2, -1, -1, -1).to(device), config.data)
     graph = leave_refuted_dense(model, capture(model, example), example)
     check_outputs(model, example, sample.classes)
-    if config.finetune.epochs or not weights:
+    if not weights:
         check_trains(model, example)
     subject = Subject(config, data, model, graph, device)
     check(subject)

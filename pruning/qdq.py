@@ -202,8 +202,13 @@ def marked_network(model: nn.Module, export: Callable[[nn.Module], onnx.ModelPro
         for reader in readers:
             reader.replace_input_with(node, mark)
     marked.recompile()
+    generator = torch.Generator().manual_seed(0)
+    for layer in marked.modules():
+        if isinstance(layer, nn.Linear):
+            # Time does not depend on the values, and of equal weights the exporter would make one.
+            layer.weight.data = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
     proto = export(marked)
-    _name_turned_weights(proto, model)
+    _name_turned_weights(proto, marked)
     return MarkedNetwork(proto, traced)
 
 

@@ -379,7 +379,8 @@ def quantize_layers(
 
     Raises:
         PolicyError: if a layer is not there, or cannot be quantized.
-        CalibrationError: if there is no batch, a value is not finite, or a layer never runs.
+        CalibrationError: if there is no batch, a value is not finite, or a layer that is to quantize what it reads
+            never runs.
     """
     quantized = insert_quantizers(model, layers)
     calibrate(quantized, batches, method=method, weight_method=weight_method)
@@ -405,9 +406,11 @@ def calibrate(
                 msg = f"layer '{name}': {error}"
                 raise CalibrationError(msg) from error
     quantizers = [module for module in model.modules() if isinstance(module, ActQuantizer)]
+    if not quantizers:
+        return
     # What one batch is drawn into may be written over when the next is drawn.
     held = batches if isinstance(batches, list | tuple) else [tree_map_only(Tensor, Tensor.clone, b) for b in batches]
-    if quantizers and not held:
+    if not held:
         msg = (
             "no calibration data: ranges of activations were to be chosen on no batches; hand in at least one batch "
             "of training images"
@@ -417,10 +420,8 @@ def calibrate(
         for quantizer in quantizers:
             quantizer.observer = Observer(quantizer.place)
         with evaluation_mode(model), torch.no_grad(), _full_precision_weights(model):
-            if held:
-                with _all_called(quantized_layers(model)):
-                    _run(model, held)
-            if quantizers and method != "minmax":
+            _run(model, held)
+            if method != "minmax":
                 for quantizer in quantizers:
                     assert quantizer.observer is not None
                     quantizer.observer.count_from_now_on()
@@ -430,21 +431,6 @@ def calibrate(
     finally:
         for quantizer in quantizers:
             quantizer.observer = None
-
-
-@contextmanager
-def _all_called(layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Refuse layers that do not run meanwhile: where a function takes a weight, that keeps all of its bits."""
-    called: set[nn.Module] = set()
-    hooks = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in layers.values()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, layer in layers.items():
-        if layer not in called:
-            raise CalibrationError(nothing_seen(f"what '{name}' reads"))
 
 
 def _run(model: nn.Module, batches: Iterable[Batch]) -> None:

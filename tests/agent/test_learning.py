@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.buffers import DictRolloutBuffer
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agent.config import AgentConfig, Algorithm, DDPGConfig, PPOConfig, default_config
@@ -33,11 +34,25 @@ def search(algorithm: Algorithm, n_evaluations: int, env: TargetEnv, **options: 
     return train_agent(CONFIGS[algorithm], env, n_evaluations=n_evaluations, seed=options.pop("seed", 0), **options)
 
 
-def ddpg(env: TargetEnv, **config: Any) -> GraphDDPG:
+def ddpg(env: TargetEnv | DummyVecEnv, **config: Any) -> GraphDDPG:
     plan = SearchPlan(DDPGConfig(**SMALL, **config), n_evaluations=40, seed=0, episode_length=1, device="cpu")
     agent = plan.build(vectorised(env))
     assert isinstance(agent, GraphDDPG)
     return agent
+
+
+def test_a_plan_without_noise_stays_where_other_environments_have_some() -> None:
+    env = DummyVecEnv([lambda: TargetEnv(3), lambda: TargetEnv(3)])
+    agent = ddpg(env, candidates=9, learning_starts=1)
+    agent._last_obs, agent.num_timesteps = env.reset(), 50
+    agent._noise = [torch.tensor([[0.0, 0.0, 0.0], [1.0, -1.0, 1.0]])]
+    with torch.no_grad():
+        plans = agent.actor(obs_as_tensor(agent._last_obs, agent.device)).numpy()
+
+    found, _ = agent._sample_action(1, n_envs=2)
+
+    assert found[0].tolist() == plans[0].tolist()
+    assert not np.array_equal(found[1], plans[1])
 
 
 def test_generalised_advantages_by_hand() -> None:

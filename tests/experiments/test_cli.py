@@ -1,4 +1,5 @@
 import json
+import logging
 import re
 import shutil
 import sys
@@ -23,9 +24,10 @@ from experiments.config import METHODS, RunConfig
 from experiments.interrupt import Interrupted, StopFlag
 from experiments.outcome import RunOutcome, Speed
 from experiments.progress import RunDisplay
-from experiments.run import RunExistsError, claimed
+from experiments.run import RunExistsError, RunFolder, claimed
 from experiments.search import start_run
 from experiments.standalone_training import finetune_saved
+from latency.runtimes import LatencyError
 from pruning.export import load_compressed, load_program
 from pruning.policy import CompressionPolicy
 
@@ -117,13 +119,17 @@ def test_run_that_a_bad_recipe_ends_is_continued_with_another(
     assert f"continue with 'secateur resume '{run}''" in failed.err
     found = (run / "journal.jsonl").read_bytes()
 
+    before = (run / "config.yaml").read_bytes()
     refused = command("resume", run, "--set", "search.seed=3", "--set", "finetune.epochs=2")
-    assert refused.code == 1
+    nowhere = command("resume", run, "--set", "device=abacus", "--set", "finetune.epochs=2")
+    assert (refused.code, nowhere.code) == (1, 1)
+    assert (run / "config.yaml").read_bytes() == before
     assert refused.err.startswith("error: search.seed: what was evaluated before would not compare with what follows")
     done = command("resume", run, "--set", "finetune.learning_rate=0.01")
     assert done.code == 0, done.err
     outcome = RunOutcome.load(run / "results.json")
     assert all(row.tuned_validation_accuracy is not None for row in outcome.rows)
+    assert outcome.command.endswith(f"; secateur resume '{run}' --set finetune.learning_rate=0.01")
     assert (run / "journal.jsonl").read_bytes() == found
 
     too_late = command("resume", run, "--set", "finetune.epochs=2")
@@ -150,6 +156,53 @@ def test_networks_trained_by_another_recipe_are_trained_again_by_the_one_that_a_
     for method in ("dense", "uniform", "random"):
         weights = "methods", method, "tuned.safetensors"
         assert run.joinpath(*weights).read_bytes() == straight.joinpath(*weights).read_bytes()
+
+
+def test_only_what_depends_on_a_changed_key_is_made_again(
+    command: Command, tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    run, warned = tmp_path / "run", "the continued run may differ from an uninterrupted one"
+    uniform = run / "methods" / "uniform"
+    with RunDisplay(quiet=True) as display, pytest.raises(Interrupted):
+        start_run(
+            tiny_config(finetune__epochs=1), run, ["secateur"], display, StopWhen(uniform.joinpath("model").exists)
+        )
+    folder = RunFolder(run)
+    folder.machine_file.write_text(folder.machine.model_copy(update={"threads": 64}).model_dump_json())
+    tuned = (uniform / "tuned.safetensors").stat().st_mtime_ns
+
+    done = command("resume", run, "--set", "measure.program=true", "--set", "finetune.dense_control=false")
+
+    assert done.code == 0
+    assert (uniform / "tuned.safetensors").stat().st_mtime_ns == tuned
+    assert {path.parent.parent.name for path in run.glob("methods/*/model/model.pt2")} == {"dense", "uniform", "random"}
+    outcome = RunOutcome.load(run / "results.json")
+    assert outcome.row("dense").tuned_validation_accuracy is None
+    assert any(warned in text for text in outcome.warnings)
+
+
+def test_warnings_of_modules_and_of_the_end_are_kept_and_those_of_an_end_that_was_not_reached_are_not(
+    command: Command, tiny_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, monkey = tmp_path / "run", pytest.MonkeyPatch()
+
+    def fail(*_: object) -> None:
+        logging.getLogger("somewhere").warning("the clock jumps")
+        msg = "the clock stands"
+        raise LatencyError(msg)
+
+    config = tiny_config(finetune__epochs=2, finetune__learning_rate=3.0, finetune__batch_size=24)
+    with RunDisplay(quiet=True) as display:
+        monkey.setattr("experiments.finish.time_in_turn", fail)
+        with pytest.raises(LatencyError):
+            start_run(config, run, ["secateur"], display, StopFlag())
+        monkey.undo()
+    done = command("resume", run, "--set", "finetune.learning_rate=0.001")
+
+    assert done.code == 0
+    warnings = RunOutcome.load(run / "results.json").warnings
+    assert "the clock jumps" in warnings
+    assert not [text for text in warnings if "fine-tuning lowered" in text]
 
 
 def test_what_a_run_warned_of_is_in_its_log_its_results_and_its_report(
@@ -212,19 +265,23 @@ def test_mistyped_reward_and_choices_that_nothing_is_decided_by_are_refused(comm
     assert "search.reward: unknown reward 'acuracy'; did you mean 'accuracy'? Allowed: accuracy, " in reward.err
     pattern = command("search", tiny_yaml, "--set", "search.sparsity=2:4")
     assert pattern.code == 1
-    assert "sparsity is 2:4, and decide names no density: add it to search.decide, or leave sparsity out" in pattern.err
+    assert (
+        "search.sparsity is 2:4, and search.decide names no density: add it to search.decide, or leave" in pattern.err
+    )
     bits = command("search", tiny_yaml, "--set", "search.bits=[4, 8]")
-    assert "bits is 4, 8, and decide names no bits, weight_bits or act_bits" in bits.err
+    assert "search.bits is 4, 8, and search.decide names no bits, weight_bits or act_bits" in bits.err
 
 
 def test_reward_function_that_is_not_there_is_refused_before_training(
     command: Command, tiny_yaml: Path, tmp_path: Path
 ) -> None:
-    done = command("search", tiny_yaml, "--set", "search.reward=nowhere:reward", "--out", tmp_path / "run")
+    # A recipe of its own: nobody has trained by it before.
+    options = ("--set", "search.reward=nowhere:reward", "--set", "train.learning_rate=0.0123")
+    done = command("search", tiny_yaml, *options, "--out", tmp_path / "run")
 
     assert done.code == 1
     assert "no module 'nowhere' for 'nowhere:reward'" in done.err
-    assert "training" not in done.err
+    assert "train" not in done.err
 
 
 def test_every_method_keeps_the_budget_and_pays_for_what_it_used(finished_run: Path) -> None:

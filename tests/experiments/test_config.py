@@ -195,9 +195,8 @@ def test_setting_is_read_as_yaml() -> None:
 
 
 def test_pattern_of_zeros_is_read_as_it_is_documented(tmp_path: Path) -> None:
-    decided = {"search.decide": ["density"]}
-    setting = load_config(None, decided | dict([parse_setting("search.sparsity=2:4")]))
-    file = load_config(written(tmp_path, "search:\n  sparsity: 2:4\n  seed: 0x10\n"), decided)
+    setting = load_config(None, dict([parse_setting("search.sparsity=2:4")]))
+    file = load_config(written(tmp_path, "search:\n  sparsity: 2:4\n  seed: 0x10\n"))
 
     assert (setting.search.sparsity, file.search.sparsity, file.search.seed) == ("2:4", "2:4", 16)
 

@@ -14,7 +14,7 @@ from envs.journal import Journal, JournalEntry, Purpose
 from envs.space import SearchSpace
 from experiments.clock import TableDevice
 from experiments.config import LatencyConfig, RunConfig, SearchSettings
-from experiments.interrupt import StopFlag
+from experiments.interrupt import Interrupted, StopFlag
 from experiments.measured_budget import (
     MOST_PROJECTIONS,
     ROUNDS_OF_READINGS,
@@ -481,6 +481,15 @@ def test_a_time_is_compared_with_a_time(space: SearchSpace, budget: str, expecte
     found = plan(space.policy(start_plan(space)), 9)
 
     assert (found.low, found.ratio, found.high) == pytest.approx((expected,) * 3)
+
+
+def test_a_signal_ends_a_run_before_the_next_reading(space: SearchSpace) -> None:
+    stop = StopFlag()
+    stop.signal_name = "SIGTERM"
+    clock = PlanClock(cast("Any", None), cast("Any", None), 1, TableDevice(), stop)
+
+    with pytest.raises(Interrupted):
+        kept(space.policy(start_plan(space)), space, clock)
 
 
 def test_a_plan_that_cannot_be_exported_is_not_measured_and_stays(space: SearchSpace) -> None:

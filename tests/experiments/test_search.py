@@ -434,7 +434,11 @@ def test_first_plan_that_leaves_little_accuracy_is_warned_about(
     assert len(warned) == is_told
     if is_told:
         found = RunOutcome.load(root / "results.json").row("uniform").search_accuracy
-        (dense,) = (entry.accuracy for entry in Journal(root / "journal.jsonl").entries("") if entry.purpose == "dense")
+        (dense,) = (
+            entry.accuracy
+            for entry in Journal(root / "journal.jsonl").entries(PROBES)
+            if entry.purpose == "probe" and not entry.kept
+        )
         told = f"uniform's plan is right on {found:.1%} of the search images, the dense network on {dense:.1%}: "
         assert warned[0].startswith(f"warning: {told}")
 

@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,13 +123,16 @@ class Tokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.wide, self.narrow, self.head = nn.Linear(16, 32), nn.Linear(32, 16, bias=False), nn.Linear(16, 4)
+        # As blocks that are copies of one are at first.
+        self.again = copy.deepcopy(self.narrow)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head((x + self.narrow(functional.relu(self.wide(x)))).mean(1))
+        x = functional.relu(self.wide(x))
+        out: Tensor = self.head((self.narrow(x) + self.again(functional.relu(x - 1))).mean(1))
         return out
 
 
-@pytest.mark.parametrize("layers", [("wide", "narrow", "head"), ("wide",), ("narrow", "head")])
+@pytest.mark.parametrize("layers", [("wide", "narrow", "again", "head"), ("wide",), ("again", "head")])
 def test_linear_layers_over_tokens_are_timed_with_the_kernels_that_they_are_deployed_with(
     tmp_path: Path, layers: tuple[str, ...]
 ) -> None:

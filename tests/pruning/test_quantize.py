@@ -584,9 +584,6 @@ def test_a_layer_of_which_a_function_takes_the_weight_never_runs() -> None:
 
     with pytest.raises(CalibrationError, match="'b'"):
         quantize_layers(TakesAWeight().eval(), layers, [noise(4, 4)])
-    # Bits of weights alone need no ranges, and are refused all the same: they would be counted and change nothing.
-    with pytest.raises(CalibrationError, match="'b'"):
-        quantize_layers(TakesAWeight().eval(), {"b": LayerPolicy(weight_bits=4)}, [noise(4, 4)])
 
 
 @pytest.mark.parametrize("choice", ["bits", "weight_bits", "density"])
