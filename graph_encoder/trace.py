@@ -30,6 +30,7 @@ from .shapes import is_pointwise, quick_result, tensors_in
 
 _LOOSE_LIMIT = 1 << 20
 """Largest parameter that is labelled element by element when it meets activations outside a weighted operator."""
+_NO_RULE = "which has no rule"
 _ARITHMETIC = {"mul", "div", "add", "sub", "rsub", "pow", "floor_divide", "scaled_dot_product_attention"}
 """Operators in which the value of a number beside an activation counts, and not only a place or a size."""
 
@@ -329,13 +330,20 @@ class LabelPass(TorchDispatchMode):
         if not on_meta and not any(self.is_labelled(t) for t in tensors):
             return out
         if name in _ARITHMETIC:
-            numbers = tuple(filter(is_number, (*args, *kwargs.values())))
+            numbers = tuple(n for value in (*args, *kwargs.values()) if (n := self._number(value)) is not None)
             self.record.factors.extend([Factor(self.here(), name, numbers)] if numbers else [])
         follow = rule or (LabelPass.elementwise if pointwise else LabelPass.unknown)
         labels, sources = self._followed(follow, Call(name, func, args, kwargs, outputs, sources))
         for position, tensor in enumerate(outputs):
             self._remember(tensor, labels[position] if position < len(labels) else None, sources)
         return out
+
+    def _number(self, value: Any) -> float | None:
+        """The number that an argument is, or that a tensor of one element holds; None where it is no number."""
+        if is_number(value):
+            return value  # type: ignore[no-any-return]
+        is_one = isinstance(value, Tensor) and value.numel() == 1 and not self.is_unknown(value)
+        return float(value.item()) if is_one and not value.dtype.is_complex else None
 
     def _followed(self, rule: Rule, call: Call) -> Result:
         """What ``rule`` says of a call; what it reads stays dense where the rule fails: forward is not to blame."""
@@ -633,7 +641,7 @@ class LabelPass(TorchDispatchMode):
         a, b = torch.broadcast_tensors(a, b)
         return torch.where(a > 0, a, b).expand(shape)
 
-    def unknown(self, call: Call, why: str = "which has no rule") -> Result:
+    def unknown(self, call: Call, why: str = _NO_RULE) -> Result:
         """Keep dense everything that an operator reads of which no more is known."""
         reason = f"is read by the operator '{call.func}', {why},"
         for leaf in (*tensors_in(call.args), *tensors_in(call.kwargs)):
@@ -641,6 +649,9 @@ class LabelPass(TorchDispatchMode):
                 self.freeze(self.labels_or_constant(leaf), reason)
             if (name := self.name_of(leaf)) is not None:
                 self._fix(name, reason)
+                if why == _NO_RULE and self.is_parameter(leaf) and leaf.dim() > 1:
+                    # Most likely a layer's weight; elementwise operators and reductions have rules.
+                    self.record.computed[_layer_name(name)] = f"{reason} so that its multiply-adds are not counted"
         return [None for _ in call.outputs], call.sources
 
     def _fix(self, tensor: str, reason: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import DeformConv2d
 
 from graph_encoder.capture import capture, trace_operators
 from graph_encoder.network import NetworkGraph, TraceError
@@ -562,3 +563,26 @@ def test_maps_of_one_dimension_are_told_from_tokens(by_tokens: bool, size: tuple
     assert (stem.kernel, stem.stride, stem.dilation, stem.out_size) == ((5,), (2,), (1,), (10,))
     assert (join.in_channels, join.out_channels, join.out_size) == (8, 8, size)
     assert by_tokens or operators["inner"].dilation == (2,)
+
+
+class Deforms(nn.Module):
+    """A deformable convolution, which no rule is for, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.offsets = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 18, 3, padding=1)
+        self.deformable, self.head = DeformConv2d(8, 6, 3, padding=1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.deformable(self.stem(x), self.offsets(x)).mean((2, 3)))
+        return out
+
+
+def test_layers_whose_work_is_not_counted_are_named() -> None:
+    graph = capture(Deforms().eval(), torch.randn(2, 3, 8, 8))
+
+    assert graph.skipped["deformable"] == (
+        "is read by the operator 'torchvision.deform_conv2d.default', which has no rule, so that its multiply-adds are "
+        "not counted"
+    )
+    assert "deformable" not in {operator.layer for operator in graph.operators}

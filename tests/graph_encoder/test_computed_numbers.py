@@ -104,7 +104,7 @@ class AroundImage(nn.Module):
 class OneHead(Attention):
     """One head, whose products are divided by the root of its width."""
 
-    def __init__(self, root: Callable[[int], float]) -> None:
+    def __init__(self, root: Callable[[int], float | Tensor]) -> None:
         super().__init__()
         self.root = root
 
@@ -158,9 +158,19 @@ def test_attention_holds_with_fewer_heads_at_any_batch_and_length(attention: Cal
         assert [proof for proof in prove(model, graph, x, generator=generator) if not proof.holds] == []
 
 
-def test_a_number_that_no_trace_shows_keeps_its_channels_alone() -> None:
-    # float() of what is traced fails.
-    graph = captured(lambda: OneHead(lambda width: float(width) ** 0.5))[1]
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda width: float(width) ** 0.5,
+        lambda width: torch.sqrt(torch.tensor(float(width))),
+        lambda width: torch.tensor(width) ** 0.5,
+        lambda width: torch.full([], float(width) ** 0.5),
+    ],
+    ids=["float", "tensor", "integer tensor", "filled tensor"],
+)
+def test_a_number_that_no_trace_shows_keeps_its_channels_alone(scale: Callable[[int], float | Tensor]) -> None:
+    # float() of what is traced fails, and so does a tensor of it.
+    graph = captured(lambda: OneHead(scale))[1]
 
     assert {group.name for group in graph.prunable} == {"stem", "attention.v", "wide"}
     assert graph.group("attention.q").reason.startswith(
