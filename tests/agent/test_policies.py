@@ -162,6 +162,18 @@ def test_critics_share_no_weight_with_the_actor_or_each_other() -> None:
     assert in_optimizer == owned[1] | owned[2]
 
 
+def test_training_ppo_reaches_its_encoder() -> None:
+    policy = ppo_policy(4)
+    shake(policy)
+    batch = batch_of(chain_observation(rows(4)))
+
+    values, log_prob, _ = policy.evaluate_actions(batch, torch.full((len(batch["nodes"]), 4), 0.3))
+    (values.sum() + log_prob.sum()).backward()
+
+    assert all(parameter.grad is not None for parameter in policy.features_extractor.parameters())
+    assert any(bool(parameter.grad.any()) for parameter in policy.features_extractor.parameters())
+
+
 def test_training_the_actor_reaches_its_encoder() -> None:
     policy = ddpg_policy(4)
     shake(policy)

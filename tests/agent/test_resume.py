@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -211,13 +210,18 @@ def test_a_process_that_is_killed_without_warning_continues(
     algorithm: Algorithm, whole: Callable[[Algorithm], Whole], tmp_path: Path
 ) -> None:
     waits = np.random.default_rng(0).uniform(0, 0.5, size=5)
+    command, project = [sys.executable, "-m", __name__, algorithm, str(tmp_path / "killed")], Path(__file__).parents[2]
+    ends = []
 
     for wait in waits:
-        process = subprocess.Popen([sys.executable, __file__, algorithm, str(tmp_path / "killed")], env=os.environ)
+        process = subprocess.Popen(command, cwd=project)
         _wait_for_checkpoint(tmp_path / "killed" / "checkpoints", process)
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        ends.append(process.wait())
+    # The later ones may have come to the end of the search before.
+    assert ends[0] == -signal.SIGKILL and set(ends) <= {-signal.SIGKILL, 0}
+    assert list((tmp_path / "killed" / "checkpoints").iterdir())
     result = train(algorithm, MortalEnv(), tmp_path / "killed")
 
     assert_same(tmp_path / "killed", result, whole(algorithm))

@@ -42,6 +42,16 @@ def episode(env: Env, seed: int, actions: Callable[[int], NDArray[np.float32]]) 
     return seen
 
 
+def half_measured(space: SearchSpace) -> dict[str, Any]:
+    """Options of an environment that shows what was measured in half of its episodes."""
+    lost = np.linspace(0.1, 0.5, space.n)[:, None]
+    return {
+        "sensitivity": Sensitivity(space.names, (0.3,), 0.9, lost, 1.0),
+        "noise_floor": 0.01,
+        "measured_dropout": 0.5,
+    }
+
+
 def random_actions(env: Env, seed: int) -> Callable[[int], NDArray[np.float32]]:
     rng = np.random.default_rng(seed)
     drawn = [rng.uniform(-1, 1, env.action_space.shape).astype(np.float32) for _ in range(20)]
@@ -87,10 +97,13 @@ def test_gymnasium_and_stable_baselines_accept_it(name: str, budget: Budget | No
 
 @BOTH
 def test_same_seed_same_episode(kind: type[Env], model: SmallNetwork, space: SearchSpace) -> None:
-    first = kind(space, make_evaluator(model, space), measured_dropout=0.5)
-    second = kind(space, make_evaluator(model, space), measured_dropout=0.5)
-    actions = random_actions(first, 0)
-    assert_same(episode(first, 7, actions), episode(second, 7, actions))
+    first, second = (kind(space, make_evaluator(model, space), **half_measured(space)) for _ in range(2))
+    actions, shown = random_actions(first, 0), set()
+    for seed in range(8):
+        one, other = episode(first, seed, actions), episode(second, seed, actions)
+        assert_same(one, other)
+        shown.add(bool(group_column(space, one[0], "has_sensitivity_30%").any()))
+    assert shown == {True, False}
 
 
 @BOTH
@@ -266,19 +279,23 @@ def test_an_action_of_the_wrong_shape_is_refused(model: SmallNetwork, space: Sea
 def test_an_episode_continues_from_its_saved_state(kind: type[Env], model: SmallNetwork, space: SearchSpace) -> None:
     options = {"refinement_steps": 3} if kind is NetworkEnv else {}
     journal = Journal()
-    env = kind(space, make_evaluator(model, space, journal=journal), measured_dropout=0.5, **options)
+    options |= half_measured(space)
+    env = kind(space, make_evaluator(model, space, journal=journal), **options)
     actions = random_actions(env, 0)
     env.reset(seed=1)
     env.step(actions(0))
     state = env.state_dict()
-    rest = [env.step(actions(1)), env.step(actions(2)), env.reset()]
 
-    other = kind(space, make_evaluator(model, space, journal=journal), measured_dropout=0.5, **options)
+    def rest(of: Env) -> list[list[Any]]:
+        return [list(x) for x in (of.step(actions(1)), of.step(actions(2)), *(of.reset() for _ in range(8)))]
+
+    expected = rest(env)
+    other = kind(space, make_evaluator(model, space, journal=journal), **options)
     other.reset(seed=99)
     other.load_state_dict(state)
-    assert_same(
-        [list(x) for x in (other.step(actions(1)), other.step(actions(2)), other.reset())], [list(x) for x in rest]
-    )
+    assert_same(rest(other), expected)
+    shown = {bool(group_column(space, obs, "has_sensitivity_30%").any()) for obs, *_ in expected[2:]}
+    assert shown == {True, False}
     assert other.evaluator.evaluations_used == env.evaluator.evaluations_used > 0
 
 

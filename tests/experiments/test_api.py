@@ -19,7 +19,7 @@ from experiments.config import ConfigError, Method
 from pruning.importance import rank_units
 from secateur import Budget, BudgetError, TraceError
 
-from .tiny import network
+from .tiny import ScaledByWidth, network
 
 PROJECT = Path(secateur.__file__).parent
 NO_CALIBRATION = "the network has batch norms and no calibration"
@@ -682,3 +682,15 @@ def test_batch_norms_without_calibration_are_warned_about() -> None:
     with pytest.warns(UserWarning, match=NO_CALIBRATION) as told:
         secateur.compress(small_net(), images(), evaluate=share_of_channels, budget="60%", method="uniform")
     assert [warning.filename for warning in told] == [__file__]
+
+
+def test_what_the_proof_refutes_is_not_offered() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ScaledByWidth(3, 1).eval()
+    options: dict[str, Any] = {"budget": "60%", "method": "uniform", "protect_first": False}
+
+    found = secateur.compress(model, images(), evaluate=lambda _: 0.5, **options)
+
+    assert {group.name for group in secateur.capture(model, images()).prunable} == {"first", "second"}
+    assert set(found.policy.kept) == {"second"}

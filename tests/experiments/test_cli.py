@@ -242,6 +242,40 @@ def test_refused_run_leaves_the_empty_folder_that_was_there(command: Command, ti
     assert not list((tmp_path / "there").iterdir())
 
 
+def test_what_the_proof_refutes_is_named(command: Command) -> None:
+    options = ("--shape", "1,8,8", "--classes", 3, "--set", "search.protect_first=false")
+    done = command("check", "tests.experiments.tiny:ScaledByWidth", *options)
+    assert "first: removing is not what silencing is: outputs differ by " in done.out
+
+
+def test_signal_ends_a_search_after_the_evaluation_and_resume_continues_it(
+    command: Command, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ("--set", "search.reward=tests.experiments.tiny:reward_that_is_interrupted", "--out", run)
+    stopped = command("search", tiny_yaml, *options)
+
+    assert stopped.code == 130
+    assert stopped.err.endswith(
+        f"stopped by SIGINT; everything so far is saved: continue with 'secateur resume {run}'\n"
+    )
+    assert journal(run)
+    assert command("resume", run).code == 0
+
+
+@pytest.mark.parametrize(("ratio", "code"), [((1.1, 1.2, 1.3), 3), ((0.7, 0.71, 0.72), 0), ((0.7, 0.9, 1.1), 3)])
+def test_a_search_that_has_to_be_faster_ends_with_code_3_where_it_is_not_for_sure(
+    command: Command, tiny_yaml: Path, monkeypatch: pytest.MonkeyPatch, ratio: tuple[float, float, float], code: int
+) -> None:
+    row = outcomes.row("uniform", 0.7, 0.8)
+    latencies = tuple(latency.model_copy(update={"ratio": ratio}) for latency in row.latencies)
+    found = outcomes.outcome(row.model_copy(update={"latencies": latencies}))
+    monkeypatch.setattr("experiments.search.start_run", lambda *_: found)
+
+    assert command("search", tiny_yaml).code == 0
+    assert command("search", tiny_yaml, "--require-speedup").code == code
+
+
 def test_path_without_permission_is_named(
     command: Command, tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

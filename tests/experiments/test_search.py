@@ -192,9 +192,16 @@ def test_methods_that_nobody_chose_rank_no_channels_where_none_are_decided(
 
 def test_other_seed_gives_another_search(tiny_config: Configured, tmp_path: Path) -> None:
     search(tiny_config(), tmp_path / "one")
-    search(tiny_config(search__seed=1), tmp_path / "two")
+    # The same network: what differs is what is searched.
+    weights = str(RunFolder(tmp_path / "one").dense_file)
+    for name, seed in (("again", 0), ("two", 1)):
+        search(tiny_config(search__seed=seed, model__weights=weights), tmp_path / name)
 
-    assert timeless(tmp_path / "one")["journal"] != timeless(tmp_path / "two")["journal"]
+    def plans(name: str) -> list[dict[str, int]]:
+        entries = Journal(tmp_path / name / "journal.jsonl").entries("random")
+        return [dict(entry.kept) for entry in entries if entry.purpose == "candidate"]
+
+    assert plans("one") == plans("again") != plans("two")
 
 
 def test_run_stopped_at_any_step_goes_on_to_the_same_end(tiny_config: Configured, tmp_path: Path) -> None:
@@ -260,15 +267,17 @@ def test_tensorboard_shows_each_evaluation_once_after_a_stop(tiny_config: Config
 
 
 def test_methods_are_compared_at_equal_numbers_from_the_same_start(tiny_config: Configured, tmp_path: Path) -> None:
-    config = tiny_config(search__methods=["sensitivity", "random", "cem"], search__evaluations=12)
+    methods = ["sensitivity", "random", "cem", "ppo", "ddpg"]
+    config = tiny_config(**AGENT_RUN | {"search__methods": methods, "search__evaluations": 12, "finetune__epochs": 0})
     outcome = search(config, tmp_path / "run")
     journal = timeless(tmp_path / "run")["journal"]
 
     def first_plan(searcher: str) -> dict[str, int]:
         return next(e["kept"] for e in journal if (e["searcher"], e["purpose"]) == (searcher, "candidate"))
 
-    assert first_plan("random") == first_plan("cem") == first_plan("sensitivity")
-    assert outcome.row("random").evaluations == outcome.row("cem").evaluations == 12
+    for method in methods[1:]:
+        assert first_plan(method) == first_plan("sensitivity")
+        assert outcome.row(method).evaluations == 12
 
 
 def test_search_reads_no_test_image(tiny_config: Configured, tmp_path: Path) -> None:
@@ -290,6 +299,10 @@ def test_a_broken_test_split_ends_the_run_and_mended_it_goes_on(
         patched.setattr(ImageData, "test", property(broken))
         with pytest.raises(DataError, match=r"7\.png") as caught:
             search(tiny_config(), tmp_path / "run")
+    # Everything is chosen, trained and saved by then.
+    for method in ("uniform", "random"):
+        own = RunFolder(tmp_path / "run").method(method)
+        assert own.search_file.exists() and (own.model / "manifest.json").exists()
     assert caught.value.__notes__ == [f"everything before is saved: continue with 'secateur resume {tmp_path / 'run'}'"]
     assert not RunFolder(tmp_path / "run").results_file.exists()
 

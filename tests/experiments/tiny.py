@@ -1,5 +1,7 @@
 """A network and images small enough for a whole run in seconds, as a user would hand them over."""
 
+import signal
+
 import torch
 from torch import Tensor, nn
 
@@ -35,11 +37,36 @@ def deeper_network(num_classes: int, in_channels: int) -> nn.Module:
     return nn.Sequential(*layers[:9], *extra, *layers[9:])
 
 
+class ScaledByWidth(nn.Module):
+    """Divides by a width that a run on shapes alone does not show, so that the proof refutes its first group."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(in_channels, 8, 1, bias=False), nn.Conv2d(8, 6, 1, bias=False)
+        self.last = nn.Linear(6, num_classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        out: Tensor = self.last((self.second(y) / y.new_tensor(float(y.shape[1]))).relu().mean((2, 3)))
+        return out
+
+
 def accuracy_within_the_limit(accuracy: float, cost: int, limit: int | None) -> float:
     """A reward that is not defined for plans over their budget."""
     if limit is not None and cost > limit:
         msg = f"{cost} is over {limit}"
         raise ValueError(msg)
+    return accuracy
+
+
+_interrupted: list[float] = []
+
+
+def reward_that_is_interrupted(accuracy: float, cost: int, limit: int | None) -> float:
+    """The accuracy; the first time somebody presses Ctrl-C meanwhile."""
+    if not _interrupted:
+        _interrupted.append(accuracy)
+        signal.raise_signal(signal.SIGINT)
     return accuracy
 
 

@@ -1,6 +1,7 @@
 import math
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -89,6 +90,16 @@ def test_waiting_of_this_thread_is_seen_where_the_system_counts_it() -> None:
     elapsed, waited = timed()
     assert elapsed >= 2_000_000
     assert 0 <= waited < elapsed
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="the system does not say")
+def test_waiting_is_the_second_number_that_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter([b"5 0 9\n", b"5 7 9\n", b"6 40 10\n"])
+    monkeypatch.setattr("latency.worker.os.pread", lambda *_: next(said))
+
+    elapsed, waited = Stopwatch().timer(lambda: time.sleep(0.001))()
+
+    assert elapsed > waited == 33
 
 
 def test_rounds_take_turns_none_is_always_first_and_short_calls_settle_for_longer() -> None:

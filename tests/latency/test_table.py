@@ -417,12 +417,13 @@ def test_a_device_stays_on_its_processors_and_is_another_one_without_them() -> N
         LocalDevice(runtime, cpus=(4096,))
 
 
+@pytest.mark.slow
 def test_the_table_of_a_real_runtime_orders_layers_by_their_work(tmp_path: Path) -> None:
     device = LocalDevice(find_runtime(ONNXRUNTIME))
     kind = LayerKind("conv", (3, 3), (1, 1), (32, 32))
-    table = build_table(start_table(device, n_runs=5), device, {kind: ((16, 128), (128,))}, n_runs=5)
-    # Eight times the work; the clock of a busy machine may be off by half.
-    assert table.times(kind)(128, 128) > 3 * table.times(kind)(16, 128)
+    table = build_table(start_table(device, n_runs=30), device, {kind: ((16, 128), (128,))}, n_runs=30)
+    # Eight times the work, on a machine that may be busy.
+    assert table.times(kind)(128, 128) > 1.5 * table.times(kind)(16, 128)
     table.save(tmp_path / "table.json")
     assert json.loads((tmp_path / "table.json").read_text())["fingerprint"]["runtime"] == ONNXRUNTIME
     assert LatencyTable.load(tmp_path / "table.json").fingerprint == device.fingerprint

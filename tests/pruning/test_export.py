@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -303,6 +304,28 @@ def test_program_of_several_inputs_takes_any_batch_that_they_share(tmp_path: Pat
     torch.testing.assert_close(program(IMAGES, others), model(IMAGES, others))
     with pytest.raises(AssertionError, match=r"Guard failed: other.size\(\)\[0\] == one.size\(\)\[0\]"):
         program(IMAGES, others[:3])
+
+
+@pytest.mark.parametrize(
+    ("export", "loader", "what"),
+    [(export_onnx, "pruning.export._session", "ONNX"), (export_program, "torch.export.load", "exported program")],
+)
+def test_a_file_that_computes_something_else_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: Callable[..., object], loader: str, what: str
+) -> None:
+    model = Residual().eval()
+
+    def wrong(*inputs: Tensor) -> Tensor:
+        return 1.01 * model(*inputs)
+
+    as_loaded = {"ONNX": wrong, "exported program": SimpleNamespace(module=lambda: wrong)}[what]
+    monkeypatch.setattr(loader, lambda *_: as_loaded)
+
+    with pytest.raises(
+        ExportError, match=rf"the {what} of Residual differs from PyTorch at batch size 1: by .+; nothing"
+    ):
+        export(model, EXAMPLE, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 class Scaled(nn.Module):

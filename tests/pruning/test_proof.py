@@ -155,7 +155,7 @@ def test_outputs_that_are_not_numbers_prove_nothing() -> None:
 
 
 class ScaledByWidth(nn.Module):
-    """What it computes depends on a width that no shape depends on."""
+    """What it computes depends on a width that no shape depends on, and that a run on shapes alone does not show."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class ScaledByWidth(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x).relu()
-        out: Tensor = self.last((self.second(y) / torch.tensor(float(y.shape[1]))).relu().mean((2, 3)))
+        out: Tensor = self.last((self.second(y) / y.new_tensor(float(y.shape[1]))).relu().mean((2, 3)))
         return out
 
 
@@ -200,7 +200,7 @@ class ScaledByEither(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x).relu()
         z = self.second(y).relu()
-        out: Tensor = self.last(z.mean((2, 3)) * torch.tensor(float(max(y.shape[1], z.shape[1]))))
+        out: Tensor = self.last(z.mean((2, 3)) * y.new_tensor(float(max(y.shape[1], z.shape[1]))))
         return out
 
 
@@ -221,7 +221,7 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.first(self.embed(x).mean(1))
-        return self.last(h * torch.tensor(h.shape[1] ** -0.5))
+        return self.last(h * h.new_tensor(h.shape[1] ** -0.5))
 
 
 class Boxes(nn.Module):
@@ -233,7 +233,7 @@ class Boxes(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         h: Tensor = self.first(x)
-        return {"logits": self.last(h * torch.tensor(h.shape[1] ** -0.5)), "boxes": 1e4 * self.boxes(x)}
+        return {"logits": self.last(h * h.new_tensor(h.shape[1] ** -0.5)), "boxes": 1e4 * self.boxes(x)}
 
 
 class Divided(nn.Module):
@@ -246,7 +246,7 @@ class Divided(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.second(self.first(x) / self.scale)
-        return self.last(h * torch.tensor(h.shape[1] ** -0.5))
+        return self.last(h * h.new_tensor(h.shape[1] ** -0.5))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -275,7 +275,11 @@ def test_network_that_cannot_be_traced_quantizes_what_its_layers_read() -> None:
     quantized = quantize_layers(Branching().eval(), dict.fromkeys(LAYERS, INT8), [IMAGES])
 
     assert type(quantized) is Branching
-    assert len(quantized.conv1.act_quantizer(IMAGES).unique()) <= 256
+    assert list(quantized_layers(quantized)) == list(LAYERS)
+    read = quantized.conv1.act_quantizer(IMAGES)
+    assert len(read.unique()) <= 256
+    # What the layer reads is never below 0; all else lies on a grid as fine as its range allows.
+    torch.testing.assert_close(read.clamp(max=1), IMAGES.clamp(0, 1), rtol=0, atol=0.02)
 
 
 def test_a_layer_with_a_name_of_graph_modules_is_quantized() -> None:
@@ -493,11 +497,19 @@ class Last(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("inner", [nn.LSTM(4, 6, batch_first=True), nn.GRU(4, 6), nn.MultiheadAttention(4, 2)])
-def test_a_layer_may_read_one_tensor_of_several(inner: nn.Module) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.LSTM(4, 6, batch_first=True), lambda: nn.GRU(4, 6), lambda: nn.MultiheadAttention(4, 2)],
+    ids=["lstm", "gru", "attention"],
+)
+def test_a_layer_may_read_one_tensor_of_several(make: Callable[[], nn.Module]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        inner = make()
+        network = Last(inner, 4 if isinstance(inner, nn.MultiheadAttention) else 6).eval()
     x = noise(3, 7, 4)
-    network = Last(inner, 4 if isinstance(inner, nn.MultiheadAttention) else 6).eval()
     quantized = quantize_layers(network, {"linear": INT8}, [x]).eval()
+    assert list(quantized_layers(quantized)) == ["linear"] and not torch.equal(quantized(x), network(x))
     torch.testing.assert_close(quantized(x), network(x), rtol=0, atol=0.02)
 
 
