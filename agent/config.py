@@ -27,7 +27,7 @@ class AgentConfig(BaseModel):
     """Sines of a layer's place that the encoder reads; 0 for an agent that is meant for other networks, as with
     `search.for_transfer`."""
     std: Positive = 0.3
-    """Spread of the plans around the agent's own at the start of a run, on the scale of actions (0 to 2 wide)."""
+    """Spread of the plans around the agent's own at the start of a run, on the scale of actions, -1 to 1."""
     std_end: Positive = 0.05
     """Spread at the end of the run; it falls geometrically with the share of evaluations spent."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -75,7 +75,7 @@ class DDPGConfig(AgentConfig):
     actor_learning_rate: Positive = 1e-3
     """Adam's step size for the actor."""
     updates: Count = 4
-    """Gradient steps of the critics an evaluation."""
+    """Gradient steps of the critics an episode."""
     policy_delay: Count = 2
     """Critic steps for each actor step."""
     batch_size: Count = 64

@@ -70,8 +70,8 @@ class SearchSettings(_Section):
     """What is searched, how long, and how a candidate is scored."""
 
     methods: tuple[Method, ...] = ("uniform", "magnitude", "sensitivity", "random", "cem", "ppo", "ddpg")
-    """Methods to compare, each with the same number of evaluations; greedy and knapsack can be named too. Where no
-    channels are named in decide, magnitude, which ranks them, is left out unless it is named."""
+    """Methods to compare, those that search with the same number of evaluations each; greedy and knapsack can be named
+    too. Where no channels are named in decide, magnitude, which ranks them, is left out unless it is named."""
     evaluations: int = Field(default=300, ge=1)
     """Evaluations of one method, its probes and finalists included: a candidate built, repaired and scored."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
@@ -109,10 +109,11 @@ class SearchSettings(_Section):
     protected: tuple[str, ...] = ()
     """Further groups to leave dense."""
     span: float = Field(default=0.5, gt=0)
-    """How far an action of 1 moves a keep ratio from the start plan; bits by that share of their ladder."""
+    """How far an action of 1 moves a keep ratio from the start plan under a budget; bits by that share of their
+    ladder."""
     reward: str | None = None
-    """accuracy, accuracy_guaranteed (AMC) or galen, these two without a budget, or package.module:function; unset goes
-    by the budget."""
+    """accuracy, accuracy_guaranteed (AMC; taken where there is no budget), galen (without a budget only), or
+    package.module:function; unset goes by the budget."""
     target: Budget | None = None
     """Cost that the reward galen aims at, as a budget is written: ``20% latency``."""
     beta: float = Field(default=GALEN_BETA, lt=0)
@@ -135,7 +136,7 @@ class SearchSettings(_Section):
     finalists: int = Field(default=3, ge=1)
     """Best plans of each method that are scored again on the whole validation split."""
     batch_size: int = Field(default=250, ge=1)
-    """Images a forward pass while scoring."""
+    """Images a forward pass while scoring, and a batch when batch-norm statistics are re-estimated."""
     autocast: bool = False
     """Re-estimate statistics and score candidates in bfloat16, if that is faster on the device; where bits are decided
     the former alone, since its own rounding is about that of 8 bits."""

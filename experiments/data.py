@@ -59,7 +59,8 @@ class SplitRecipe(BaseModel):
     """Folder below the root, with one folder for each class; in a recipe by default the name of the split. The bundled
     sources have train, validation and test."""
     list_file: Path | None = None
-    """Text file with the images to take, relative to the folder, one a line; all images if unset."""
+    """Text file that names the images to take, one a line: those of a folder by their paths below it, CIFAR's as
+    train/00012 or test/00012, a function's as 000012, the digits as 0012; all images if unset."""
 
     @field_validator("folder")
     @classmethod

@@ -618,6 +618,7 @@ def test_environment_of_the_readme_is_made_as_it_says() -> None:
         "example_inputs": images(),
         "accuracy_on_unseen_images": share_of_channels,
         "training_batches": [images()],
+        "training_images": [images()],
     }
 
     exec(block, names)
