@@ -507,7 +507,7 @@ def test_run_killed_at_random_moments_goes_on_to_the_same_end(
     n_kills, resumed = 0, set()
     while True:
         # Later and later, so that a slow machine gets to the end too.
-        seconds = moments.uniform(0.1, 0.8) * (1 + (n_kills / 8) ** 2)
+        seconds = moments.uniform(0.1, 0.8) * (1 + (n_kills / 4) ** 2)
         arguments = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(seconds)]
         done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ, check=False)
         if done.returncode == 0:
