@@ -130,7 +130,7 @@ class DataRecipe(BaseModel):
         if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
             msg = f"mean and std need one value for each channel, std above 0; found mean {self.mean}, std {self.std}"
             raise ValueError(msg)
-        if self.resize is not None and self.resize < (self.size or self.resize + 1):
+        if self.resize is not None and (self.size is None or self.resize < self.size):
             msg = (
                 f"resize is {self.resize} and size {self.size}: images are scaled until the shorter side has resize "
                 "pixels, and size is what is cut out of them; give a size, and a resize of at least as much"

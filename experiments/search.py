@@ -156,14 +156,14 @@ def _change(folder: RunFolder, changes: Mapping[str, Any], display: RunDisplay) 
     if "finetune.autocast" in changes:
         config = settle_precision(config, device, display)
     methods = [MethodFolder(path) for path in sorted(folder.root.glob("methods/*"))]
-    if _recipe(config) != _recipe(before):
+    # Whether there is a dense control changes none of the others.
+    recipe = before.finetune.model_copy(update={"dense_control": config.finetune.dense_control})
+    if config.finetune != recipe:
         # A comparison of networks that were not trained alike would say nothing.
         trained = [own for own in methods if own.forget(own.finetuning, own.tuned_file)]
-        for own in methods:
-            own.forget(own.model)
         if trained:
             display.say(f"finetune: {count(len(trained), 'network')} trained otherwise before will be trained anew")
-    elif config.measure != before.measure or config.finetune != before.finetune:
+    if (config.finetune, config.measure) != (before.finetune, before.measure):
         for own in methods:
             own.forget(own.model)
     write_atomic(folder.config_file, config.to_yaml().encode())
@@ -172,11 +172,6 @@ def _change(folder: RunFolder, changes: Mapping[str, Any], display: RunDisplay) 
         ["secateur", "resume", str(folder.root), *(part for text in settings for part in ("--set", text))]
     )
     display.say(f"goes on with {', '.join(settings)}")
-
-
-def _recipe(config: RunConfig) -> dict[str, Any]:
-    """How each network is fine-tuned."""
-    return config.finetune.model_dump(exclude={"dense_control"})
 
 
 def _execute(

@@ -33,7 +33,7 @@ def assemble(record: Record, model: nn.Module, opaque: Opaque) -> NetworkGraph:
         param_terms=tuple(_param_term(record, places, name, p) for name, p in model.named_parameters()),
         skipped={
             **opaque.reasons,
-            **record.computed,
+            **record.skipped,
             **{n: group.reason for group in groups if group.reason for n in group.producers},
         },
         rewrites=tuple(held for number in record.held if (held := places.held(number)) is not None),

@@ -120,7 +120,7 @@ class Record:
     readers: dict[tuple[str, int], list[str]] = field(default_factory=dict)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
     factors: list[Factor] = field(default_factory=list)
-    computed: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def at_least_two(example: Tensor) -> Tensor:
@@ -577,7 +577,7 @@ class LabelPass(TorchDispatchMode):
                 "; torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm, remove_spectral_norm) "
                 "makes it a parameter that can be sliced"
             )
-        self.record.computed[self.here()] = why
+        self.record.skipped[self.here()] = why
 
     def _layer_type(self, weight: Tensor) -> str:
         holder, _, own = (self.name_of(weight) or "").rpartition(".")
@@ -651,7 +651,7 @@ class LabelPass(TorchDispatchMode):
                 self._fix(name, reason)
                 if why == _NO_RULE and self.is_parameter(leaf) and leaf.dim() > 1:
                     # Most likely a layer's weight; elementwise operators and reductions have rules.
-                    self.record.computed[_layer_name(name)] = f"{reason} so that its multiply-adds are not counted"
+                    self.record.skipped[_layer_name(name)] = f"{reason} so that its multiply-adds are not counted"
         return [None for _ in call.outputs], call.sources
 
     def _fix(self, tensor: str, reason: str) -> None:
