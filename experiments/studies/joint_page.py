@@ -8,7 +8,7 @@ from typing import Any
 from ..outcome import DENSE, MethodOutcome, amount, percent
 from ..pages import Table
 from ..progress import count
-from .matrix import CURVE_EPOCHS, CURVE_SHARES, JOINT_BUDGETS, JOINT_EPOCHS, JOINT_EVALUATIONS, SAME_MACS
+from .matrix import CURVE_EPOCHS, CURVE_SHARES, JOINT, JOINT_EVALUATIONS, SAME_MACS
 from .results_cells import Cells, in_points
 
 _JOINT = f"""Channels, the residual streams but the first among them, and bits (8 or 32) of every layer, chosen together
@@ -30,10 +30,11 @@ both are done, they were timed in the same rounds."""
 def joint_sections(cells: Cells) -> list[tuple[str, str, list[str]]]:
     """Title, text and tables of each section; no tables where no cell is finished."""
     joint: list[str] = []
-    for model, asked in JOINT_BUDGETS.items():
-        if table := _joint_table(cells, f"{model}-joint"):
-            words = f"{asked} times its floor as it was read then" if isinstance(asked, float) else asked
-            joint += [f"### {model} at {words}, {count(JOINT_EPOCHS[model], 'epoch')} of fine-tuning", *table]
+    for cell in JOINT:
+        if table := _joint_table(cells, cell.name):
+            words = cell.asked if isinstance(cell.asked, str) else f"{cell.asked} times its floor as it was read then"
+            left = ", residual streams left dense" if cell.protected else ""
+            joint += [f"### {cell.model} at {words}{left}, {count(cell.epochs, 'epoch')} of fine-tuning", *table]
     return [
         ("Channels and bits under a latency budget", _JOINT, joint),
         ("Channels, bits, and both: ResNet-18", _CURVES, _curves(cells)),

@@ -14,29 +14,50 @@ SEARCHERS: tuple[Method, ...] = ("ppo", "ddpg", "cem", "random")
 SHORTCUT_GROUPS = ["layer2.0.conv2", "layer3.0.conv2"]
 """Left dense beside the first layer, so that what is decided is the inner channels of the blocks, as in the papers."""
 JOINT_EVALUATIONS = 150
+METHODS_BUDGET = "10% latency"
 JOINT_METHODS: tuple[Method, ...] = ("uniform", "greedy", "knapsack", "random", "cem", "ppo", "ddpg")
-JOINT_BUDGETS: dict[str, str | float] = {
-    "resnet18_cifar": "10% latency",
-    "resnet56": 1.1,
-    "mobilenet_v2_cifar": "35% latency",
-}
-"""Latencies asked for: a share of the dense network's in single precision, or a multiple of what the fastest network
-takes that may be chosen, where many thin layers soon leave nothing to save."""
-JOINT_EPOCHS = {"resnet18_cifar": 4, "resnet56": 4, "mobilenet_v2_cifar": 2}
-"""Epochs of fine-tuning of each, without bits, which are calibrated in the end. Those of MobileNet-V2 take longest by
-far, and its weights are trained beforehand."""
-RECONSTRUCTED = ("resnet56",)
-"""Of these, those whose plans are repaired by least squares before they are scored and fine-tuned: near the floor they
-score so little without that searches can hardly tell them apart."""
 DECIDED = {"channels": ["channels"], "bits": ["bits"], "both": ["channels", "bits"]}
 CURVE_SHARES = {"channels": (20, 30, 50), "bits": (30, 45), "both": (14, 20, 30)}
-"""The same for the curves of ResNet-18, where 8 bits in every layer leave 25 to 27 in calls that have not settled."""
+"""Latencies asked for in the curves of ResNet-18, in percent of the dense network's in single precision, of which 8
+bits in every layer leave 25 to 27 in calls that have not settled."""
 CURVE_EPOCHS = 1
-"""The same for each point of a curve."""
+"""Epochs of fine-tuning of each point of a curve."""
 SAME_MACS = {"macs": "50% macs", "macs-and-latency": "50% macs, 75% latency"}
 """Budgets of channels alone: found for multiply-adds, and for latency at as many of them. Plans of half of the
 multiply-adds take 78 to 83 % of the latency in calls that have not settled, and 75 % is the least at which that many
 can stay."""
+
+
+@dataclass(frozen=True)
+class JointCell:
+    """A cell of channels and bits under a budget of latency; plans are fine-tuned without bits, then calibrated.
+
+    Attributes:
+        name: of its folder.
+        model: the network.
+        asked: a budget, or a multiple of what the fastest network takes that may be chosen, where many thin layers soon
+            leave nothing to save.
+        epochs: of fine-tuning.
+        protected: channel groups left dense.
+        reconstruct: plans are repaired by least squares before they are scored and fine-tuned: near the floor they
+            score so little without that searches can hardly tell them apart.
+    """
+
+    name: str
+    model: str
+    asked: str | float
+    epochs: int
+    protected: tuple[str, ...] = ()
+    reconstruct: bool = False
+
+
+JOINT = (
+    JointCell("resnet18_cifar-joint", "resnet18_cifar", METHODS_BUDGET, epochs=4),
+    JointCell("resnet56-joint", "resnet56", 1.1, epochs=4, reconstruct=True),
+    JointCell("resnet56-inner-joint", "resnet56", 1.1, epochs=4, protected=tuple(SHORTCUT_GROUPS)),
+    # Its epochs take longest by far, and its weights are trained beforehand.
+    JointCell("mobilenet_v2_cifar-joint", "mobilenet_v2_cifar", "35% latency", epochs=2),
+)
 
 
 @dataclass(frozen=True)
@@ -100,21 +121,22 @@ def joint(agent: Method) -> Iterator[Cell]:
         agent: the method whose plans are fine-tuned.
     """
     chosen: tuple[Method, ...] = ("uniform", "knapsack", agent)
-    for model, asked in JOINT_BUDGETS.items():
-        above_floor = asked if isinstance(asked, float) else 0.0
-        asks = {"budget": "100% latency" if above_floor else asked, "search.reconstruct": model in RECONSTRUCTED}
-        joint = {
-            "finetune.epochs": JOINT_EPOCHS[model],
+    for own in JOINT:
+        above_floor = own.asked if isinstance(own.asked, float) else 0.0
+        options: dict[str, Any] = {
+            "budget": "100% latency" if above_floor else own.asked,
+            "search.reconstruct": own.reconstruct,
+            "search.protected": list(own.protected),
+            "finetune.epochs": own.epochs,
             "finetune.quantized_epochs": 0,
             "finetune.dense_control": True,
         }
-        cell = _timed(f"{model}-joint", model, chosen, asks | joint)
-        yield replace(cell, above_floor=above_floor)
+        yield replace(_timed(own.name, own.model, chosen, options), above_floor=above_floor)
     for what, decided in DECIDED.items():
         for share in CURVE_SHARES[what]:
             tuning: dict[str, Any] = {"finetune.epochs": CURVE_EPOCHS, "finetune.quantized_epochs": 0}
-            own: dict[str, Any] = {"budget": f"{share}% latency", "search.decide": decided} | tuning
-            yield _timed(f"resnet18_cifar-curve-{what}-{share}", "resnet18_cifar", [agent], own)
+            point: dict[str, Any] = {"budget": f"{share}% latency", "search.decide": decided} | tuning
+            yield _timed(f"resnet18_cifar-curve-{what}-{share}", "resnet18_cifar", [agent], point)
     same = {"search.decide": DECIDED["channels"], "search.rounding": 1, "search.protected": SHORTCUT_GROUPS}
     first = f"resnet56-{next(iter(SAME_MACS))}"
     for name, budget in SAME_MACS.items():
@@ -122,8 +144,8 @@ def joint(agent: Method) -> Iterator[Cell]:
         yield cell if cell.name == first else replace(cell, beside=first)
     for seed in range(3):
         # By the table alone: with the clock limits and plans would follow from how much that errs.
-        own = {"budget": JOINT_BUDGETS["resnet18_cifar"], "search.seed": seed, "latency.clock": False}
-        yield _timed(f"resnet18_cifar-methods-seed{seed}", "resnet18_cifar", JOINT_METHODS, own)
+        searched = {"budget": METHODS_BUDGET, "search.seed": seed, "latency.clock": False}
+        yield _timed(f"resnet18_cifar-methods-seed{seed}", "resnet18_cifar", JOINT_METHODS, searched)
 
 
 def _searches(model: str, seed: int) -> Iterator[Cell]:

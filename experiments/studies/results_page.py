@@ -15,7 +15,7 @@ from ..outcome import DENSE, MethodOutcome, percent
 from ..pages import Table
 from ..progress import duration
 from .joint_page import joint_sections, reading_of
-from .matrix import JOINT_BUDGETS, JOINT_EVALUATIONS, JOINT_METHODS
+from .matrix import JOINT_EVALUATIONS, JOINT_METHODS, METHODS_BUDGET
 from .results_cells import Cells, in_points, interval, spread
 
 
@@ -79,7 +79,7 @@ _SEARCH_TABLES = (
 )
 
 _JOINT_SEARCHES = (
-    f"ResNet-18 at {JOINT_BUDGETS['resnet18_cifar']}, before fine-tuning",
+    f"ResNet-18 at {METHODS_BUDGET}, before fine-tuning",
     f"Channels and bits, scored on 2,000 of the even-numbered files, {JOINT_EVALUATIONS} evaluations, the probes among "
     "them. The budget is kept by the table alone (`--set latency.clock=false`), so that no plan depends on how a "
     "reading came out. Mean and standard deviation over the seeds; differences from the agent in points, "
