@@ -166,7 +166,8 @@ class Observer:
         decisions[:, column("is_decided")] = progress.decided
         decisions[progress.decisions, column("is_current")] = 1
         kept = self._cost_by_operator(progress.counts) / np.maximum(self._dense_by_operator, 1)
-        nodes[: self.n_operators, column("cost_kept")] = kept
+        # In tables of latency a layer that takes next to nothing may take more with fewer channels.
+        nodes[: self.n_operators, column("cost_kept")] = np.minimum(kept, BOUND)
         if show_measured:
             nodes += self._measured
         return nodes

@@ -165,7 +165,6 @@ def _saved(
     stop.check()
     network = builder.build(policy)
     stop.check()
-    save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
     if epochs := subject.config.finetune.epochs:
         display.say(
             f"finetune.epochs is {epochs}, but 'secateur apply' does not fine-tune: pass the same configuration to "
@@ -174,6 +173,8 @@ def _saved(
     images = subject.range_images()[0]
     metadata = describe_images(subject.config.data, subject.data.classes)
     onnx = write_exported(network, COMPRESSED, example, out, images, subject.config.measure, display, metadata)
+    # Last: it makes the folder one of a network.
+    save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
     device = TableDevice.of(subject.config.latency.table)
     macs, params = count_nonzero(network, subject.graph, policy, example)
     own, dense = _times(subject, network, policy, onnx, device, display)

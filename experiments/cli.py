@@ -204,7 +204,9 @@ def apply(
     latency_table: Table = None,
     criterion: Criterion = None,
     rounding: Rounding = None,
-    evaluations: Annotated[int, typer.Option(help="Evaluations to refine an agent's plan with; 0 for none.")] = 0,
+    evaluations: Annotated[
+        int, typer.Option(min=0, help="Evaluations to refine an agent's plan with; 0 for none.")
+    ] = 0,
     seed: Seed = None,
     device: Device = None,
     threads: Threads = None,
@@ -322,18 +324,26 @@ def check(
     budget: Annotated[str | None, typer.Option(help="As for search; none if not given.")] = None,
     latency_table: Table = None,
     rounding: Rounding = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, inputs and removals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, inputs and removals.")] = 0,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what may be removed from a network and what may not, prove it, and tell whether a budget can be met."""
-    from latency.budget import read_budgets
-
     from .check import check_named
+    from .config import ConfigError
 
-    config = _configuration(None, {"latency.table": latency_table, "search.rounding": rounding}, settings)
+    asked = {"budget": budget, "latency.table": latency_table, "search.rounding": rounding}
+    config = _configuration(None, asked, settings)
+    others = sorted(config.model_fields_set - {"budget", "latency", "search"})
+    others += ["search.seed"] if "seed" in config.search.model_fields_set else []
+    if others:
+        msg = (
+            f"--set {', '.join(others)}: check heeds budget, latency.* and search.* alone, and has --weights and --seed"
+        )
+        raise ConfigError(msg)
+    budgets = config.budget if "budget" in config.model_fields_set else ()
     with _stdout_kept(as_json):
-        found = check_named(model, shape, classes, weights, seed, config, read_budgets(budget))
+        found = check_named(model, shape, classes, weights, seed, config, budgets)
     print(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
     if not found.passed:
         raise typer.Exit(1)
@@ -425,7 +435,7 @@ def latency_check(
     table: Annotated[Path, typer.Argument(help="What latency build wrote.")],
     model: Networks,
     policies: Annotated[int, typer.Option(help="Random policies of each network.", min=2)] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the policies.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the policies.")] = 0,
     integers: Annotated[bool, typer.Option("--integers", help="Give layers 8 bits too, at random.")] = False,
     shape: Shape = None,
     classes: Classes = 10,
@@ -534,9 +544,11 @@ def _run(
     """Carry out a run, which gives its folder and outcome, and print it; ``config`` is that of a run which starts."""
     from rich.console import Console
 
+    from .exported_files import ONNX_NAME
     from .interrupt import stop_on_signals
     from .outcome import headings, plain_lines, result_tables, speed_notes, table_cells
     from .progress import RunDisplay
+    from .run import RunFolder
 
     with (
         RunDisplay(quiet=as_json) as display,
@@ -555,6 +567,9 @@ def _run(
         print("\n".join(plain_lines([headings(outcome), *table_cells(outcome)])))
     for note in speed_notes(outcome):
         print(note)
+    for best in outcome.best(tuned=outcome.is_tuned)[:1]:
+        folder = RunFolder(root).method(best.method).model
+        print(f"best on the validation images: {best.method}, {folder / ONNX_NAME if best.onnx_bytes else folder}")
     return outcome
 
 

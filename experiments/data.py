@@ -227,11 +227,13 @@ class ImageData:
         try:
             if source in _BUILT_IN:
                 check_built_in(split.folder, source)
+                if split.list_file is not None:
+                    self._read(split)  # whose names are made with the images
             elif (root := Path(source)).exists():
                 classes, size = classes_and_size(root, split.folder, split.list_file)
                 self._check_like_train("test", classes, None if self.recipe.size else size)
             elif (images := self._function.check(split.folder)) is not None:
-                self._check_images("test", _resized(self._checked(images), self.recipe.scaling))
+                self._check_images("test", _resized(self._checked(_listed(images, split)), self.recipe.scaling))
         except MissingSplitError as error:
             if split == DataRecipe.model_fields["test"].default:
                 return
@@ -266,9 +268,7 @@ class ImageData:
             images = read_cifar(name, split.folder, recipe.root, download=recipe.download)
         else:
             images = self._function.read(split.folder)
-        if split.list_file is not None:
-            images = choose(images, read_list(split.list_file), split.list_file)
-        return _resized(self._checked(images), recipe.scaling)
+        return _resized(self._checked(_listed(images, split)), recipe.scaling)
 
     def _read_like_train(self, name: Literal["validation", "test"]) -> ImageSplit:
         images = self._read(getattr(self.recipe, name))
@@ -372,6 +372,13 @@ def check_classes_are_covered(train: ImageSplit, validation: ImageSplit) -> str 
         f"the validation split has no image of {len(missing)} of the {len(trained)} classes of the training split "
         f"({named}): what plans lose on these is not seen by the search; hold out some images of every class"
     )
+
+
+def _listed(images: ImageSplit, split: SplitRecipe) -> ImageSplit:
+    """Those of a split's images that its list names, all of them where it has none."""
+    if split.list_file is None:
+        return images
+    return choose(images, read_list(split.list_file), split.list_file)
 
 
 def _resized(split: ImageSplit, scaling: Scaling | None) -> ImageSplit:

@@ -25,6 +25,7 @@ from .exported_files import ONNX_NAME, describe_images, write_exported
 from .figures import Plan
 from .images import MissingSplitError
 from .interrupt import StopFlag
+from .machine import describe_machine
 from .measured_budget import PlanClock, kept_by_the_clock
 from .methods import MethodSearch, other_finalists
 from .outcome import DENSE, Allowance, MethodOutcome, RunOutcome, budget_words
@@ -344,7 +345,7 @@ def _outcome(
     n_test: int,
     doubts: Sequence[str],
 ) -> RunOutcome:
-    config, space = subject.config, problem.space
+    config, space, now = subject.config, problem.space, describe_machine(subject.device)
     allowances = [
         Allowance(
             kind=asked.cost.kind,
@@ -367,6 +368,7 @@ def _outcome(
         seed=config.search.seed,
         command=folder.command,
         machine=folder.machine,
+        timed_on=now if folder.machine.differences(now) else None,
         device=device.fingerprint,
         elsewhere=device.elsewhere,
         probe_evaluations=problem.probe_evaluations,

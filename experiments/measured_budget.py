@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -217,6 +218,7 @@ def within_measured_budget(
     found = space.keep_ratios(policy)
     base = space.places(np.rint([found[name] for name in space.names] * space.sizes).astype(np.int64))
     readings: list[ClockReading] = []
+    last, unmeasured = None, ""
 
     def last_reading(plan: CompressionPolicy) -> ClockReading:
         before = len(readings)
@@ -230,8 +232,10 @@ def within_measured_budget(
         last = last_reading(policy)
         if last.measured > allowed:
             for other in others:
-                if last_reading(other).measured <= allowed:
-                    return MeasuredPlan(other, tuple(readings), allowed)
+                # One that cannot be timed takes no place.
+                with suppress(LatencyError):
+                    if last_reading(other).measured <= allowed:
+                        return MeasuredPlan(other, tuple(readings), allowed)
         for _ in range(MOST_PROJECTIONS):
             if last.measured <= allowed or space.cost_of(policy, cost) <= lowest:
                 break
@@ -240,10 +244,10 @@ def within_measured_budget(
             # Where the clock does not answer, the plan before stays: its network may have been trained already.
             policy, last = projected, last_reading(projected)
     except LatencyError as error:
-        return MeasuredPlan(policy, tuple(readings), allowed, unmeasured=str(error))
-    if readings[-1] != last:
-        readings.append(last)  # of the plan that stays, where no smaller one was left to read
-    return MeasuredPlan(policy, tuple(readings), allowed)
+        unmeasured = str(error)
+    if last is not None and readings[-1] != last:
+        readings.append(last)  # of the plan that stays, where no smaller one was left, or could be read
+    return MeasuredPlan(policy, tuple(readings), allowed, unmeasured=unmeasured)
 
 
 def _lie_apart(one: ClockReading, other: ClockReading) -> bool:

@@ -22,6 +22,8 @@ from latency.runtimes import ONNXRUNTIME, PYTORCH, SPARSE
 
 from .machine import Machine
 
+Split = Literal["validation", "test"]
+
 DENSE = "dense"
 NO_BUDGET = "no budget"
 ANOTHER_DEVICE = "another device than the latency table's"
@@ -189,6 +191,12 @@ class MethodOutcome(_Record):
         """Whether layers hold zeros, as far as the network was timed through `sparsify`."""
         return any(layer.density < 1 for layer in self.layer_forms)
 
+    def accuracy(self, split: Split, *, tuned: bool) -> float | None:
+        """Accuracy of the chosen plan before fine-tuning, or after it, on a split; None where it was not scored."""
+        if split == "validation":
+            return self.tuned_validation_accuracy if tuned else self.validation_accuracy
+        return self.tuned_test_accuracy if tuned else self.test_accuracy
+
     @property
     def overhead(self) -> float | None:
         """Share of the search's wall time spent outside evaluating candidates."""
@@ -236,6 +244,9 @@ class RunOutcome(_Record):
     seed: int
     command: str
     machine: Machine
+    """The machine that the run was started on."""
+    timed_on: Machine | None = None
+    """The machine that networks were timed on, where a run was continued otherwise; None if it is that one."""
     device: Fingerprint | None = None
     """What the latency table was measured on, that plans were searched for; None without a table."""
     elsewhere: str = ""
@@ -254,14 +265,21 @@ class RunOutcome(_Record):
     rows: tuple[MethodOutcome, ...]
 
     @property
-    def split(self) -> str:
-        """The split that accuracies are shown on: ``test`` if there is one, else ``validation``."""
-        return "test" if self.n_test else "validation"
+    def splits(self) -> dict[Split, int]:
+        """The splits that accuracies are shown on, and their images; test images choose nothing."""
+        sizes: dict[Split, int] = {"validation": self.n_validation, "test": self.n_test}
+        return {split: n for split, n in sizes.items() if n}
 
     @property
-    def images(self) -> str:
-        """That split with its size: ``750 test images``."""
-        return f"{self.n_test or self.n_validation:,} {self.split} images"
+    def is_tuned(self) -> bool:
+        """Whether any compressed network was fine-tuned."""
+        return any(row.tuned_validation_accuracy is not None for row in self.rows if row.method != DENSE)
+
+    def best(self, *, tuned: bool) -> list[MethodOutcome]:
+        """The methods with the highest validation accuracy before fine-tuning, or after it; none if none was scored."""
+        rows = [row for row in self.rows if row.method != DENSE]
+        most = max((a for row in rows if (a := row.accuracy("validation", tuned=tuned)) is not None), default=None)
+        return [row for row in rows if most is not None and row.accuracy("validation", tuned=tuned) == most]
 
     @property
     def budgets(self) -> tuple[Allowance, ...]:
@@ -279,7 +297,8 @@ class RunOutcome(_Record):
     @property
     def timed_threads(self) -> int:
         """Threads that networks were timed with."""
-        return self.machine.threads if self.device is None or self.elsewhere else self.device.threads
+        here = self.timed_on or self.machine
+        return here.threads if self.device is None or self.elsewhere else self.device.threads
 
     @property
     def has_budget(self) -> bool:
@@ -321,11 +340,20 @@ _ON_THE_CLOCK = "latency on the clock"
 
 def headings(outcome: RunOutcome) -> list[str]:
     """Headings of the table's columns."""
-    accuracies = [f"{outcome.split} accuracy", f"{outcome.split}, fine-tuned"]
+    accuracies = [
+        f"{split}, fine-tuned" if tuned else f"{split} accuracy"
+        for tuned in _stages(outcome)
+        for split in outcome.splits
+    ]
     budgets = [_OWN_COLUMN[budget.kind] for budget in outcome.budgets if budget.kind in _OWN_COLUMN]
     budgets += [_ON_THE_CLOCK] if _is_on_the_clock(outcome) else []
     sizes = ["bytes", *(["ONNX file"] if _has_files(outcome) else [])]
     return ["method", *accuracies, *budgets, "MACs", "params", *sizes, *_times(outcome), "evaluations", "seconds"]
+
+
+def _stages(outcome: RunOutcome) -> tuple[bool, ...]:
+    """Before fine-tuning, and after it where anything was."""
+    return (False, True) if outcome.is_tuned else (False,)
 
 
 def table_cells(outcome: RunOutcome) -> list[list[str]]:
@@ -334,8 +362,7 @@ def table_cells(outcome: RunOutcome) -> list[list[str]]:
     return [
         [
             row.method,
-            percent(row.test_accuracy if outcome.n_test else row.validation_accuracy),
-            percent(row.tuned_test_accuracy if outcome.n_test else row.tuned_validation_accuracy),
+            *(percent(row.accuracy(split, tuned=tuned)) for tuned in _stages(outcome) for split in outcome.splits),
             *(_cost(row, outcome, budget) for budget in outcome.budgets if budget.kind in _OWN_COLUMN),
             *([_clock_cell(row, outcome)] if _is_on_the_clock(outcome) else []),
             _with_share(row.macs, dense.macs),
@@ -376,7 +403,12 @@ def _table(columns: Sequence[Sequence[str]], title: str) -> Table:
 
 
 def _title(outcome: RunOutcome) -> str:
-    return f"{outcome.model} with {outcome.budget}, {outcome.data}; accuracy on {outcome.images}"
+    return f"{outcome.model} with {outcome.budget}, {outcome.data}; {images_in_words(outcome)}"
+
+
+def images_in_words(outcome: RunOutcome) -> str:
+    """What accuracies are of: ``750 validation and 750 test images``."""
+    return f"{' and '.join(f'{n:,} {split}' for split, n in outcome.splits.items())} images"
 
 
 def speeds(outcome: RunOutcome) -> list[Speed]:

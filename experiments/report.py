@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -17,6 +17,7 @@ from .outcome import (
     DENSE,
     MethodOutcome,
     RunOutcome,
+    Split,
     amount,
     headings,
     percent,
@@ -27,8 +28,6 @@ from .outcome import (
 )
 from .progress import count, duration
 from .sparse_times import sparse_section
-
-Score = Callable[[MethodOutcome, RunOutcome], float | None]
 
 
 def render_report(outcome: RunOutcome, plans: Sequence[Plan], configuration: str) -> str:
@@ -64,47 +63,46 @@ _SLOWER = (
 
 
 def verdict(outcome: RunOutcome) -> str:
-    """Who won, in a sentence that holds whoever it is."""
-    rows = [row for row in outcome.rows if row.method != DENSE]
+    """Who won on the validation images, in a sentence that holds whoever it is, and what the test images say of it."""
     sentences = []
-    for stage, score in (("Before fine-tuning", accuracy_before), ("After fine-tuning", accuracy_after)):
-        scored = [(value, row.method) for row in rows if (value := score(row, outcome)) is not None]
-        if not scored:
+    for stage, tuned in (("Before fine-tuning", False), ("After fine-tuning", True)):
+        best = outcome.best(tuned=tuned)
+        if not best:
             continue
-        best = max(value for value, _ in scored)
-        winners = [name for value, name in scored if value == best]
-        verb = "is best" if len(winners) == 1 else "are best, all alike,"
-        text = f"{stage} {' and '.join(winners)} {verb} with {percent(best)} on the {outcome.images}"
-        uniform = next((value for value, name in scored if name == "uniform"), None)
-        if uniform is not None and "uniform" not in winners:
-            text += f", {100 * (best - uniform):+.2f} points from uniform"
-        dense = score(outcome.row(DENSE), outcome)
-        if dense is not None:
-            text += f" and {100 * (best - dense):+.2f} from the dense network"
+        names = " and ".join(row.method for row in best)
+        verb = "is best" if len(best) == 1 else "are best, all alike,"
+        text = f"{stage} {names} {verb} with {_standing(outcome, best, 'validation', tuned)}"
+        if outcome.n_test:
+            text += f"; chosen by that, on test: {_standing(outcome, best, 'test', tuned)}"
         sentences.append(text + ".")
     sentences.append("One seed: differences of a few tenths of a point are within the spread between seeds.")
     return " ".join(sentences)
 
 
-def accuracy_before(row: MethodOutcome, outcome: RunOutcome) -> float | None:
-    """Accuracy before fine-tuning, on the test split if there is one."""
-    return row.test_accuracy if outcome.n_test else row.validation_accuracy
-
-
-def accuracy_after(row: MethodOutcome, outcome: RunOutcome) -> float | None:
-    """Accuracy after fine-tuning, on the test split if there is one."""
-    return row.tuned_test_accuracy if outcome.n_test else row.tuned_validation_accuracy
+def _standing(outcome: RunOutcome, best: Sequence[MethodOutcome], split: Split, tuned: bool) -> str:
+    """Accuracy of the best on a split, and how far it is from the uniform plan's and the dense network's."""
+    reached = [value for row in best if (value := row.accuracy(split, tuned=tuned)) is not None]
+    text = f"{' and '.join(dict.fromkeys(map(percent, reached)))} on the {outcome.splits[split]:,} {split} images"
+    if len(set(reached)) != 1:
+        return text
+    others = {row.method: row.accuracy(split, tuned=tuned) for row in outcome.rows if row not in best}
+    distances = [
+        f"{100 * (reached[0] - other):+.2f} {words}"
+        for method, words in (("uniform", "points from uniform"), (DENSE, "from the dense network"))
+        if (other := others.get(method)) is not None
+    ]
+    return f"{text}, {' and '.join(distances)}" if distances else text
 
 
 def _cards(outcome: RunOutcome) -> str:
     dense = outcome.row(DENSE)
-    pruned = [row for row in outcome.rows if row.method != DENSE]
-    score = accuracy_after if any(accuracy_after(row, outcome) is not None for row in pruned) else accuracy_before
-    best = max(pruned, key=lambda row: score(row, outcome) or 0.0)
-    kind = "when fine-tuned" if score is accuracy_after else "before fine-tuning"
+    tuned = outcome.is_tuned
+    best = outcome.best(tuned=tuned)[0]
+    kind = "when fine-tuned" if tuned else "before fine-tuning"
+    *_, (split, n_images) = outcome.splits.items()
     cards = [
-        (percent(accuracy_before(dense, outcome)), f"dense, on {outcome.images}"),
-        (percent(score(best, outcome)), f"{best.method}, best {kind}"),
+        (percent(dense.accuracy(split, tuned=False)), f"dense, on {n_images:,} {split} images"),
+        (percent(best.accuracy(split, tuned=tuned)), f"{best.method} {kind}, best on validation"),
         (f"{1 - best.macs / dense.macs:.1%}", f"multiply-adds removed ({amount(best.macs)} left)"),
         (f"{1 - best.params / dense.params:.1%}", f"parameters removed ({amount(best.params)} left)"),
     ]
@@ -138,8 +136,12 @@ def _warnings(outcome: RunOutcome) -> str:
 
 
 def _result_table(outcome: RunOutcome) -> str:
-    rows = [row for row in outcome.rows if row.method != DENSE]
-    best = {1: _best_methods(rows, accuracy_before, outcome), 2: _best_methods(rows, accuracy_after, outcome)}
+    heads = headings(outcome)
+    best = {
+        heads.index(heading): {row.method for row in outcome.best(tuned=tuned)}
+        for heading, tuned in (("validation accuracy", False), ("validation, fine-tuned", True))
+        if heading in heads
+    }
     body = []
     for cells in table_cells(outcome):
         method = cells[0]
@@ -150,14 +152,7 @@ def _result_table(outcome: RunOutcome) -> str:
         body.append(
             f'<tr class="{"dense" if method == DENSE else ""}"><td>{_key(method)}{escape(method)}</td>{marked}</tr>'
         )
-    return _html_table(headings(outcome), body)
-
-
-def _best_methods(rows: Sequence[MethodOutcome], score: Score, outcome: RunOutcome) -> list[str]:
-    """The methods with the highest score, none if none has one."""
-    scored = [(value, row.method) for row in rows if (value := score(row, outcome)) is not None]
-    best = max((value for value, _ in scored), default=None)
-    return [method for value, method in scored if value == best]
+    return _html_table(heads, body)
 
 
 def _figure_sections(outcome: RunOutcome, plans: Sequence[Plan]) -> list[str]:
@@ -292,6 +287,7 @@ def _provenance(outcome: RunOutcome) -> str:
         "device, threads": f"{machine.device}, {machine.threads}",
         "system": f"{machine.system}, Python {machine.python}",
         "packages": ", ".join(f"{name} {version}" for name, version in machine.packages.items()),
+        **({"continued": "; ".join(machine.differences(outcome.timed_on))} if outcome.timed_on else {}),
         "limit": f"{', '.join(in_words(b.asked, b.kind) for b in outcome.budgets)} ({outcome.budget})",
         **({"latency table": str(outcome.device)} if outcome.device else {}),
         "images": f"{outcome.n_validation:,} validation, {outcome.n_test:,} test",

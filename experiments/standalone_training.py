@@ -156,10 +156,10 @@ def _finetuned(
         sparse_layers=policy.sparse_layers,
         calibrate_ranges=lambda network: calibrate(network, images, method=search.calibration_method),
     )
-    # Read back as it was, and exported for the images that it was trained on, which may be of another size.
-    save_compressed(model, policy, out, constructor=manifest.constructor, example_inputs=manifest.examples())
+    # Exported for the images that it was trained on, which may be of another size, and read back as it was.
     metadata = describe_images(config.data, data.classes)
     write_exported(model, "the fine-tuned network", example, out, images[0].cpu(), config.measure, display, metadata)
+    save_compressed(model, policy, out, constructor=manifest.constructor, example_inputs=manifest.examples())
     # Last: what is stopped before has its checkpoints.
     shutil.rmtree(scratch, ignore_errors=True)
     return {"network": str(out), "validation_accuracy_before": before, "validation_accuracy": evaluate(model)}

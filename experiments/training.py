@@ -170,7 +170,9 @@ def trained_weights(
 
 def _training_key(config: RunConfig, data: ImageData, model: nn.Module, device: torch.device) -> str:
     """Digest of all that trained weights depend on; a user's functions may have changed behind their names."""
-    recipe = [config.data.model_dump(mode="json"), config.train.model_dump(), config.search.seed, torch.__version__]
+    # Where the images lie and how they got there changes no weight.
+    augmentation = config.data.model_dump(mode="json", include={"mean", "std", "flip", "crop_padding"})
+    recipe = [augmentation, config.train.model_dump(), config.search.seed, torch.__version__]
     digest = hashlib.sha256(json.dumps(recipe).encode())
     digest.update(data.train.images.numpy().tobytes())
     digest.update(data.train.labels.numpy().tobytes())

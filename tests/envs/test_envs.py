@@ -20,9 +20,10 @@ from envs.network_env import NetworkEnv
 from envs.observation import Sizes
 from envs.plans import sensitivity
 from envs.space import SearchSpace
-from graph_encoder.features import GLOBAL_FEATURES, column
+from graph_encoder.features import BOUND, GLOBAL_FEATURES, column
 from graph_encoder.network import KINDS
 from latency.budget import Budget
+from latency.cost import CostModel
 
 from .conftest import SmallNetwork, make_evaluator, make_space
 
@@ -156,6 +157,23 @@ def test_observation_names_the_network(model: SmallNetwork, space: SearchSpace) 
     ratio = dict(zip(space.names, start_plan(space) / space.sizes, strict=True))
     assert kept["inner"] == kept["outer"] == pytest.approx(ratio["inner"])
     assert kept["last"] == pytest.approx(ratio["down"] * ratio["last"])
+
+
+def test_layers_that_cost_more_with_fewer_channels_leave_observations_in_their_space(
+    model: SmallNetwork, space: SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_owner = type(space.cost).by_owner
+
+    def dearer(cost: CostModel, counts: NDArray[np.int64]) -> dict[str, int]:
+        factor = 1 if (counts == space.sizes).all() else 1000
+        return {owner: factor * value for owner, value in by_owner(cost, counts).items()}
+
+    monkeypatch.setattr(type(space.cost), "by_owner", dearer)
+    env = NetworkEnv(space, make_evaluator(model, space))
+    obs, _ = env.reset(seed=0)
+
+    assert obs["nodes"][:, column("cost_kept")].max() == BOUND
+    assert env.observation_space.contains(obs)
 
 
 def test_refinement_starts_from_the_plan_as_it_stands_and_rewards_the_change(

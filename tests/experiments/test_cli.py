@@ -22,14 +22,13 @@ from experiments.apply import agent_verdict
 from experiments.cli import app
 from experiments.config import METHODS, RunConfig
 from experiments.interrupt import Interrupted, StopFlag
-from experiments.outcome import RunOutcome, Speed
+from experiments.outcome import Latency, RunOutcome, Speed
 from experiments.progress import RunDisplay
 from experiments.run import RunExistsError, RunFolder, claimed
 from experiments.search import start_run
 from experiments.standalone_training import finetune_saved
 from latency.runtimes import LatencyError
 from pruning.export import load_compressed, load_program
-from pruning.policy import CompressionPolicy
 
 from . import outcomes
 from .stopping import StopAfter, StopWhen
@@ -414,25 +413,35 @@ def test_a_speedup_that_is_required_and_missing_ends_with_code_3(
     )
 
 
+@pytest.mark.parametrize(
+    ("times_ms", "verdict", "code"),
+    [((1.0, 1.1, 1.2), "faster", 0), ((2.1, 2.2, 2.3), "slower", 3), ((1.0, 2.0, 3.0), "unclear", 3)],
+)
 def test_apply_tells_the_speed_and_ends_with_code_3_where_it_is_required_and_missing(
-    command: Command, finished_run: Path, tmp_path: Path
+    command: Command,
+    finished_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    times_ms: tuple[float, ...],
+    verdict: str,
+    code: int,
 ) -> None:
-    # A plan that keeps everything is the dense network, which is not faster than itself.
-    whole = tmp_path / "whole.json"
-    CompressionPolicy({}).save(whole)
+    def timed(runtime: str, ms: tuple[float, ...]) -> Latency:
+        lower, median, upper = ms
+        return Latency(runtime=runtime, median_ms=median, lower_quartile_ms=lower, upper_quartile_ms=upper, n_runs=3)
+
+    runtimes = ("pytorch-eager", "onnxruntime")
+    both = [timed(name, times_ms) for name in runtimes], [timed(name, (2.0, 2.0, 2.0)) for name in runtimes]
+    monkeypatch.setattr("experiments.apply._times", lambda *_: both)
+    policy = finished_run / "methods" / "random" / "policy.json"
     options = (finished_run / "config.yaml", "--weights", finished_run / "dense.safetensors", "--require-speedup")
 
-    done = command("apply", whole, *options, "--out", tmp_path / "out", "--json")
+    done = command("apply", policy, *options, "--out", tmp_path / "out", "--json")
 
     told = json.loads(done.out)
-    assert {"speed_on_pytorch-eager", "speed_on_onnxruntime"} <= told.keys()
-    speed = told["speed_on_onnxruntime"]
-    assert speed["lower_quartile"] <= speed["ratio"] <= speed["upper_quartile"]
-    assert (speed["verdict"], speed["dense_runtime"]) in [
-        (verdict, "onnxruntime") for verdict in ("faster", "slower", "unclear")
-    ]
-    assert done.code == (3 if "no_speedup" in told else 0)
-    assert done.err.startswith("no speed-up:\n  the compressed network on ") == (done.code == 3)
+    assert {told[f"speed_on_{name}"]["verdict"] for name in runtimes} == {verdict}
+    assert done.code == code
+    assert ("no_speedup" in told, done.err.startswith("no speed-up:\n  the compressed network on ")) == (code == 3,) * 2
 
 
 def test_speed_is_told_in_words_on_the_terminal_and_in_numbers_for_scripts(
@@ -783,6 +792,19 @@ def test_check_as_json_names_every_group(command: Command) -> None:
         ("14", 3, False),
     ]
     assert told["passed"] is True
+
+
+def test_check_heeds_a_budget_among_the_settings_and_refuses_what_it_does_not_heed(command: Command) -> None:
+    network = ("check", "tests.experiments.tiny:network", "--shape", "1,8,8", "--classes", "3")
+
+    refused = command(*network, "--set", "budget=1%")
+    unheeded = command(*network, "--set", "model.weights=a.safetensors", "--set", "search.seed=3")
+
+    assert refused.code == 1 and "budget refused" in refused.out
+    assert (unheeded.code, unheeded.err) == (
+        1,
+        "error: --set model, search.seed: check heeds budget, latency.* and search.*, and has --weights and --seed\n",
+    )
 
 
 def test_check_goes_by_the_settings_of_a_search(command: Command) -> None:

@@ -81,6 +81,20 @@ def test_test_split_is_looked_for_without_reading_it_and_the_default_one_may_be_
     ImageData(DataRecipe(source=str(root))).check_test()
 
 
+@pytest.mark.parametrize("source", ["bundled", "mine:data"])
+def test_test_list_that_names_missing_images_is_refused_before_anything_is_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    pair = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    monkeypatch.setattr("experiments.user_function.load_function", lambda _: lambda: {"train": pair, "test": pair})
+    listed = tmp_path / "mine.txt"
+    listed.write_text("999999\n")
+    test = SplitRecipe(folder="test", list_file=listed)
+
+    with pytest.raises(DataError, match="names 1 of 1 images that are not there, first '999999'"):
+        ImageData(DataRecipe(source=source, mean=(0.5,), std=(0.5,), test=test)).check_test()
+
+
 def test_list_of_a_split_is_taken_in_the_folder_of_its_name() -> None:
     recipe = DataRecipe.model_validate({name: {"list_file": "a.txt"} for name in ("train", "validation", "test")})
 

@@ -132,6 +132,37 @@ def test_another_finalist_that_keeps_the_budget_on_the_clock_takes_the_place_of_
     assert list(dict.fromkeys(reading.digest for reading in measured.readings)) == list(shares)
 
 
+def test_the_best_is_made_smaller_where_the_other_finalists_are_slow_or_cannot_be_timed(space: SearchSpace) -> None:
+    best, second, third = three_plans(space)
+
+    def clock(plan: CompressionPolicy, rounds: int) -> Comparison:
+        if plan == third:
+            msg = "it cannot be exported"
+            raise LatencyError(msg)
+        return found(0.7 if plan == second else 1.2 * by_the_table(space, plan), rounds)
+
+    measured = kept(best, space, clock, others=(second, third))
+
+    assert measured.is_within and measured.policy not in (best, second, third)
+    assert measured.readings[-1].digest == measured.policy.digest
+
+
+def test_the_last_reading_is_that_of_the_plan_that_stays_where_no_smaller_one_can_be_timed(space: SearchSpace) -> None:
+    best, second, _ = three_plans(space)
+    known = {best.digest: 0.65, second.digest: 0.7}
+
+    def clock(plan: CompressionPolicy, rounds: int) -> Comparison:
+        if plan.digest not in known:
+            msg = "it cannot be exported"
+            raise LatencyError(msg)
+        return found(known[plan.digest], rounds)
+
+    measured = kept(best, space, clock, others=(second,))
+
+    assert (measured.policy, measured.unmeasured) == (best, "it cannot be exported")
+    assert measured.readings[-1].digest == best.digest
+
+
 def test_the_best_is_made_smaller_where_no_finalist_keeps_the_budget(space: SearchSpace) -> None:
     best, second, third = three_plans(space)
     shares = {second.digest: 0.61, third.digest: 0.7}

@@ -420,11 +420,13 @@ def test_resume_warns_of_another_number_of_threads(
     folder.machine_file.write_text(folder.machine.model_copy(update={"threads": 64}).model_dump_json())
 
     with RunDisplay() as display:
-        resume_run(folder.root, display, StopFlag())
+        outcome = resume_run(folder.root, display, StopFlag())
 
     assert "warning: threads was 64 and is 1; the continued run may differ from an uninterrupted one" in (
         capsys.readouterr().err
     )
+    assert (outcome.machine.threads, outcome.timed_threads) == (64, 1)
+    assert "<dt>continued</dt><dd>threads was 64 and is 1</dd>" in folder.report_file.read_text()
 
 
 @pytest.mark.parametrize(
