@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from graph_encoder.batches import Batch, count_images, first_images, inputs_of
 from graph_encoder.modes import evaluation_mode
@@ -26,7 +27,8 @@ from .policy import CompressionPolicy
 MOST_BYTES = 1_000_000_000
 """Most that one output of a network may take on all images that it is refitted on; two or three are held at a time."""
 
-_SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+_SUMS_IN_PLACE = {"add_", "__iadd__"}
+_SUMS = {"add", "__add__", "__radd__"} | _SUMS_IN_PLACE
 _LEAST_GAIN = 0.05
 """Least factor of a batch norm, over its largest, that a residual is divided by."""
 
@@ -43,6 +45,7 @@ class _Target:
         addend: what the dense network added to it there, directly or after its batch norm; None where nothing was.
         gain: factor of that batch norm for each channel, 1 without one.
         is_linear: whether channels come last, as those of a linear layer do.
+        is_normed: whether its batch norm reads that output itself, and not what an activation or pooling makes of it.
     """
 
     image: Tensor
@@ -52,6 +55,7 @@ class _Target:
     addend: Tensor | None = None
     gain: Tensor | None = None
     is_linear: bool = False
+    is_normed: bool = False
 
     def at(self, values: Tensor) -> Tensor:
         """The sampled positions of another tensor, ``(samples, channels)``."""
@@ -77,6 +81,8 @@ class _Target:
 class _Sums(TorchFunctionMode):
     """Tells where the marked output of a layer is added to another tensor of its shape.
 
+    An output that anything else reads before is not told of: what it is added to may have been computed from it.
+
     Args:
         at_sum: given the mark and the other tensor; what it returns, if anything, takes the output's place.
     """
@@ -90,19 +96,31 @@ class _Sums(TorchFunctionMode):
         """Wait for ``output``, unless it is changed in place before."""
         self._marked[id(output)] = weakref.ref(output), output._version, name
 
+    def take(self, output: object) -> str | None:
+        """The mark of a tensor, which loses it; None if it has none, or was changed in place."""
+        mark = self._marked.pop(id(output), None)
+        return mark[2] if mark and mark[0]() is output and mark[1] == output._version else None
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ in _SUMS and len(args) == 2 and not kwargs and _are_alike(*args):
             one, other = args
             # Both may be outputs to fit: the second is then fitted beside what the first has become.
-            one = self._instead_of(one, beside=other)
-            args = one, self._instead_of(other, beside=one)
-        return func(*args, **(kwargs or {}))
+            better = self._instead_of(one, beside=other)
+            if func.__name__ in _SUMS_IN_PLACE and better is not one:
+                better = one.copy_(better)
+            args = better, self._instead_of(other, beside=better)
+            return func(*args)
+        result = func(*args, **(kwargs or {}))
+        # What returns no tensor, as a look at the shape does, or the same one, as dropout does here, has not read it.
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for leaf in tree_leaves((args, kwargs)) if results and self._marked else ():
+            if all(leaf is not result for result in results):
+                self.take(leaf)
+        return result
 
     def _instead_of(self, output: Tensor, *, beside: Tensor) -> Tensor:
-        mark = self._marked.pop(id(output), None)
-        if mark is None or mark[0]() is not output or mark[1] != output._version:
-            return output
-        better = self._at_sum(mark[2], beside)
+        name = self.take(output)
+        better = self._at_sum(name, beside) if name is not None else None
         return output if better is None else better
 
 
@@ -166,7 +184,7 @@ def reconstruct(
     n_positions = math.ceil(n_positions * count_images(batches) / count_images(taken))
     targets = _sample_outputs(dense, layers, inputs, n_positions, generator)
     # Of a layer that is not called, only its weight is taken, there is no output to fit.
-    layers = {name: norm for name, norm in layers.items() if name in targets}
+    layers = {name: layers[name] if targets[name].is_normed else "" for name in layers if name in targets}
     targets = {name: target.without(removed.get(f"{name}.weight", {}).get(0)) for name, target in targets.items()}
     _Refit(candidate, layers, targets, ridge).run(inputs)
 
@@ -235,17 +253,30 @@ def _sample_outputs(
         targets[name] = _Target(image, row, column, values, is_linear=is_linear)
 
     def keep_addend(name: str, addend: Tensor) -> None:
-        gain = _gain(dense.get_submodule(layers[name]) if layers[name] else None)
+        gain = _gain(dense.get_submodule(layers[name]) if targets[name].is_normed else None)
         # A norm that silences the layer leaves nothing of it in the sum: it is fitted alone.
         if gain is None or gain.any():
             targets[name] = replace(targets[name], addend=targets[name].at(addend), gain=gain)
 
     sums = _Sums(keep_addend)
+
+    def enter_norm(name: str, x: Tensor) -> None:
+        if sums.take(x) == name:
+            targets[name] = replace(targets[name], is_normed=True)
+
+    def leave_norm(name: str, output: Tensor) -> None:
+        if name in targets and targets[name].is_normed:
+            sums.mark(name, output)
+
     handles = []
     for name, norm in layers.items():
-        layer, last = dense.get_submodule(name), dense.get_submodule(norm or name)
+        layer = dense.get_submodule(name)
         handles.append(layer.register_forward_hook(lambda _, __, output, name=name: sample(name, output)))
-        handles.append(last.register_forward_hook(lambda _, __, output, name=name: sums.mark(name, output)))
+        handles.append(layer.register_forward_hook(lambda _, __, output, name=name: sums.mark(name, output)))
+        if norm:
+            after = dense.get_submodule(norm)
+            handles.append(after.register_forward_pre_hook(lambda _, xs, name=name: enter_norm(name, xs[0])))
+            handles.append(after.register_forward_hook(lambda _, __, output, name=name: leave_norm(name, output)))
     try:
         with evaluation_mode(dense), torch.no_grad(), sums:
             dense(*inputs)

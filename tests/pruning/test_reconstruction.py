@@ -152,6 +152,86 @@ def test_one_branch_of_a_sum_makes_up_for_what_the_other_lost(normed: bool) -> N
     assert with_sum < (0.05 if normed else 1e-6)
 
 
+class SumAsStatement(TwoBranches):
+    """The same sum, whose result is not assigned."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = self.from_narrow(self.narrow(x))
+        out = self.between(self.norm(self.from_wide(self.wide(x))))
+        out.add_(shortcut)
+        return out
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_sum_in_place_is_fitted_whether_it_is_assigned_or_not(normed: bool) -> None:
+    def error(kind: type[TwoBranches]) -> float:
+        torch.manual_seed(0)
+        return rebuilt(kind(trained_norm() if normed else nn.Identity(), nn.Identity()))
+
+    assert error(SumAsStatement) == error(TwoBranches)
+
+
+class NormAfterActivation(nn.Module):
+    """As in ConvMixer: the batch norm reads what an activation makes of the layer's output, and a sum follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.inner, self.last = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x + self.norm(functional.gelu(self.first(x)))
+        return self.last(functional.relu(self.inner(x)))
+
+
+def test_a_batch_norm_behind_an_activation_is_not_taken_for_the_layers_own() -> None:
+    torch.manual_seed(0)
+    model, images = NormAfterActivation(), torch.randn(64, 3, 6, 6)
+    for _ in range(100):  # statistics as if trained
+        model.train()(images)
+    graph = capture(model.eval(), images[:2])
+    policy = CompressionPolicy({"stem": (0, 2, 3, 4, 5, 6, 7)}, {"stem": 8})
+    plain, fitted = (apply_policy(model, graph, policy) for _ in range(2))
+
+    reconstruct(model, fitted, graph, policy, [images], generator=torch.Generator().manual_seed(0))
+
+    for small in (plain, fitted):
+        reestimate_batch_norm(small, [images])
+    unseen = torch.randn(64, 3, 6, 6)
+    assert relative_error(fitted, model, unseen) < relative_error(plain, model, unseen)
+
+
+class OwnBranch(nn.Module):
+    """As in MobileNet-V2: a projection is added to what a branch makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.project = nn.Linear(6, 14), nn.Linear(14, 6)
+        self.expand, self.back = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.project(functional.relu(self.wide(x)))
+        return x + self.back(functional.relu(self.expand(x)))
+
+
+def test_a_layer_whose_output_a_branch_reads_is_not_fitted_beside_that_branch() -> None:
+    torch.manual_seed(0)
+    model, images = OwnBranch().eval(), torch.randn(512, 6)
+    graph = capture(model, images[:2])
+    policy = CompressionPolicy({"wide": tuple(range(9))}, {"wide": 14})
+    fitted = apply_policy(model, graph, policy)
+
+    reconstruct(model, fitted, graph, policy, [images], generator=torch.Generator().manual_seed(0))
+
+    with torch.no_grad():
+        hidden = functional.relu(fitted.get_submodule("wide")(images))
+        alone = torch.linalg.lstsq(
+            torch.cat([hidden, torch.ones(512, 1)], 1), model.project(functional.relu(model.wide(images)))
+        ).solution
+        assert torch.allclose(fitted.get_submodule("project")(hidden), hidden @ alone[:-1] + alone[-1], atol=0.05)
+
+
 def test_a_branch_that_changes_before_the_sum_is_fitted_alone() -> None:
     torch.manual_seed(0)
     # The output is changed in place: the tensor is the same, and what is in it is not what the layer put out.
