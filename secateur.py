@@ -41,6 +41,7 @@ from envs.evaluator import CandidateEvaluator  # noqa: E402 - only once the room
 from envs.space import SearchSpace  # noqa: E402
 from experiments.compress import Compressed, compress  # noqa: E402
 from graph_encoder.capture import capture  # noqa: E402
+from graph_encoder.errors import SecateurError  # noqa: E402
 from graph_encoder.network import NetworkGraph, TraceError  # noqa: E402
 from latency.budget import Budget, BudgetError  # noqa: E402
 from latency.cost import count_macs, count_params, size_bytes  # noqa: E402
@@ -75,6 +76,7 @@ __all__ = [
     "PolicyError",
     "Proof",
     "SearchSpace",
+    "SecateurError",
     "TraceError",
     "apply_policy",
     "capture",

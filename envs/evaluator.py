@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from graph_encoder.batches import Batch, count_images, first_images, inputs_of, tensors_of
 from graph_encoder.copies import copied
-from graph_encoder.modes import evaluation_mode
+from graph_encoder.errors import SecateurError
+from graph_encoder.modes import evaluation_mode, in_channels_last
 from graph_encoder.network import NetworkGraph
 from graph_encoder.randomness import kept_randomness
 from latency.cost import predict_cost
@@ -60,11 +61,11 @@ class EvaluationBudgetSpent(RuntimeError):
     """Another evaluation would go over the number that was granted."""
 
 
-class EvaluateError(ValueError):
+class EvaluateError(SecateurError, ValueError):
     """The evaluate function returned something that is no accuracy; the message names it."""
 
 
-class ReplayError(RuntimeError):
+class ReplayError(SecateurError, RuntimeError):
     """A saved evaluator does not fit its journal; the message says what is missing."""
 
 
@@ -346,7 +347,7 @@ class CandidateEvaluator:
         """The network that ``policy``, which has no bits, leaves, reconstructed and with statistics re-estimated."""
         candidate = apply_policy(self.model, self.graph, policy)
         if self._channels_last:
-            candidate = candidate.to(memory_format=torch.channels_last)
+            in_channels_last(candidate)
         if self._reconstruct is not None:
             masks = {name: sparse_weight(candidate, name)[0] != 0 for name in policy.sparse_layers}
             self._reconstruct(self.model, candidate, self.graph, policy, self._calibration)

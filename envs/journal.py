@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from graph_encoder.errors import SecateurError
+
 logger = logging.getLogger(__name__)
 
 Purpose = Literal["candidate", "probe", "comparison", "finalist", "dense"]
@@ -20,7 +22,7 @@ JOURNAL_VERSION = 1
 """Version that the first line of a journal tied to one search gives."""
 
 
-class JournalError(RuntimeError):
+class JournalError(SecateurError, RuntimeError):
     """The journal cannot be read or written, or is another search's; the message names the file and the reason."""
 
 

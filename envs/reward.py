@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from graph_encoder.errors import SecateurError
+
 RewardFunction = Callable[[float, int, int | None], float]
 """``reward(accuracy in [0, 1], cost, most allowed cost or None) -> float``."""
 
@@ -15,7 +17,7 @@ GALEN = "galen"
 GALEN_BETA = -1.0
 
 
-class RewardError(ValueError):
+class RewardError(SecateurError, ValueError):
     """A reward function that fails, or returns no finite number; the message names it."""
 
 

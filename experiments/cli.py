@@ -512,8 +512,9 @@ def main() -> None:
     try:
         app()
     except Exception as error:
+        from graph_encoder.errors import SecateurError
+
         from .interrupt import Interrupted
-        from .user_errors import USER_ERRORS
 
         if isinstance(error, Interrupted):
             print(error, file=sys.stderr)
@@ -522,7 +523,7 @@ def main() -> None:
         refused = ""
         if isinstance(error, PermissionError) and error.filename:
             refused = f"no permission for '{error.filename}': grant it, or name another"
-        if not refused and not isinstance(error, USER_ERRORS):
+        if not refused and not isinstance(error, SecateurError):
             raise
         print("\n".join([f"error: {refused or error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         sys.exit(1)

@@ -39,7 +39,7 @@ from .config import (
     Start,
     validated,
 )
-from .identity import search_identity, without_places
+from .identity import batches_digest, search_identity, without_places
 from .methods import search_with
 from .problem import PROBES, OnEvaluation, Scoring, SearchProblem, least_squares, probe, settle_range, space_by
 
@@ -78,6 +78,7 @@ def compress(
     evaluate: EvaluateFunction,
     budget: BudgetLike,
     calibration: CalibrationData = (),
+    range_images: CalibrationData = (),
     method: Method = "ppo",
     evaluations: int = 300,
     seed: int = 0,
@@ -122,6 +123,8 @@ def compress(
             once and held in memory. A batch is a tensor, or a tuple of tensors where ``forward`` takes several; what
             follows them in a tuple or list, such as labels, is left out. Without any, a network with batch norms scores
             far below what it is worth. Bits, and sensitivities inside layers, need some.
+        range_images: the same, prepared as in use and not augmented, for the ranges of activations with bits; by
+            default the first of ``calibration``.
         method: ``ppo``, ``ddpg``, ``cem``, ``random``, ``knapsack``, ``greedy``, ``sensitivity``, ``magnitude`` or
             ``uniform``.
         evaluations: candidates that may be scored, sensitivity probes (one a group, a share of one for each level of
@@ -137,7 +140,7 @@ def compress(
         reduce_range: let 8-bit weights beside 8-bit activations take half of their levels, so that no sum of two
             products saturates on x86 processors without VNNI; by default as the processor of the table, else this one,
             needs it, if ``"bits"`` are decided and none are fewer than 8.
-        calibration_method: how ranges of activations are chosen, on the first of ``calibration``: ``"minmax"``,
+        calibration_method: how ranges of activations are chosen on ``range_images``: ``"minmax"``,
             ``"percentile"``, ``"entropy"``, ``"mse"``, or ``"lsq"`` before training.
         table: times of the network's layers, for a budget of latency; see ``secateur latency build``.
         criterion: importance by which channels are ranked; ``taylor`` needs labels, so for it pass what
@@ -206,6 +209,7 @@ def compress(
         raise ConfigError(msg)
     model, inputs = _uncompiled(model), example_tensors(example_inputs)
     batches = read_calibration(calibration, inputs, model)
+    ranges = read_calibration(range_images, inputs, model) or None
     if reconstruct and not batches:
         msg = "reconstruct fits layers on training inputs; pass some batches as calibration"
         raise ConfigError(msg)
@@ -240,6 +244,7 @@ def compress(
             beta=beta,
         ),
         reconstruct=least_squares(seed) if reconstruct else None,
+        range_images=ranges,
         calibration_method=calibration_method,
     )
     identity = None
@@ -265,8 +270,9 @@ def compress(
             reconstruct=reconstruct,
             reward=f"{reward} {beta:g} {target}" if settings.target else _name_of(reward),
             n_images=n_images,
-            # Named only where it is, so that it parts no other journals.
+            # Named only where they are, so that they part no other journals.
             **({"reduce_range": True} if settings.reduce_range else {}),
+            **({"range_images": batches_digest(ranges)} if ranges else {}),
         )
     # Agents seed the global generators, which are the caller's.
     with Journal(journal, search=identity) as opened, kept_randomness():

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from agent.config import AgentConfig, DDPGConfig, PPOConfig
 from envs.reward import GALEN, GALEN_BETA, REWARDS
+from graph_encoder.errors import SecateurError
 from latency.budget import Budget, read_budgets
 from latency.decision import DENSITIES, LayerChoice
 from pruning.calibration import RangeMethod
@@ -49,7 +50,7 @@ _SHORT: dict[str, str] = {"model": "name", "data": "source"}
 """Sections that may be written as one text, and the key that it stands for: ``model: resnet20``."""
 
 
-class ConfigError(ValueError):
+class ConfigError(SecateurError, ValueError):
     """A configuration key, option or value that cannot be used; the message names what is allowed."""
 
 

@@ -40,12 +40,15 @@ def search_identity(
     return {
         "network": _short(hashlib.sha256(json.dumps([operators, graph.edges, groups]).encode())),
         "weights": tensors_digest([*model.named_parameters(), *model.named_buffers()]),
-        "calibration": tensors_digest(
-            (str(index), tensor) for index, batch in enumerate(calibration) for tensor in inputs_of(batch)
-        ),
+        "calibration": batches_digest(calibration),
         "importance": importance if isinstance(importance, str) else _ranking_digest(importance),
         **{name: str(value) for name, value in arguments.items()},
     }
+
+
+def batches_digest(batches: Iterable[Batch]) -> str:
+    """Digest of the inputs in some batches, in order."""
+    return tensors_digest((str(index), tensor) for index, batch in enumerate(batches) for tensor in inputs_of(batch))
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

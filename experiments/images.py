@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from graph_encoder.errors import SecateurError
 from pruning.files import FileWriteError, write_atomic
 
 _log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _ANY_NAME = "surrogateescape"
 """How names of files that are not UTF-8 are written and read."""
 
 
-class DataError(ValueError):
+class DataError(SecateurError, ValueError):
     """Images that cannot be used; the message names the file or folder and what to do."""
 
 

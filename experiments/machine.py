@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from graph_encoder.errors import SecateurError
 from latency.measure import cpu_name
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -21,7 +22,7 @@ own, which the system gets back when they are freed."""
 PACKAGES = ("torch", "torchvision", "torch-geometric", "stable-baselines3", "gymnasium", "onnxruntime", "numpy")
 
 
-class DeviceError(ValueError):
+class DeviceError(SecateurError, ValueError):
     """The device asked for is not there."""
 
 

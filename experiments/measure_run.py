@@ -21,13 +21,13 @@ from pruning.policy import CompressionPolicy
 from .data import ImageData
 from .exported_files import ONNX_NAME
 from .models import build_model
-from .outcome import ANOTHER_DEVICE, DENSE
+from .outcome import ANOTHER_DEVICE, DENSE, percent
 from .progress import Say, count
 from .run import RunError, RunFolder
 from .timing_device import Remote, device_for
 
 OF_FIRST = "of the first run's (95 %)"
-HEADINGS = ["run", "method", "threads", "ms (quartiles)", "disturbed", "of dense (95 %)", OF_FIRST, ""]
+HEADINGS = ["run", "method", "validation", "threads", "ms (quartiles)", "disturbed", "of dense (95 %)", OF_FIRST, ""]
 """Of `SavedLatency.cells`."""
 
 
@@ -54,6 +54,7 @@ class SavedLatency:
         repeats_needed: rounds that would decide; more than ``rounds`` where it is undecided.
         another_device: why this is another device than the latency table's that the run searched with; empty if it is
             the same, or there was no table.
+        accuracy: of the run's validation images, after fine-tuning where that was done.
         of_first: median over the rounds of its time over that of the first run's network of the same method, between
             the ends of its interval; None for networks of the first run, and where that has none.
     """
@@ -75,6 +76,7 @@ class SavedLatency:
     verdict: str
     repeats_needed: int
     another_device: str = ""
+    accuracy: float | None = None
     of_first: tuple[float, float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,7 +86,7 @@ class SavedLatency:
     def cells(self) -> list[str]:
         """The reading as a row of text, a cell for each of `HEADINGS`."""
         times = f"{self.median_ms:.3g} ({self.lower_quartile_ms:.3g} to {self.upper_quartile_ms:.3g})"
-        own = [self.run, self.method, str(self.threads), times, f"{self.disturbed:.0%}"]
+        own = [self.run, self.method, percent(self.accuracy), str(self.threads), times, f"{self.disturbed:.0%}"]
         where = f", {ANOTHER_DEVICE}" if self.another_device else ""
         if self.method == DENSE:
             return [*own, "", "", f"{self.runtime}{where}"]
@@ -127,6 +129,12 @@ class _Saved:
     @property
     def path(self) -> Path:
         return self.folder.method(self.method).model
+
+    @property
+    def accuracy(self) -> float | None:
+        row = self.folder.outcome().row(self.method)
+        tuned = row.accuracy("validation", tuned=True)
+        return row.accuracy("validation", tuned=False) if tuned is None else tuned
 
     @property
     def manifest(self) -> Manifest:
@@ -335,5 +343,6 @@ def _reading(
         verdict=against.verdict,
         repeats_needed=against.repeats_needed,
         another_device=another_device,
+        accuracy=network.accuracy,
         of_first=of_first,
     )

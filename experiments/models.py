@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 from graph_encoder.copies import copied
+from graph_encoder.errors import SecateurError
 from graph_encoder.randomness import kept_randomness
 from pruning.export import describe_misfit, names_of_tensors
 
@@ -38,7 +39,7 @@ ONE_TENSOR = "a search scores one tensor (images, classes): wrap the network in 
 """What to do about a network that returns several tensors, or one inside something else."""
 
 
-class ModelError(ValueError):
+class ModelError(SecateurError, ValueError):
     """A network that cannot be built, or weights that do not fit it."""
 
 

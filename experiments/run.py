@@ -16,6 +16,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
+from graph_encoder.errors import SecateurError
 from latency.table import LatencyTable
 from pruning.export import ExportError
 from pruning.files import FileWriteError, write_atomic
@@ -28,7 +29,7 @@ from .progress import RunLog
 _log = logging.getLogger(__name__)
 
 
-class RunError(RuntimeError):
+class RunError(SecateurError, RuntimeError):
     """A run folder that cannot be used as asked; the message says what to do."""
 
 

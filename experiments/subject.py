@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from envs.evaluator import RANGE_IMAGES
 from envs.plans import count_shared
 from graph_encoder.capture import capture
+from graph_encoder.errors import SecateurError
 from graph_encoder.network import NetworkGraph
 from pruning.proof import leave_refuted_dense
 from pruning.reconstruction import MOST_BYTES, most_images
@@ -38,7 +39,7 @@ USUAL_GAP = 0.05
 """Accuracy that networks commonly lose on images that they were not trained on; many lose more, some less."""
 
 
-class NearChanceError(ValueError):
+class NearChanceError(SecateurError, ValueError):
     """The dense network guesses: its weights, the normalisation or the order of the classes must be wrong."""
 
 

@@ -80,6 +80,8 @@ def build_named(
         raise LatencyError(msg)
     # A network that cannot be built leaves nothing behind.
     network = TimedNetwork.build(model, shape, n_classes, rounding)
+    if device.takes == "onnx":
+        network.check_exports(integers=INTEGER_BITS in bits)
     # Each save writes the whole table: two builds at once would lose what the other measured.
     with locked(out.with_name(f".{out.name}.lock"), f"on the table {out}"):
         if out.exists():

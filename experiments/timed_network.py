@@ -92,6 +92,8 @@ class TimedNetwork:
             changes = (0.0, generator.uniform(0.05, 0.3), 0.5)[index % 3]
             is_changed = generator.random(len(self.bits)) < changes
             is_integer = (np.cumsum(is_changed) + (generator.integers(2) if changes else 0)) % 2 == 0
+            if not is_integer.any():
+                is_integer = ~is_integer  # without integers it would be no mix, and one is asked for
             levels = np.where(is_integer, INTEGER_BITS, FULL_BITS).tolist()
             mixes.append({**plan, **{one.name: level for one, level in zip(self.bits, levels, strict=True)}})
         return mixes
@@ -104,6 +106,14 @@ class TimedNetwork:
         """The policy that keeps the first units of each group, and gives layers their bits."""
         channels = self.space.policy(np.array([plan[name] for name in self.space.names], dtype=np.int64))
         return replace(channels, layers=layer_policies(self.bits, plan, self.space.sparsity))
+
+    def check_exports(self, *, integers: bool) -> None:
+        """Export the dense network as it will be timed, so that one that cannot be is refused before its layers are.
+
+        Raises:
+            ExportError: if it cannot be exported.
+        """
+        _ = self.dense_onnx, self.dense_marked if integers else None
 
     @cached_property
     def dense_onnx(self) -> onnx.ModelProto:
@@ -120,8 +130,15 @@ class TimedNetwork:
 
 
 def _with_random_statistics(model: nn.Module) -> nn.Module:
-    """A fresh batch norm shifts nothing, and the exporter would leave out the bias that a trained one has."""
+    """As training leaves them.
+
+    A fresh batch norm shifts nothing, and the exporter would leave out the bias that a trained one has; of small
+    tensors with the same values it would make one, which cannot have two lengths.
+    """
     with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1 and parameter.is_floating_point():
+                parameter.add_(0.01 * torch.randn_like(parameter))
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.running_mean.normal_(0, 0.1)

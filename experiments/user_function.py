@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from graph_encoder.errors import SecateurError
+
 _OWN = ("agent", "envs", "experiments", "graph_encoder", "latency", "pruning")
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
-class UserFunctionError(ValueError):
+class UserFunctionError(SecateurError, ValueError):
     """A ``package.module:function`` that does not lead to a function, or a function that fails."""
 
 

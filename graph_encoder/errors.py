@@ -1,10 +1,17 @@
-"""What an error says, in one line."""
+"""The errors that a user can mend, and what an error says, in one line."""
 
 from __future__ import annotations
 
 import re
 
 from torch import fx, nn
+
+
+class SecateurError(Exception):
+    """An error whose message says what was found, where, what is allowed and what to do; all others are faults of ours.
+
+    What is raised is of a class below this one, and of one of Python's own.
+    """
 
 
 def first_line(error: BaseException) -> str:

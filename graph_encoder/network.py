@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .errors import SecateurError
+
 KINDS = (
     "input",
     "conv",
@@ -31,7 +33,7 @@ KINDS = (
 channel group, one for each choice inside a layer."""
 
 
-class TraceError(RuntimeError):
+class TraceError(SecateurError, RuntimeError):
     """The network cannot be captured; the message names the module and the operator."""
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from .copies import FORWARD_HOOKS
 from .labels import CONSTANT, compact, varying_dims
 from .modes import attributes_kept, evaluation_mode
 from .network import HeldNumber, NetworkGraph, TraceError
@@ -29,13 +30,6 @@ _VIEWS = ("view", "reshape", "expand")
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 _GROUPS_AT = 6
 """Place of the groups among the arguments of a convolution."""
-_FORWARD_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
 
 
 class _Untraceable(Exception):
@@ -176,6 +170,13 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule | None:
         return None
 
 
+def name_within(container: type[nn.Module], name: str) -> str:
+    """``name``, longer by underscores where a ``container`` has an attribute of that name, as it has ``to``."""
+    while hasattr(container, name):
+        name += "_"
+    return name
+
+
 def trace_around(model: nn.Module, leaves: Collection[str] = ()) -> tuple[fx.GraphModule, tuple[str, ...]] | None:
     """The symbolic trace of ``model`` that leaves modules whole which cannot be traced, and their qualified names.
 
@@ -310,6 +311,9 @@ def _trace(
 ) -> fx.GraphModule:
     # What a graph module calls so itself would be taken in place of what the model holds, as its source is for `code`.
     if any(hasattr(fx.GraphModule, name) for name in model._modules):
+        raise _Untraceable
+    # The tracer takes the forward of the class, also where the network has one of its own.
+    if "forward" in vars(model):
         raise _Untraceable
     before = random_states()
     try:
@@ -590,7 +594,7 @@ def _give_everything(model: nn.Module, traced: fx.GraphModule) -> None:
     traced._buffers = {**model._buffers, **plain} if plain else model._buffers
     traced._non_persistent_buffers_set = {*model._non_persistent_buffers_set, *plain}
     traced.training = model.training
-    for hooks in _FORWARD_HOOKS:
+    for hooks in FORWARD_HOOKS:
         setattr(traced, hooks, getattr(model, hooks))
 
 

@@ -10,6 +10,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from graph_encoder.errors import SecateurError
+
 from .cost import FLOPS_PER_MAC, CostKind
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -47,7 +49,7 @@ def least_in_words(cost: int, dense: int, kind: CostKind) -> str:
     return f"{in_words(-(-cost // step) * step, kind)} ({math.ceil(1000 * cost / dense) / 1000:.1%})"
 
 
-class BudgetError(ValueError):
+class BudgetError(SecateurError, ValueError):
     """A budget that cannot be read or cannot be met; the message says what is possible."""
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -296,7 +296,9 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 @contextmanager
 def affinity(cpus: Sequence[int] | None) -> Iterator[None]:
-    """Keep this thread, and those that it starts, on some processors for a while; nothing is kept where not given.
+    """Keep the threads of this process on some processors for a while; nothing is kept where not given.
+
+    All of them, as those that compute may be there already, and those that come meanwhile stay.
 
     Raises:
         LatencyError: if this process may not run on one of them, or the system does not let it choose.
@@ -306,11 +308,17 @@ def affinity(cpus: Sequence[int] | None) -> Iterator[None]:
         return
     check_cpus(cpus)
     before = allowed_cpus()
-    os.sched_setaffinity(0, cpus)
+    _confine(cpus)
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        _confine(before)
+
+
+def _confine(cpus: Iterable[int]) -> None:
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):  # it may end first
+            os.sched_setaffinity(int(thread.name), cpus)
 
 
 def check_cpus(cpus: Sequence[int]) -> None:

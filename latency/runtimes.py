@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from graph_encoder.copies import copied
-from graph_encoder.errors import first_line
+from graph_encoder.errors import SecateurError, first_line
+from graph_encoder.modes import in_channels_last
 from pruning.kernels.lowering import LoweringError
 from pruning.kernels.native import library
 from pruning.sparse_network import SparseNetwork, SparseNetworkError, sparsify
@@ -39,7 +40,7 @@ ENTRY_POINTS = "secateur.runtimes"
 """Group of entry points under which a package offers its own `Runtime` classes, by name."""
 
 
-class LatencyError(RuntimeError):
+class LatencyError(SecateurError, RuntimeError):
     """A time that cannot be measured or predicted; the message says what is missing."""
 
 
@@ -60,11 +61,17 @@ class Runtime(ABC):
 
     def version(self) -> str:
         """Version of what runs the network."""
-        return str(import_module(self.module).__version__)
+        try:
+            return str(import_module(self.module).__version__)
+        except AttributeError:
+            msg = f"the runtime '{self.name}': '{self.module}' has no __version__; give the class a version()"
+            raise LatencyError(msg) from None
 
     def check_installed(self) -> None:
         """Raise `LatencyError`, naming what to install, if the runtime cannot be used here."""
-        if find_spec(self.module) is None:
+        # Of a module within a package that is missing nothing can be found.
+        missing = [self.module.rpartition(".")[0], self.module]
+        if any(name and find_spec(name) is None for name in missing):
             source = f"pip install 'secateur[{self.extra}]'" if self.extra else f"pip install {self.module}"
             msg = f"the runtime '{self.name}' needs the package '{self.module}', which is not installed; {source}"
             raise LatencyError(msg)
@@ -309,6 +316,10 @@ def _added(name: str) -> Runtime | None:
                 f"latency.runtimes.Runtime"
             )
             raise LatencyError(msg)
+        if (own := getattr(runtime, "name", None)) != name:
+            # Tables and reports name a runtime by its own name, and it is looked up by that of the entry point.
+            msg = f"the runtime '{name}' of '{entry.value}' has the name {own!r}; give its class the same name"
+            raise LatencyError(msg)
         return runtime
     return None
 
@@ -322,9 +333,8 @@ def _channels_last(
     timed = copied(artifact).eval().to(device)
     if not any(x.dim() == 4 for x in inputs):
         return timed, tuple(x.to(device) for x in inputs)
-    layout = torch.channels_last
-    values = (x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in inputs)
-    return timed.to(memory_format=layout), tuple(x.to(device) for x in values)  # type: ignore[call-overload]
+    values = (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
+    return in_channels_last(timed), tuple(x.to(device) for x in values)
 
 
 def _onnx(name: str, artifact: Artifact) -> bytes | Path:

@@ -6,7 +6,7 @@ the operators and the shapes of the exported network, which its time depends on;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,13 +56,21 @@ def sliced_onnx(
             _fit(node, tensors, before, removed.get(node.input[1], {}).get(0))
         elif node.op_type == "Reshape" and node.input[1] in tensors:
             _flatten_whatever_comes(tensors[node.input[1]])
-    content: bytes = finish(model).SerializeToString()
     try:
-        # Shapes are inferred here: what holds a width in a way that is not known above does not fit.
-        onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    except Exception:  # its errors share no base class
+        content: bytes = finish(model).SerializeToString()
+        # What holds a width in a way that is not known above does not fit, which shows in inferred shapes or in a run.
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        session.run(None, {put.name: _zeros(put.shape, put.type) for put in session.get_inputs()})
+    except Exception:  # their errors share no base class
         return None
     return content
+
+
+def _zeros(shape: Sequence[int | str], kind: str) -> np.ndarray:
+    """An input of one image; the runtime calls its type ``tensor(float)`` or such."""
+    name = kind.removeprefix("tensor(").removesuffix(")").upper()
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.DataType.Value(name))
+    return np.zeros([size if isinstance(size, int) else 1 for size in shape], dtype)
 
 
 def _flatten_whatever_comes(shape: Any) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from graph_encoder.errors import first_line
 from graph_encoder.network import LinearDim, NetworkGraph
 from pruning.files import write_atomic
 from pruning.layer_policy import FULL_BITS
@@ -28,7 +29,7 @@ from pruning.layer_policy import FULL_BITS
 from .device import Device, Fingerprint, Floats, TableError, anchors, quietest_look
 from .layers import LayerKind, layer_artifact, layer_input, layers_of
 from .pace import Pace
-from .runtimes import Artifact
+from .runtimes import Artifact, LatencyError
 from .worker import Processor
 
 FORMAT_VERSION = 6
@@ -481,5 +482,25 @@ def _layer_ratios(device: Device, shapes: Sequence[tuple[LayerKind, int, int]], 
         ratios = np.median((times[2 * _ANCHORS :] - empty) / reference, axis=1)
         return ratios, float(np.median(reference))
 
+    try:
+        found = pace.quietest(read)
+    except Exception:  # a runtime fails as it likes
+        _name_what_fails(device, shapes)
+        raise
     # The clock may read less than an empty call for the least of layers; no layer is free.
-    return np.maximum(pace.quietest(read), 1e-4)
+    return np.maximum(found, 1e-4)
+
+
+def _name_what_fails(device: Device, shapes: Sequence[tuple[LayerKind, int, int]]) -> None:
+    """Raise `LatencyError` with the first layer that the device cannot run, if it runs anything at all."""
+    try:
+        device.times_ns(anchors(device), 1, n_warmup=0, settled=False)
+    except Exception:  # not for the sake of a layer
+        return
+    for kind, inputs, outputs in shapes:
+        alone = layer_artifact(kind, inputs, outputs, device.takes), (layer_input(kind, inputs, outputs),)
+        try:
+            device.times_ns([alone], 1, n_warmup=0, settled=False)
+        except Exception as error:
+            msg = f"the device cannot run a layer: {kind}, {inputs} to {outputs} channels: {first_line(error)}"
+            raise LatencyError(msg) from error

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from graph_encoder.errors import SecateurError
+
 RangeMethod = Literal["minmax", "percentile", "entropy", "mse", "lsq"]
 """How a range is chosen: everything seen; all but the rarest values; the least Kullback-Leibler divergence of the
 histogram; the least squared error; or the first step size of "Learned Step Size Quantization", for training."""
@@ -24,7 +26,7 @@ _PART = 2**16
 _TINY = 1e-12
 
 
-class CalibrationError(ValueError):
+class CalibrationError(SecateurError, ValueError):
     """Ranges that cannot be chosen: nothing was seen, or something that is no number."""
 
 

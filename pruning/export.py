@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 from graph_encoder.batches import inputs_of, tensors_of
 from graph_encoder.capture import capture
 from graph_encoder.copies import copied
-from graph_encoder.errors import first_line, why_not_exported
+from graph_encoder.errors import SecateurError, first_line, why_not_exported
 
 from .files import write_atomic
 from .half_precision import InHalfPrecision, has_half_precision
@@ -53,7 +53,7 @@ _WEIGHTS, _POLICY, _MANIFEST = "model.safetensors", "policy.json", "manifest.jso
 Inputs = Tensor | tuple[Tensor, ...]
 
 
-class ExportError(RuntimeError):
+class ExportError(SecateurError, RuntimeError):
     """A network that cannot be saved or exported, or files that cannot be loaded back."""
 
 
@@ -260,7 +260,11 @@ def export_onnx(
 
 def _with_metadata(proto: onnx.ModelProto, metadata: Mapping[str, str] | None) -> bytes:
     onnx.helper.set_model_props(proto, dict(metadata or {}))
-    content: bytes = proto.SerializeToString()
+    try:
+        content: bytes = proto.SerializeToString()
+    except Exception as error:  # of protobuf, which is asked for by no name here
+        msg = f"the network is too large for one ONNX file, which holds 2 GB at most ({first_line(error)})"
+        raise ExportError(msg) from error
     return content
 
 

@@ -11,15 +11,17 @@ from typing import Any, BinaryIO
 
 import torch
 
+from graph_encoder.errors import SecateurError
 
-class FileWriteError(OSError):
+
+class FileWriteError(SecateurError, OSError):
     """A file could not be written; what stood there before is untouched."""
 
     def __str__(self) -> str:
         return self.strerror or super().__str__()
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(SecateurError, RuntimeError):
     """A checkpoint or an agent's file that cannot be read, or cannot be used here; the message says which and why."""
 
 

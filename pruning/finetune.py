@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
-from graph_encoder.errors import first_line
+from graph_encoder.errors import SecateurError, first_line
 from graph_encoder.modes import evaluation_mode, mixed_precision
 
 from .files import CheckpointError, load_checked, write_atomic
@@ -23,12 +24,12 @@ from .quantize import step_sizes
 _log = logging.getLogger(__name__)
 
 
-class FinetuneError(RuntimeError):
+class FinetuneError(SecateurError, RuntimeError):
     """Training that cannot go on; the message says at which step and what to change."""
 
 
 class TrainData(Protocol):
-    """Training batches: ``data(epoch)`` gives the pairs (images, labels) of an epoch, ``len(data)`` their number."""
+    """Training batches: ``data(epoch)`` gives the pairs (inputs, labels) of an epoch, ``len(data)`` their number."""
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -37,6 +38,22 @@ class TrainData(Protocol):
     def __call__(self, epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
         """The batches of one epoch, the same ones whenever it is called with that epoch."""
         ...
+
+
+class Loader(Protocol):
+    """Training batches that are drawn anew whenever they are asked for, as `torch.utils.data.DataLoader` gives them."""
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]:
+        """The pairs (inputs, labels) of one epoch."""
+        ...
+
+
+Loss = Callable[[Any, Any], Tensor]
+"""What the network returns, in single precision, and labels, as the batches give them: the mean over a batch."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +76,11 @@ class FinetuneReport:
 
 def finetune(
     model: nn.Module,
-    batches: TrainData,
+    batches: TrainData | Loader,
     *,
     epochs: int,
     learning_rate: float,
+    loss: Loss = F.cross_entropy,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     warmup_steps: int | None = None,
@@ -81,7 +99,7 @@ def finetune(
     The learning rate rises linearly for ``warmup_steps`` and then falls to zero along half a cosine, step by step
     (Loshchilov & Hutter, "SGDR", 2017, without restarts). There is no choice of a best epoch: the result is the last.
 
-    With a teacher the loss is ``(1 - w) * cross_entropy + w * T^2 * KL(teacher / T || student / T)`` (Hinton et al.,
+    With a teacher what is minimised is ``(1 - w) * loss + w * T^2 * KL(teacher / T || student / T)`` (Hinton et al.,
     "Distilling the Knowledge in a Neural Network", 2015, section 2; the square keeps the gradients' scale).
 
     A run that was stopped and is started again with the same arguments gives the weights of a run that was not: what
@@ -90,10 +108,14 @@ def finetune(
     Args:
         model: network to train, on the device to train on; each module's mode is put back at the end. Modules in
             evaluation mode stay in it where the network as a whole is not.
-        batches: batches of images, ``(N, ...)``, and labels as `torch.nn.functional.cross_entropy` takes them: int64
-            ``(N,)`` or one for each position, or shares of the classes; moved to the model's device.
+        batches: batches of images, ``(N, ...)``, and labels as ``loss`` takes them, for
+            `torch.nn.functional.cross_entropy` int64 ``(N,)`` or one for each position, or shares of the classes; moved
+            to the model's device. A `torch.utils.data.DataLoader` will do: without a generator and workers' randomness
+            of its own, what it draws depends on ``seed`` and the epoch.
         epochs: passes over the batches; 0 does nothing.
         learning_rate: peak of the schedule.
+        loss: of what the network returns and the labels. With another one than cross-entropy nothing is said of right
+            answers: accuracies are NaN without ``evaluate``.
         momentum: of the gradient.
         weight_decay: L2 penalty on every parameter but the step sizes of quantizers.
         warmup_steps: steps of linear rise; by default one epoch, at most a twentieth of the run.
@@ -145,7 +167,7 @@ def finetune(
     } | ({"first_epoch": first_epoch} if first_epoch else {})
     progress = _restore(checkpoint, settings, model, optimizer) if checkpoint else _Progress()
     resumed_epoch = len(progress.losses)
-    objective = _Objective(teacher, distillation_weight, temperature)
+    objective = _Objective(loss, teacher, distillation_weight, temperature)
     modes = [(module, module.training) for module in model.modules()]
     # In a network that is ready to train, what is in evaluation mode is so by choice: a batch norm that is frozen.
     frozen = [module for module, training in modes if model.training and not training]
@@ -156,17 +178,17 @@ def finetune(
             model.train()
             for module in frozen:
                 module.eval()
-            drawn = batches(first_epoch + epoch)
+            drawn = batches(first_epoch + epoch) if callable(batches) else batches
             with _seeded(seed, first_epoch + epoch, _device(model)):
-                loss, accuracy = _train_epoch(model, drawn, optimizer, objective, rates, epoch, autocast)
+                mean_loss, accuracy = _train_epoch(model, drawn, optimizer, objective, rates, epoch, autocast)
             if evaluate is not None:
                 with evaluation_mode(model):
                     accuracy = float(evaluate(model))
-            progress = progress.plus(loss, accuracy, time.perf_counter() - started)
+            progress = progress.plus(mean_loss, accuracy, time.perf_counter() - started)
             if checkpoint:
                 _save(checkpoint, settings, model, optimizer, progress)
             if on_epoch is not None:
-                on_epoch(epoch + 1, loss, accuracy)
+                on_epoch(epoch + 1, mean_loss, accuracy)
     finally:
         optimizer.zero_grad(set_to_none=True)
         for module, training in modes:
@@ -203,12 +225,13 @@ class _Progress:
 
 @dataclass(frozen=True)
 class _Objective:
+    loss: Loss
     teacher: nn.Module | None
     weight: float
     temperature: float
 
-    def __call__(self, x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits, labels)
+    def __call__(self, x: Tensor, logits: Any, labels: Any) -> Tensor:
+        loss = self.loss(logits, labels)
         if self.teacher is None or self.weight == 0:
             return loss
         with evaluation_mode(self.teacher), torch.no_grad():
@@ -226,32 +249,32 @@ class _Objective:
 
 def _train_epoch(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Any],
     optimizer: torch.optim.Optimizer,
     objective: _Objective,
     rates: list[float],
     epoch: int,
     autocast: bool,
 ) -> tuple[float, float]:
-    """One pass over the batches: mean loss and share of right answers."""
+    """One pass over the batches: mean loss and share of right answers, NaN where the loss tells of none."""
     device = _device(model)
     loss_sum, n_right, n_images, n_labels = 0.0, 0, 0, 0
-    step = -1
+    step, classifies = -1, objective.loss is F.cross_entropy
     for step, (images, labels) in enumerate(batches):
         if step == len(rates):
             break
         rate = rates[step]
-        x, y = images.to(device), labels.to(device)
+        x, y = images.to(device), tree_map_only(Tensor, lambda each: each.to(device), labels)
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.enable_grad(), mixed_precision(device.type, autocast):
             outputs = model(x)
-            if not isinstance(outputs, Tensor):
-                msg = f"the network returns a {type(outputs).__name__}; training needs one tensor of scores"
+            if not isinstance(outputs, Tensor) and classifies:
+                msg = f"the network returns a {type(outputs).__name__}; cross-entropy needs one tensor of scores"
                 raise FinetuneError(msg)
-            logits = outputs.float()
+            logits = tree_map_only(Tensor, lambda each: each.float() if each.is_floating_point() else each, outputs)
             loss = objective(x, logits, y)
         value = loss.item()
         if not math.isfinite(value):
@@ -263,16 +286,18 @@ def _train_epoch(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        loss_sum += value * len(y)
+        loss_sum, n_images = loss_sum + value * len(x), n_images + len(x)
+        if not classifies:
+            continue
         # Shares of classes have a likeliest one; of maps each position has a label.
         labelled = y.argmax(dim=1) if y.is_floating_point() else y
         n_right += int((logits.argmax(dim=1) == labelled).sum())
-        n_images, n_labels = n_images + len(y), n_labels + int((labelled != IGNORED).sum())
+        n_labels += int((labelled != IGNORED).sum())
     if step + 1 != len(rates):
         given = "more" if step == len(rates) else str(step + 1)
         msg = f"epoch {epoch + 1} has {given} batches of the {len(rates)} that len() of the data says; make them agree"
         raise FinetuneError(msg)
-    return loss_sum / n_images, n_right / max(1, n_labels)
+    return loss_sum / n_images, n_right / max(1, n_labels) if classifies else math.nan
 
 
 def _schedule(step: int, n_steps: int, warmup_steps: int) -> float:
@@ -335,6 +360,8 @@ def _restore(
             continue
         for failure in failures:
             _log.warning("checkpoint %s: going on from the previous one, '%s'", failure, path)
+        if failures:
+            checkpoint.unlink()  # or the next one saved would put it in the place of this one
         _check_same_run(path, content, settings)
         _check_same_groups(path, content["optimizer"], optimizer)
         try:

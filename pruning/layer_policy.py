@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from graph_encoder.errors import SecateurError
+
 BLOCKS = (4, 8, 16)
 """Output channels that may share their zeros."""
 INTEGER_BITS, HALF_BITS, FULL_BITS = 8, 16, 32
@@ -40,7 +42,7 @@ LAYER_SCHEMA: dict[str, Any] = {
 """JSON Schema of one layer's entry in a policy file; what is left out has its default."""
 
 
-class PolicyError(ValueError):
+class PolicyError(SecateurError, ValueError):
     """A policy that is not one, or that does not fit the network."""
 
 

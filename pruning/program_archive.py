@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
 
-from graph_encoder.errors import first_line
+from graph_encoder.errors import SecateurError, first_line
 
 _MODEL = "models/model.json"
 _INPUTS = "data/sample_inputs/model.pt"
@@ -48,7 +48,7 @@ _FUNCTIONS_OF_SIZES = {
 _CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
 
 
-class ArchiveError(RuntimeError):
+class ArchiveError(SecateurError, RuntimeError):
     """An archive that is damaged, or would run code if it were loaded.
 
     Attributes:

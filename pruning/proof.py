@@ -100,6 +100,9 @@ def prove(
 
     Returns:
         One result for all groups, then one a group.
+
+    Raises:
+        TraceError: if a copy of the network computes with the tensors of the network itself.
     """
     # Half, since the spectrum of the negatives is that of the inputs. Of integers nothing is known but that those of
     # another row are inputs too.
@@ -107,6 +110,7 @@ def prove(
         torch.cat([x, -x / 2 if x.is_floating_point() else x.roll(1, 0)]) if x.dim() else x
         for x in inputs_of(example_inputs)
     )
+    _check_independent(model, inputs)
     plain, roused = copied(model), copied(model)
     with attributes_kept(plain):
         reestimate_batch_norm(plain, [inputs])
@@ -121,6 +125,28 @@ def prove(
         # What says nothing says nothing against the other.
         proofs.append(max(found, key=lambda proof: -1.0 if math.isnan(proof.error) else proof.error))
     return proofs
+
+
+def _check_independent(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse a network whose copies run the layers of the original: nothing done to them would be seen."""
+    same, other = copied(model), copied(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), kept_randomness():
+        for parameter in other.parameters():
+            if parameter.is_floating_point() and parameter.dtype.itemsize > 1 and not parameter.is_meta:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter))
+        try:
+            found = [_outputs(network.eval(), inputs) for network in (same, other)]
+        except _FAILURES:
+            return  # which is told of where the smaller network fails alike
+    floats = [pair for pair in zip(*found, strict=True) if pair[0].is_floating_point()]
+    if floats and any(True for _ in model.parameters()) and all(torch.equal(one, two) for one, two in floats):
+        msg = (
+            f"a copy of {type(model).__name__} with other weights computes the same: its forward, or a hook, is a "
+            "function that holds the network itself, as a lambda or a closure does, so that a smaller copy would go on "
+            "running the layers of the original. Make it a method of the network's class"
+        )
+        raise TraceError(msg)
 
 
 def leave_refuted_dense(

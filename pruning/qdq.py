@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 
 from graph_encoder.batches import tensors_of
 from graph_encoder.copies import copied
-from graph_encoder.symbolic import symbolic_trace
+from graph_encoder.symbolic import name_within, symbolic_trace
 
 from .integer_flow import tensors_to_quantize
 from .quantize import (
@@ -196,9 +196,10 @@ def marked_network(model: nn.Module, export: Callable[[nn.Module], onnx.ModelPro
     assert marked is not None
     for node in tensors_to_quantize(marked, set(quantizable_layers(model))):
         readers = list(node.users)
-        marked.add_submodule(f"marks.{node.name}", _Mark(node.name))
+        place = f"marks.{name_within(nn.Module, node.name)}"
+        marked.add_submodule(place, _Mark(node.name))
         with marked.graph.inserting_after(node):
-            mark = marked.graph.call_module(f"marks.{node.name}", (node,))
+            mark = marked.graph.call_module(place, (node,))
         for reader in readers:
             reader.replace_input_with(node, mark)
     marked.recompile()

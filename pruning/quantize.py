@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from graph_encoder.batches import Batch, inputs_of
+from graph_encoder.batches import Batch, first_images, inputs_of, tensors_of
 from graph_encoder.copies import copied
-from graph_encoder.modes import evaluation_mode
-from graph_encoder.symbolic import symbolic_trace
+from graph_encoder.modes import attributes_kept, evaluation_mode
+from graph_encoder.symbolic import name_within, symbolic_trace
 
 from .calibration import CalibrationError, Observer, RangeMethod, nothing_seen, shared_values, weight_steps
 from .integer_flow import kind_of, tensors_to_quantize
@@ -28,6 +28,8 @@ from .layer_policy import FULL_BITS, HALF_BITS, INTEGER_BITS, LayerPolicy, Polic
 
 _SMALLEST_STEP = 1e-12
 _RELU6 = 6.0
+_ALIKE = 1e-3
+"""Largest difference of outputs, as a share of the largest, that the order of sums explains."""
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -382,8 +384,9 @@ def quantize_layers(
         CalibrationError: if there is no batch, a value is not finite, or a layer that is to quantize what it reads
             never runs.
     """
-    quantized = insert_quantizers(model, layers)
-    calibrate(quantized, batches, method=method, weight_method=weight_method)
+    held = _held(batches)
+    quantized = insert_quantizers(model, layers, example=next(iter(first_images(held, 2)), None))
+    calibrate(quantized, held, method=method, weight_method=weight_method)
     return quantized
 
 
@@ -408,8 +411,7 @@ def calibrate(
     quantizers = [module for module in model.modules() if isinstance(module, ActQuantizer)]
     if not quantizers:
         return
-    # What one batch is drawn into may be written over when the next is drawn.
-    held = batches if isinstance(batches, list | tuple) else [tree_map_only(Tensor, Tensor.clone, b) for b in batches]
+    held = _held(batches)
     if not held:
         msg = (
             "no calibration data: ranges of activations were to be chosen on no batches; hand in at least one batch "
@@ -433,6 +435,24 @@ def calibrate(
             quantizer.observer = None
 
 
+def _held(batches: Iterable[Batch]) -> Sequence[Batch]:
+    """All batches; what one is drawn into may be written over when the next is drawn."""
+    if isinstance(batches, list | tuple):
+        return batches
+    return [tree_map_only(Tensor, Tensor.clone, batch) for batch in batches]
+
+
+def _compute_alike(traced: nn.Module, model: nn.Module, example: Batch) -> bool:
+    """Whether a trace computes what the module does, up to the order of sums."""
+    with evaluation_mode(model), evaluation_mode(traced), torch.no_grad(), attributes_kept(model):
+        found = [tensors_of(network(*inputs_of(example))) for network in (model, traced)]
+    return len(found[0]) == len(found[1]) and all(
+        one.shape == other.shape and torch.allclose(one, other, _ALIKE, _ALIKE * float(one.abs().max()), equal_nan=True)
+        for one, other in zip(*found, strict=True)
+        if one.is_floating_point() and one.numel()
+    )
+
+
 def _run(model: nn.Module, batches: Iterable[Batch]) -> None:
     for batch in batches:
         model(*inputs_of(batch))
@@ -452,7 +472,9 @@ def _full_precision_weights(model: nn.Module) -> Iterator[None]:
             layer.weight_quantizer = quantizer
 
 
-def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy], *, whole_tensors: bool = True) -> nn.Module:
+def insert_quantizers(
+    model: nn.Module, layers: Mapping[str, LayerPolicy], *, whole_tensors: bool = True, example: Batch | None = None
+) -> nn.Module:
     """A copy of ``model`` with quantizers that are yet to be calibrated, or loaded.
 
     Where all bits are such that a runtime has them (`is_deployable`) and a layer is in integers, whole tensors are
@@ -472,6 +494,8 @@ def insert_quantizers(model: nn.Module, layers: Mapping[str, LayerPolicy], *, wh
     layers = by_first_name(layers, quantized)
     is_traceable = is_deployable(layers) and any(map(is_integer, layers.values())) and not has_hooks(quantized)
     traced = symbolic_trace(quantized) if whole_tensors and is_traceable else None
+    if traced is not None and example is not None and not _compute_alike(traced, quantized, example):
+        traced = None
     if traced is not None:
         integer = {name for name, layer in layers.items() if is_integer(layer)}
         _quantize_tensors(traced, integer)
@@ -618,11 +642,12 @@ def _quantize_tensors(traced: fx.GraphModule, integer: set[str]) -> None:
     for node in chosen:
         ceiling = _RELU6 if kind_of(node, modules) in (nn.ReLU6, F.relu6) else math.inf
         quantizer = ActQuantizer(INTEGER_BITS, f"the output of '{node.name}'", ceiling).to(device)
-        traced.act_quantizers[node.name] = quantizer
+        traced.act_quantizers[name_within(nn.ModuleDict, node.name)] = quantizer
     for node in chosen:
         readers = [reader for reader in node.users if reader.op != "output"]
         with traced.graph.inserting_after(node):
-            quantized = traced.graph.call_module(f"act_quantizers.{node.name}", (node,))
+            place = f"act_quantizers.{name_within(nn.ModuleDict, node.name)}"
+            quantized = traced.graph.call_module(place, (node,))
         for reader in readers:
             reader.replace_input_with(node, quantized)
     traced.recompile()

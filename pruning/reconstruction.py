@@ -96,10 +96,12 @@ class _Sums(TorchFunctionMode):
         """Wait for ``output``, unless it is changed in place before."""
         self._marked[id(output)] = weakref.ref(output), output._version, name
 
-    def take(self, output: object) -> str | None:
+    def take(self, output: Tensor) -> str | None:
         """The mark of a tensor, which loses it; None if it has none, or was changed in place."""
-        mark = self._marked.pop(id(output), None)
-        return mark[2] if mark and mark[0]() is output and mark[1] == output._version else None
+        if (mark := self._marked.pop(id(output), None)) is None:
+            return None
+        reference, version, name = mark
+        return name if reference() is output and version == output._version else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ in _SUMS and len(args) == 2 and not kwargs and _are_alike(*args):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from graph_encoder.batches import inputs_of
+from graph_encoder.errors import SecateurError
 
 from .kernels.functional import sparse_linear
 from .kernels.lowering import Lowered, lower
@@ -31,7 +32,7 @@ LEAST_GAIN = 0.97
 """Another form is taken where it needs at most this share of the dense time: below that is noise."""
 
 
-class SparseNetworkError(ValueError):
+class SparseNetworkError(SecateurError, ValueError):
     """A network that cannot be prepared, or inputs that a prepared network does not take."""
 
 

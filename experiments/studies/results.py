@@ -28,6 +28,7 @@ import typer
 
 from envs.evaluator import CandidateEvaluator
 from envs.journal import Journal
+from graph_encoder.errors import SecateurError
 from latency.budget import Budget
 from pruning.files import write_atomic
 from pruning.layer_policy import FULL_BITS
@@ -49,7 +50,6 @@ from ..search import create_run, resume_run, space_of_graph
 from ..standalone_training import train_named
 from ..subject import prepare_subject
 from ..table_building import build_named
-from ..user_errors import USER_ERRORS
 from .matrix import EVALUATIONS, SHORTCUT_GROUPS, Cell, matrix
 from .records import keep
 from .results_page import render_page
@@ -357,7 +357,7 @@ def main(
                     (sitting.time_again if time_again else sitting.carry_out)(cell, display, stop)
                 except RunBusyError as busy:
                     display.say(f"cell {cell.name} is left out: {busy}")
-                except USER_ERRORS as error:
+                except SecateurError as error:
                     failed.append(cell.name)
                     display.say(f"cell {cell.name} failed: {error}")
         except Interrupted as stopped:

@@ -209,6 +209,7 @@ def test_journal_of_another_network_with_the_same_layers_is_refused(tmp_path: Pa
         ({"start": "uniform", "rounding": 2}, "start sensitivity, now uniform; rounding None, now 2"),
         ({"n_images": 500}, "n_images 1000, now 500"),
         ({"calibration_method": "minmax"}, "calibration_method mse, now minmax"),
+        ({"range_images": [images(4)]}, "range_images unknown, now [0-9a-f]{16}"),
     ],
 )
 def test_journal_of_other_arguments_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
@@ -541,6 +542,29 @@ def test_channels_and_bits_of_a_network_of_two_inputs_are_decided_on_tuples() ->
     assert found.cost <= 0.3 * found.dense_cost
     assert any(layer.is_quantized for layer in found.policy.layers.values())
     assert found.model(*pair()).shape == (6, 3)
+
+
+def test_ranges_of_bits_are_chosen_on_images_of_their_own() -> None:
+    options: dict[str, Any] = {"decide": ["bits"], "budget": "30% bytes", "method": "uniform", "protect_first": False}
+
+    def compressed(**more: Any) -> nn.Module:
+        calibration = [images(12)]
+        return secateur.compress(
+            small_net(), images(), evaluate=lambda _: 0.5, calibration=calibration, **options, **more
+        ).model
+
+    usual, same, wider = (
+        compressed(**more) for more in ({}, {"range_images": [images(12)]}, {"range_images": [9 * images(12)]})
+    )
+    steps = [
+        torch.stack(
+            [step for name, step in model.named_parameters() if "act_quantizer" in name and name.endswith("step")]
+        )
+        for model in (usual, same, wider)
+    ]
+
+    assert torch.equal(steps[0], steps[1])
+    assert (steps[2] > 2 * steps[0]).all()
 
 
 class Scaled(nn.Module):

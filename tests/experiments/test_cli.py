@@ -68,7 +68,9 @@ def test_search_ends_with_a_table_of_all_methods(command: Command, tiny_yaml: Pa
 
     lines = done.out.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["method", "dense", "uniform", "random"]
-    assert lines[0].split(maxsplit=3)[1:3] == ["test", "accuracy"]
+    assert lines[0].split(maxsplit=5)[1:5] == ["validation", "accuracy", "test", "accuracy"]
+    assert lines[-1].startswith("best on the validation images: ")
+    assert Path(lines[-1].rpartition(", ")[2]).exists()
     assert "dense accuracy: " in done.err
 
 

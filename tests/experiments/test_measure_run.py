@@ -152,9 +152,11 @@ def test_an_undecided_network_is_printed_with_the_rounds_that_would_tell() -> No
         high=0.95,
         verdict="faster",
         repeats_needed=25,
+        accuracy=0.875,
     )
     undecided = replace(decided, ratio=0.98, high=1.02, verdict="undecided", repeats_needed=240)
-    assert decided.cells() == ["mine", "ppo", "1", "2 (1.9 to 2.1)", "25%", "90.0% (80.0% to 95.0%)", "", "faster"]
+    assert decided.cells()[:3] == ["mine", "ppo", "87.50 %"]
+    assert decided.cells()[3:] == ["1", "2 (1.9 to 2.1)", "25%", "90.0% (80.0% to 95.0%)", "", "faster"]
     assert undecided.cells()[-1] == "undecided, about 240 rounds would tell"
     assert undecided.to_dict()["repeats_needed"] == 240
 

@@ -33,6 +33,15 @@ def test_mixes_of_one_seed_are_the_same_with_all_in_integers_first() -> None:
     }
 
 
+def test_every_mix_has_a_layer_in_integers() -> None:
+    network = TimedNetwork.build("tests.experiments.tiny:network", "1,8,8", 3, rounding=4)
+    (plan,) = network.plans(1, seed=0)
+
+    mixes = [mix for seed in range(20) for mix in network.mixed(plan, 6, seed)]
+
+    assert all(8 in {mix[one.name] for one in network.bits} for mix in mixes)
+
+
 @pytest.mark.parametrize("rounding", [1, 4])
 @pytest.mark.parametrize("share", [0.2, 0.45, 0.8])
 def test_a_latency_budget_is_met_by_construction(rounding: int, share: float) -> None:

@@ -1,5 +1,7 @@
 import math
+import os
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from latency.measure import Variant, compare, measure, measure_latency, summarise
+from latency.measure import Variant, affinity, compare, measure, measure_latency, summarise
 from latency.runtimes import ONNXRUNTIME, PYTORCH, LatencyError
 from latency.worker import Stopwatch, Timer, allowed_cpus, interleave
 
@@ -152,6 +154,30 @@ def test_report_says_where_and_how_it_was_measured() -> None:
     assert 0 < entry.lower_quartile_ms <= entry.median_ms <= entry.upper_quartile_ms
     assert (entry.n_runs, len(entry.times_ms)) == (5, 5)
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(not allowed_cpus(), reason="the system does not let a process choose its processors")
+def test_affinity_holds_for_threads_that_run_already_and_is_given_back() -> None:
+    before, seen, over = allowed_cpus(), [], threading.Event()
+    started = threading.Event()
+
+    def look() -> None:
+        for _ in range(2):
+            started.wait()
+            started.clear()
+            seen.append(os.sched_getaffinity(0))
+            over.set()
+
+    worker = threading.Thread(target=look)
+    worker.start()
+    with affinity(before[:1]):
+        started.set()
+        over.wait()
+        over.clear()
+    started.set()
+    worker.join()
+
+    assert seen == [{before[0]}, set(before)]
 
 
 @pytest.mark.skipif(not allowed_cpus(), reason="the system does not let a process choose its processors")

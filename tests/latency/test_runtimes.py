@@ -38,6 +38,17 @@ def broken():
 
 def a_number():
     return 7
+
+class Renamed(Counting):
+    name = "another"
+
+class Unversioned(Counting):
+    name = "unversioned"
+    module = "fakeplugin"
+
+class Missing(Counting):
+    name = "missing"
+    module = "no_such_package.runtime"
 """
 
 
@@ -49,6 +60,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: fakeplugin\nVersion: 1.0\n")
     entries = "counting = fakeplugin:Counting\nbroken = fakeplugin:broken\nnumber = fakeplugin:a_number\n"
+    entries += "renamed = fakeplugin:Renamed\nunversioned = fakeplugin:Unversioned\nmissing = fakeplugin:Missing\n"
     (folder / "entry_points.txt").write_text(f"[secateur.runtimes]\n{entries}")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "fakeplugin", raising=False)
@@ -68,6 +80,15 @@ def test_a_runtime_of_another_package_that_does_not_load_is_named(plugin: None) 
     message = "the runtime 'number' of 'fakeplugin:a_number' is a int; it must derive from latency.runtimes.Runtime"
     with pytest.raises(LatencyError, match=f"^{re.escape(message)}$"):
         find_runtime("number")
+
+
+def test_a_runtime_of_another_package_that_cannot_be_told_or_used_is_named(plugin: None) -> None:
+    with pytest.raises(LatencyError, match="the runtime 'renamed' of 'fakeplugin:Renamed' has the name 'another'"):
+        find_runtime("renamed")
+    with pytest.raises(LatencyError, match="'unversioned': 'fakeplugin' has no __version__; give the class a version"):
+        find_runtime("unversioned").version()
+    with pytest.raises(LatencyError, match=r"'missing' needs the package 'no_such_package\.runtime', which is not"):
+        find_runtime("missing")
 
 
 def test_an_unknown_runtime_is_answered_with_the_nearest_name() -> None:

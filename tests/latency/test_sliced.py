@@ -45,6 +45,31 @@ def within_groups() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 1), grouped, nn.Conv2d(12, 4, 1), nn.Flatten(), nn.Linear(256, 5))
 
 
+class Upsampling(nn.Module):
+    """A transposed convolution whose batch norm the exporter makes a bias of, and one with a group for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.ConvTranspose2d(3, 8, 2, stride=2, bias=False), nn.BatchNorm2d(8)
+        self.norm.running_mean.normal_(generator=torch.Generator().manual_seed(0))
+        self.each, self.last = nn.ConvTranspose2d(8, 8, 2, stride=2, groups=8), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.each(F.relu(self.norm(self.first(x)))))
+
+
+@pytest.mark.slow
+def test_a_file_that_does_not_run_is_not_handed_out(tmp_path: Path) -> None:
+    model, x = Upsampling().eval(), torch.randn(2, 3, 4, 4)
+    graph = capture(model, x)
+    (group,) = graph.prunable
+    policy = CompressionPolicy({group.name: (0, 2, 5)}, {group.name: 8})
+    export_onnx(model, x, tmp_path / "dense.onnx")
+
+    assert sliced_onnx(onnx.load(tmp_path / "dense.onnx"), graph, policy) is None
+    assert sliced_onnx(onnx.load(tmp_path / "dense.onnx"), graph, CompressionPolicy({})) is not None
+
+
 class Padded(nn.Module):
     """Its forward pass holds a number of channels."""
 

@@ -173,6 +173,24 @@ def test_a_table_survives_its_file(graph: NetworkGraph, tmp_path: Path) -> None:
     assert again(np.array([7, 9])) == LatencyModel(graph, loaded)(np.array([7, 9]))
 
 
+class NoWideLayers(FormulaDevice):
+    """Fails, as a runtime may in its own way, at layers of many outputs."""
+
+    def _one(self, network: Artifact) -> float:
+        if isinstance(network, nn.Conv2d) and network.out_channels >= 24:
+            msg = "no such kernel"
+            raise OSError(msg)
+        return super()._one(network)
+
+
+def test_a_layer_that_the_device_cannot_run_is_named(graph: NetworkGraph) -> None:
+    device = NoWideLayers()
+    needed = needed_kinds(graph, {group.name: 1 for group in graph.prunable}, [32])
+
+    with pytest.raises(LatencyError, match=r"^the device cannot run a layer: .*to \d\d channels: no such kernel$"):
+        build_table(start_table(FormulaDevice()), device, needed)
+
+
 def test_a_table_of_another_device_is_refused_by_name(graph: NetworkGraph) -> None:
     message = (
         "the table was measured with formula 1.0, 1 thread(s), on slide rule; here is formula 1.0, 2 thread(s), on "

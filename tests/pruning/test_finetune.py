@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from pruning.files import CheckpointError
-from pruning.finetune import FinetuneError, finetune
+from pruning.files import CheckpointError, load_checked
+from pruning.finetune import FinetuneError, Loader, TrainData, finetune
 from pruning.layer_policy import LayerPolicy
 from pruning.quantize import quantize_layers
 
@@ -61,13 +62,15 @@ class KilledError(Exception):
     pass
 
 
-def train_and_kill(model: nn.Module, checkpoint: Path, after: int, epochs: int = 5) -> None:
+def train_and_kill(
+    model: nn.Module, checkpoint: Path, after: int, epochs: int = 5, data: TrainData | Loader | None = None
+) -> None:
     def kill(epoch: int, loss: float, accuracy: float) -> None:
         if epoch == after:
             raise KilledError
 
     with pytest.raises(KilledError):
-        finetune(model, Blobs(), epochs=epochs, learning_rate=0.1, checkpoint=checkpoint, on_epoch=kill)
+        finetune(model, data or Blobs(), epochs=epochs, learning_rate=0.1, checkpoint=checkpoint, on_epoch=kill)
 
 
 def test_learns_two_separate_blobs() -> None:
@@ -151,8 +154,13 @@ def test_damaged_checkpoint_falls_back_to_the_previous_and_says_so(
         content[content.find(stored.numpy().tobytes()) + 5] ^= 1
     path.write_bytes(content)
 
+    def read_both(*_: object) -> None:
+        # The damaged one never takes the place of the one that training went on from.
+        for each in (path, tmp_path / "state.previous.pt"):
+            load_checked(each, torch.device("cpu"))
+
     with caplog.at_level(logging.WARNING):
-        report = finetune(fresh, Blobs(), epochs=5, learning_rate=0.1, checkpoint=path)
+        report = finetune(fresh, Blobs(), epochs=5, learning_rate=0.1, checkpoint=path, on_epoch=read_both)
 
     assert report.resumed_epoch == 2
     assert states_are_equal(fresh, whole)
@@ -389,7 +397,7 @@ class Scores(nn.Module):
 def test_outputs_that_are_no_scores_are_told() -> None:
     with pytest.raises(FinetuneError) as caught:
         finetune(Scores(), Blobs(), epochs=1, learning_rate=0.1)
-    assert str(caught.value) == "the network returns a dict; training needs one tensor of scores"
+    assert str(caught.value) == "the network returns a dict; cross-entropy needs one tensor of scores"
 
 
 @pytest.mark.parametrize(("given", "told"), [(2, "2"), (6, "more")])
@@ -447,3 +455,43 @@ class Unlabelled(Blobs):
 
 def test_labels_that_the_loss_leaves_out_are_not_counted() -> None:
     assert finetune(nn.Linear(6, 2), Unlabelled(), epochs=8, learning_rate=0.1).accuracies[-1] > 0.9
+
+
+def loader() -> DataLoader[tuple[Tensor, ...]]:
+    (batch,) = Blobs(n_batches=1)(0)
+    return DataLoader(TensorDataset(*batch), batch_size=8, shuffle=True)
+
+
+def test_a_data_loader_is_shuffled_by_seed_and_epoch_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    whole, resumed, other = network(), network(), network()
+    expected = finetune(whole, loader(), epochs=4, learning_rate=0.1)
+    finetune(other, loader(), epochs=4, learning_rate=0.1, seed=1)
+
+    train_and_kill(network(), tmp_path / "a.pt", after=2, epochs=4, data=loader())
+    report = finetune(resumed, loader(), epochs=4, learning_rate=0.1, checkpoint=tmp_path / "a.pt")
+
+    assert (report.resumed_epoch, report.losses) == (2, expected.losses)
+    assert states_are_equal(resumed, whole) and not states_are_equal(other, whole)
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.heads = nn.Linear(2, 8), nn.ModuleDict({"a": nn.Linear(8, 1), "b": nn.Linear(8, 2)})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {name: head(self.features(x).relu()) for name, head in self.heads.items()}
+
+
+def test_a_loss_of_ones_own_takes_what_the_network_returns_and_labels_as_they_come() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 2)
+    batches = [(x, {"a": x.sum(1, keepdim=True), "b": x * 2})]
+
+    def loss(outputs: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+        return sum((F.mse_loss(outputs[name], labels[name]) for name in labels), start=torch.zeros(()))
+
+    report = finetune(TwoOutputs(), batches, epochs=60, learning_rate=0.05, loss=loss)
+
+    assert report.losses[-1] < 0.1 * report.losses[0]
+    assert math.isnan(report.accuracies[-1])

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -266,3 +267,36 @@ def test_a_width_in_a_number_is_seen_whatever_goes_in_and_comes_out(model: nn.Mo
     assert left.group(dense).reason.startswith("removing is not what silencing is")
     others = {group.name for group in graph.prunable} - {dense}
     assert {group.name for group in left.prunable} == others
+
+
+class WithHook(nn.Module):
+    """A hook that holds the network itself is called by its copies, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        original = self
+
+        def hook(_: nn.Module, args: tuple[Tensor], __: Tensor) -> Tensor:
+            return original.last.forward(original.first(args[0]).relu())
+
+        self.register_forward_hook(hook)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
+
+
+def with_closure() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    model.forward = lambda x: model[2](model[1](model[0](x)))  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize("make", [with_closure, WithHook])
+def test_a_network_whose_copies_run_its_own_layers_is_refused(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(2, 6)
+    graph = capture(model, x)
+
+    with pytest.raises(TraceError, match="with other weights computes the same: its forward, or a hook, is a function"):
+        leave_refuted_dense(model, graph, x)

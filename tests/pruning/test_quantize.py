@@ -1,5 +1,6 @@
 import copy
 import math
+import types
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -280,6 +281,64 @@ def test_network_that_cannot_be_traced_quantizes_what_its_layers_read() -> None:
     assert len(read.unique()) <= 256
     # What the layer reads is never below 0; all else lies on a grid as fine as its range allows.
     torch.testing.assert_close(read.clamp(max=1), IMAGES.clamp(0, 1), rtol=0, atol=0.02)
+
+
+class AsksForTheClass(nn.Module):
+    """Its trace takes the other branch: what stands for a tensor there is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor):
+            x = x * 3
+        return self.second(self.first(x).relu())
+
+
+def with_forward_of_its_own() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self: nn.Sequential, x: Tensor) -> Tensor:
+        return self[2](self[1](self[0](3 * x)))
+
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize("make", [AsksForTheClass, with_forward_of_its_own])
+def test_a_trace_that_computes_something_else_is_not_taken(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(64, 6)
+    layers = {name: INT8 for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+    quantized = quantize_layers(model, layers, [x]).eval()
+
+    with torch.no_grad():
+        assert (quantized(x) - model(x)).abs().max() < 0.05 * model(x).abs().max()
+
+
+class Casting(nn.Module):
+    """Methods of tensors name steps of its trace that modules have methods for, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.to(torch.float32))
+        return self.third(self.second(x.relu().to(torch.float32)).relu())
+
+
+def test_steps_called_as_methods_of_modules_are_quantized() -> None:
+    torch.manual_seed(0)
+    model, x = Casting().eval(), torch.randn(64, 6)
+
+    quantized = quantize_layers(model, dict.fromkeys(("first", "second", "third"), INT8), [x]).eval()
+
+    assert "act_quantizers.to_" in dict(quantized.named_modules())
+    with torch.no_grad():
+        assert (quantized(x) - model(x)).abs().max() < 0.05 * model(x).abs().max()
 
 
 def test_a_layer_with_a_name_of_graph_modules_is_quantized() -> None:
