@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 WARNING = "warning: "
 """How a line begins that warns."""
+_FIRST_TOLD, _TOLD_EVERY = 60.0, 600.0
+"""Seconds until the time left is told where there are no bars, and between one such line and the next."""
 Say = Callable[[str], None]
 """Takes a line of text about how far something is."""
 
@@ -77,6 +79,8 @@ class Stage:
         each = self._display.workload.seconds_each(self._kind)
         cost = f"{each:.2f} s an {self._kind}" if each is not None else ""
         self._display.move_bar(self._task, self._done, self._total, f"{cost}  {self._note}")
+        if self._task is None:
+            self._display.tell_left(f"{self._title}: {self._done:.4g} of {count(self._total, self._kind)}")
 
     def finish(self) -> None:
         """Take the bar away and leave one line that tells what was done."""
@@ -130,6 +134,7 @@ class RunDisplay:
         self._bars: Progress | None = None
         self._overall: TaskID | None = None
         self._started = time.perf_counter()
+        self._tells_next = self._started + _FIRST_TOLD
         self._log: RunLog | None = None
 
     def __enter__(self) -> Self:
@@ -201,6 +206,13 @@ class RunDisplay:
         if self._overall is not None and left is not None:
             spent = time.perf_counter() - self._started
             self._bars.update(self._overall, completed=spent, total=spent + left, note=f"{duration(left)} left")
+
+    def tell_left(self, done: str) -> None:
+        """Where there are no bars, a line now and then: what is done, and how long the whole run will take yet."""
+        left, now = self.workload.seconds_left(), time.perf_counter()
+        if left is not None and now > self._tells_next:
+            self._tells_next = now + _TOLD_EVERY
+            self.say(f"{done}; about {duration(left)} left of the run", is_kept=False)
 
     def remove_bar(self, task: TaskID | None) -> None:
         """Take a finished stage's bar away."""

@@ -38,6 +38,22 @@ def test_plain_console_gets_one_line_a_stage() -> None:
     assert lines[0].endswith(", best 80 %")
 
 
+def test_plain_console_is_told_now_and_then_how_long_it_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, now = io.StringIO(), [0.0]
+    monkeypatch.setattr("experiments.progress.time.perf_counter", lambda: now[0])
+    with RunDisplay(Console(file=text, width=200)) as display:
+        display.plan({"evaluation": 1000.0})
+        with display.stage("ppo", 1000, "evaluation") as stage:
+            for _ in range(40):
+                now[0] += 20
+                stage.advance()
+
+    assert text.getvalue().splitlines()[:2] == [
+        "ppo: 4 of 1000 evaluations; about 5 h 32 min left of the run",
+        "ppo: 35 of 1000 evaluations; about 5 h 21 min left of the run",
+    ]
+
+
 def test_quiet_display_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with RunDisplay(quiet=True) as display, display.stage("ppo", 1, "evaluation") as stage:
         display.say("hello")
