@@ -17,7 +17,9 @@ CalibrationData = Iterable[Tensor | Sequence[Tensor]]
 """Batches of inputs; in a tuple or list, what follows the inputs of ``forward`` is left out: labels, as a rule."""
 
 
-def read_calibration(calibration: CalibrationData, inputs: Sequence[Tensor], model: nn.Module) -> list[Batch]:
+def read_calibration(
+    calibration: CalibrationData, inputs: Sequence[Tensor], model: nn.Module, name: str = "calibration"
+) -> list[Batch]:
     """The batches as a network takes them: tensors, or tuples where ``forward`` has several inputs.
 
     Args:
@@ -25,25 +27,26 @@ def read_calibration(calibration: CalibrationData, inputs: Sequence[Tensor], mod
         inputs: examples of what ``forward`` takes; each batch must begin with as many tensors, of the same types and
             numbers of dimensions, images with as many channels.
         model: the network, untouched; a copy is tried on batches of other sizes than the examples.
+        name: of the argument, for messages.
 
     Raises:
         ConfigError: if it is no iterable of batches, or a batch is empty or not what ``forward`` takes.
     """
     if isinstance(calibration, Tensor):
         msg = (
-            f"calibration is {_in_words(calibration)}; it must be a list or another iterable of batches: pass "
-            "[calibration] if the tensor is one batch, or calibration.split(250)"
+            f"{name} is {_in_words(calibration)}; it must be a list or another iterable of batches: pass "
+            f"[{name}] if the tensor is one batch, or {name}.split(250)"
         )
         raise ConfigError(msg)
     if not isinstance(calibration, Iterable):
-        msg = f"calibration is {_in_words(calibration)}; it must be a list or another iterable of batches, or empty"
+        msg = f"{name} is {_in_words(calibration)}; it must be a list or another iterable of batches, or empty"
         raise ConfigError(msg)
-    batches = [_leading(batch, inputs, index) for index, batch in enumerate(calibration)]
-    _check_sizes(batches, inputs, model)
+    batches = [_leading(batch, inputs, f"batch {index} of {name}") for index, batch in enumerate(calibration)]
+    _check_sizes(batches, inputs, model, name)
     return batches
 
 
-def _check_sizes(batches: Sequence[Batch], inputs: Sequence[Tensor], model: nn.Module) -> None:
+def _check_sizes(batches: Sequence[Batch], inputs: Sequence[Tensor], model: nn.Module, name: str) -> None:
     """Refuse a batch of other sizes than the examples on which ``forward`` fails: some networks take any, some none."""
     taken = {_sizes(inputs)}
     for index, batch in enumerate(batches):
@@ -54,7 +57,7 @@ def _check_sizes(batches: Sequence[Batch], inputs: Sequence[Tensor], model: nn.M
                 with kept_randomness(), torch.inference_mode():
                     copied(model).eval()(*inputs_of(image))
             except Exception as error:  # forward raises whatever the layer at fault raises
-                raise _misfit(batch, inputs, index) from error
+                raise _misfit(batch, inputs, f"batch {index} of {name}") from error
             taken.add(_sizes(given))
 
 
@@ -63,21 +66,21 @@ def _sizes(inputs: Sequence[Tensor]) -> tuple[torch.Size, ...]:
     return tuple(x.shape[1:] for x in inputs)
 
 
-def _leading(batch: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], index: int) -> Batch:
+def _leading(batch: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], what: str) -> Batch:
     given = inputs_of(batch) if isinstance(batch, Tensor | tuple | list) else ()
     taken = given[: len(inputs)]
     if len(taken) < len(inputs) or not all(map(_are_alike, taken, inputs)):
-        raise _misfit(batch, inputs, index)
+        raise _misfit(batch, inputs, what)
     if not count_images([taken]):
-        msg = f"batch {index} of calibration is {_in_words(batch)}, which holds nothing; leave it out"
+        msg = f"{what} is {_in_words(batch)}, which holds nothing; leave it out"
         raise ConfigError(msg)
     return taken if len(taken) > 1 else taken[0]
 
 
-def _misfit(batch: Batch | Sequence[Tensor], inputs: Sequence[Tensor], index: int) -> ConfigError:
+def _misfit(batch: Batch | Sequence[Tensor], inputs: Sequence[Tensor], what: str) -> ConfigError:
     wanted = _in_words(inputs[0] if len(inputs) == 1 else tuple(inputs))
     msg = (
-        f"batch {index} of calibration is {_in_words(batch)}, but forward takes {wanted}, as example_inputs says; pass "
+        f"{what} is {_in_words(batch)}, but forward takes {wanted}, as example_inputs says; pass "
         "batches of that, of any number of images. In a tuple or list, what follows the inputs (labels) is left out"
     )
     if isinstance(batch, Mapping):

@@ -329,19 +329,20 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Show what may be removed from a network and what may not, prove it, and tell whether a budget can be met."""
-    from .check import check_named
-    from .config import ConfigError
+    from latency.budget import read_budgets
 
-    asked = {"budget": budget, "latency.table": latency_table, "search.rounding": rounding}
-    config = _configuration(None, asked, settings)
-    others = sorted(config.model_fields_set - {"budget", "latency", "search"})
-    others += ["search.seed"] if "seed" in config.search.model_fields_set else []
-    if others:
+    from .check import check_named
+    from .config import ConfigError, parse_setting
+
+    keys = [parse_setting(text)[0] for text in settings or []]
+    heeded = ("budget", "latency", "search")
+    if others := [key for key in keys if key.partition(".")[0] not in heeded or key == "search.seed"]:
         msg = (
             f"--set {', '.join(others)}: check heeds budget, latency.* and search.* alone, and has --weights and --seed"
         )
         raise ConfigError(msg)
-    budgets = config.budget if "budget" in config.model_fields_set else ()
+    config = _configuration(None, {"latency.table": latency_table, "search.rounding": rounding}, settings)
+    budgets = config.budget if "budget" in keys and budget is None else read_budgets(budget)
     with _stdout_kept(as_json):
         found = check_named(model, shape, classes, weights, seed, config, budgets)
     print(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))

@@ -168,9 +168,9 @@ def compress(
         BudgetError: if the budget cannot be met, with the lowest reachable cost.
         EvaluateError: if ``evaluate`` returns something that is no accuracy.
         CalibrationError: if bits, or sensitivities inside layers, have no calibration images.
-        ConfigError: if an argument is none of those allowed, a batch of ``calibration`` is not what ``forward`` takes,
-            the probes leave no evaluation to search with, ``magnitude`` has no channels to rank, or ``reconstruct``
-            nothing to fit on.
+        ConfigError: if an argument is none of those allowed, a batch of ``calibration`` or ``range_images`` is not what
+            ``forward`` takes, the probes leave no evaluation to search with, ``magnitude`` has no channels to rank, or
+            ``reconstruct`` nothing to fit on.
         JournalError: if the journal is of another search, or another process writes it.
     """
     _check_choice("method", method, METHODS)
@@ -209,7 +209,7 @@ def compress(
         raise ConfigError(msg)
     model, inputs = _uncompiled(model), example_tensors(example_inputs)
     batches = read_calibration(calibration, inputs, model)
-    ranges = read_calibration(range_images, inputs, model) or None
+    ranges = read_calibration(range_images, inputs, model, "range_images") or None
     if reconstruct and not batches:
         msg = "reconstruct fits layers on training inputs; pass some batches as calibration"
         raise ConfigError(msg)

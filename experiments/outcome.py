@@ -276,8 +276,12 @@ class RunOutcome(_Record):
         return any(row.tuned_validation_accuracy is not None for row in self.rows if row.method != DENSE)
 
     def best(self, *, tuned: bool) -> list[MethodOutcome]:
-        """The methods with the highest validation accuracy before fine-tuning, or after it; none if none was scored."""
-        rows = [row for row in self.rows if row.method != DENSE]
+        """The methods with the highest validation accuracy before fine-tuning, or after it; none if none was scored.
+
+        Of those that keep a latency budget on the clock too, where any does.
+        """
+        all_rows = [row for row in self.rows if row.method != DENSE]
+        rows = [row for row in all_rows if not _is_over_on_the_clock(row, self)] or all_rows
         most = max((a for row in rows if (a := row.accuracy("validation", tuned=tuned)) is not None), default=None)
         return [row for row in rows if most is not None and row.accuracy("validation", tuned=tuned) == most]
 

@@ -208,9 +208,9 @@ class RunDisplay:
             self._bars.update(self._overall, completed=spent, total=spent + left, note=f"{duration(left)} left")
 
     def tell_left(self, done: str) -> None:
-        """Where there are no bars, a line now and then: what is done, and how long the whole run will take yet."""
+        """Where there are no bars, a line now and then of what is done, and how long what was planned will take yet."""
         left, now = self.workload.seconds_left(), time.perf_counter()
-        if left is not None and now > self._tells_next:
+        if left and now > self._tells_next:
             self._tells_next = now + _TOLD_EVERY
             self.say(f"{done}; about {duration(left)} left of the run", is_kept=False)
 

@@ -73,7 +73,7 @@ def verdict(outcome: RunOutcome) -> str:
         verb = "is best" if len(best) == 1 else "are best, all alike,"
         text = f"{stage} {names} {verb} with {_standing(outcome, best, 'validation', tuned)}"
         if outcome.n_test:
-            text += f"; chosen by that, on test: {_standing(outcome, best, 'test', tuned)}"
+            text += f"; chosen by that, it has {_standing(outcome, best, 'test', tuned)}"
         sentences.append(text + ".")
     sentences.append("One seed: differences of a few tenths of a point are within the spread between seeds.")
     return " ".join(sentences)

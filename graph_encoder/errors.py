@@ -8,7 +8,7 @@ from torch import fx, nn
 
 
 class SecateurError(Exception):
-    """An error whose message says what was found, where, what is allowed and what to do; all others are faults of ours.
+    """An error that a user can mend: the message says what was found, where, what is allowed and what to do.
 
     What is raised is of a class below this one, and of one of Python's own.
     """

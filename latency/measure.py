@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -195,8 +195,7 @@ def measure(
         n_runs: timed calls of each, at least 5.
         n_warmup: calls made first and thrown away.
         threads: threads of each runtime; PyTorch's present number if not given.
-        cpus: numbers of the processors to stay on; those allowed now if not given. PyTorch's threads that are
-            running already stay where they are.
+        cpus: numbers of the processors to stay on; those allowed now if not given.
         stopwatch: what times a call.
 
     Raises:
@@ -298,7 +297,8 @@ def torch_threads(threads: int) -> Iterator[None]:
 def affinity(cpus: Sequence[int] | None) -> Iterator[None]:
     """Keep the threads of this process on some processors for a while; nothing is kept where not given.
 
-    All of them, as those that compute may be there already, and those that come meanwhile stay.
+    Those that run already, too, for they may be the ones that compute. Each gets back what it had, and those that were
+    started meanwhile what the calling one had.
 
     Raises:
         LatencyError: if this process may not run on one of them, or the system does not let it choose.
@@ -308,17 +308,17 @@ def affinity(cpus: Sequence[int] | None) -> Iterator[None]:
         return
     check_cpus(cpus)
     before = allowed_cpus()
-    _confine(cpus)
+    threads = {}
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):  # it may end first
+            threads[int(task.name)] = os.sched_getaffinity(int(task.name))
+            os.sched_setaffinity(int(task.name), cpus)
     try:
         yield
     finally:
-        _confine(before)
-
-
-def _confine(cpus: Iterable[int]) -> None:
-    for thread in Path("/proc/self/task").iterdir():
-        with suppress(ProcessLookupError):  # it may end first
-            os.sched_setaffinity(int(thread.name), cpus)
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(int(task.name), threads.get(int(task.name), before))
 
 
 def check_cpus(cpus: Sequence[int]) -> None:

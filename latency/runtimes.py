@@ -69,9 +69,11 @@ class Runtime(ABC):
 
     def check_installed(self) -> None:
         """Raise `LatencyError`, naming what to install, if the runtime cannot be used here."""
-        # Of a module within a package that is missing nothing can be found.
-        missing = [self.module.rpartition(".")[0], self.module]
-        if any(name and find_spec(name) is None for name in missing):
+        try:
+            is_missing = find_spec(self.module) is None
+        except ModuleNotFoundError:  # the package around it
+            is_missing = True
+        if is_missing:
             source = f"pip install 'secateur[{self.extra}]'" if self.extra else f"pip install {self.module}"
             msg = f"the runtime '{self.name}' needs the package '{self.module}', which is not installed; {source}"
             raise LatencyError(msg)

@@ -32,7 +32,7 @@ from .layer_policy import HALF_BITS, INTEGER_BITS, LayerPolicy
 from .policy import CompressionPolicy
 from .program_archive import ArchiveError, vetted_copy
 from .qdq import IntegerReport, MarkedNetwork, integer_model, integer_report, marked_network, saturates
-from .quantize import by_first_name, insert_quantizers, is_integer, quantized_layers
+from .quantize import ACT_QUANTIZERS, by_first_name, insert_quantizers, is_integer, quantized_layers
 from .sparse_training import without_progress
 from .surgery import apply_policy
 
@@ -145,19 +145,15 @@ def load_compressed(folder: Path | str, constructor: Callable[[], nn.Module]) ->
     removed = replace(policy, layers={name: layer for name, layer in policy.layers.items() if layer.is_sparse})
     pruned = apply_policy(dense, capture(dense, manifest.examples()), removed)
     are_quantized = any(layer.is_quantized for layer in policy.layers.values())
-    model = insert_quantizers(pruned, policy.layers) if are_quantized else pruned
     try:
         weights = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
         msg = f"cannot read the weights '{path}': {error}"
         raise ExportError(msg) from error
-    misfit = describe_misfit(unique_tensors(model), weights)
-    if misfit and are_quantized:
-        # A network with hooks of its own quantizes what its layers read, which the one that was built need not do.
-        other = insert_quantizers(pruned, policy.layers, whole_tensors=False)
-        if not describe_misfit(unique_tensors(other), weights):
-            model, misfit = other, ""
-    if misfit:
+    # Whether layers quantize what they read follows from more than the network that is built, hooks for one.
+    whole_tensors = any(name.startswith(f"{ACT_QUANTIZERS}.") for name in weights)
+    model = insert_quantizers(pruned, policy.layers, whole_tensors=whole_tensors) if are_quantized else pruned
+    if misfit := describe_misfit(unique_tensors(model), weights):
         msg = (
             f"the weights '{path}' do not fit the network that the constructor builds: {misfit}; they were saved from "
             f"'{manifest.constructor}'"

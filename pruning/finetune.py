@@ -29,7 +29,7 @@ class FinetuneError(SecateurError, RuntimeError):
 
 
 class TrainData(Protocol):
-    """Training batches: ``data(epoch)`` gives the pairs (inputs, labels) of an epoch, ``len(data)`` their number."""
+    """Training batches: ``data(epoch)`` gives the pairs (images, labels) of an epoch, ``len(data)`` their number."""
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -48,7 +48,7 @@ class Loader(Protocol):
         ...
 
     def __iter__(self) -> Iterator[Any]:
-        """The pairs (inputs, labels) of one epoch."""
+        """The pairs (images, labels) of one epoch."""
         ...
 
 
@@ -114,8 +114,8 @@ def finetune(
             of its own, what it draws depends on ``seed`` and the epoch.
         epochs: passes over the batches; 0 does nothing.
         learning_rate: peak of the schedule.
-        loss: of what the network returns and the labels. With another one than cross-entropy nothing is said of right
-            answers: accuracies are NaN without ``evaluate``.
+        loss: of what the network returns and the labels. With another one than `torch.nn.functional.cross_entropy`
+            itself nothing is said of right answers: accuracies are NaN without ``evaluate``.
         momentum: of the gradient.
         weight_decay: L2 penalty on every parameter but the step sizes of quantizers.
         warmup_steps: steps of linear rise; by default one epoch, at most a twentieth of the run.
@@ -165,6 +165,8 @@ def finetune(
         "autocast": autocast,
         "seed": seed,
     } | ({"first_epoch": first_epoch} if first_epoch else {})
+    if loss is not F.cross_entropy:
+        settings["loss"] = getattr(loss, "__qualname__", type(loss).__qualname__)
     progress = _restore(checkpoint, settings, model, optimizer) if checkpoint else _Progress()
     resumed_epoch = len(progress.losses)
     objective = _Objective(loss, teacher, distillation_weight, temperature)
@@ -271,8 +273,8 @@ def _train_epoch(
             group["lr"] = rate
         with torch.enable_grad(), mixed_precision(device.type, autocast):
             outputs = model(x)
-            if not isinstance(outputs, Tensor) and classifies:
-                msg = f"the network returns a {type(outputs).__name__}; cross-entropy needs one tensor of scores"
+            if not isinstance(outputs, Tensor) and (classifies or objective.teacher is not None):
+                msg = f"the network returns a {type(outputs).__name__}; this loss needs one tensor of scores"
                 raise FinetuneError(msg)
             logits = tree_map_only(Tensor, lambda each: each.float() if each.is_floating_point() else each, outputs)
             loss = objective(x, logits, y)
@@ -360,8 +362,6 @@ def _restore(
             continue
         for failure in failures:
             _log.warning("checkpoint %s: going on from the previous one, '%s'", failure, path)
-        if failures:
-            checkpoint.unlink()  # or the next one saved would put it in the place of this one
         _check_same_run(path, content, settings)
         _check_same_groups(path, content["optimizer"], optimizer)
         try:
@@ -373,6 +373,8 @@ def _restore(
                 f"{' '.join(str(error).split())[:300]}; train the same network, or delete it"
             )
             raise CheckpointError(msg) from error
+        if failures:
+            checkpoint.unlink()  # or the next one saved would put it in the place of this one
         return _Progress(tuple(content["losses"]), tuple(content["accuracies"]), content["seconds"])
     if failures:
         msg = f"no checkpoint to go on from: {'; '.join(failures)}; delete them to train from the start"

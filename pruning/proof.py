@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from graph_encoder.batches import inputs_of, tensors_of
 from graph_encoder.copies import copied
@@ -127,24 +129,32 @@ def prove(
     return proofs
 
 
+class _Readers(TorchFunctionMode):
+    """Notes whether anything that runs within reads one of some tensors."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._tensors = {id(tensor): tensor for tensor in tensors}
+        self.found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found = self.found or any(id(leaf) in self._tensors for leaf in tree_leaves((args, kwargs)))
+        return func(*args, **(kwargs or {}))
+
+
 def _check_independent(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Refuse a network whose copies run the layers of the original: nothing done to them would be seen."""
-    same, other = copied(model), copied(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad(), kept_randomness():
-        for parameter in other.parameters():
-            if parameter.is_floating_point() and parameter.dtype.itemsize > 1 and not parameter.is_meta:
-                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter))
-        try:
-            found = [_outputs(network.eval(), inputs) for network in (same, other)]
-        except _FAILURES:
-            return  # which is told of where the smaller network fails alike
-    floats = [pair for pair in zip(*found, strict=True) if pair[0].is_floating_point()]
-    if floats and any(True for _ in model.parameters()) and all(torch.equal(one, two) for one, two in floats):
+    """Refuse a network whose copies run layers of the original: nothing done to them would be seen."""
+    held = [*model.parameters(), *model.buffers()]
+    with evaluation_mode(model), attributes_kept(model), torch.no_grad(), kept_randomness():
+        copy = copied(model)
+        # What stops it stops the smaller network, too, and is told of that.
+        with _Readers(held) as readers, suppress(Exception):
+            copy(*inputs)
+    if readers.found:
         msg = (
-            f"a copy of {type(model).__name__} with other weights computes the same: its forward, or a hook, is a "
-            "function that holds the network itself, as a lambda or a closure does, so that a smaller copy would go on "
-            "running the layers of the original. Make it a method of the network's class"
+            f"a copy of {type(model).__name__} computes with weights of the original: a forward or a hook in it is a "
+            "function that holds the network or a layer, as a lambda or a closure does, so that a smaller copy would "
+            "go on running what it was copied from. Make it a method of the module's class"
         )
         raise TraceError(msg)
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from graph_encoder.batches import Batch, first_images, inputs_of, tensors_of
 from graph_encoder.copies import copied
 from graph_encoder.modes import attributes_kept, evaluation_mode
+from graph_encoder.randomness import kept_randomness
 from graph_encoder.symbolic import name_within, symbolic_trace
 
 from .calibration import CalibrationError, Observer, RangeMethod, nothing_seen, shared_values, weight_steps
@@ -28,6 +29,8 @@ from .layer_policy import FULL_BITS, HALF_BITS, INTEGER_BITS, LayerPolicy, Polic
 
 _SMALLEST_STEP = 1e-12
 _RELU6 = 6.0
+ACT_QUANTIZERS = "act_quantizers"
+"""Module of a trace with the quantizers of whole tensors."""
 _ALIKE = 1e-3
 """Largest difference of outputs, as a share of the largest, that the order of sums explains."""
 
@@ -444,13 +447,26 @@ def _held(batches: Iterable[Batch]) -> Sequence[Batch]:
 
 def _compute_alike(traced: nn.Module, model: nn.Module, example: Batch) -> bool:
     """Whether a trace computes what the module does, up to the order of sums."""
-    with evaluation_mode(model), evaluation_mode(traced), torch.no_grad(), attributes_kept(model):
-        found = [tensors_of(network(*inputs_of(example))) for network in (model, traced)]
-    return len(found[0]) == len(found[1]) and all(
-        one.shape == other.shape and torch.allclose(one, other, _ALIKE, _ALIKE * float(one.abs().max()), equal_nan=True)
-        for one, other in zip(*found, strict=True)
-        if one.is_floating_point() and one.numel()
-    )
+
+    def outputs(network: nn.Module) -> list[Tensor]:
+        with evaluation_mode(network), torch.no_grad(), attributes_kept(network), kept_randomness():
+            torch.manual_seed(0)
+            return tensors_of(network(*inputs_of(example)))
+
+    expected = outputs(model)
+    try:
+        found = outputs(traced)
+    except Exception:  # whatever stops a trace that took another branch
+        return False
+    return len(found) == len(expected) and all(map(_are_near, found, expected))
+
+
+def _are_near(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or not one.is_floating_point():
+        return one.shape == other.shape
+    values = other[other.isfinite()].abs()
+    scale = float(values.max()) if values.numel() else 0.0
+    return torch.allclose(one, other, _ALIKE, _ALIKE * scale, equal_nan=True)
 
 
 def _run(model: nn.Module, batches: Iterable[Batch]) -> None:
@@ -638,15 +654,15 @@ def _quantize_tensors(traced: fx.GraphModule, integer: set[str]) -> None:
     """Put a quantizer behind every tensor that integer kernels write or read, for all that read it."""
     device = next((tensor.device for tensor in traced.parameters()), torch.device("cpu"))
     chosen, modules = tensors_to_quantize(traced, integer), dict(traced.named_modules(remove_duplicate=False))
-    traced.act_quantizers = nn.ModuleDict()
+    traced.add_module(ACT_QUANTIZERS, quantizers := nn.ModuleDict())
     for node in chosen:
         ceiling = _RELU6 if kind_of(node, modules) in (nn.ReLU6, F.relu6) else math.inf
         quantizer = ActQuantizer(INTEGER_BITS, f"the output of '{node.name}'", ceiling).to(device)
-        traced.act_quantizers[name_within(nn.ModuleDict, node.name)] = quantizer
+        quantizers[name_within(nn.ModuleDict, node.name)] = quantizer
     for node in chosen:
         readers = [reader for reader in node.users if reader.op != "output"]
         with traced.graph.inserting_after(node):
-            place = f"act_quantizers.{name_within(nn.ModuleDict, node.name)}"
+            place = f"{ACT_QUANTIZERS}.{name_within(nn.ModuleDict, node.name)}"
             quantized = traced.graph.call_module(place, (node,))
         for reader in readers:
             reader.replace_input_with(node, quantized)

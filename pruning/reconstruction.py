@@ -45,7 +45,8 @@ class _Target:
         addend: what the dense network added to it there, directly or after its batch norm; None where nothing was.
         gain: factor of that batch norm for each channel, 1 without one.
         is_linear: whether channels come last, as those of a linear layer do.
-        is_normed: whether its batch norm reads that output itself, and not what an activation or pooling makes of it.
+        is_normed: whether its batch norm reads that output itself, maybe in another shape, and not what an activation
+            or pooling makes of it.
     """
 
     image: Tensor
@@ -91,6 +92,7 @@ class _Sums(TorchFunctionMode):
         super().__init__()
         self._at_sum = at_sum
         self._marked: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+        self._viewed: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
     def mark(self, name: str, output: Tensor) -> None:
         """Wait for ``output``, unless it is changed in place before."""
@@ -102,6 +104,11 @@ class _Sums(TorchFunctionMode):
             return None
         reference, version, name = mark
         return name if reference() is output and version == output._version else None
+
+    def viewed(self, view: Tensor) -> str | None:
+        """The mark that the tensor had of which this is all in another shape; None if there was none."""
+        reference, name = self._viewed.get(id(view), (None, None))
+        return name if reference is not None and reference() is view else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ in _SUMS and len(args) == 2 and not kwargs and _are_alike(*args):
@@ -116,14 +123,19 @@ class _Sums(TorchFunctionMode):
         # What returns no tensor, as a look at the shape does, or the same one, as dropout does here, has not read it.
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for leaf in tree_leaves((args, kwargs)) if results and self._marked else ():
-            if all(leaf is not result for result in results):
-                self.take(leaf)
+            if all(leaf is not each for each in results) and (name := self.take(leaf)) is not None:
+                views = [each for each in results if _is_all_of(leaf, each)]
+                self._viewed |= {id(each): (weakref.ref(each), name) for each in views}
         return result
 
     def _instead_of(self, output: Tensor, *, beside: Tensor) -> Tensor:
         name = self.take(output)
         better = self._at_sum(name, beside) if name is not None else None
         return output if better is None else better
+
+
+def _is_all_of(tensor: Tensor, view: Tensor) -> bool:
+    return view.numel() == tensor.numel() and view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
 def _are_alike(one: object, other: object) -> bool:
@@ -262,12 +274,18 @@ def _sample_outputs(
 
     sums = _Sums(keep_addend)
 
-    def enter_norm(name: str, x: Tensor) -> None:
-        if sums.take(x) == name:
+    direct = set()
+
+    def enter_norm(name: str, inputs: tuple[Tensor, ...]) -> None:
+        found = sums.take(inputs[0]) if inputs else None
+        if found == name:
+            direct.add(name)
+        if name in (found, sums.viewed(inputs[0]) if inputs else None):
             targets[name] = replace(targets[name], is_normed=True)
 
     def leave_norm(name: str, output: Tensor) -> None:
-        if name in targets and targets[name].is_normed:
+        # Of another shape, it is not at the positions that were sampled.
+        if name in direct:
             sums.mark(name, output)
 
     handles = []
@@ -277,7 +295,7 @@ def _sample_outputs(
         handles.append(layer.register_forward_hook(lambda _, __, output, name=name: sums.mark(name, output)))
         if norm:
             after = dense.get_submodule(norm)
-            handles.append(after.register_forward_pre_hook(lambda _, xs, name=name: enter_norm(name, xs[0])))
+            handles.append(after.register_forward_pre_hook(lambda _, xs, name=name: enter_norm(name, xs)))
             handles.append(after.register_forward_hook(lambda _, __, output, name=name: leave_norm(name, output)))
     try:
         with evaluation_mode(dense), torch.no_grad(), sums:

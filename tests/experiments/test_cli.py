@@ -800,12 +800,14 @@ def test_check_heeds_a_budget_among_the_settings_and_refuses_what_it_does_not_he
     network = ("check", "tests.experiments.tiny:network", "--shape", "1,8,8", "--classes", "3")
 
     refused = command(*network, "--set", "budget=1%")
+    assert command(*network, "--budget", "none", "--set", "search.for_transfer=true").code == 0
     unheeded = command(*network, "--set", "model.weights=a.safetensors", "--set", "search.seed=3")
 
     assert refused.code == 1 and "budget refused" in refused.out
     assert (unheeded.code, unheeded.err) == (
         1,
-        "error: --set model, search.seed: check heeds budget, latency.* and search.*, and has --weights and --seed\n",
+        "error: --set model.weights, search.seed: check heeds budget, latency.* and search.* alone, and has --weights "
+        "and --seed\n",
     )
 
 

@@ -100,9 +100,9 @@ def test_verdict_names_the_winner_on_validation_and_what_the_test_images_say_of_
 
     assert text == (
         "Before fine-tuning ppo is best with 81.00 % on the 750 validation images, +11.00 points from uniform and "
-        "-9.00 from the dense network; chosen by that, on test: 80.00 % on the 750 test images, +10.00 points from "
+        "-9.00 from the dense network; chosen by that, it has 80.00 % on the 750 test images, +10.00 points from "
         "uniform and -10.00 from the dense network. After fine-tuning ppo is best with 88.00 % on the 750 validation "
-        "images, +3.00 points from uniform and -3.00 from the dense network; chosen by that, on test: 87.00 % on the "
+        "images, +3.00 points from uniform and -3.00 from the dense network; chosen by that, it has 87.00 % on the "
         "750 test images, +2.00 points from uniform and -4.00 from the dense network. One seed: differences of a few "
         "tenths of a point are within the spread between seeds."
     )
@@ -126,7 +126,7 @@ def test_methods_that_are_alike_on_validation_are_all_named() -> None:
     text = verdict(outcome(*alike))
 
     assert "cem and ppo are best, all alike, with 80.00 % on the 750 validation images, -10.00 from the dense" in text
-    assert "on test: 79.00 % and 80.00 % on the 750 test images. After" in text
+    assert "it has 79.00 % and 80.00 % on the 750 test images. After" in text
 
 
 def test_without_a_test_split_validation_accuracy_is_shown_and_said_to_be() -> None:

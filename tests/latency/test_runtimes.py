@@ -48,7 +48,7 @@ class Unversioned(Counting):
 
 class Missing(Counting):
     name = "missing"
-    module = "no_such_package.runtime"
+    module = "no_such_package.of.runtimes"
 """
 
 
@@ -87,7 +87,9 @@ def test_a_runtime_of_another_package_that_cannot_be_told_or_used_is_named(plugi
         find_runtime("renamed")
     with pytest.raises(LatencyError, match="'unversioned': 'fakeplugin' has no __version__; give the class a version"):
         find_runtime("unversioned").version()
-    with pytest.raises(LatencyError, match=r"'missing' needs the package 'no_such_package\.runtime', which is not"):
+    with pytest.raises(
+        LatencyError, match=r"'missing' needs the package 'no_such_package\.of\.runtimes', which is not"
+    ):
         find_runtime("missing")
 
 

@@ -397,7 +397,7 @@ class Scores(nn.Module):
 def test_outputs_that_are_no_scores_are_told() -> None:
     with pytest.raises(FinetuneError) as caught:
         finetune(Scores(), Blobs(), epochs=1, learning_rate=0.1)
-    assert str(caught.value) == "the network returns a dict; cross-entropy needs one tensor of scores"
+    assert str(caught.value) == "the network returns a dict; this loss needs one tensor of scores"
 
 
 @pytest.mark.parametrize(("given", "told"), [(2, "2"), (6, "more")])

@@ -292,11 +292,37 @@ def with_closure() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [with_closure, WithHook])
+def with_closure_on_a_layer() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    layer = model[0]
+    model[1].forward = lambda _: nn.functional.linear(torch.ones(4, 6), layer.weight).relu()
+    return model
+
+
+class ClassNumbers(nn.Module):
+    """Its outputs are integers, which other weights leave as they are as often as not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu()).argmax(1)
+
+
+@pytest.mark.parametrize("model", [ClassNumbers(), nn.Sequential(nn.ReLU(), nn.Flatten())])
+def test_outputs_of_integers_and_networks_without_weights_are_no_closures(model: nn.Module) -> None:
+    x = torch.randn(2, 6)
+    graph = capture(model.eval(), x)
+
+    assert leave_refuted_dense(model, graph, x) == graph
+
+
+@pytest.mark.parametrize("make", [with_closure, with_closure_on_a_layer, WithHook])
 def test_a_network_whose_copies_run_its_own_layers_is_refused(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model, x = make().eval(), torch.randn(2, 6)
     graph = capture(model, x)
 
-    with pytest.raises(TraceError, match="with other weights computes the same: its forward, or a hook, is a function"):
+    with pytest.raises(TraceError, match="computes with weights of the original: a forward or a hook in it is"):
         leave_refuted_dense(model, graph, x)

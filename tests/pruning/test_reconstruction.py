@@ -386,3 +386,35 @@ def test_weights_that_no_layer_holds_are_left_as_they_are() -> None:
     reconstruct(model, fitted, graph, policy, [x], generator=torch.Generator().manual_seed(0))
 
     assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), fitted.parameters(), strict=True))
+
+
+class NormOfTurnedTokens(nn.Module):
+    """As in LeViT: the batch norm reads the output of a layer without bias in another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.project, self.norm = nn.Linear(6, 14), nn.Linear(14, 6, bias=False), nn.BatchNorm1d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.project(functional.relu(self.wide(x)))
+        return self.norm(x.flatten(0, 1)).reshape(x.shape)
+
+
+def test_a_batch_norm_that_reads_the_output_in_another_shape_makes_up_for_its_mean() -> None:
+    torch.manual_seed(0)
+    model, images = NormOfTurnedTokens(), 2 + torch.randn(256, 4, 6)
+    for _ in range(100):  # statistics as if trained
+        model.train()(images)
+    graph = capture(model.eval(), images[:2])
+    policy = CompressionPolicy({"wide": tuple(range(9))}, {"wide": 14})
+    fitted = apply_policy(model, graph, policy)
+
+    reconstruct(model, fitted, graph, policy, [images], generator=torch.Generator().manual_seed(0), ridge=1e-9)
+
+    with torch.no_grad():
+        hidden = functional.relu(fitted.get_submodule("wide")(images)).flatten(0, 1)
+        wanted = model.project(functional.relu(model.wide(images))).flatten(0, 1)
+        hidden, wanted = hidden - hidden.mean(0), wanted - wanted.mean(0)
+        least = hidden @ torch.linalg.lstsq(hidden, wanted).solution
+        found = hidden @ fitted.get_submodule("project").weight.t()
+        assert (found - least).square().mean() < 2e-3 * wanted.square().mean()
