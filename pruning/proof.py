@@ -112,7 +112,7 @@ def prove(
         torch.cat([x, -x / 2 if x.is_floating_point() else x.roll(1, 0)]) if x.dim() else x
         for x in inputs_of(example_inputs)
     )
-    _check_independent(model, inputs)
+    _check_independent(model, graph, inputs)
     plain, roused = copied(model), copied(model)
     with attributes_kept(plain):
         reestimate_batch_norm(plain, [inputs])
@@ -142,9 +142,11 @@ class _Readers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _check_independent(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Refuse a network whose copies run layers of the original: nothing done to them would be seen."""
-    held = [*model.parameters(), *model.buffers()]
+def _check_independent(model: nn.Module, graph: NetworkGraph, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse a network whose copies read what can be removed in the original: nothing done to them would be seen."""
+    removable = {member.tensor for group in graph.prunable for member in group.members}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    held = [tensor for name, tensor in tensors if name in removable]
     with evaluation_mode(model), attributes_kept(model), torch.no_grad(), kept_randomness():
         copy = copied(model)
         # What stops it stops the smaller network, too, and is told of that.
