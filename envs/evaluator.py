@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graph_encoder.batches import Batch, count_images, first_images, inputs_of, tensors_of
 from graph_encoder.copies import copied
 from graph_encoder.errors import SecateurError
-from graph_encoder.modes import evaluation_mode, in_channels_last
+from graph_encoder.modes import evaluation_mode, lay_channels_last
 from graph_encoder.network import NetworkGraph
 from graph_encoder.randomness import kept_randomness
 from latency.cost import predict_cost
@@ -347,7 +347,7 @@ class CandidateEvaluator:
         """The network that ``policy``, which has no bits, leaves, reconstructed and with statistics re-estimated."""
         candidate = apply_policy(self.model, self.graph, policy)
         if self._channels_last:
-            in_channels_last(candidate)
+            lay_channels_last(candidate)
         if self._reconstruct is not None:
             masks = {name: sparse_weight(candidate, name)[0] != 0 for name in policy.sparse_layers}
             self._reconstruct(self.model, candidate, self.graph, policy, self._calibration)

@@ -13,13 +13,13 @@ from envs.action import decode
 from envs.evaluator import CandidateEvaluator
 from envs.journal import Journal
 from latency.cost import count_nonzero, predict_cost
-from pruning.export import ExportError, export_onnx, save_compressed
+from pruning.export import ExportError, export_onnx
 from pruning.policy import CompressionPolicy
 
 from .agents import plan_by_agent, search_by_agent
 from .clock import TableDevice
 from .config import ConfigError, RunConfig
-from .exported_files import ONNX_NAME, describe_images, write_exported
+from .exported_files import ONNX_NAME, save_network
 from .interrupt import StopFlag
 from .machine import set_up_device
 from .methods import ranked_plans
@@ -170,11 +170,7 @@ def _saved(
             f"finetune.epochs is {epochs}, but 'secateur apply' does not fine-tune: pass the same configuration to "
             f"'secateur finetune {out}'"
         )
-    images = subject.range_images()[0]
-    metadata = describe_images(subject.config.data, subject.data.classes)
-    onnx = write_exported(network, COMPRESSED, example, out, images, subject.config.measure, display, metadata)
-    # Last: it makes the folder one of a network.
-    save_compressed(network, policy, out, constructor=subject.config.model.name, example_inputs=example)
+    onnx = save_network(network, policy, COMPRESSED, subject, out, display)
     device = TableDevice.of(subject.config.latency.table)
     macs, params = count_nonzero(network, subject.graph, policy, example)
     own, dense = _times(subject, network, policy, onnx, device, display)

@@ -1,4 +1,4 @@
-"""A finished network as files that need none of its Python code, where it can be one."""
+"""A finished network as files, where it can be as such that need none of its Python code."""
 
 from __future__ import annotations
 
@@ -8,18 +8,36 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pruning.export import ExportError, export_onnx, export_program
+from pruning.export import ExportError, export_onnx, export_program, save_compressed
+from pruning.policy import CompressionPolicy
 from pruning.program_archive import ArchiveError
 from pruning.qdq import EXACT_SUMS, IntegerReport
 
 from .config import MeasureConfig
 from .data import DataRecipe
 from .progress import RunDisplay
+from .subject import Subject
 
 ONNX_NAME, PROGRAM_NAME = "model.onnx", "model.pt2"
 """The files in the folder of a network."""
 NOTICED_SATURATION = 0.05
 """Difference of an integer file's outputs, by sums that saturate, that is told."""
+
+
+def save_network(
+    network: nn.Module, policy: CompressionPolicy, name: str, subject: Subject, folder: Path, display: RunDisplay
+) -> Path | None:
+    """Write the network that a policy left of a subject's, in all its forms; the arguments are `write_exported`'s.
+
+    Returns:
+        The ONNX file, None if it was not written.
+    """
+    example, config = subject.example(2), subject.config
+    images, metadata = subject.range_images()[0], describe_images(config.data, subject.data.classes)
+    onnx = write_exported(network, name, example, folder, images, config.measure, display, metadata)
+    # Last: it makes the folder one of a network.
+    save_compressed(network, policy, folder, constructor=config.model.name, example_inputs=example)
+    return onnx
 
 
 def write_exported(

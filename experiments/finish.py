@@ -14,14 +14,14 @@ from torch import nn
 from envs.journal import ClockReading, Journal
 from graph_encoder.copies import copied
 from latency.cost import count_nonzero, predict_cost
-from pruning.export import load_unique, save_compressed, unique_tensors
+from pruning.export import load_unique, unique_tensors
 from pruning.files import write_atomic
 from pruning.policy import CompressionPolicy
 from pruning.quantize import calibrate
 
 from .clock import TableDevice
 from .config import RunConfig
-from .exported_files import ONNX_NAME, describe_images, write_exported
+from .exported_files import ONNX_NAME, save_network
 from .figures import Plan
 from .images import MissingSplitError
 from .interrupt import StopFlag
@@ -249,12 +249,9 @@ def save_product(
     folder: RunFolder, subject: Subject, name: str, network: nn.Module, policy: CompressionPolicy, display: RunDisplay
 ) -> None:
     """Write the network of a method, or the dense one, into a run, unless it is there already."""
-    target, example = folder.method(name).model, subject.example(2)
-    if (target / "manifest.json").exists():
-        return
-    images, metadata = subject.range_images()[0], describe_images(subject.config.data, subject.data.classes)
-    write_exported(network, name, example, target, images, subject.config.measure, display, metadata)
-    save_compressed(network, policy, target, constructor=subject.config.model.name, example_inputs=example)
+    target = folder.method(name).model
+    if not (target / "manifest.json").exists():
+        save_network(network, policy, name, subject, target, display)
 
 
 def _row(folder: RunFolder, subject: Subject, problem: SearchProblem, finalist: Finalist) -> MethodOutcome:

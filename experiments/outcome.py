@@ -407,12 +407,8 @@ def _table(columns: Sequence[Sequence[str]], title: str) -> Table:
 
 
 def _title(outcome: RunOutcome) -> str:
-    return f"{outcome.model} with {outcome.budget}, {outcome.data}; {images_in_words(outcome)}"
-
-
-def images_in_words(outcome: RunOutcome) -> str:
-    """What accuracies are of: ``750 validation and 750 test images``."""
-    return f"{' and '.join(f'{n:,} {split}' for split, n in outcome.splits.items())} images"
+    images = " and ".join(f"{n:,} {split}" for split, n in outcome.splits.items())
+    return f"{outcome.model} with {outcome.budget}, {outcome.data}; {images} images"
 
 
 def speeds(outcome: RunOutcome) -> list[Speed]:

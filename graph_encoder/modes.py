@@ -5,13 +5,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-
-Network = TypeVar("Network", bound=nn.Module)
 
 _TRIED = (8, 64, 16, 16)
 """Shape of the images that precisions are tried on: a layer of a small network."""
@@ -47,12 +45,11 @@ def _held(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
     return attributes, [(each, each.copy() if each else ()) for each in containers]
 
 
-def in_channels_last(model: Network) -> Network:
-    """``model`` with its tensors of four dimensions in that memory format, in place; PyTorch refuses those of five."""
+def lay_channels_last(model: nn.Module) -> None:
+    """Bring the tensors of four dimensions into that memory format, in place; PyTorch refuses those of five."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dim() == 4:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-    return model
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from graph_encoder.copies import copied
 from graph_encoder.errors import SecateurError, first_line
-from graph_encoder.modes import in_channels_last
+from graph_encoder.modes import lay_channels_last
 from pruning.kernels.lowering import LoweringError
 from pruning.kernels.native import library
 from pruning.sparse_network import SparseNetwork, SparseNetworkError, sparsify
@@ -336,7 +336,8 @@ def _channels_last(
     if not any(x.dim() == 4 for x in inputs):
         return timed, tuple(x.to(device) for x in inputs)
     values = (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
-    return in_channels_last(timed), tuple(x.to(device) for x in values)
+    lay_channels_last(timed)
+    return timed, tuple(x.to(device) for x in values)
 
 
 def _onnx(name: str, artifact: Artifact) -> bytes | Path:

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from graph_encoder import modes
-from graph_encoder.modes import in_channels_last, mixed_precision
+from graph_encoder.modes import lay_channels_last, mixed_precision
 
 OWN = "_ConvolutionBackward"
 """Name of the step back through a convolution whose gradients are from single precision."""
@@ -152,7 +152,7 @@ def test_tensors_of_four_dimensions_alone_are_laid_out_with_the_channels_last() 
     model = nn.ModuleDict({"flat": nn.Conv2d(3, 8, 3), "deep": nn.Conv3d(3, 8, 3), "linear": nn.Linear(4, 4)})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    in_channels_last(model)
+    lay_channels_last(model)
 
     assert model["flat"].weight.is_contiguous(memory_format=torch.channels_last)
     assert model["deep"].weight.is_contiguous()
