@@ -39,7 +39,7 @@ class NetworkEnv(CompressionEnv):
     | ``edge_types`` | ``(E,)`` | index | in `graph_encoder.features.EDGE_TYPES` |
     | ``node_mask``, ``edge_mask`` | ``(N,)``, ``(E,)`` | 0 or 1 | 0 for padding |
     | ``decisions`` | ``(D,)`` | index | node of each decision |
-    | ``decision_mask`` | ``(D,)`` | 0 or 1 | 0 for padding |
+    | ``decision_mask`` | ``(D,)`` | 0 or 1 | 0 for padding, and where there is one choice only |
     | ``globals`` | ``(G,)`` | -10 to 10 | `graph_encoder.features.GLOBAL_FEATURES`, no unit |
 
     **Reward**: ``reward(accuracy, cost, limit)`` of the plan after the first step; in refinement steps its change, so

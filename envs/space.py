@@ -208,6 +208,13 @@ class SearchSpace:
         bounds = tuple(replace(bound, limit=limit) if bound.cost.kind == kind else bound for bound in self.bounds)
         return replace(self, bounds=bounds)
 
+    def without_idle_floats(self) -> SearchSpace:
+        """The same space without single precision, but for layers that have it when `quantized`, or in `fastest`."""
+        most, ladders = np.maximum(self.quantized, self.fastest), list(self.ladders)
+        for index in self.rungs_of_bits:
+            ladders[index] = ladders[index][ladders[index] <= most[index]]
+        return replace(self, ladders=tuple(ladders))
+
     @property
     def limit(self) -> int | None:
         """Most that a plan may cost of the first budget, None without any."""
@@ -242,6 +249,21 @@ class SearchSpace:
     def maximum(self) -> Counts:
         """Largest count of each decision, shape ``(n,)``."""
         return np.array([ladder[-1] for ladder in self.ladders], dtype=np.int64)
+
+    @cached_property
+    def has_one_plan(self) -> bool:
+        """Whether everything on offer keeps the budgets: then every action stands for the largest counts."""
+        return bool(self.bounds) and self.fits(self.maximum)
+
+    @cached_property
+    def quantized(self) -> Counts:
+        """The largest counts without single precision, but where that is faster by a table, shape ``(n,)``."""
+        counts = self.maximum.copy()
+        for index in self.rungs_of_bits:
+            below = self.ladders[index][self.ladders[index] < self.sizes[index]]
+            counts[index] = below[-1] if len(below) else counts[index]
+        # Whether other budgets are kept is no matter here.
+        return counts if self.timed is None else replace(self, bounds=(self.timed,)).widened(counts)
 
     @cached_property
     def min_keep_ratio(self) -> Ratios:

@@ -120,15 +120,16 @@ def plan_by_agent(
 
 def _task(problem: SearchProblem, settings: SearchSettings) -> Task:
     """What an agent plans in this problem."""
-    decides_density = "density" in settings.decide
+    decides_density, space = "density" in settings.decide, problem.space
+    offered = {bits for index in space.rungs_of_bits for bits in space.ladders[index].tolist()}
     return Task(
         environment=settings.environment,
         start=_start(problem),
         decide=settings.decide,
-        budgets=tuple(bound.cost.kind for bound in problem.space.bounds) or ("none",),
+        budgets=tuple(bound.cost.kind for bound in space.bounds) or ("none",),
         sparsity=settings.sparsity if decides_density else "",
         densities=settings.densities if decides_density else (),
-        bits=settings.bits if settings.decides_bits else (),
+        bits=tuple(bits for bits in settings.bits if bits in offered),
         span=settings.span,
     )
 

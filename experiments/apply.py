@@ -58,7 +58,10 @@ def apply_saved(
     refuse_existing(out)
     if source.is_dir():
         if not MethodFolder(source).agent_file.exists():
-            msg = f"'{source}' holds no trained agent; only ppo and ddpg train one, in RUN/methods/ppo or .../ddpg"
+            msg = (
+                f"'{source}' holds no trained agent; only ppo and ddpg train one, in RUN/methods/ppo or .../ddpg, and "
+                "none where everything on offer keeps the budget"
+            )
             raise ConfigError(msg)
         source = MethodFolder(source).agent_file
     if not source.exists():

@@ -370,6 +370,7 @@ def _outcome(
         elsewhere=device.elsewhere,
         probe_evaluations=problem.probe_evaluations,
         probe_seconds=problem.probe_seconds,
+        bits_note=problem.bits_note,
         granted_evaluations=config.search.evaluations,
         n_validation=len(subject.data.validation),
         n_test=n_test,

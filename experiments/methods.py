@@ -151,7 +151,9 @@ def propose(
 ) -> None:
     """Let one method propose plans until its evaluations are spent; what it proposed is in the evaluator's history."""
     space = problem.space
-    if method in ONE_SHOT:
+    if space.has_one_plan:
+        evaluator.score(space.policy(space.maximum))
+    elif method in ONE_SHOT:
         evaluator.score(space.policy(project(_one_shot(method, problem), space)))
     elif method in ("ppo", "ddpg"):
         config = agent or default_config(method)

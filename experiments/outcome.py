@@ -256,6 +256,8 @@ class RunOutcome(_Record):
     probe_evaluations: float = 0.0
     """Evaluations that the sensitivity probes count as; made once, counted for each method that uses them."""
     probe_seconds: float = 0.0
+    bits_note: str = ""
+    """Why single precision was not on offer, see `SearchProblem.bits_note`; empty if it was."""
     granted_evaluations: int | None = None
     """Evaluations that each searching method was granted; one that finds nothing new to propose ends with fewer."""
     n_validation: int

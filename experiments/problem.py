@@ -42,6 +42,7 @@ from pruning.policy import CompressionPolicy
 from pruning.reconstruction import reconstruct
 
 from .config import ConfigError, SearchSettings
+from .progress import count
 
 PROBES = "probes"
 """Name of the sensitivity probes in the journal."""
@@ -131,6 +132,8 @@ class SearchProblem:
         probe_seconds: what they cost in time.
         starts_from_probes: whether the start plan follows from them.
         shows_probes: whether agents see them.
+        lost_when_quantized: accuracy that the whole network loses when it is quantized, if that is too little to tell
+            and single precision is not on offer; None if it is.
     """
 
     model: nn.Module
@@ -144,6 +147,7 @@ class SearchProblem:
     probe_seconds: float = 0.0
     starts_from_probes: bool = False
     shows_probes: bool = False
+    lost_when_quantized: float | None = None
 
     def evaluator(
         self,
@@ -190,6 +194,17 @@ class SearchProblem:
         counts = np.array([found.kept.get(name, size) for name, size in pairs], dtype=np.int64)
         layers = {name: LayerPolicy.from_plain(entry, f"layer '{name}'") for name, entry in found.layers.items()}
         return replace(self.space.policy(counts), layers=layers)
+
+    @property
+    def bits_note(self) -> str:
+        """Why single precision is not on offer; empty if it is."""
+        if self.lost_when_quantized is None:
+            return ""
+        lost, images = 100 * max(self.lost_when_quantized, 0), count(self.scoring.n_images, "search image")
+        return (
+            f"quantized, with all of its channels, the network loses {lost:.2f} points of accuracy, which {images} "
+            "cannot tell from none: no budget is spent on single precision"
+        )
 
     def losses(self) -> list[NDArray[np.float64]]:
         """What each decision is taken to lose alone, see `envs.allocation.losses`."""
@@ -299,14 +314,19 @@ def least_squares(seed: int) -> ReconstructFunction:
     return repair
 
 
-def evaluations_to_probe(space: SearchSpace, share: float, n_images: int, n_calibration: int) -> float:
-    """Evaluations that `probe` takes: one a group that can be cut and one more, and what comparisons count as.
+def evaluations_to_probe(
+    space: SearchSpace, share: float, n_images: int, n_calibration: int, *, as_start: bool
+) -> float:
+    """Evaluations that `probe` takes.
+
+    One a group that can be cut and one more, what comparisons count as, and those of the quantized network.
 
     Args:
         space: what is decided.
         share: of the search images that the probes use.
         n_images: search images.
         n_calibration: calibration images.
+        as_start: as for `probe`.
     """
     n_groups = len(space.groups)
     # Where a group cannot be cut, its plan is that of the whole network, and no plan counts twice.
@@ -314,7 +334,9 @@ def evaluations_to_probe(space: SearchSpace, share: float, n_images: int, n_cali
     ladders = zip(space.layers, space.ladders[n_groups:], strict=True)
     n_compared = sum(len(probed_levels(ladder, decision.size)) for decision, ladder in ladders)
     n_compared += n_cut + (n_cut < n_groups) if space.layers else 0
-    return (n_cut + 1) * share + n_compared * min(COMPARED_IMAGES, n_images, n_calibration) / n_images
+    # And the whole network again, where it was scored on a share of the images.
+    n_quantized = 1 + (share < 1) if as_start and _saves_when_quantized(space) else 0
+    return (n_cut + 1) * share + n_compared * min(COMPARED_IMAGES, n_images, n_calibration) / n_images + n_quantized
 
 
 def probe(
@@ -332,7 +354,8 @@ def probe(
         problem: with a uniform start.
         share: of the search images that the probes use.
         on_evaluation: told of each probe.
-        as_start: make the plan that follows the start of every method; the probes then count for each of them.
+        as_start: make the plan that follows the start of every method, and offer none of them single precision where
+            that buys nothing (`_without_idle_floats`); the probes then count for each of them.
         shown: show agents the result; the probes then count for each of these.
         notify: told if the calibration images do not fit the network.
     """
@@ -344,6 +367,8 @@ def probe(
     warning = check_calibration_is_like_training(evaluator.dense_accuracy(share), measured.dense_accuracy, n_images)
     if warning:
         notify(warning)
+    if as_start:
+        problem = _without_idle_floats(problem, measured.dense_accuracy if share == 1 else None, evaluator)
     probed = replace(
         problem,
         sensitivity=measured,
@@ -353,6 +378,38 @@ def probe(
         shows_probes=shown,
     )
     return replace(probed, space=problem.space.with_prior(probed.sensitivity_offsets())) if as_start else probed
+
+
+def _saves_when_quantized(space: SearchSpace) -> bool:
+    """Whether giving up single precision saves something of a budget, and costs more of none."""
+    saved = [bound.cost(space.maximum) - bound.cost(space.quantized) for bound in space.bounds]
+    return any(one > 0 for one in saved) and min(saved) >= 0
+
+
+def _without_idle_floats(
+    problem: SearchProblem, dense_accuracy: float | None, evaluator: WatchedEvaluator
+) -> SearchProblem:
+    """The problem without single precision, where that buys nothing.
+
+    Plans spend what a budget leaves. Where the whole network loses no accuracy that the search images can tell when it
+    is quantized, single precision would cost and not pay. It stays on offer in layers that are faster in it.
+
+    Args:
+        problem: with all choices.
+        dense_accuracy: of the whole network on all search images, as candidates are scored; None if not known.
+        evaluator: of the probes.
+    """
+    space = problem.space
+    if not _saves_when_quantized(space):
+        return problem
+    if dense_accuracy is None:
+        dense_accuracy = evaluator.score(CompressionPolicy({}), purpose="probe").accuracy
+    lost = dense_accuracy - evaluator.score(space.policy(space.quantized), purpose="probe").accuracy
+    left = space.without_idle_floats()
+    can_be_met = all(left.lowest_of(bound.cost) <= bound.limit for bound in left.bounds)
+    if lost > noise_floor(dense_accuracy, problem.scoring.n_images) or not can_be_met:
+        return problem
+    return replace(problem, space=left, lost_when_quantized=lost)
 
 
 def check_calibration_is_like_training(dense: float, reestimated: float, n_images: int) -> str | None:

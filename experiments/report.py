@@ -224,17 +224,18 @@ def _comparison(outcome: RunOutcome) -> str:
 
 
 def _close_note(outcome: RunOutcome, plans: Sequence[Plan]) -> str:
+    quantized = f" {outcome.bits_note[0].upper()}{outcome.bits_note[1:]}." if outcome.bits_note else ""
     for budget in outcome.budgets:
         if budget.asked_limit is None:
             continue
         spent, asked = budget.limit / budget.dense_cost, budget.asked / budget.dense_cost
         was = "over" if spent < asked else "well within"
         return (
-            f" The start plan was {was} the budget on the clock, so searches spent {spent:.1%} of the dense latency by "
-            f"the table in place of {asked:.1%}."
+            f"{quantized} The start plan was {was} the budget on the clock, so searches spent {spent:.1%} of the dense "
+            f"latency by the table in place of {asked:.1%}."
         )
-    if not outcome.has_budget or near_limit(plans, outcome.cost_limit):
-        return ""
+    if quantized or not outcome.has_budget or near_limit(plans, outcome.cost_limit):
+        return quantized
     over = "another budget" if outcome.further_budgets else "it"
     return f" No plan costs nearly as much as the limit allows: one rounding step more would be over {over}."
 

@@ -271,7 +271,9 @@ def _planned_work(config: RunConfig, problem: SearchProblem) -> dict[str, float]
 def _evaluations_to_probe(problem: SearchProblem, settings: SearchSettings) -> float:
     scoring = problem.scoring
     n_calibration = sum(map(len, scoring.calibration))
-    return evaluations_to_probe(problem.space, settings.probe_share, scoring.n_images, n_calibration)
+    return evaluations_to_probe(
+        problem.space, settings.probe_share, scoring.n_images, n_calibration, as_start=settings.start == "sensitivity"
+    )
 
 
 def build_problem(subject: Subject, importance: dict[str, torch.Tensor], journal: Journal) -> SearchProblem:
@@ -358,7 +360,8 @@ def check_search(subject: Subject) -> None:
         load_function(reward)
     settings, space = subject.config.search, space_of_graph(subject.config, subject.graph)
     n_calibration = sum(map(len, subject.calibration()))
-    probes = evaluations_to_probe(space, settings.probe_share, subject.n_search, n_calibration)
+    as_start = settings.start == "sensitivity"
+    probes = evaluations_to_probe(space, settings.probe_share, subject.n_search, n_calibration, as_start=as_start)
     for method in settings.methods:
         check_has_channels(method, space)
         check_enough(method, settings, probes, len(subject.data.validation) / subject.n_search)
@@ -433,7 +436,7 @@ def _probed(problem: SearchProblem, subject: Subject, display: RunDisplay, stop:
         return problem
     with display.stage("sensitivity of each decision", _evaluations_to_probe(problem, settings), "evaluation") as stage:
         watch = Watch(stage, problem, stop)
-        return probe(
+        probed = probe(
             problem,
             settings.probe_share,
             watch,
@@ -441,6 +444,9 @@ def _probed(problem: SearchProblem, subject: Subject, display: RunDisplay, stop:
             shown=settings.agents_see_probes,
             notify=lambda message: display.say(f"warning: {message}"),
         )
+    if probed.bits_note:
+        display.say(probed.bits_note)
+    return probed
 
 
 def _search(
@@ -487,7 +493,9 @@ def _search_anew(
             )
     finally:
         scalars.close()
-    if method not in ONE_SHOT and found.evaluations <= settings.evaluations - 1:
+    if problem.space.has_one_plan:
+        display.say(f"{method}: everything on offer keeps the budget: there is one plan, and nothing to search for")
+    elif method not in ONE_SHOT and found.evaluations <= settings.evaluations - 1:
         display.say(
             f"{method}: ended with {found.evaluations:g} of {settings.evaluations} evaluations, as it proposed little "
             f"but plans that it knew: {count(found.plans, 'different plan')}, {found.cache_hits} proposed again"

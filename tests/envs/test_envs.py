@@ -1,6 +1,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -219,6 +220,21 @@ def test_padding_changes_nothing_but_the_room(model: SmallNetwork, space: Search
     assert (reward, info["policy"]) == (same_reward, same_info["policy"])
     with pytest.raises(RuntimeError, match=r"^the episode is over after 1 steps; call reset\(\)$"):
         tight.step(action)
+
+
+def test_a_decision_with_one_choice_is_none_of_an_agents(model: SmallNetwork, space: SearchSpace) -> None:
+    ladders = (space.ladders[0], space.ladders[1][-1:], space.ladders[2])
+    fixed = replace(space, ladders=ladders)
+    whole, _ = NetworkEnv(fixed, make_evaluator(model, fixed)).reset(seed=0)
+    assert whole["decision_mask"].tolist() == [1, 0, 1]
+
+    env = LayerwiseEnv(fixed, make_evaluator(model, fixed))
+    observation, _ = env.reset(seed=0)
+    masks = [observation["decision_mask"].tolist()]
+    for _ in range(2):
+        observation, *_ = env.step(np.ones(1, dtype=np.float32))
+        masks.append(observation["decision_mask"].tolist())
+    assert masks == [[1], [0], [1]]
 
 
 def test_too_little_room_is_refused(model: SmallNetwork, space: SearchSpace) -> None:

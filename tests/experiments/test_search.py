@@ -28,6 +28,7 @@ from experiments.problem import PROBES
 from experiments.progress import RunDisplay
 from experiments.run import RunBusyError, RunError, RunFolder
 from experiments.search import create_run, resume_run, start_run
+from pruning.policy import CompressionPolicy
 from tests.event_files import Series, hyperparameters, scalars
 
 from .stopping import StopAfter, StopWhen
@@ -130,6 +131,27 @@ def test_agents_can_be_shown_sensitivities_without_starting_from_them(
     candidates = {m: [e for e in entries if (e["searcher"], e["purpose"]) == (m, "candidate")] for m in methods}
     assert len(candidates["ddpg"]) <= len(candidates["random"]) - 4
     assert candidates["random"][0]["kept"] == candidates["ddpg"][0]["kept"]
+
+
+def test_run_whose_budget_all_plans_keep_scores_the_one_that_is_left(tiny_config: Configured, tmp_path: Path) -> None:
+    root, methods = tmp_path / "run", ["uniform", "magnitude", "knapsack", "random", "cem", "ppo", "ddpg"]
+    options = {"search__decide": ["channels", "bits"], "search__evaluations": 40, "search__methods": methods}
+    outcome = search(tiny_config(budget="80% bytes", **options), root)
+
+    # Eight bits in every layer lose nothing here, and leave most of the budget.
+    policy, *others = [CompressionPolicy.load(root / "methods" / method / "policy.json") for method in methods]
+    assert others == [policy] * (len(methods) - 1)
+    assert not policy.kept
+    assert {layer.weight_bits for layer in policy.layers.values()} == {8}
+    candidates = [entry for entry in Journal(root / "journal.jsonl").entries() if entry.purpose == "candidate"]
+    assert [entry.searcher for entry in candidates] == methods
+    log, report = (root / "log.txt").read_text(), (root / "report.html").read_text()
+    assert outcome.bits_note.startswith("quantized, with all of its channels, the network loses ")
+    assert outcome.bits_note in log
+    assert outcome.bits_note[1:] in report
+    for method in methods:
+        assert f"{method}: everything on offer keeps the budget: there is one plan" in log
+    assert not list(root.glob("methods/*/agent.pt"))
 
 
 def test_resumed_agent_tells_all_of_its_search(
