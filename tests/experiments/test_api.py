@@ -535,9 +535,10 @@ def test_network_of_two_inputs_is_reconstructed_on_tuples() -> None:
 
 
 def test_channels_and_bits_of_a_network_of_two_inputs_are_decided_on_tuples() -> None:
-    found = compress_two_inputs(
-        decide=["channels", "bits"], bits=[4, 8, 32], budget="30% bytes", method="greedy", evaluations=60
-    )
+    with pytest.warns(UserWarning, match="no budget is spent on single precision"):
+        found = compress_two_inputs(
+            decide=["channels", "bits"], bits=[4, 8, 32], budget="30% bytes", method="greedy", evaluations=60
+        )
 
     assert found.cost <= 0.3 * found.dense_cost
     assert any(layer.is_quantized for layer in found.policy.layers.values())
@@ -565,6 +566,18 @@ def test_ranges_of_bits_are_chosen_on_images_of_their_own() -> None:
 
     assert torch.equal(steps[0], steps[1])
     assert (steps[2] > 2 * steps[0]).all()
+
+
+def test_a_budget_that_is_left_since_single_precision_buys_nothing_is_warned_of() -> None:
+    options: dict[str, Any] = {"decide": ["channels", "bits"], "budget": "80% bytes", "calibration": [images()]}
+
+    with pytest.warns(UserWarning, match=r"^quantized, with all of its channels, the network loses 0\.00 points of"):
+        found = secateur.compress(small_net(), images(), evaluate=share_of_channels, method="cem", **options)
+
+    assert not found.policy.kept
+    assert {layer.weight_bits for layer in found.policy.layers.values()} == {8}
+    assert found.cost < 0.4 * found.dense_cost
+    assert [entry.searcher for entry in found.history if entry.purpose == "candidate"] == ["cem"]
 
 
 class Scaled(nn.Module):
