@@ -136,9 +136,12 @@ class Training:
         for name in ("sparsity", "densities", "bits"):
             before, now = getattr(there, name), getattr(here, name)
             if before and now and before != now:
+                # A search may have left out some of what was asked for.
+                is_part = name != "sparsity" and set(before) < set(now)
+                way = f"pass --set 'search.{name}={_value(before)}', or " if is_part else ""
                 found.append(
-                    f"it was trained with search.{name} {_value(before)} and plans with {_value(now)} here; train it "
-                    f"with search.{name} {_value(now)}"
+                    f"it was trained with search.{name} {_value(before)} and plans with {_value(now)} here; {way}train "
+                    f"it with search.{name} {_value(now)}"
                 )
         return found
 

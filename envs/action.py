@@ -60,6 +60,8 @@ def project(base: Ratios, space: SearchSpace) -> Counts:
         Units of each group, shape ``(n,)``: at or under every budget, and no larger count of any one decision fits.
     """
     assert space.bounds
+    if space.has_one_plan:
+        return space.maximum.copy()
     if space.timed is None:
         wanted = _at(_largest_shift(base, space), base, space)
         return fill(rounded_down(wanted, space), wanted, space)

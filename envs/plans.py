@@ -88,7 +88,8 @@ def sensitivity(
         slopes[index] = rungs[0] / (math.log(4) * _bits_a_rung(space.ladders[index]))
         is_bits[index] = True
     offsets = slopes * np.log(np.clip(lost, floor, 1))
-    for kind in (is_bits, ~is_bits):
+    has_choice = np.array([len(ladder) > 1 for ladder in space.ladders])
+    for kind in (is_bits & has_choice, ~is_bits & has_choice):
         if kind.any():
             offsets[kind] -= offsets[kind].mean()
     return np.asarray(offsets, dtype=np.float64)

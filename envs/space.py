@@ -209,8 +209,13 @@ class SearchSpace:
         return replace(self, bounds=bounds)
 
     def without_idle_floats(self) -> SearchSpace:
-        """The same space without single precision, but for layers that have it when `quantized`, or in `fastest`."""
-        most, ladders = np.maximum(self.quantized, self.fastest), list(self.ladders)
+        """The same space without single precision, but for layers that have it when `quantized`.
+
+        And in `fastest`, if the quantized network does not keep the budgets: narrow layers may be faster in it.
+        """
+        most, ladders = self.quantized, list(self.ladders)
+        if not self.fits(most):
+            most = np.maximum(most, self.fastest)
         for index in self.rungs_of_bits:
             ladders[index] = ladders[index][ladders[index] <= most[index]]
         return replace(self, ladders=tuple(ladders))

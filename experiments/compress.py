@@ -127,8 +127,8 @@ def compress(
             default the first of ``calibration``.
         method: ``ppo``, ``ddpg``, ``cem``, ``random``, ``knapsack``, ``greedy``, ``sensitivity``, ``magnitude`` or
             ``uniform``.
-        evaluations: candidates that may be scored, sensitivity probes (one a group, one for the network quantized, a
-            share of one for each level of a layer that is tried) included.
+        evaluations: candidates that may be scored, sensitivity probes (one a group, one for the whole network, and one
+            for it quantized, a share of one for each level of a layer that is tried) included.
         seed: of the search, below 2**32.
         environment: a plan for the whole network at once, or layer by layer (agents only).
         start: plan that the search starts from; ``"uniform"`` saves the probes.
@@ -287,7 +287,7 @@ def _search(
         as_start = settings.start == "sensitivity"
         problem = probe(problem, 1.0, on_evaluation, as_start=as_start, shown=as_start, notify=_warn)
         if problem.bits_note:
-            _warn(problem.bits_note)
+            _warn(problem.bits_note, stacklevel=4)
     found = search_with(method, problem, settings, on_evaluation=on_evaluation)
     policy = problem.policy(found)
     builder = problem.evaluator("", _ignore)

@@ -371,6 +371,7 @@ def _outcome(
         probe_evaluations=problem.probe_evaluations,
         probe_seconds=problem.probe_seconds,
         bits_note=problem.bits_note,
+        has_one_plan=searched.space.has_one_plan,
         granted_evaluations=config.search.evaluations,
         n_validation=len(subject.data.validation),
         n_test=n_test,

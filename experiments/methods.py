@@ -149,7 +149,10 @@ def propose(
     tensorboard: Path | None,
     notify: Callable[[str], None],
 ) -> None:
-    """Let one method propose plans until its evaluations are spent; what it proposed is in the evaluator's history."""
+    """Let one method propose plans until its evaluations are spent; what it proposed is in the evaluator's history.
+
+    Where everything on offer keeps the budgets, there is one plan, and it is scored.
+    """
     space = problem.space
     if space.has_one_plan:
         evaluator.score(space.policy(space.maximum))

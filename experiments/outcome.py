@@ -258,6 +258,8 @@ class RunOutcome(_Record):
     probe_seconds: float = 0.0
     bits_note: str = ""
     """Why single precision was not on offer, see `SearchProblem.bits_note`; empty if it was."""
+    has_one_plan: bool = False
+    """Whether everything on offer kept the budget, so that there was nothing to search for."""
     granted_evaluations: int | None = None
     """Evaluations that each searching method was granted; one that finds nothing new to propose ends with fewer."""
     n_validation: int

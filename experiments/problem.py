@@ -201,9 +201,11 @@ class SearchProblem:
         if self.lost_when_quantized is None:
             return ""
         lost, images = 100 * max(self.lost_when_quantized, 0), count(self.scoring.n_images, "search image")
+        offered = [self.space.ladders[index][-1] == self.space.sizes[index] for index in self.space.rungs_of_bits]
+        but = f", but in {count(sum(offered), 'layer')} that may be faster in it" if any(offered) else ""
         return (
             f"quantized, with all of its channels, the network loses {lost:.2f} points of accuracy, which {images} "
-            "cannot tell from none: no budget is spent on single precision"
+            f"cannot tell from none: no budget is spent on single precision{but}"
         )
 
     def losses(self) -> list[NDArray[np.float64]]:
@@ -407,7 +409,8 @@ def _without_idle_floats(
     lost = dense_accuracy - evaluator.score(space.policy(space.quantized), purpose="probe").accuracy
     left = space.without_idle_floats()
     can_be_met = all(left.lowest_of(bound.cost) <= bound.limit for bound in left.bounds)
-    if lost > noise_floor(dense_accuracy, problem.scoring.n_images) or not can_be_met:
+    is_cut = any(len(own) < len(all_rungs) for own, all_rungs in zip(left.ladders, space.ladders, strict=True))
+    if lost > noise_floor(dense_accuracy, problem.scoring.n_images) or not (can_be_met and is_cut):
         return problem
     return replace(problem, space=left, lost_when_quantized=lost)
 

@@ -207,6 +207,8 @@ def _figure_sections(outcome: RunOutcome, plans: Sequence[Plan]) -> list[str]:
 
 def _comparison(outcome: RunOutcome) -> str:
     """On what terms the searching methods are compared: equal numbers of evaluations, if they were equal."""
+    if outcome.has_one_plan:
+        return "Everything on offer keeps the budget: there is one plan, and nothing was searched for."
     searching = [row for row in outcome.rows if row.method not in (DENSE, *ONE_SHOT)]
     if len(searching) < 2:
         return ""

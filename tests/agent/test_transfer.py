@@ -178,7 +178,8 @@ def test_other_budgets_levels_and_patterns_are_told_with_both_named() -> None:
         "it was trained with search.sparsity block16 and plans with 2:4 here; train it with search.sparsity 2:4",
         "it was trained with search.densities [10, 100] and plans with [50, 100] here; train it with search.densities "
         "[50, 100]",
-        "it was trained with search.bits [8, 32] and plans with [4, 8, 32] here; train it with search.bits [4, 8, 32]",
+        "it was trained with search.bits [8, 32] and plans with [4, 8, 32] here; pass --set 'search.bits=[8, 32]', or "
+        "train it with search.bits [4, 8, 32]",
     ]
     assert training.differences(replace(CHANNELS, budgets=("bytes",)), shows_measured=True, knows_places=False) == [
         "it learned to decide channels, density and bits together and decides channels here; train it with "

@@ -571,9 +571,11 @@ def test_ranges_of_bits_are_chosen_on_images_of_their_own() -> None:
 def test_a_budget_that_is_left_since_single_precision_buys_nothing_is_warned_of() -> None:
     options: dict[str, Any] = {"decide": ["channels", "bits"], "budget": "80% bytes", "calibration": [images()]}
 
-    with pytest.warns(UserWarning, match=r"^quantized, with all of its channels, the network loses 0\.00 points of"):
+    message = r"^quantized, with all of its channels, the network loses 0\.00 points of"
+    with pytest.warns(UserWarning, match=message) as told:
         found = secateur.compress(small_net(), images(), evaluate=share_of_channels, method="cem", **options)
 
+    assert told[0].filename == __file__
     assert not found.policy.kept
     assert {layer.weight_bits for layer in found.policy.layers.values()} == {8}
     assert found.cost < 0.4 * found.dense_cost

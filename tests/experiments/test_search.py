@@ -149,9 +149,28 @@ def test_run_whose_budget_all_plans_keep_scores_the_one_that_is_left(tiny_config
     assert outcome.bits_note.startswith("quantized, with all of its channels, the network loses ")
     assert outcome.bits_note in log
     assert outcome.bits_note[1:] in report
+    assert "Everything on offer keeps the budget: there is one plan, and nothing was searched for." in report
     for method in methods:
         assert f"{method}: everything on offer keeps the budget: there is one plan" in log
     assert not list(root.glob("methods/*/agent.pt"))
+
+
+@pytest.mark.parametrize("environment", ["network", "layerwise"])
+def test_agents_decide_channels_alone_where_single_precision_buys_nothing(
+    tiny_config: Configured, tmp_path: Path, environment: str
+) -> None:
+    root, methods = tmp_path / "run", ["ppo", "ddpg"]
+    options = AGENT_RUN | {"search__decide": ["channels", "bits"], "search__methods": methods, "finetune__epochs": 0}
+    outcome = search(tiny_config(budget="20% bytes", search__environment=environment, **options), root)
+
+    assert outcome.bits_note
+    for method in methods:
+        plans = [entry for entry in Journal(root / "journal.jsonl").entries(method) if entry.purpose == "candidate"]
+        bits = {entry["weight_bits"] for plan in plans for entry in plan.layers.values()}
+        assert bits == {8}
+        assert {len(plan.layers) for plan in plans} == {5}
+        assert len({tuple(plan.kept.items()) for plan in plans}) == len(plans) > 10
+        assert read_state(root / "methods" / method / "agent.pt")["training"]["task"]["bits"] == (8,)
 
 
 def test_resumed_agent_tells_all_of_its_search(
