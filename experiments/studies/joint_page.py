@@ -19,9 +19,11 @@ networks, the dense one too, were then fine-tuned for the same number of epochs 
 were calibrated after that."""
 _REPAIRED = "Plans were repaired by least-squares reconstruction (AMC) before they were scored, and before fine-tuning."
 _CURVES = f"""One search of {JOINT_EVALUATIONS} evaluations (seed 0) for each budget, then fine-tuning for
-{count(CURVE_EPOCHS, "epoch")} without bits, which are calibrated after that. Deciding bits alone, no plan is
-faster than 8 bits in every layer; channels alone stay in single precision. Each was timed in a process of its own: with
-two threads, such shares differ by more than their intervals from one process to the next (`docs/latency.md`)."""
+{count(CURVE_EPOCHS, "epoch")} without bits, which are calibrated after that. Channels alone stay in single
+precision. Bits alone are one plan under any budget that it keeps, 8 bits in every layer: none is faster, and single
+precision buys nothing there that the search images could tell (`docs/algorithms/README.md`). Each was timed in a
+process of its own: with two threads, such shares differ by more than their intervals from one process to the next
+(`docs/latency.md`)."""
 _SAME = f"""Inner channels of ResNet-56 in single precision, rounding 1, {JOINT_EVALUATIONS} evaluations, seed 0:
 searched under half of the multiply-adds alone, and under a latency as well that leaves room for as many of them. Where
 both are done, they were timed in the same rounds."""
@@ -100,23 +102,28 @@ def _processors(cells: Cells, names: Mapping[tuple[str, ...], str]) -> list[str]
 
 
 def _dominance(cells: Cells, names: Mapping[tuple[str, ...], str]) -> list[str]:
-    """How many networks of one kind of decision a network of both is no slower and no less accurate than."""
-    points: dict[str, list[tuple[float, float]]] = {}
+    """How many networks of one kind of decision a network of both is no slower and no less accurate than.
+
+    No slower as far as the intervals tell: the networks may be the same one.
+    """
+    points: dict[str, list[tuple[float, float, float]]] = {}
     for (what, _), name in names.items():
         if name in cells.outcomes:
             row = _only(cells.outcomes[name].rows)
             reading = reading_of(cells.timed.get(name, []), row.method, threads=1, run=name)
             if reading and row.tuned_test_accuracy is not None:
-                points.setdefault(what, []).append((reading["ratio"], row.tuned_test_accuracy))
+                points.setdefault(what, []).append((reading["low"], reading["high"], row.tuned_test_accuracy))
     both = points.pop("both", [])
     if not both or not points:
         return []
     found = [
-        f"{sum(any(t <= time and a >= accuracy for t, a in both) for time, accuracy in own)} of {len(own)} of {what}"
+        f"{sum(any(low <= slow and a >= accuracy for low, _, a in both) for _, slow, accuracy in own)} of {len(own)} "
+        f"of {what}"
         for what, own in points.items()
     ]
     return [
-        f"A network with both decided is no slower on one thread and no less accurate than {' and '.join(found)} alone."
+        "A network with both decided is no slower on one thread, as far as the intervals tell, and no less accurate "
+        f"than {' and '.join(found)} alone."
     ]
 
 

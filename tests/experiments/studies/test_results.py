@@ -469,7 +469,9 @@ def test_a_cell_that_is_timed_beside_another_waits_for_its_run(tmp_path: Path) -
 def test_the_curves_say_what_networks_with_both_decided_dominate(tmp_path: Path) -> None:
     for name, accuracy, ratio in (
         ("channels-20", 0.60, 0.20),
-        ("channels-50", 0.85, 0.50),
+        # Of what both have at 30 % the intervals tell the second and not the first.
+        ("channels-30", 0.80, 0.308),
+        ("channels-50", 0.80, 0.30),
         ("bits-30", 0.70, 0.30),
         ("both-20", 0.70, 0.19),
         ("both-30", 0.80, 0.31),
@@ -479,8 +481,8 @@ def test_the_curves_say_what_networks_with_both_decided_dominate(tmp_path: Path)
 
     lines = section(render_page(tmp_path, NAMES, "ppo"), "Channels, bits, and both: ResNet-18")
 
-    words = "A network with both decided is no slower on one thread and no less accurate than"
-    assert f"{words} 1 of 2 of channels and 1 of 1 of bits alone." in lines
+    words = "A network with both decided is no slower on one thread, as far as the intervals tell, and no less accurate"
+    assert f"{words} than 2 of 3 of channels and 1 of 1 of bits alone." in lines
     assert not any("Searched for on" in line for line in lines)
 
 
