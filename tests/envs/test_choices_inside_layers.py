@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from envs.action import counts_of, project, start_plan
@@ -50,6 +50,7 @@ def mixed_space(kind: CostKind, share: float, sparsity: str = "unstructured", **
 
 
 @settings(max_examples=60, deadline=None)
+@example(seed=231, kind="bytes", share=0.25, sparsity="2:4")
 @given(
     seed=st.integers(0, 2**32 - 1),
     kind=st.sampled_from(["macs", "params", "bytes", "bops"]),
@@ -65,8 +66,8 @@ def test_every_mixed_plan_meets_the_budget_as_its_policy_costs(
     policy = space.policy(counts)
     predicted = predict_cost(GRAPH, policy, kind)
     assert predicted <= space.cost(counts) <= (space.limit or 0)
-    # Places and scales of layers that could have some are counted where they have none.
-    assert predicted >= (0.8 if kind == "bytes" else 1) * space.cost(counts)
+    # Places and scales of layers that could have some are counted where they have none: 2 bits may count as 3.
+    assert predicted >= (0.6 if kind == "bytes" else 1) * space.cost(counts)
     # Carried out, a pattern that does not fit is refused, and what is left is no more than was counted.
     built = apply_policy(MODEL, GRAPH, policy)
     if kind == "macs":
