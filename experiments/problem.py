@@ -204,8 +204,9 @@ class SearchProblem:
         offered = [self.space.ladders[index][-1] == self.space.sizes[index] for index in self.space.rungs_of_bits]
         but = f", but in {count(sum(offered), 'layer')} that may be faster in it" if any(offered) else ""
         return (
-            f"quantized, with all of its channels, the network loses {lost:.2f} points of accuracy, which "
-            f"{self.scoring.n_images:,} search images cannot tell from none: no budget is spent on single precision{but}"
+            f"quantized, with all of its channels, the network loses {lost:.2f} points of accuracy, which the "
+            f"{self.scoring.n_images:,} search images cannot tell from none: no budget is spent on single "
+            f"precision{but}"
         )
 
     def losses(self) -> list[NDArray[np.float64]]:

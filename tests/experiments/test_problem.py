@@ -91,7 +91,9 @@ def test_single_precision_that_buys_nothing_is_not_offered(
     scored = problem.evaluator("", lambda _: None)
     lost = scored.score(CompressionPolicy({})).accuracy - scored.score(quantized).accuracy
     assert probed.lost_when_quantized == lost < probed.noise_floor()
-    assert f"loses {100 * max(lost, 0):.2f} points of accuracy, which 45 search images cannot tell" in probed.bits_note
+    assert (
+        f"loses {100 * max(lost, 0):.2f} points of accuracy, which the 45 search images cannot tell" in probed.bits_note
+    )
     assert {rung for index in after.rungs_of_bits for rung in after.ladders[index].tolist()} == bits
     for index in set(range(after.n)) - set(after.rungs_of_bits):
         assert after.ladders[index].tolist() == before.ladders[index].tolist()
