@@ -59,9 +59,9 @@ again; with `--records FOLDER --page FILE` `python -m experiments.studies.result
 _LATENCIES = """Latencies are those of settled calls in ONNX Runtime (`docs/latency.md`), read on {}. Searches up to 30
 November 2026 spent times of calls made straight after another network, in which small networks are up to 1.4 times as
 slow. Their plans were timed anew with `--time-again`, in networks made from them and not fine-tuned, and so was the
-floor: the plans take less than their budgets allow, and a budget is a larger multiple of the floor than was asked. The
-plans of 1 December were chosen by a clock that other programs disturbed, and timed anew like the others, on a processor
-at rest: there those of MobileNet-V2 take more than their budget."""
+floor: the plans take less than their budgets allow, and a budget is a larger multiple of the floor than was asked. So
+were those of ResNet-56 with dense residual streams, whose clock other programs disturbed, and all of one curve on one
+processor."""
 
 _SEARCH_TABLES = (
     (
