@@ -115,7 +115,6 @@ class Observer:
         _check_room(self.sizes, needed)
         self._decision_room = 1 if one_decision else self.sizes.decisions
         self._measured = _measured_columns(space, sensitivity, noise_floor, self.n_operators)
-        self._has_choice = np.array([len(ladder) > 1 for ladder in space.ladders])
         self._owner_row = _rows_of_owners(space.graph)
         self._dense_by_operator = self._cost_by_operator(space.sizes)
 
@@ -156,7 +155,7 @@ class Observer:
         obs["edge_types"][:n_edges] = self._edge_types
         obs["edge_mask"][:n_edges] = 1
         obs["decisions"][: len(progress.decisions)] = self.n_operators + progress.decisions
-        obs["decision_mask"][: len(progress.decisions)] = self._has_choice[progress.decisions]
+        obs["decision_mask"][: len(progress.decisions)] = self.space.has_choice[progress.decisions]
         obs["globals"][:] = np.clip(self._globals(progress), -BOUND, BOUND)
         return obs
 

@@ -88,8 +88,7 @@ def sensitivity(
         slopes[index] = rungs[0] / (math.log(4) * _bits_a_rung(space.ladders[index]))
         is_bits[index] = True
     offsets = slopes * np.log(np.clip(lost, floor, 1))
-    has_choice = np.array([len(ladder) > 1 for ladder in space.ladders])
-    for kind in (is_bits & has_choice, ~is_bits & has_choice):
+    for kind in (is_bits & space.has_choice, ~is_bits & space.has_choice):
         if kind.any():
             offsets[kind] -= offsets[kind].mean()
     return np.asarray(offsets, dtype=np.float64)

@@ -256,6 +256,11 @@ class SearchSpace:
         return np.array([ladder[-1] for ladder in self.ladders], dtype=np.int64)
 
     @cached_property
+    def has_choice(self) -> NDArray[np.bool_]:
+        """Whether each decision may take more than one count, shape ``(n,)``."""
+        return np.array([len(ladder) > 1 for ladder in self.ladders])
+
+    @cached_property
     def has_one_plan(self) -> bool:
         """Whether everything on offer keeps the budgets: then every action stands for the largest counts."""
         return bool(self.bounds) and self.fits(self.maximum)

@@ -284,7 +284,7 @@ def _search(
     problem: SearchProblem, method: Method, settings: SearchSettings, on_evaluation: OnEvaluation
 ) -> Compressed:
     if settings.uses_probes(method):
-        as_start = settings.start == "sensitivity"
+        as_start = settings.starts_from_probes
         problem = probe(problem, 1.0, on_evaluation, as_start=as_start, shown=as_start, notify=_warn)
         if problem.bits_note:
             _warn(problem.bits_note, stacklevel=4)

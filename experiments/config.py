@@ -214,13 +214,18 @@ class SearchSettings(_Section):
         return self.autocast and not self.decides_bits
 
     @property
+    def starts_from_probes(self) -> bool:
+        """Whether the plan that searching methods start from follows from the sensitivity probes."""
+        return self.start == "sensitivity"
+
+    @property
     def agents_see_probes(self) -> bool:
         """Whether agents are shown what the sensitivity probes found."""
-        return self.start == "sensitivity" or self.show_sensitivity
+        return self.starts_from_probes or self.show_sensitivity
 
     def uses_probes(self, method: Method) -> bool:
         """Whether a method needs the sensitivity probes, which then count for it: follows, starts from or sees them."""
-        starts_there = self.start == "sensitivity" and method not in ONE_SHOT
+        starts_there = self.starts_from_probes and method not in ONE_SHOT
         return method in PROBING or starts_there or (self.agents_see_probes and method in AGENTS)
 
     @field_validator("methods")

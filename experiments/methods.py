@@ -225,7 +225,7 @@ def check_enough(method: Method, settings: SearchSettings, probes: float, weight
     if by_probes:
         ways.append("lower search.probe_share")
     if by_probes and method not in PROBING:
-        uniform = "set search.start to uniform" if settings.start == "sensitivity" else ""
+        uniform = "set search.start to uniform" if settings.starts_from_probes else ""
         unseen = "set search.show_sensitivity to false" if settings.show_sensitivity and method in AGENTS else ""
         ways.append(" and ".join(filter(None, (uniform, unseen))))
     if by_rescoring and n_finalists > 1:

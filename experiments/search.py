@@ -271,9 +271,12 @@ def _planned_work(config: RunConfig, problem: SearchProblem) -> dict[str, float]
 def _evaluations_to_probe(problem: SearchProblem, settings: SearchSettings) -> float:
     scoring = problem.scoring
     n_calibration = sum(map(len, scoring.calibration))
-    return evaluations_to_probe(
-        problem.space, settings.probe_share, scoring.n_images, n_calibration, as_start=settings.start == "sensitivity"
-    )
+    return _probes_of(settings, problem.space, scoring.n_images, n_calibration)
+
+
+def _probes_of(settings: SearchSettings, space: SearchSpace, n_images: int, n_calibration: int) -> float:
+    as_start = settings.starts_from_probes
+    return evaluations_to_probe(space, settings.probe_share, n_images, n_calibration, as_start=as_start)
 
 
 def build_problem(subject: Subject, importance: dict[str, torch.Tensor], journal: Journal) -> SearchProblem:
@@ -360,8 +363,7 @@ def check_search(subject: Subject) -> None:
         load_function(reward)
     settings, space = subject.config.search, space_of_graph(subject.config, subject.graph)
     n_calibration = sum(map(len, subject.calibration()))
-    as_start = settings.start == "sensitivity"
-    probes = evaluations_to_probe(space, settings.probe_share, subject.n_search, n_calibration, as_start=as_start)
+    probes = _probes_of(settings, space, subject.n_search, n_calibration)
     for method in settings.methods:
         check_has_channels(method, space)
         check_enough(method, settings, probes, len(subject.data.validation) / subject.n_search)
@@ -440,7 +442,7 @@ def _probed(problem: SearchProblem, subject: Subject, display: RunDisplay, stop:
             problem,
             settings.probe_share,
             watch,
-            as_start=settings.start == "sensitivity",
+            as_start=settings.starts_from_probes,
             shown=settings.agents_see_probes,
             notify=lambda message: display.say(f"warning: {message}"),
         )

@@ -20,9 +20,10 @@ were calibrated after that."""
 _REPAIRED = "Plans were repaired by least-squares reconstruction (AMC) before they were scored, and before fine-tuning."
 _CURVES = f"""One search of {JOINT_EVALUATIONS} evaluations (seed 0) for each budget, then fine-tuning for
 {count(CURVE_EPOCHS, "epoch")} without bits, which are calibrated after that. Channels alone stay in single
-precision. Bits alone are one plan under any budget that it keeps, 8 bits in every layer: none is faster, and single
-precision buys nothing there that the search images could tell (`docs/algorithms/README.md`). Each was timed in a
-process of its own: with two threads, such shares differ by more than their intervals from one process to the next
+precision. Bits alone are one plan under any budget that it keeps, 8 bits in every layer but the last, which is faster
+in single precision by the table: elsewhere that buys nothing that the search images could tell
+(`docs/algorithms/README.md`), and where channels and bits have room for that plan, it is theirs too. Each was timed in
+a process of its own: with two threads, such shares differ by more than their intervals from one process to the next
 (`docs/latency.md`)."""
 _SAME = f"""Inner channels of ResNet-56 in single precision, rounding 1, {JOINT_EVALUATIONS} evaluations, seed 0:
 searched under half of the multiply-adds alone, and under a latency as well that leaves room for as many of them. Where

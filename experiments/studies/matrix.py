@@ -19,7 +19,7 @@ JOINT_METHODS: tuple[Method, ...] = ("uniform", "greedy", "knapsack", "random", 
 DECIDED = {"channels": ["channels"], "bits": ["bits"], "both": ["channels", "bits"]}
 CURVE_SHARES = {"channels": (20, 30, 50), "bits": (30,), "both": (14, 20, 30)}
 """Latencies asked for in the curves of ResNet-18, in percent of the dense network's in single precision, of which 8
-bits in every layer leave about 25. Bits alone are that one plan under any budget that it keeps."""
+bits in every layer but the last leave about 25. Bits alone are that one plan under any budget that it keeps."""
 CURVE_EPOCHS = 1
 """Epochs of fine-tuning of each point of a curve."""
 SAME_MACS = {"macs": "50% macs", "macs-and-latency": "50% macs, 75% latency"}

@@ -283,7 +283,7 @@ def load_problem(folder: RunFolder, config: RunConfig, display: RunDisplay) -> S
     if problem.space.layers:
         msg = f"run {folder.root} decides {', '.join(config.search.decide)}; a model is made of channels only"
         raise ConfigError(msg)
-    is_start = config.search.start == "sensitivity"
+    is_start = config.search.starts_from_probes
     return probe(
         problem,
         config.search.probe_share,

@@ -60,8 +60,8 @@ _LATENCIES = """Latencies are those of settled calls in ONNX Runtime (`docs/late
 November 2026 spent times of calls made straight after another network, in which small networks are up to 1.4 times as
 slow. Their plans were timed anew with `--time-again`, in networks made from them and not fine-tuned, and so was the
 floor: the plans take less than their budgets allow, and a budget is a larger multiple of the floor than was asked. So
-were those of ResNet-56 with dense residual streams, whose clock other programs disturbed, and all of one curve on one
-processor."""
+were the plans of 1 December for ResNet-56 with dense residual streams, as other programs had disturbed the clock. The
+curves of ResNet-18 were all read on one processor."""
 
 _SEARCH_TABLES = (
     (
@@ -109,7 +109,8 @@ weights frozen, plans ResNet-56 in one forward pass with the features that cost 
 
 def _latencies(cells: Cells) -> list[str]:
     """Where all latencies were read; nothing where none was."""
-    processors = {reading["processor"]["name"] for readings in cells.timed.values() for reading in readings}
+    found = [reading["processor"] for readings in cells.timed.values() for reading in readings]
+    processors = {f"{processor['name']} ({processor['model']})" for processor in found}
     return [_LATENCIES.format(" and ".join(sorted(processors)))] if processors else []
 
 

@@ -361,7 +361,7 @@ def test_reconstructed_plans_stand_beside_the_same_plans_without(tmp_path: Path)
 
 def test_what_was_found_for_latency_is_shown_with_the_times_of_its_files(tmp_path: Path) -> None:
     finish(tmp_path, "resnet18_cifar-joint", {}, ppo=0.79)
-    own = {"run": "resnet18_cifar-joint", "threads": 1, "processor": {"name": "ash"}}
+    own = {"run": "resnet18_cifar-joint", "threads": 1, "processor": {"name": "ash", "model": "family 2"}}
     reading = own | {"method": "ppo", "median_ms": 0.5, "ratio": 0.101, "low": 0.1, "high": 0.102}
     dense = own | {"method": "dense", "median_ms": 5.0, "ratio": 1.0, "low": 1.0, "high": 1.0}
     (tmp_path / "resnet18_cifar-joint" / "timed.json").write_text(json.dumps([dense, reading]))
@@ -384,7 +384,7 @@ def timed(root: Path, name: str, method: str, ratio: float, **others: float) -> 
             "run": run,
             "method": method,
             "threads": 1,
-            "processor": {"name": MACHINE.processor},
+            "processor": {"name": MACHINE.processor, "model": "family 1"},
             "median_ms": each,
             "ratio": each,
         }
@@ -519,7 +519,7 @@ def test_the_page_says_where_latencies_were_read(tmp_path: Path) -> None:
     finish(tmp_path, "resnet18_cifar-curve-both-20", {}, ppo=0.5)
     assert "Latencies are" not in render_page(tmp_path, NAMES, "ppo")
     timed(tmp_path, "resnet18_cifar-curve-both-20", "ppo", 0.5)
-    assert f"(`docs/latency.md`), read on {MACHINE.processor}. " in render_page(tmp_path, NAMES, "ppo")
+    assert f"(`docs/latency.md`), read on {MACHINE.processor} (family 1). " in render_page(tmp_path, NAMES, "ppo")
 
 
 def test_joint_searches_are_compared_with_the_agent_and_show_what_was_measured(tmp_path: Path) -> None:
